@@ -1,0 +1,49 @@
+# Everything runs in an environment of its own that the first target makes; only python3 with venv must be there.
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+PYTEST_FLAGS ?= -n 2
+# the models of the tests are so small that a second thread costs more than it brings
+PYTEST_ENV = OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-oldest style bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+
+env: $(VENV)/.installed  ## make .venv with the package and everything that its tests need
+
+demo: env  ## write out/*.png from two photos and a prompt
+	$(VENV)/bin/python examples/demo.py
+
+test: env  ## lint, then run the test suite
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PYTEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+test-oldest: $(VENV_OLDEST)/.installed  ## run the test suite on the lowest versions that setup.cfg allows
+	$(PYTEST_ENV) $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
+
+style: env  ## mend what ruff can mend
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: env  ## run the benchmarks
+	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(VENV)/bin/python $$benchmark; done
+
+clean:  ## remove the environments and everything generated
+	rm -rf $(VENV) $(VENV_OLDEST) out build dist src/*.egg-info .pytest_cache .ruff_cache
+
+# The stamp comes last: an interrupted installation has none and is taken up again.
+$(VENV)/.installed: constraints.txt
+$(VENV_OLDEST)/.installed: constraints-oldest.txt
+$(VENV)/.installed $(VENV_OLDEST)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
+	@echo "Installing into $(@D) with the versions of $(filter constraints%,$^) (once; some minutes) ..."
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(filter constraints%,$^) --editable '.[dev]'
+	@# without what it names: torchvision needs another build of torch, and only two of its annotators need that
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps controlnet_aux==0.0.10
+	@touch $@

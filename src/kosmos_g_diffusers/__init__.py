@@ -1,0 +1,29 @@
+"""Kosmos-G for diffusers: prompts of words and pictures for everything made for Stable Diffusion 1.5."""
+
+from . import hub  # noqa: F401  gives the pipelines their model card
+from .conversion import convert_checkpoint
+from .modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig
+from .pipeline_kosmos_g import (
+    KosmosGControlNetImg2ImgPipeline,
+    KosmosGControlNetInpaintPipeline,
+    KosmosGControlNetPipeline,
+    KosmosGImg2ImgPipeline,
+    KosmosGInpaintPipeline,
+    KosmosGPipeline,
+)
+from .processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
+
+__version__ = "0.1.0"
+__all__ = [
+    "KosmosGControlNetImg2ImgPipeline",
+    "KosmosGControlNetInpaintPipeline",
+    "KosmosGControlNetPipeline",
+    "KosmosGImg2ImgPipeline",
+    "KosmosGInpaintPipeline",
+    "KosmosGPipeline",
+    "KosmosGProcessor",
+    "KosmosGTextEncoder",
+    "KosmosGTextEncoderConfig",
+    "KosmosGTokenizer",
+    "convert_checkpoint",
+]

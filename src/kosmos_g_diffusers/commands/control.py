@@ -1,0 +1,89 @@
+"""Make the control image of a picture, as a ControlNet reads it.
+
+The image has the picture's own size, both sides rounded down to multiples of 8, unless --short-side says otherwise. Look
+at it, mend it in a paint program, and pass it to kosmos-g generate --control NAME:@edges.png. For inpaint the holes are
+its transparent pixels.
+
+examples:
+  kosmos-g control --list
+  kosmos-g control canny photo.png --output edges.png
+  kosmos-g control canny photo.png --low 50 --high 150 --short-side 512 --output edges.png
+  kosmos-g control inpaint photo.png --mask mask.png --output holes.png
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from ..control import CONTROLS, control_image, control_preview
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="kind of control; --list shows them")
+    add("picture", nargs="?", metavar="PICTURE", help="file to make it of")
+    add("--list", action="store_true", help="print the table of controls and stop")
+    add("-o", "--output", default="control.png", metavar="FILE", help="PNG to write (default: control.png)")
+    add("--force", action="store_true", help="overwrite the file if it is there")
+    add("--mask", metavar="FILE", help="for inpaint: picture that is white where something new belongs")
+    add("--short-side", type=int, metavar="PIXELS", help="of the image (default: the picture's own)")
+    add("--weights", metavar="FOLDER", help="files of the annotator (default: from the Hub)")
+    add("--device", default="cpu", help="where the annotator runs: cpu, cuda, mps, ... (default: cpu)")
+    for name, controls in _controls_by_parameter().items():
+        parameter = CONTROLS[controls[0]].parameters[name]
+        text = f"{', '.join(controls)}: {parameter.help} (default: {parameter.default})"
+        if isinstance(parameter.default, bool):
+            add(f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            kind = type(parameter.default)
+            add(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
+
+
+def run(arguments):
+    if arguments.list:
+        return print(_table())
+    if arguments.name is None or arguments.picture is None:
+        raise ValueError(
+            "Name a control and a picture: kosmos-g control canny photo.png. --list shows the controls."
+        )
+    output = Path(arguments.output)
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"The output {arguments.output!r} does not end in .png.")
+    if output.exists() and not arguments.force:
+        raise FileExistsError(f"{output} would be overwritten. Pass --force, or another --output.")
+    parameters = {name: value for name, value in vars(arguments).items() if name in _controls_by_parameter()}
+    image = control_image(
+        arguments.name,
+        arguments.picture,
+        mask=arguments.mask,
+        short_side=arguments.short_side,
+        weights=arguments.weights,
+        device=arguments.device,
+        **parameters,
+    )
+    part = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        control_preview(image).save(part, format="PNG")
+        os.replace(part, output)
+    finally:
+        part.unlink(missing_ok=True)
+    print(output)
+
+
+def _controls_by_parameter():
+    """Parameter -> names of the controls that have it; the same name means the same everywhere."""
+    controls = {}
+    for name, control in CONTROLS.items():
+        for parameter in control.parameters:
+            controls.setdefault(parameter, []).append(name)
+    return controls
+
+
+def _table():
+    lines = []
+    for name, control in CONTROLS.items():
+        knobs = ", ".join(f"{key} {knob.default}" for key, knob in control.parameters.items())
+        lines.append(f"{name:<17}{control.description}")
+        lines.append(f"{'':<17}ControlNet {control.controlnet}")
+        lines.append(f"{'':<17}needs {control.weights or 'no download'}{'; ' + knobs if knobs else ''}")
+    return "\n".join(lines)

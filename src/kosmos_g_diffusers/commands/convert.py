@@ -1,0 +1,45 @@
+"""Turn an official Kosmos-G checkpoint into a folder that diffusers loads.
+
+The checkpoint is read as data: nothing in it runs. The folder appears when it is complete.
+
+examples:
+  kosmos-g convert --checkpoint checkpoint_final.pt --tokenizer sentencepiece.bpe.model \\
+      --base stable-diffusion-v1-5/stable-diffusion-v1-5 --output ./kosmos-g --dtype float16
+
+then, in Python:
+  pipe = KosmosGPipeline.from_pretrained("./kosmos-g", torch_dtype=torch.float16).to("cuda")
+  pipe("<i> in the suit of <i>", images=[dog, ironman]).images[0].save("out.png")
+"""
+
+import torch
+
+from ..conversion import convert_checkpoint
+from ..settings import DTYPES
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FILE", help="official .pt file of either stage"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="official sentencepiece.bpe.model")
+    parser.add_argument(
+        "--base",
+        required=True,
+        metavar="MODEL",
+        help="folder or Hub id of Stable Diffusion 1.5, for what the file lacks",
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write, new or empty")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights written (default: as in the checkpoint)"
+    )
+
+
+def run(arguments):
+    folder = convert_checkpoint(
+        arguments.checkpoint,
+        arguments.output,
+        tokenizer=arguments.tokenizer,
+        base=arguments.base,
+        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+    )
+    print(folder)

@@ -1,0 +1,187 @@
+"""Make images from a prompt of words and pictures.
+
+Write <i> where a picture stands and give one --image for each, in that order. Every PNG carries its settings, so an
+image can be made again from itself; flags beside --from change what they name. One image is written to --output;
+several go to out_0.png, out_1.png, ... with seeds that count up from --seed, and a grid of them to out.png.
+Pictures and model are stored as the paths you write.
+
+examples:
+  kosmos-g generate "<i> in the suit of <i>" --image dog.png --image suit.png --model ./kosmos-g
+  kosmos-g generate "<i> in the jungle" --image dog.png --model ./kosmos-g --num-images 4 --seed 1 \\
+      --steps 30 --guidance 6 --scheduler dpm --negative "blurry, low quality" --output jungle.png
+  kosmos-g generate "<i>" --image dog.png --model ./kosmos-g --control canny:photo.png --control-scale 0.8 \\
+      --control depth:@depth.png --control-scale 0.5
+  kosmos-g generate --from jungle_2.png --output again.png
+  kosmos-g generate --from jungle_2.png --steps 100 --height 768 --output finer.png
+  kosmos-g generate --from jungle_2.png --show
+"""
+
+import argparse
+import json
+import secrets
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from ..generation import default_device, generate_files
+from ..schedulers import SCHEDULERS
+from ..settings import (
+    CONTROL_KNOBS,
+    DTYPES,
+    IMAGE_MARK,
+    OFFLOADS,
+    ControlInput,
+    GenerationSettings,
+    InputImage,
+    package_versions,
+    read_settings,
+)
+from ..tiny import RANDOM_MODEL_NOTE
+
+
+def add_arguments(parser):
+    parser.argument_default = (
+        argparse.SUPPRESS
+    )  # a flag that was not given leaves the settings of --from alone
+    add = parser.add_argument
+    add("prompt", nargs="?", help='words, and <i> for each picture: "<i> in the suit of <i>"')
+    add("--image", action="append", dest="images", metavar="FILE", help="picture of the next <i>; repeat it")
+    add("--negative", dest="negative_prompt", metavar="TEXT", help="what the images should not show")
+    add(
+        "--control",
+        action="append",
+        dest="controls",
+        metavar="KIND:FILE",
+        help="make the control image of a picture (kosmos-g control --list); KIND:@FILE takes FILE as it is; repeat it",
+    )
+    add(
+        "--controlnet",
+        action="append",
+        metavar="MODEL",
+        help="folder, file or Hub id for the next --control (default: of the table)",
+    )
+    add("--control-scale", action="append", type=float, metavar="N", help="its weight (default: 1)")
+    add("--control-start", action="append", type=float, metavar="SHARE", help="of the steps before it acts")
+    add("--control-end", action="append", type=float, metavar="SHARE", help="of the steps when it ends")
+    add("--model", metavar="MODEL", help="folder or Hub id (default: a small random model, for trying out)")
+    add("--output", default="out.png", metavar="FILE", help="PNG to write (default: out.png)")
+    add("--force", action="store_true", default=False, help="overwrite files that are there")
+    add("--from", dest="source", default=None, metavar="FILE", help="take the settings of a PNG made here")
+    add("--show", action="store_true", default=False, help="print the settings as JSON and stop")
+    add("--num-images", type=int, metavar="N", help="images to make (default: 1)")
+    add("--seed", type=int, metavar="N", help="of the first image (default: drawn, and stored)")
+    add("--steps", type=int, metavar="N", help="denoising steps (default: 50)")
+    add("--guidance", type=float, metavar="SCALE", help="weight of the prompt; 1 is off (default: 7.5)")
+    add("--height", type=int, metavar="PIXELS", help="multiple of 8 (default: the model's)")
+    add("--width", type=int, metavar="PIXELS", help="multiple of 8 (default: the model's)")
+    names = ", ".join(SCHEDULERS)
+    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"one of {names} (default: the model's)")
+    names = ", ".join(DTYPES)
+    add("--dtype", choices=DTYPES, metavar="NAME", help=f"one of {names} (default: by the device)")
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
+    names = ", ".join(OFFLOADS)
+    add(
+        "--offload",
+        choices=OFFLOADS,
+        metavar="NAME",
+        help=f"one of {names}; saves GPU memory (default: none)",
+    )
+
+
+def run(arguments):
+    settings, pictures, control_pictures = _read(vars(arguments))
+    if arguments.show:
+        return print(_as_text(settings))
+    for path in generate_files(settings, pictures, arguments.output, arguments.force, control_pictures):
+        print(path)
+    if settings.model is None:
+        print(RANDOM_MODEL_NOTE, file=sys.stderr)
+
+
+def _read(arguments):
+    """Flags, over the settings of --from, over defaults -> settings, and the paths of pictures and control pictures."""
+    given = {
+        entry.name: arguments[entry.name] for entry in fields(GenerationSettings) if entry.name in arguments
+    }
+    pictures = given.get("images", [])
+    given["images"] = tuple(InputImage.from_file(path) for path in pictures)
+    if arguments["source"] is None:
+        if "prompt" not in given:
+            raise ValueError(
+                'Neither a prompt nor --from was given. Try: kosmos-g generate "<i> in the snow" --image x.png'
+            )
+        given.setdefault("seed", secrets.randbelow(2**32))
+        given.setdefault("device", default_device())
+        given.setdefault("dtype", "float32" if given["device"] == "cpu" else "float16")
+        given["controls"], control_pictures = _read_controls(arguments)
+        return GenerationSettings(**given, versions=package_versions()), pictures, control_pictures
+    recorded = read_settings(arguments["source"])
+    if arguments["show"]:
+        return recorded, [], []
+    if not pictures and IMAGE_MARK in given.get(
+        "prompt", IMAGE_MARK
+    ):  # a new prompt of words alone drops them
+        del given["images"]
+        folder = Path(arguments["source"]).parent
+        pictures = [picture.find(folder) for picture in recorded.images]
+    # a PNG may come from a stranger: what it names is not downloaded unless the user says so
+    if "model" not in given and recorded.model is not None and not Path(recorded.model).is_dir():
+        raise ValueError(
+            f"The PNG names the model {recorded.model!r}, which is no folder here. Pass it with --model."
+        )
+    given["controls"], control_pictures = _read_controls(arguments, recorded.controls)
+    versions = package_versions()
+    other = [
+        f"{name!r} {version!r}"
+        for name, version in recorded.versions.items()
+        if versions.get(name) != version
+    ]
+    if other:
+        print(f"Note: made with other versions ({', '.join(other)}): pixels may differ.", file=sys.stderr)
+    return replace(recorded, **given, index=None, versions=versions), pictures, control_pictures
+
+
+def _read_controls(arguments, recorded=()):
+    """Flags, over the controls of --from -> controls, and the paths of their pictures."""
+    controls, paths = [], []
+    for text in arguments.get("controls", ()):
+        name, colon, path = text.partition(":")
+        if not colon or not path:
+            raise ValueError(
+                f"--control {text!r} is not of the form KIND:FILE, such as canny:photo.png or canny:@edges.png."
+            )
+        ready = path.startswith("@")
+        paths.append(path.removeprefix("@"))
+        controls.append(ControlInput(name, InputImage.from_file(paths[-1]), ready))
+    if not controls and recorded:
+        controls = list(recorded)
+        folder = Path(arguments["source"]).parent
+        paths = [control.picture.find(folder, "Pass --control anew.") for control in controls]
+        for control in controls:
+            # as for the model: nothing that a stranger's PNG names is downloaded
+            if "controlnet" not in arguments and control.controlnet and not Path(control.controlnet).exists():
+                raise ValueError(
+                    f"The PNG names the ControlNet {control.controlnet!r}, which is not here. Pass it with --controlnet."
+                )
+    for knob in CONTROL_KNOBS:
+        flag = "controlnet" if knob == "controlnet" else f"control_{knob}"
+        values = arguments.get(flag)
+        if values is None:
+            continue
+        if len(values) != len(controls):
+            raise ValueError(
+                f"{len(values)} --{flag.replace('_', '-')} and {len(controls)} --control were given. Pass one for each control, "
+                "in the same order."
+            )
+        controls = [
+            replace(control, **{knob: value}) for control, value in zip(controls, values, strict=True)
+        ]
+    return tuple(controls), paths
+
+
+def _as_text(settings):
+    """JSON; with everything beyond ASCII escaped if something in it could steer a terminal."""
+    text = json.dumps(asdict(settings), indent=2, ensure_ascii=False)
+    if all(character.isprintable() or character == "\n" for character in text):
+        return text
+    return json.dumps(asdict(settings), indent=2)

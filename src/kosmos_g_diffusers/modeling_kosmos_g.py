@@ -1,0 +1,575 @@
+"""The text encoder: vision tower -> resampler -> language model -> AlignerNet -> the states of SD 1.5's CLIP text encoder.
+
+The multimodal language model is made of transformers' Kosmos-2 modules, which compute the same function as the
+official code; the AlignerNet (sec. 2.2 of the Kosmos-G paper) is put together here from the same blocks.
+
+Letters of the shapes: B prompts, L tokens, N images in the batch, Q latent queries an image (64), D width of the
+language model (2048), S image size (224), A width of the condition (768), K its length (77).
+
+This file is copied into saved model folders and stands alone: it needs torch and transformers only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel  # noqa: F401  diffusers looks here for the base class that says how to load
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2TextConfig, Kosmos2VisionConfig
+from transformers.models.kosmos2.modeling_kosmos2 import (
+    Kosmos2ImageToTextProjection,
+    Kosmos2PreTrainedModel,
+    Kosmos2TextBlock,
+    Kosmos2TextModel,
+    Kosmos2VisionModel,
+    KosmosTextAttention,
+)
+from transformers.utils import ModelOutput
+
+FORMAT_VERSION = (
+    1  # of a saved folder; raise it when an older package could no longer read a new folder rightly
+)
+
+
+class KosmosGTextEncoderConfig(PreTrainedConfig):
+    """Sizes of a `KosmosGTextEncoder`; the defaults are the released model's.
+
+    Args:
+        text_config: Kosmos2TextConfig of the language model, or a dict (vocab_size 64,007 unless it says otherwise).
+        vision_config: Kosmos2VisionConfig (or a dict) of the vision tower.
+        latent_query_num: Q, states an image takes in a prompt.
+        aligner_hidden_size: A, the cross-attention width of the U-Net.
+        aligner_layers: layers of each half of the AlignerNet.
+        aligner_attention_heads, aligner_ffn_dim: of each of these layers.
+        aligner_max_positions: rows of the AlignerNet's position table.
+        num_queries: K, states of the condition.
+        image_token_id, end_of_image_token_id: ids around an image in a prompt.
+        image_words: [name, number of images] of each image word, in the order of their ids.
+        format_version: of the folder this configuration was saved in.
+
+    Raises:
+        ValueError: `format_version` is one that this code does not know.
+    """
+
+    model_type = "kosmos_g_text_encoder"
+    sub_configs = {"text_config": Kosmos2TextConfig, "vision_config": Kosmos2VisionConfig}
+
+    def __init__(
+        self,
+        text_config=None,
+        vision_config=None,
+        latent_query_num=64,
+        aligner_hidden_size=768,
+        aligner_layers=12,
+        aligner_attention_heads=12,
+        aligner_ffn_dim=3072,
+        aligner_max_positions=32768,
+        num_queries=77,
+        image_token_id=64003,
+        end_of_image_token_id=64004,
+        image_words=(),
+        format_version=FORMAT_VERSION,
+        **kwargs,
+    ):
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"This Kosmos-G folder has format version {format_version!r}; this code reads version {FORMAT_VERSION}. "
+                "Install the kosmos-g-diffusers release that wrote the folder, or convert the checkpoint again."
+            )
+        if text_config is None or isinstance(text_config, dict):
+            # Kosmos-G's vocabulary is Kosmos-2's without the 1,030 grounding tokens
+            text_config = Kosmos2TextConfig(**{"vocab_size": 64007, **(text_config or {})})
+        self.text_config = text_config
+        if vision_config is None or isinstance(vision_config, dict):
+            vision_config = Kosmos2VisionConfig(**(vision_config or {}))
+        self.vision_config = vision_config
+        self.latent_query_num = latent_query_num
+        self.aligner_hidden_size = aligner_hidden_size
+        self.aligner_layers = aligner_layers
+        self.aligner_attention_heads = aligner_attention_heads
+        self.aligner_ffn_dim = aligner_ffn_dim
+        self.aligner_max_positions = aligner_max_positions
+        self.num_queries = num_queries
+        self.image_token_id = image_token_id
+        self.end_of_image_token_id = end_of_image_token_id
+        self.image_words = [list(word) for word in image_words]
+        self.format_version = format_version
+        super().__init__(**kwargs)
+
+
+@dataclass
+class KosmosGTextEncoderOutput(ModelOutput):
+    """What `KosmosGTextEncoder` returns; members that do not apply are None.
+
+    Attributes:
+        last_hidden_state: (B, K, A), the condition: `prompt_embeds` of a Stable Diffusion 1.5 pipeline.
+        image_embeds: (N, Q, D), states of the images.
+        hidden_states: (B, K, A) for the AlignerNet's queries and after each of its query layers, without the final
+            norm. Last in the order, where diffusers' `clip_skip` looks for it.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class AlignerNet(nn.Module):
+    """Maps the language model's states into the space of CLIP's text encoder (AlignerNet M, sec. 2.2).
+
+    Encoder layers see the whole prompt in both directions; `num_queries` learned queries then read them through layers
+    of self-attention, cross-attention and feed-forward network. All layers are pre-norm with sub-layer norms.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        block_config = Kosmos2TextConfig(
+            embed_dim=config.aligner_hidden_size,
+            layers=config.aligner_layers,
+            attention_heads=config.aligner_attention_heads,
+            ffn_dim=config.aligner_ffn_dim,
+            layer_norm_eps=config.text_config.layer_norm_eps,
+            dropout=0.0,
+            attention_dropout=0.0,
+        )
+        block_config._attn_implementation = "sdpa"  # takes the masks below; every build of torch has it
+        query_block_config = Kosmos2TextConfig(**{**block_config.to_dict(), "add_cross_attention": True})
+        query_block_config._attn_implementation = "sdpa"
+        width, eps = config.aligner_hidden_size, config.text_config.layer_norm_eps
+        self.input_projection = nn.Linear(config.text_config.embed_dim, width)
+        # torchscale counts positions from 2 on, whatever the padding: the first two rows are never read
+        self.position_embedding = nn.Embedding(config.aligner_max_positions, width)
+        self.encoder_layers = nn.ModuleList(
+            Kosmos2TextBlock(block_config) for _ in range(config.aligner_layers)
+        )
+        self.encoder_layer_norm = nn.LayerNorm(width, eps=eps)
+        self.query_embeds = nn.Parameter(torch.randn(config.num_queries, width))
+        self.query_layers = nn.ModuleList(
+            Kosmos2TextBlock(query_block_config) for _ in range(config.aligner_layers)
+        )
+        self.final_layer_norm = nn.LayerNorm(width, eps=eps)
+        for module in self.modules():
+            if isinstance(module, KosmosTextAttention):
+                module.is_causal = False
+
+    def forward(self, language_hidden_states, attention_mask=None):
+        """(B, L, D) states and (B, L) bool mask, False at padding, or None -> tuple of aligner_layers + 1 (B, K, A).
+
+        The last of them goes through `final_layer_norm` to become the condition.
+        """
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None, None, :]  # keys, the same for every head and query
+        positions = torch.arange(2, 2 + language_hidden_states.shape[1], device=language_hidden_states.device)
+        states = self.input_projection(language_hidden_states) + self.position_embedding(positions)
+        for layer in self.encoder_layers:
+            states = layer(states, attention_mask)
+        states = self.encoder_layer_norm(states)
+        queries = self.query_embeds.expand(len(states), -1, -1)
+        hidden_states = (queries,)
+        for layer in self.query_layers:
+            queries = layer(queries, None, states, encoder_attention_mask=attention_mask)
+            hidden_states += (queries,)
+        return hidden_states
+
+
+class ImageWord(nn.Module):
+    """Frozen states of an image word, (n, Q, D) for its n images; called, so that the hooks of offloading fetch them."""
+
+    def __init__(self, states):
+        super().__init__()
+        self.states = nn.Parameter(states, requires_grad=False)
+
+    def forward(self):
+        return self.states.detach()  # loading makes every parameter trainable
+
+
+class KosmosGTextEncoder(Kosmos2PreTrainedModel):
+    """Kosmos-G's prompt encoder, to be used wherever Stable Diffusion 1.5 expects a CLIPTextModel."""
+
+    config_class = KosmosGTextEncoderConfig
+    main_input_name = "input_ids"
+    _no_split_modules = ["Kosmos2VisionEncoderLayer", "Kosmos2TextBlock", "Kosmos2ImageToTextProjection"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.language_model = Kosmos2TextModel(config.text_config)
+        self.vision_model = Kosmos2VisionModel(config.vision_config)
+        self.image_to_text_projection = Kosmos2ImageToTextProjection(config)
+        self.aligner = AlignerNet(config)
+        self.image_words = nn.ModuleList(
+            ImageWord(torch.empty(n_images, config.latent_query_num, config.text_config.embed_dim))
+            for _, n_images in config.image_words
+        )
+        for layer in self.language_model.model.layers:
+            # the official decoder drops no attention weights, not even in training (FlashAttention branch)
+            layer.self_attn.dropout = 0.0
+        # some releases of transformers let SDPA take this cross-attention for a causal one
+        self.image_to_text_projection.x_attn.is_causal = False
+        self._compiled_encode = None
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers', in the dtype of the file unless `dtype` says otherwise.
+
+        A pipeline loaded without a dtype asks for None. diffusers then loads the U-Net in float32, and so does this.
+        """
+        if "dtype" in kwargs and kwargs["dtype"] is None:
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, AlignerNet):
+            nn.init.normal_(module.query_embeds)
+        elif isinstance(module, ImageWord):
+            nn.init.zeros_(module.states)
+
+    def get_input_embeddings(self):
+        return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.language_model.model.embed_tokens = value
+
+    @property
+    def text_model(self):
+        """Where diffusers' `clip_skip` looks for `final_layer_norm`."""
+        return self.aligner
+
+    def get_image_features(self, pixel_values):
+        """Pictures -> their states in the language model's input space (sec. 2.1).
+
+        Args:
+            pixel_values: (N, 3, S, S), normalised with CLIP's mean and deviation.
+
+        Returns:
+            (N, Q, D) in the model's dtype.
+        """
+        vision = self.vision_model.model
+        states = vision.pre_layrnorm(vision.embeddings(pixel_values))
+        for layer in vision.encoder.layers:
+            states = layer(states, None)
+        # unlike CLIP: the norm on every token, then unit length (unilm/models/vl/clip.py:60, :125)
+        states = nn.functional.normalize(vision.post_layernorm(states), dim=-1)
+        return self.image_to_text_projection(states)[0]
+
+    def get_language_hidden_states(self, input_ids, image_embeds=None, image_token_mask=None):
+        """The language model's final states, after its last norm.
+
+        Causal only: a padding mask would change the states at padded columns, which the alignment loss reads.
+
+        Args:
+            input_ids: (B, L); image slots may hold any id but the padding id.
+            image_embeds: (N, Q, D) or (N * Q, D), or None.
+            image_token_mask: (B, L) bool, True where a row of `image_embeds` belongs, in reading order.
+
+        Returns:
+            (B, L, D).
+        """
+        text = self.language_model.model
+        embeds = text.embed_tokens(input_ids)
+        if image_embeds is not None:
+            embeds = embeds.masked_scatter(image_token_mask[..., None], image_embeds.to(embeds.dtype))
+        # fairseq's positions: counted over real tokens from padding id + 1, padding itself at the padding id (zeros)
+        is_token = input_ids.ne(self.config.text_config.pad_token_id)
+        positions = (is_token.cumsum(1) * is_token).long() + self.config.text_config.pad_token_id
+        # the scale applies to image states as well
+        states = embeds * text.embed_scale + text.embed_positions(input_ids=input_ids, position_ids=positions)
+        # once: Kosmos2TextTransformer.forward would do it twice
+        states = nn.functional.dropout(states, p=text.dropout, training=self.training)
+        mask = None  # SDPA is told to be causal and needs none
+        if self.config.text_config._attn_implementation != "sdpa":
+            length = states.shape[1]
+            mask = torch.full(
+                (length, length), torch.finfo(states.dtype).min, dtype=states.dtype, device=states.device
+            )
+            mask = mask.triu(1)[None, None]
+        for layer in text.layers:
+            states = layer(states, mask)
+        return text.layer_norm(states)
+
+    def _encode(self, input_ids, image_embeds, image_token_mask, attention_mask):
+        """The tensor function of a whole batch: no checks, nothing that depends on values, so that it compiles."""
+        states = self.get_language_hidden_states(input_ids, image_embeds, image_token_mask)
+        hidden_states = self.aligner(states, attention_mask)
+        return self.aligner.final_layer_norm(hidden_states[-1]), hidden_states
+
+    def compile(self, **kwargs):
+        """Compile the tensor functions with torch.compile; padding is still trimmed and input checked in eager mode."""
+        self._compiled_encode = torch.compile(self._encode, **kwargs)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        pixel_values=None,
+        image_token_mask=None,
+        output_hidden_states=False,
+        return_dict=True,
+    ):
+        """Encode prompts.
+
+        Args:
+            input_ids: (B, L) int64, padded on the right. Ids from the vocabulary's size on are image words and are
+                spelled out here. None with `pixel_values` computes the image states alone.
+            attention_mask: (B, L), 0 at padding; None takes it from the padding id. The language model is causal and
+                does not see it; the AlignerNet does.
+            pixel_values: (N, 3, S, S), the pictures of the whole batch in reading order.
+            image_token_mask: (B, L) bool, True at the N * Q slots of these pictures.
+            output_hidden_states: also return the states of the AlignerNet's queries.
+            return_dict: False returns a tuple.
+
+        Returns:
+            KosmosGTextEncoderOutput. Columns that are padding in every row cost nothing, equal rows are computed once.
+
+        Raises:
+            ValueError: no input, shapes or counts that do not match, an id that no image word has, a prompt longer
+                than the model's positions, a row of padding alone.
+        """
+        image_embeds = None
+        if pixel_values is not None:
+            self._check_pixel_values(pixel_values)
+        if input_ids is None:
+            if pixel_values is None:
+                raise ValueError("Neither input_ids nor pixel_values were given. Pass at least one of them.")
+            output = KosmosGTextEncoderOutput(image_embeds=self.get_image_features(pixel_values))
+            return output if return_dict else output.to_tuple()
+        batch = self._arrange(input_ids, attention_mask, pixel_values, image_token_mask)
+        if pixel_values is not None:
+            image_embeds = self.get_image_features(pixel_values)
+        slots = batch.gather_image_embeds(image_embeds, self.image_words)
+        arguments = (batch.input_ids, slots, batch.image_token_mask, batch.attention_mask)
+        if self._compiled_encode is None:
+            condition, hidden_states = self._encode(*arguments)
+        else:
+            condition, hidden_states = self._compiled_encode(*self._for_compilation(*arguments))
+        if batch.row_of_prompt is not None:
+            condition = condition[batch.row_of_prompt]
+            hidden_states = tuple(states[batch.row_of_prompt] for states in hidden_states)
+        output = KosmosGTextEncoderOutput(
+            last_hidden_state=condition,
+            image_embeds=image_embeds,
+            hidden_states=hidden_states if output_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _for_compilation(self, input_ids, slots, image_token_mask, attention_mask):
+        """Give the compiler one kind of input for all lengths: a mask always, two columns at least, lengths dynamic."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        missing = max(0, 2 - input_ids.shape[1])  # a length of 1 would be compiled as a constant
+        if missing:
+            input_ids = nn.functional.pad(input_ids, (0, missing), value=self.config.text_config.pad_token_id)
+            attention_mask = nn.functional.pad(attention_mask, (0, missing), value=False)
+        tensors = [input_ids, attention_mask]
+        if slots is not None:
+            slots = slots.flatten(0, 1)  # (N * Q, D): a single image would be compiled as a constant, too
+            torch._dynamo.maybe_mark_dynamic(slots, 0)
+            tensors.append(image_token_mask)
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        return input_ids, slots, image_token_mask, attention_mask
+
+    def check_prompts(self, input_ids, attention_mask=None, pixel_values=None, image_token_mask=None):
+        """Raise what `forward` would raise for this input, without running the model."""
+        if pixel_values is not None:
+            self._check_pixel_values(pixel_values)
+        self._arrange(input_ids, attention_mask, pixel_values, image_token_mask)
+
+    def _check_pixel_values(self, pixel_values):
+        size = self.config.vision_config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)} were given. Expected (images, 3, {size}, {size}), "
+                "as KosmosGProcessor makes them."
+            )
+
+    def _arrange(self, input_ids, attention_mask, pixel_values, image_token_mask):
+        """Check the input, spell image words out, drop padding columns and repeated rows (one copy to the host)."""
+        config = self.config
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError(
+                f"input_ids of shape {tuple(input_ids.shape)} were given. Expected (prompts, tokens)."
+            )
+        for name, mask in (("attention_mask", attention_mask), ("image_token_mask", image_token_mask)):
+            if mask is not None and mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} of shape {tuple(mask.shape)} was given for input_ids of shape {tuple(input_ids.shape)}. "
+                    "Pass both of the same shape."
+                )
+        masks = [
+            input_ids.ne(config.text_config.pad_token_id) if attention_mask is None else attention_mask.bool()
+        ]
+        if image_token_mask is not None:
+            masks.append(image_token_mask.bool())
+        ids, mask, *slots = torch.stack([input_ids, *(mask.to(input_ids) for mask in masks)]).tolist()
+        slots = slots[0] if slots else [[0] * len(row) for row in ids]
+        n_slots = sum(map(sum, slots))
+        n_images = 0 if pixel_values is None else len(pixel_values)
+        if n_slots != n_images * config.latent_query_num:
+            raise ValueError(
+                f"image_token_mask marks {n_slots} slots, but {n_images} images of {config.latent_query_num} states each "
+                "were given in pixel_values. Make all of them with one call of KosmosGProcessor."
+            )
+        prompts = [_PromptRow.trim(*row) for row in zip(ids, mask, slots, strict=True)]
+        for index, prompt in enumerate(prompts):
+            prompt.spell_out_image_words(config, index)
+            length, longest = len(prompt.ids), config.text_config.max_position_embeddings
+            if length > longest:
+                raise ValueError(
+                    f"Prompt {index} is {length} tokens long (image words and images included); the model reads at most "
+                    f"{longest}. Shorten it: nothing is cut silently."
+                )
+            if not any(prompt.mask):
+                raise ValueError(
+                    f"Prompt {index} is padding alone. Pass at least the token that begins a prompt."
+                )
+        row_of_prompt = None
+        if not self.training and not n_slots:  # dropout makes equal rows differ, pictures are not compared
+            rows = {}
+            row_of_prompt = [rows.setdefault(prompt.key, len(rows)) for prompt in prompts]
+            if len(rows) == len(prompts):
+                row_of_prompt = None
+            else:
+                prompts = [prompts[row_of_prompt.index(row)] for row in range(len(rows))]
+        return _Batch.build(prompts, row_of_prompt, config, input_ids.device)
+
+    # Image words -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def add_image_word(self, word, image_embeds):
+        """Keep the states of `word`, whose id is the next one behind the vocabulary and the words before it.
+
+        Args:
+            word: its name, as the tokenizer has it.
+            image_embeds: (n, Q, D), the states of its n images, as `forward(pixel_values=...)` returns them.
+
+        Raises:
+            ValueError: another shape, or values that are not finite.
+        """
+        expected = (self.config.latent_query_num, self.config.text_config.embed_dim)
+        if image_embeds.ndim != 3 or not len(image_embeds) or tuple(image_embeds.shape[1:]) != expected:
+            raise ValueError(
+                f"The states of {word} have the shape {tuple(image_embeds.shape)}. Expected (images, {expected[0]}, "
+                f"{expected[1]}): were they made by a model of another size?"
+            )
+        # weights that are offloaded layer by layer have no device of their own
+        device = image_embeds.device if self.device.type == "meta" else self.device
+        states = image_embeds.detach().to(device, self.dtype, copy=True)
+        if not image_embeds.is_floating_point() or not states.isfinite().all():
+            raise ValueError(
+                f"The states of {word} are {image_embeds.dtype} and not all finite in {self.dtype}. Expected finite "
+                "floating-point numbers: was the file damaged, or made by a model with larger values?"
+            )
+        self.image_words.append(ImageWord(states))
+        self.config.image_words = [*self.config.image_words, [word, len(states)]]
+
+    def remove_image_word(self, word):
+        """Forget the states of `word`; the words behind it move up by one id. Raises ValueError if there is none."""
+        names = [name for name, _ in self.config.image_words]
+        if word not in names:
+            raise ValueError(
+                f"There is no image word {word!r} to remove. Known: {', '.join(names) or 'none'}."
+            )
+        index = names.index(word)
+        self.image_words = nn.ModuleList(
+            part for number, part in enumerate(self.image_words) if number != index
+        )
+        self.config.image_words = [entry for entry in self.config.image_words if entry[0] != word]
+
+
+@dataclass
+class _PromptRow:
+    """One prompt on the host: ids, mask of real tokens, slots of images, and where each image comes from, in order."""
+
+    ids: list
+    mask: list
+    slots: list
+    sources: (
+        list  # per image: None for the next one of pixel_values, else (index of the image word, its image)
+    )
+
+    @classmethod
+    def trim(cls, ids, mask, slots):
+        length = max(
+            (i + 1 for i, (real, slot) in enumerate(zip(mask, slots, strict=True)) if real or slot), default=1
+        )
+        return cls(ids[:length], mask[:length], slots[:length], [])
+
+    @property
+    def key(self):
+        return (*self.ids, *self.mask, *self.sources)  # two image words are spelled with the same ids
+
+    def spell_out_image_words(self, config, index):
+        """Replace each image word by `<image>`, Q slots and `</image>` for each of its images."""
+        vocabulary, q = config.text_config.vocab_size, config.latent_query_num
+        if max(self.ids) < vocabulary:
+            self.sources = [None] * (sum(self.slots) // q)
+            return
+        ids, mask, slots, seen = [], [], [], 0
+        for token, real, slot in zip(self.ids, self.mask, self.slots, strict=True):
+            word = token - vocabulary
+            if word < 0:
+                ids.append(token), mask.append(real), slots.append(slot)
+                if slot and seen % q == 0:
+                    self.sources.append(None)
+                seen += slot
+                continue
+            if word >= len(config.image_words):
+                raise ValueError(
+                    f"Prompt {index} holds the token id {token}; the vocabulary has {vocabulary} ids and "
+                    f"{len(config.image_words)} image words behind them. Add the word with add_image_word on a pipeline "
+                    "that holds both this encoder and the tokenizer."
+                )
+            for image in range(config.image_words[word][1]):
+                ids += [config.image_token_id] * (1 + q) + [config.end_of_image_token_id]
+                mask += [real] * (q + 2)
+                slots += [0] + [1] * q + [0]
+                self.sources.append((word, image))
+        self.ids, self.mask, self.slots = ids, mask, slots
+
+
+@dataclass
+class _Batch:
+    """What `_encode` takes, on the device, and how its rows map back to the prompts."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None  # None when no row has padding
+    image_token_mask: torch.Tensor | None
+    row_of_prompt: torch.Tensor | None
+    sources: list
+
+    @classmethod
+    def build(cls, prompts, row_of_prompt, config, device):
+        length = max(len(prompt.ids) for prompt in prompts)
+
+        def stack(name, fill, dtype):
+            rows = [getattr(prompt, name) + [fill] * (length - len(prompt.ids)) for prompt in prompts]
+            return torch.tensor(rows, dtype=dtype, device=device)
+
+        sources = [source for prompt in prompts for source in prompt.sources]
+        padded = any(len(prompt.ids) < length or not all(prompt.mask) for prompt in prompts)
+        return cls(
+            input_ids=stack("ids", config.text_config.pad_token_id, torch.int64),
+            attention_mask=stack("mask", 0, torch.bool) if padded else None,
+            image_token_mask=stack("slots", 0, torch.bool) if sources else None,
+            row_of_prompt=None if row_of_prompt is None else torch.tensor(row_of_prompt, device=device),
+            sources=sources,
+        )
+
+    def gather_image_embeds(self, image_embeds, image_words):
+        """(N, Q, D) states of pictures and words in reading order, or None."""
+        if not any(self.sources):
+            return image_embeds
+        pictures = iter(image_embeds if image_embeds is not None else ())
+        device = self.input_ids.device
+        words = {word: image_words[word]().to(device) for word, _ in filter(None, self.sources)}
+        return torch.stack(
+            [next(pictures) if source is None else words[source[0]][source[1]] for source in self.sources]
+        )
+
+
+KosmosGTextEncoderConfig.register_for_auto_class()
+KosmosGTextEncoder.register_for_auto_class(
+    "AutoModel"
+)  # save_pretrained puts a copy of this file into the folder

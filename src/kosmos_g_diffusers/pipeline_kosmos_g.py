@@ -1,0 +1,716 @@
+"""diffusers' Stable Diffusion 1.5 pipelines, told what a prompt of words and pictures is.
+
+Denoising, schedulers, ControlNet and the rest are diffusers' own; one mixin turns prompts into `prompt_embeds`
+(B, 77, 768). This file is copied into saved model folders and stands alone: it reaches the processor through the module
+of `self.tokenizer`, and the encoder through `self.text_encoder`.
+"""
+
+import inspect
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import (
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers.pipelines import pipeline_utils
+from diffusers.utils import (
+    USE_PEFT_BACKEND,
+    convert_unet_state_dict_to_peft,
+    logging,
+    scale_lora_layers,
+    unscale_lora_layers,
+)
+from huggingface_hub import create_repo
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+# Files of the package that a saved folder carries, by module name; model_index.json names them
+MODULES = ("modeling_kosmos_g", "processing_kosmos_g", "pipeline_kosmos_g")
+KEEP_DTYPES = "keep"  # a dtype that means none, from our from_pipe to our `to`
+# diffusers renamed the keyword; older releases know only the second
+DTYPE_KEYWORD = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
+IMAGE_WORDS_FORMAT = "kosmos_g_image_words_1"
+LORA_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")  # of files; a Hub id has none of them
+
+
+class KosmosGPromptMixin:
+    """Prompts of words and pictures for a Stable Diffusion 1.5 pipeline of diffusers.
+
+    Every keyword of the pipeline's own `__call__` works as documented there. New are, in `__call__` and `encode_prompt`,
+
+    - `prompt`: a string with a `<i>` for each picture, a list of strings and pictures in reading order, chat content,
+      or a list of these (a list of strings alone is a batch);
+    - `images`: the pictures of the `<i>` marks, a list for one prompt and a list of lists for a batch;
+    - `negative_prompt`: one for all prompts or a list with one for each, any form that `prompt` has; without
+      `negative_images` a `<i>` in it is plain text, as in the official code;
+    - `negative_images`: what `images` is, for the negative prompt.
+    """
+
+    # writes README.md into a saved folder; hub.py puts its function here. Code loaded from a folder has none.
+    write_model_card = None
+
+    def __init_subclass__(cls, **kwargs):
+        """Give `__call__` the stock pipeline's signature and our two keywords, for `help()` and whoever inspects it."""
+        super().__init_subclass__(**kwargs)
+        # for the classes below alone: what a user derives from them inherits as usual
+        stock = next(
+            (base for base in cls.__bases__ if base.__module__.startswith("diffusers.pipelines.")), None
+        )
+        if stock is None or "__call__" in cls.__dict__:
+            return
+        parameters = dict(inspect.signature(stock.__call__).parameters)
+        sink = parameters.pop("kwargs", None)
+        for name in ("images", "negative_images"):
+            parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+
+        # not by its global name: diffusers executes a folder's code anew whenever it loads the folder again
+        call = __class__.__call__
+
+        def __call__(self, *args, **kwargs):
+            return call(self, *args, **kwargs)
+
+        __call__.__doc__ = f"{KosmosGPromptMixin.__doc__}\n{inspect.cleandoc(stock.__call__.__doc__ or '')}"
+        __call__.__signature__ = inspect.Signature([*parameters.values(), *([sink] if sink else [])])
+        cls.__call__ = __call__
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, *args, images=None, negative_images=None, **kwargs):
+        """Generate: see the class for the prompt, and diffusers' pipeline of the same task for the rest."""
+        self._check_widths()
+        prompt_embeds = kwargs.get("prompt_embeds")
+        if prompt is None and prompt_embeds is None and not args:  # among args the stock pipeline looks
+            raise ValueError("Neither prompt nor prompt_embeds were given. Pass one of them.")
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError(
+                f"Both prompt and prompt_embeds (shape {tuple(prompt_embeds.shape)}) were given. Pass one of them."
+            )
+        if prompt is None and images is not None:
+            raise ValueError(
+                "images were given without a prompt. Images belong to a prompt: encode it with them."
+            )
+        height, width = kwargs.get("height"), kwargs.get("width")
+        if (height is None) != (width is None):  # the stock pipelines would ignore the one
+            raise ValueError(f"height={height} and width={width} were given. Pass both, or none of them.")
+        if prompt is not None:
+            prompt = self._processor().parse(prompt, images)
+        negative_prompt = kwargs.get("negative_prompt")
+        if negative_images is not None:
+            if negative_prompt is None:
+                raise ValueError(
+                    "negative_images were given without negative_prompt. Pass both by keyword, with a '<i>' in the "
+                    "negative prompt for each image."
+                )
+            kwargs["negative_prompt"] = self._processor().parse(negative_prompt, negative_images)
+        if getattr(self, "controlnet", None) is not None:
+            stock = inspect.signature(super().__call__)
+            name = "control_image" if "control_image" in stock.parameters else "image"
+            self._check_controls(name, stock.bind_partial(prompt, *args, **kwargs).arguments)
+        # stock pipelines accept any list as prompt; encode_prompt below knows what is in it
+        return super().__call__(prompt, *args, **kwargs)
+
+    def encode_prompt(
+        self,
+        prompt,
+        device=None,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        lora_scale=None,
+        clip_skip=None,
+        images=None,
+        negative_images=None,
+    ):
+        """Encode prompts into the condition of the U-Net. Needs `text_encoder` and `tokenizer` alone.
+
+        Args:
+            prompt, negative_prompt, images, negative_images: see the class. No negative prompt means the null
+                condition, the state of `<s>` alone (kosmosg.py:343-346 of the official code).
+            device: of the result; None takes the pipeline's.
+            num_images_per_prompt: each row is repeated as often, next to itself.
+            do_classifier_free_guidance: without it there is no negative condition.
+            prompt_embeds, negative_prompt_embeds: (B, 77, 768) encoded before, instead of a prompt.
+            lora_scale: of LoRA layers in the text encoder.
+            clip_skip: number of AlignerNet query layers to leave out at the end, for the prompt.
+
+        Returns:
+            (prompt_embeds, negative_prompt_embeds), each (B * num_images_per_prompt, 77, 768); the second is None
+            without guidance and without negative_prompt_embeds.
+
+        Raises:
+            ValueError, TypeError: before the encoder runs, see `KosmosGProcessor` and the messages below.
+        """
+        device = self._execution_device if device is None else device
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError("Both prompt and prompt_embeds were given. Pass one of them.")
+        has_negative = negative_prompt is not None or negative_images is not None
+        if has_negative and negative_prompt_embeds is not None:
+            raise ValueError("Both negative_prompt and negative_prompt_embeds were given. Pass one of them.")
+        if prompt is None and images is not None:
+            raise ValueError(
+                "images were given without a prompt. Images belong to a prompt: encode it with them."
+            )
+        positive = negative = None
+        if prompt is not None:
+            positive = self._processor().parse(prompt, images)
+        elif prompt_embeds is None:
+            raise ValueError("Neither prompt nor prompt_embeds were given. Pass one of them.")
+        batch_size = len(positive) if positive is not None else len(prompt_embeds)
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negative = self._parse_negative(negative_prompt, negative_images, batch_size)
+        self._check_embeds(prompt_embeds, negative_prompt_embeds, batch_size)
+        layers = None if positive is None else self.text_encoder.config.aligner_layers
+        if layers is not None and clip_skip is not None and not 0 <= clip_skip <= layers:
+            raise ValueError(
+                f"clip_skip={clip_skip} was given; the AlignerNet has {layers} query layers to skip."
+            )
+        inputs = [None if batch is None else self._processor()(batch) for batch in (positive, negative)]
+        for batch in inputs:  # both before either is encoded
+            if batch is not None:
+                self.text_encoder.check_prompts(**batch)
+        scaled = lora_scale is not None and self.text_encoder is not None and USE_PEFT_BACKEND
+        if scaled:
+            scale_lora_layers(self.text_encoder, lora_scale)
+        try:
+            if positive is not None:
+                prompt_embeds = self._encode_inputs(inputs[0], device, clip_skip)
+            if negative is not None:
+                negative_prompt_embeds = self._encode_inputs(inputs[1], device)
+                if len(negative_prompt_embeds) == 1 < batch_size:
+                    negative_prompt_embeds = negative_prompt_embeds.expand(batch_size, -1, -1)
+        finally:
+            if scaled:
+                unscale_lora_layers(self.text_encoder, lora_scale)
+        # the stock method casts and repeats ready embeddings
+        return super().encode_prompt(
+            None,
+            device,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )
+
+    def _parse_negative(self, negative_prompt, negative_images, batch_size):
+        if negative_prompt is None and negative_images is not None:
+            raise ValueError("negative_images were given without negative_prompt. Pass both.")
+        # without images of its own a "<i>" in a negative prompt is plain text
+        negative = self._processor().parse(
+            "" if negative_prompt is None else negative_prompt,
+            negative_images,
+            marks_are_text=negative_images is None,
+        )
+        if len(negative) not in (1, batch_size):
+            raise ValueError(
+                f"{len(negative)} negative prompts were given for {batch_size} prompts. Pass one for all, or a list with "
+                "one for each."
+            )
+        return negative
+
+    def _check_embeds(self, prompt_embeds, negative_prompt_embeds, batch_size):
+        unet = getattr(self, "unet", None)
+        width = None if unet is None else unet.config.cross_attention_dim
+        for name, embeds in (
+            ("prompt_embeds", prompt_embeds),
+            ("negative_prompt_embeds", negative_prompt_embeds),
+        ):
+            if embeds is None:
+                continue
+            if embeds.ndim != 3 or 0 in embeds.shape or (width is not None and embeds.shape[-1] != width):
+                raise ValueError(
+                    f"{name} of shape {tuple(embeds.shape)} were given. Expected (prompts, tokens, "
+                    f"{'width of the U-Net' if width is None else width}), as encode_prompt returns them."
+                )
+            if len(embeds) != batch_size:
+                raise ValueError(
+                    f"{name} has {len(embeds)} rows for {batch_size} prompts. Pass one row for each prompt."
+                )
+
+    def _encode_inputs(self, inputs, device, clip_skip=None):
+        inputs = inputs.to(device)
+        # always through forward, so that the hooks of offloading fire
+        output = self.text_encoder(**inputs, output_hidden_states=clip_skip is not None)
+        if clip_skip is None:
+            return output.last_hidden_state
+        return self.text_encoder.text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])
+
+    def _processor(self):
+        """The processor of this tokenizer, with the sizes of this encoder."""
+        module = sys.modules[type(self.tokenizer).__module__] if self.tokenizer is not None else None
+        if not hasattr(module, "KosmosGProcessor") or not hasattr(self.text_encoder, "get_image_features"):
+            raise ValueError(
+                f"{type(self).__name__} holds {type(self.tokenizer).__name__} and {type(self.text_encoder).__name__}. "
+                "To read a prompt it needs a KosmosGTokenizer and a KosmosGTextEncoder: pass tokenizer= and "
+                "text_encoder=, or give ready prompt_embeds and negative_prompt_embeds."
+            )
+        config = self.text_encoder.config
+        words = [name for name, _ in config.image_words]
+        if words != self.tokenizer.image_words:
+            raise ValueError(
+                f"The text encoder knows the image words {words}, the tokenizer {self.tokenizer.image_words}. Use the "
+                "text encoder and the tokenizer of one pipeline together."
+            )
+        if len(self.tokenizer) != config.text_config.vocab_size + len(words):
+            raise ValueError(
+                f"The tokenizer has {len(self.tokenizer) - len(words)} entries, the text encoder's vocabulary "
+                f"{config.text_config.vocab_size}. Use the text encoder and the tokenizer of one model together."
+            )
+        return module.KosmosGProcessor(
+            self.tokenizer, config.vision_config.image_size, config.latent_query_num
+        )
+
+    def _check_widths(self):
+        """U-Net and ControlNets must read states of the width that the encoder writes."""
+        width = getattr(getattr(self.text_encoder, "config", None), "aligner_hidden_size", None)
+        origin = "the text encoder gives"
+        if width is None and self.unet is not None:
+            # ready embeddings, whose width is checked against the U-Net's
+            width, origin = self.unet.config.cross_attention_dim, "the U-Net reads"
+        controlnet = getattr(self, "controlnet", None)
+        parts = {"U-Net": [self.unet], "ControlNet": getattr(controlnet, "nets", [controlnet])}
+        for name, models in parts.items():
+            for model in models:
+                expected = width if model is None or width is None else model.config.cross_attention_dim
+                if expected != width:
+                    raise ValueError(
+                        f"The {name} has cross_attention_dim {expected}, {origin} states of width {width}. "
+                        f"Take a {name} made for the same Stable Diffusion (1.5 for the released Kosmos-G, width 768)."
+                    )
+
+    def _check_controls(self, name, arguments):
+        """One control image for each ControlNet, one or as many as prompts, all of the size of the image to be made.
+
+        diffusers would bend a control image to another shape, leave out a ControlNet that has no scale, or fail inside one.
+        """
+        controls = [arguments.get(name)]
+        controlnets = getattr(getattr(self.controlnet, "_orig_mod", self.controlnet), "nets", None)
+        if controlnets is not None:
+            # a list for all prompts or one for each of them, with an image for each ControlNet
+            nested = isinstance(controls[0], list) and any(isinstance(row, list) for row in controls[0])
+            rows = [("control images", row) for row in (controls[0] if nested else controls)]
+            rows.append(("controlnet_conditioning_scale", arguments.get("controlnet_conditioning_scale")))
+            for what, row in rows:
+                if isinstance(row, list) and len(row) != len(controlnets):
+                    raise ValueError(
+                        f"{len(row)} {what} were given for {len(controlnets)} ControlNets. Pass one for each ControlNet."
+                    )
+            controls = [list(images) for images in zip(*controls[0], strict=True)] if nested else controls[0]
+        prompt = arguments.get("prompt")
+        batch_size = len(arguments["prompt_embeds"] if prompt is None else prompt)
+        sizes = []
+        for images in controls if isinstance(controls, list) else ():
+            images = _split_images(images)
+            if len(images) not in (1, batch_size):
+                raise ValueError(
+                    f"{len(images)} control images were given for {batch_size} prompts. Pass one for all, or one for each."
+                )
+            sizes += [_size(image) for image in images]
+        if None in sizes or not sizes or arguments.get("padding_mask_crop") is not None:
+            return  # no images, which diffusers says; or it cuts them out of what it is given
+        (height, width), multiple = sizes[0], self.vae_scale_factor
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"A control image of {width} x {height} pixels was given. Expected multiples of {multiple}: "
+                f"{width // multiple * multiple} x {height // multiple * multiple}, for instance."
+            )
+        expected = [("another", size) for size in sizes[1:]]
+        expected.append(
+            ("height and width", (arguments.get("height") or height, arguments.get("width") or width))
+        )
+        if arguments.get("height") is None and name == "control_image":
+            changed = [
+                _size(image) for image in _split_images(arguments.get("image")) if hasattr(image, "mode")
+            ]
+            expected += [
+                ("an image to be changed", tuple(side // multiple * multiple for side in size))
+                for size in changed
+            ]
+        for what, size in expected:
+            if size != (height, width):
+                raise ValueError(
+                    f"A control image of {width} x {height} pixels was given, and {what} of {size[1]} x {size[0]}. Make them of one "
+                    "size."
+                )
+
+    # Image words -----------------------------------------------------------------------------------------------
+
+    @property
+    def image_words(self):
+        """Names of the image words, in the order they were added."""
+        return self.tokenizer.image_words
+
+    @torch.no_grad()
+    def add_image_word(self, word, image, strength=1.0):
+        """Make a picture a word: from now on `word` in a plain string means it, in every pipeline that shares the
+        tokenizer and the text encoder, diffusers' own included.
+
+        Args:
+            word: a name such as "<my-dog>": lower-case letters, digits and hyphens in angle brackets.
+            image: the picture, or a list of several that the word names in this order. Each is encoded once, here.
+            strength: factor of the picture's states in the language model's input space: 1 is the picture as it is, 0
+                leaves nothing of it but its place in the prompt.
+
+        Raises:
+            ValueError, TypeError: an ill-formed or known name, or a picture that cannot be read.
+        """
+        processor = self._processor()
+        sys.modules[type(self.tokenizer).__module__].check_image_word(word, self.image_words)
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        if not images:
+            raise ValueError(f"No image was given for {word}. Pass a picture, or a list of them.")
+        if not math.isfinite(strength) or strength < 0:
+            raise ValueError(
+                f"strength={strength} was given for {word}. Expected a finite number, 0 or more."
+            )
+        pixel_values = torch.stack([torch.from_numpy(processor.preprocess(picture)) for picture in images])
+        output = self.text_encoder(pixel_values=pixel_values.to(self._execution_device))
+        self._register_image_words({word: output.image_embeds * strength})
+
+    def remove_image_word(self, word):
+        """Forget an image word. Raises ValueError if there is none of that name."""
+        self.tokenizer.remove_image_word(word)
+        self.text_encoder.remove_image_word(word)
+
+    def save_image_words(self, path, words=None):
+        """Write image words to a small safetensors file: name -> (images, Q, D), in the encoder's dtype.
+
+        Args:
+            path: of the file, ending in .safetensors; written whole or not at all.
+            words: names to write; None writes all.
+
+        Raises:
+            ValueError: there is no such word, or none at all.
+        """
+        words = self.image_words if words is None else list(dict.fromkeys(words))
+        unknown = [word for word in words if word not in self.image_words]
+        if unknown or not words:
+            raise ValueError(
+                f"Image words to save: {words}. Known: {', '.join(self.image_words) or 'none'}. Name words that are there."
+            )
+        parts = dict(zip(self.image_words, self.text_encoder.image_words, strict=True))
+        tensors = {word: parts[word]().detach().cpu().contiguous() for word in words}
+        path = Path(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".image_words_") as folder:
+            part = Path(folder) / "words.safetensors"
+            save_file(tensors, part, metadata={"format": IMAGE_WORDS_FORMAT, "words": json.dumps(words)})
+            os.replace(part, path)
+
+    def load_image_words(self, path):
+        """Add the image words of a file that `save_image_words` wrote; all of them, or none when one is refused.
+
+        Raises:
+            ValueError: not such a file, states of another size, or a name that is taken.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}). Pass a file that save_image_words wrote."
+            ) from error
+        if metadata.get("format") != IMAGE_WORDS_FORMAT:
+            raise ValueError(
+                f"{path} has the format {metadata.get('format')!r}; expected {IMAGE_WORDS_FORMAT!r}. Pass a file that "
+                "save_image_words wrote."
+            )
+        try:
+            words = json.loads(metadata.get("words", "null"))
+        except json.JSONDecodeError:
+            words = None
+        if not isinstance(words, list) or sorted(map(str, words)) != sorted(tensors):
+            raise ValueError(
+                f"{path} lists the words {words} but holds {sorted(tensors)}. The file is damaged."
+            )
+        self._register_image_words({word: tensors[word] for word in words})
+
+    def _register_image_words(self, states):
+        """Enter words into tokenizer and encoder, all or none."""
+        check = sys.modules[type(self.tokenizer).__module__].check_image_word
+        for word in states:
+            check(word, self.image_words)
+        added = []
+        try:
+            for word, image_embeds in states.items():
+                self.text_encoder.add_image_word(word, image_embeds)
+                added.append(word)
+        except ValueError:
+            for word in added:
+                self.text_encoder.remove_image_word(word)
+            raise
+        for word in states:
+            self.tokenizer.add_image_word(word)
+
+    # Composition -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def blend(self, prompts):
+        """Weighted mean of the conditions of several prompts: sum(w_i * c_i) / sum(w_i).
+
+        Args:
+            prompts: (prompt, weight) or (prompt, weight, images) for each; a prompt in any form for one. A weight may be
+                negative, which moves away from that prompt; their sum may not be 0.
+
+        Returns:
+            (1, 77, 768), to be given as `prompt_embeds`. A prompt blended with itself gives its own condition.
+
+        Raises:
+            ValueError: no prompts or none of this form, weights that are not finite or sum to 0, or a batch in the place
+                of one prompt.
+        """
+        prompts = list(prompts)
+        if any(isinstance(entry, str) or len(entry) not in (2, 3) for entry in prompts):
+            raise ValueError(
+                "blend takes a list with (prompt, weight) or (prompt, weight, images) for each prompt."
+            )
+        prompts = [(*entry, None)[:3] for entry in prompts]
+        weights = torch.tensor([float(weight) for _, weight, _ in prompts])
+        if not prompts or not weights.isfinite().all() or weights.sum().abs() < 1e-6:
+            raise ValueError(
+                f"blend was given {len(prompts)} prompts with the weights {weights.tolist()}. Expected at least one, and "
+                "finite weights that do not sum to 0."
+            )
+        batch = [
+            parsed for prompt, _, images in prompts for parsed in self._processor().parse(prompt, images)
+        ]
+        if len(batch) != len(prompts):
+            raise ValueError(
+                f"blend was given {len(batch)} prompts for {len(prompts)} weights. Pass one (prompt, weight) for each: a "
+                "list of strings is a batch."
+            )
+        condition, _ = self.encode_prompt(batch, do_classifier_free_guidance=False)
+        weights = (weights / weights.sum()).to(condition.device)
+        return torch.einsum("i,ikd->kd", weights, condition.float())[None].to(condition.dtype)
+
+    @torch.no_grad()
+    def encode_with_clip(self, prompt, text_encoder, tokenizer):
+        """CLIP's own states of a text, for instance as `negative_prompt_embeds` beside a prompt of words and pictures.
+
+        Args:
+            prompt: a string or a list of them, cut at 77 tokens by diffusers' rules (it warns).
+            text_encoder, tokenizer: CLIPTextModel and CLIPTokenizer of the Stable Diffusion that the U-Net is from.
+
+        Returns:
+            (B, 77, 768): exactly what the stock pipeline would use, no AlignerNet involved.
+        """
+        stock = StableDiffusionPipeline(
+            None, text_encoder, tokenizer, None, None, None, None, requires_safety_checker=False
+        )
+        return stock.encode_prompt(prompt, self._execution_device, 1, False)[0]
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name=None, **kwargs):
+        """As diffusers', keywords included. Keys for CLIP's text encoder are left out with one warning.
+
+        Raises:
+            ImportError: peft is not installed.
+            ValueError: there is no such file, or its layers do not fit this U-Net.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        if not USE_PEFT_BACKEND:
+            raise ImportError("LoRA needs the package peft: pip install -U peft")
+        if isinstance(source, (str, Path)):
+            path, source = Path(source), str(source)
+            if path.is_file():
+                kwargs.setdefault("weight_name", path.name)  # or diffusers refuses while the Hub is offline
+            elif not path.exists() and (path.is_absolute() or path.suffix in LORA_SUFFIXES):
+                raise ValueError(f"There is no LoRA at {source!r}. Pass a file, a folder or a Hub id.")
+        super().load_lora_weights(source, adapter_name, **kwargs)
+
+    @classmethod
+    def load_lora_into_unet(cls, state_dict, network_alphas, unet, **kwargs):
+        """As diffusers', after a check that the layers are those of this U-Net; otherwise ValueError."""
+        layers = {key[len("unet.") :]: value for key, value in state_dict.items() if key.startswith("unet.")}
+        if not layers:
+            raise ValueError(
+                f"None of the {len(state_dict)} keys of this LoRA is for a U-Net; the first is {next(iter(state_dict), '')!r}. "
+                "A LoRA for CLIP's text encoder alone, or for another kind of model, has nothing to act on: take one made "
+                "for the U-Net of Stable Diffusion 1.5."
+            )
+        # a file may hold both spellings, and diffusers judges all keys by the first
+        layers = convert_unet_state_dict_to_peft(layers)
+        modules = dict(unet.named_modules())
+        foreign = []
+        for key, value in layers.items():
+            module = modules.get(key.split(".lora_")[0])
+            # not of the weight, which quantisation may have packed
+            width = getattr(module, "in_features", getattr(module, "in_channels", None))
+            if width is None or (".lora_A." in key and value.shape[1] != width):
+                foreign.append(f"{key} {tuple(value.shape)}")
+        if foreign:
+            raise ValueError(
+                f"{len(foreign)} of {len(layers)} layers of this LoRA do not fit the U-Net, such as {foreign[0]}. It was "
+                "made for another architecture (SDXL, 2.1?): take one made for Stable Diffusion 1.5."
+            )
+        layers = {f"unet.{key}": value for key, value in layers.items()}
+        super().load_lora_into_unet(layers, network_alphas, unet, **kwargs)
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, **kwargs):
+        """Layers for CLIP's text encoder have nothing to act on: leave them, and say how many."""
+        left = sum(key.startswith("text_encoder.") for key in state_dict)
+        if left:
+            logger.warning(
+                f"{left} of {len(state_dict)} keys of this LoRA are for CLIP's text encoder, which Kosmos-G replaces; they "
+                "are left out. The U-Net's part is loaded."
+            )
+
+    def load_textual_inversion(self, *args, **kwargs):
+        """Not possible: raises TypeError. Embeddings made for CLIP mean nothing to another text encoder."""
+        raise TypeError(
+            "Textual inversion embeddings are made for CLIP's text encoder and mean nothing to Kosmos-G's. Make an image "
+            "word instead, in one pass: pipe.add_image_word('<my-dog>', image), or load one with load_image_words."
+        )
+
+    # Saving and loading ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def _dict_from_json_file(cls, *args, **kwargs):
+        """As diffusers', but a folder that carries code is loaded as this class, without running that code."""
+        config = super()._dict_from_json_file(*args, **kwargs)
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = cls.__name__
+        return config
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As diffusers', but the components' classes are the installed ones, not those of the folder's code."""
+        config = super().load_config(*args, **kwargs)
+        if not isinstance(config, dict):
+            return config
+        package = __name__.rpartition(".")[0]
+        for name, value in config.items():
+            if (
+                isinstance(value, (list, tuple))
+                and value
+                and value[0] in MODULES
+                and f"{package}.{value[0]}" in sys.modules
+            ):
+                config[name] = [f"{package}.{value[0]}", *value[1:]]
+        return config
+
+    def save_config(self, save_directory, *args, **kwargs):
+        """As diffusers', but model_index.json names the code that the folder carries."""
+        super().save_config(save_directory, *args, **kwargs)
+        path = Path(save_directory) / self.config_name
+        index = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in index.items():
+            if isinstance(value, list) and value and str(value[0]).rpartition(".")[2] in MODULES:
+                index[name] = [value[0].rpartition(".")[2], *value[1:]]
+        index["_class_name"] = [MODULES[2], self._own_class().__name__]
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def save_pretrained(self, save_directory, safe_serialization=True, push_to_hub=False, **kwargs):
+        """Write a folder that carries its own code and model card and loads with diffusers alone:
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+
+        Keywords are those of diffusers' method (`variant`, `max_shard_size`; with `push_to_hub=True` also `repo_id`,
+        `commit_message`, `private`, `token`, `create_pr`). No pickle is ever written.
+
+        Raises:
+            ValueError: pickle files were asked for.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False asks for pickle files, which are not written. Leave it out."
+            )
+        upload = {
+            name: kwargs.pop(name, None)
+            for name in ("repo_id", "commit_message", "private", "token", "create_pr")
+        }
+        super().save_pretrained(save_directory, **kwargs)
+        shutil.copyfile(__file__, Path(save_directory) / f"{MODULES[2]}.py")  # the components copied theirs
+        if self.write_model_card is not None:
+            self.write_model_card(save_directory)
+        if push_to_hub:
+            upload["repo_id"] = upload["repo_id"] or Path(save_directory).name
+            self._upload(save_directory, **upload)
+
+    def push_to_hub(self, repo_id, commit_message=None, private=None, token=None, create_pr=False, **kwargs):
+        """Save to a temporary folder, with model card and code, and upload that to `repo_id`; keywords as diffusers'."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return self._upload(folder, repo_id, commit_message, private, token, create_pr)
+
+    def _upload(self, folder, repo_id, commit_message, private, token, create_pr):
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        return self._upload_folder(
+            folder, repo_id, token=token, commit_message=commit_message, create_pr=bool(create_pr)
+        )
+
+    def _own_class(self):
+        """The pipeline class of this file, whatever the user derived from it."""
+        return next(base for base in type(self).__mro__ if base.__module__ == __name__)
+
+    @classmethod
+    def _get_signature_types(cls):
+        return {**super()._get_signature_types(), "text_encoder": (PreTrainedModel,)}
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """A pipeline of this class with the components of another, shared and not copied.
+
+        diffusers' own `from_pipe` casts what is shared to float32 unless told otherwise; this one leaves every
+        component as it is. Pass `torch_dtype` to cast. New components, such as `controlnet`, are keywords.
+        """
+        if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:
+            kwargs[DTYPE_KEYWORD] = KEEP_DTYPES
+        return super().from_pipe(pipeline, **kwargs)
+
+    def to(self, *args, **kwargs):
+        """As diffusers', where `from_pipe` ends; there the default is to cast nothing."""
+        if KEEP_DTYPES in (kwargs.get("dtype"), kwargs.get("torch_dtype")):
+            return self
+        return super().to(*args, **kwargs)
+
+
+def _split_images(images):
+    """Images in any form that diffusers takes -> list of single ones."""
+    if isinstance(images, list):
+        return [single for image in images for single in _split_images(image)]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
+
+def _size(image):
+    """PIL image, array (H, W, C) or tensor (C, H, W) -> (H, W); None for anything else."""
+    if not hasattr(image, "shape"):
+        return (image.height, image.width) if hasattr(image, "height") else None
+    return tuple(image.shape[-2:] if isinstance(image, torch.Tensor) else image.shape[:2])
+
+
+class KosmosGPipeline(KosmosGPromptMixin, StableDiffusionPipeline):
+    """Text-to-image: `pipe("<i> in the suit of <i>", images=[dog, armour]).images[0]`."""
+
+
+class KosmosGImg2ImgPipeline(KosmosGPromptMixin, StableDiffusionImg2ImgPipeline):
+    """Image-to-image: `image=` is what is changed, `images=` are the pictures of the prompt."""
+
+
+class KosmosGInpaintPipeline(KosmosGPromptMixin, StableDiffusionInpaintPipeline):
+    """Inpainting: `image=` and `mask_image=` say where, `images=` are the pictures of the prompt."""
+
+
+class KosmosGControlNetPipeline(KosmosGPromptMixin, StableDiffusionControlNetPipeline):
+    """Text-to-image under a ControlNet: `image=` is the control image, `images=` are the pictures of the prompt."""
+
+
+class KosmosGControlNetImg2ImgPipeline(KosmosGPromptMixin, StableDiffusionControlNetImg2ImgPipeline):
+    """Image-to-image under a ControlNet: `image=`, `control_image=`, and `images=` for the prompt."""
+
+
+class KosmosGControlNetInpaintPipeline(KosmosGPromptMixin, StableDiffusionControlNetInpaintPipeline):
+    """Inpainting under a ControlNet: `image=`, `mask_image=`, `control_image=`, and `images=` for the prompt."""

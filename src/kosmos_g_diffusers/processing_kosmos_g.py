@@ -1,0 +1,568 @@
+"""Prompts of words and pictures -> token ids, masks and pixels (sec. 2.1 of the Kosmos-G paper, "image as a foreign language").
+
+Letters of the shapes: B prompts in the batch, L tokens of the longest prompt, N images of the whole batch,
+Q latent queries an image (64), S image size (224). Images are RGB.
+
+This file is copied into saved model folders and stands alone: it needs transformers, diffusers, torch and Pillow only.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from diffusers.utils import load_image
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import Unigram
+from transformers import BatchFeature, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+IMAGE_MARK = "<i>"
+# What CLIP ViT-L/14 was trained with; app_model.py:54-56 of the official code.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Ids 0 to 3. A user may type "<s>", and that is text: so the entries are spelled with full-width brackets, which
+# the normaliser (NFKC) turns into plain ones before the vocabulary is looked up. They can therefore never match.
+BEGIN, PAD, END, UNKNOWN = SPECIAL_PIECES = ("＜s＞", "＜pad＞", "＜/s＞", "＜unk＞")
+# Behind the text pieces, in the order of unilm/tasks/gpt_base.py:155-164. Never matched in text either.
+EXTRA_SPECIAL_TOKENS = ("<mask>", "</doc>", "<image>", "</image>", "</chunk>", "</line>")
+
+IMAGE_WORD_PATTERN = re.compile(r"<[a-z][a-z0-9-]*>")
+RESERVED_WORDS = frozenset({IMAGE_MARK, "<s>", "<pad>", "<unk>", "<mask>", "<image>"})
+
+
+def _normalizer(unicode_rules):
+    """Unicode rules, then single spaces and none outside, as SentencePiece's `remove_extra_whitespaces`."""
+    return normalizers.Sequence(
+        [*unicode_rules, normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
+
+
+class KosmosGTokenizer(PreTrainedTokenizerFast):
+    """Fast tokenizer with the ids of Kosmos-G: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, the text pieces, six more specials.
+
+    It adds `<s>` in front and nothing behind, as the official prompts do. Names of special tokens in a text are text.
+    Beside the usual members it knows two sizes of the model it belongs to, `image_size` and `latent_query_num`, and
+    the *image words*: tokens such as `<my-dog>` with ids at or above the model's vocabulary.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]
+
+    @classmethod
+    def from_sentencepiece(cls, path, *, image_size=224, latent_query_num=64, model_max_length=2048):
+        """Build from the official `sentencepiece.bpe.model` (despite its name a unigram model).
+
+        Args:
+            path: the SentencePiece file. Reading it needs the packages sentencepiece and protobuf (extra `convert`).
+            image_size: side of the pictures the vision tower reads, in pixels.
+            latent_query_num: states an image takes in the prompt.
+            model_max_length: longest prompt of the language model, in tokens.
+
+        Raises:
+            ValueError: the file is missing or is not a SentencePiece unigram model.
+            ImportError: sentencepiece or protobuf is not installed.
+        """
+        try:
+            from google.protobuf.message import DecodeError
+            from sentencepiece import sentencepiece_model_pb2
+        except ImportError as error:
+            raise ImportError(
+                "Reading a SentencePiece file needs the packages sentencepiece and protobuf: "
+                "pip install 'kosmos-g-diffusers[convert]'"
+            ) from error
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(
+                f"There is no tokenizer file at {path}. Pass the path of the official sentencepiece.bpe.model."
+            )
+        model = sentencepiece_model_pb2.ModelProto()
+        try:
+            model.ParseFromString(path.read_bytes())
+        except DecodeError as error:
+            raise ValueError(
+                f"{path} is not a SentencePiece model ({path.stat().st_size:,} bytes that do not parse). "
+                "Pass the official sentencepiece.bpe.model."
+            ) from error
+        if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM or len(model.pieces) < 4:
+            raise ValueError(
+                f"{path} holds {len(model.pieces)} pieces of a SentencePiece model that is not a unigram model. "
+                "Pass the official sentencepiece.bpe.model, which is one despite its name."
+            )
+        pieces = [(piece.piece, piece.score) for piece in model.pieces if piece.type == piece.NORMAL]
+        charsmap = model.normalizer_spec.precompiled_charsmap
+        rules = [normalizers.Precompiled(charsmap)] if charsmap else [normalizers.NFKC()]
+        return cls._build(pieces, rules, image_size, latent_query_num, model_max_length)
+
+    @classmethod
+    def from_vocabulary(cls, pieces, *, image_size=224, latent_query_num=64, model_max_length=2048):
+        """Build a small tokenizer from unigram pieces of one's own, for instance for a model trained on few captions.
+
+        Args:
+            pieces: list of (piece, log-probability); `▁` stands for the space before a word.
+            image_size, latent_query_num, model_max_length: as in `from_sentencepiece`.
+        """
+        rules = [normalizers.Nmt(), normalizers.NFKC()]
+        return cls._build(list(pieces), rules, image_size, latent_query_num, model_max_length)
+
+    @classmethod
+    def _build(cls, pieces, unicode_rules, image_size, latent_query_num, model_max_length):
+        vocabulary = [(piece, 0.0) for piece in SPECIAL_PIECES] + pieces
+        backend = Tokenizer(Unigram(vocabulary, unk_id=SPECIAL_PIECES.index(UNKNOWN), byte_fallback=False))
+        backend.normalizer = _normalizer(unicode_rules)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+        backend.decoder = decoders.Metaspace(prepend_scheme="always")
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, SPECIAL_PIECES.index(BEGIN))]
+        )
+        backend.add_special_tokens([AddedToken(token, normalized=False) for token in EXTRA_SPECIAL_TOKENS])
+        return cls(
+            tokenizer_object=backend,
+            bos_token=BEGIN,
+            pad_token=PAD,
+            eos_token=END,
+            unk_token=UNKNOWN,
+            extra_special_tokens=list(EXTRA_SPECIAL_TOKENS),
+            split_special_tokens=True,  # a "<image>" that a user types is text
+            clean_up_tokenization_spaces=False,
+            model_max_length=model_max_length,
+            image_size=image_size,
+            latent_query_num=latent_query_num,
+        )
+
+    @property
+    def image_size(self) -> int:
+        return self.init_kwargs["image_size"]
+
+    @property
+    def latent_query_num(self) -> int:
+        return self.init_kwargs["latent_query_num"]
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of `<image>`: begin of image, and the placeholder of the image's states."""
+        return self.convert_tokens_to_ids("<image>")
+
+    @property
+    def end_of_image_token_id(self) -> int:
+        return self.convert_tokens_to_ids("</image>")
+
+    def _convert_token_to_id_with_added_voc(self, token):
+        # The names people know, "<s>" for the entry "＜s＞"; no text piece can be called so.
+        if token in ("<s>", "<pad>", "</s>", "<unk>"):
+            token = token.replace("<", "＜").replace(">", "＞")
+        return super()._convert_token_to_id_with_added_voc(token)
+
+    def _encode_plus(self, text, *args, **kwargs):
+        encoded = super()._encode_plus(text, *args, **kwargs)
+        if any(encoding.overflowing for encoding in encoded.encodings or ()):
+            self._warn_of_truncation(text, encoded, kwargs.get("add_special_tokens", True))
+        return encoded
+
+    def _warn_of_truncation(self, text, encoded, add_special_tokens):
+        texts = text if isinstance(text, (list, tuple)) else [text]
+        for index, (one, encoding) in enumerate(zip(texts, encoded.encodings, strict=True)):
+            if encoding.overflowing:
+                length = len(super()._encode_plus(one, add_special_tokens=add_special_tokens)["input_ids"])
+                logger.warning(
+                    f"Prompt {index} is {length} tokens long and was cut to {len(encoding.ids)}. Shorten it, or give "
+                    "it to a Kosmos-G pipeline, which reads negative prompts of any length."
+                )
+
+    # Image words -----------------------------------------------------------------------------------------------
+
+    @property
+    def image_words(self) -> list[str]:
+        """Names of the image words, in the order of their ids."""
+        return [token.content for _, token in sorted(self.added_tokens_decoder.items()) if not token.special]
+
+    def add_image_word(self, word):
+        """Make `word` one token, with the next free id at or above the model's vocabulary. Raises ValueError."""
+        check_image_word(word, self.image_words)
+        self.add_tokens([AddedToken(word, special=False, normalized=False)])
+
+    def remove_image_word(self, word):
+        """Forget `word`; the words behind it move up by one id. Raises ValueError if there is no such word."""
+        words = self.image_words
+        if word not in words:
+            raise ValueError(
+                f"There is no image word {word!r} to remove. Known: {', '.join(words) or 'none'}."
+            )
+        # tokenizers can add tokens but not remove any: build the backend again without it
+        split_special_tokens = self._tokenizer.encode_special_tokens
+        kept = [
+            (token.content, token.special)
+            for _, token in sorted(self.added_tokens_decoder.items())
+            if token.content != word
+        ]
+        backend = Tokenizer(self._tokenizer.model)
+        for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+            setattr(backend, part, getattr(self._tokenizer, part))
+        for content, special in kept:
+            backend.add_tokens([AddedToken(content, special=special, normalized=False)])
+        backend.encode_special_tokens = split_special_tokens
+        self._tokenizer = backend
+
+
+KosmosGTokenizer.register_for_auto_class(
+    "AutoTokenizer"
+)  # save_pretrained puts a copy of this file into the folder
+
+
+def check_image_word(word, known_words):
+    """Raise a ValueError unless `word` is a well-formed name that is still free."""
+    if not isinstance(word, str) or not IMAGE_WORD_PATTERN.fullmatch(word) or word in RESERVED_WORDS:
+        raise ValueError(
+            f"{word!r} cannot name an image word. A name is lower-case letters, digits and hyphens in angle brackets, "
+            f"such as '<my-dog>', and none of {', '.join(sorted(RESERVED_WORDS))}."
+        )
+    if word in known_words:
+        raise ValueError(f"There is an image word {word!r} already. Remove it first, or take another name.")
+
+
+class Prompt(list):
+    """One prompt in reading order: strings (text, never a path) and RGB PIL images. Made by `KosmosGProcessor.parse`."""
+
+
+class KosmosGProcessor:
+    """Turns prompts of words and pictures into what `KosmosGTextEncoder` reads.
+
+    Args:
+        tokenizer: a `KosmosGTokenizer`.
+        image_size: side of the pixels the vision tower reads; None takes the tokenizer's.
+        latent_query_num: states an image takes in the prompt; None takes the tokenizer's.
+    """
+
+    def __init__(self, tokenizer, image_size=None, latent_query_num=None):
+        self.tokenizer = tokenizer
+        self.image_size = tokenizer.image_size if image_size is None else image_size
+        self.latent_query_num = tokenizer.latent_query_num if latent_query_num is None else latent_query_num
+
+    @classmethod
+    def from_pretrained(cls, folder, **kwargs):
+        """Read the tokenizer of `folder` (a path or Hub id; a pipeline's is in `subfolder="tokenizer"`)."""
+        return cls(KosmosGTokenizer.from_pretrained(folder, **kwargs))
+
+    def save_pretrained(self, folder):
+        self.tokenizer.save_pretrained(folder)
+
+    def __call__(self, prompts, images=None, return_tensors="pt", marks_are_text=False):
+        """Tokenise a batch of prompts and prepare its pictures.
+
+        The layout of a prompt is `<s>`, then its text and pictures in reading order; a picture is `<image>`, Q
+        placeholders and `</image>`. There is no `</s>` (app_model.py:164-197 of the official code).
+
+        Args:
+            prompts: one prompt or a list of them. A prompt is a string with a `<i>` for each picture, a list of
+                strings and pictures in reading order, or chat content (`[{"type": "text", "text": ...},
+                {"type": "image", "image": ...}]`). A list of strings alone is a batch.
+            images: the pictures of the `<i>` marks: a list for one prompt, a list of lists for a batch. A picture is
+                a PIL image of any mode, an array or tensor, a path or a URL.
+            return_tensors: "pt", the only kind there is.
+            marks_are_text: read a `<i>` as text, as the official code does in negative prompts.
+
+        Returns:
+            BatchFeature with `input_ids` (B, L) and `attention_mask` (B, L), int64, padded on the right;
+            `image_token_mask` (B, L), bool, True where a state of an image belongs; and, when there are pictures,
+            `pixel_values` (N, 3, S, S), float32, normalised with CLIP's mean and deviation, in reading order.
+
+        Raises:
+            ValueError, TypeError: prompts or pictures that cannot be read, counts that do not match, an unknown
+                image word, or a prompt longer than the model reads. The prompt is named by its index.
+        """
+        if return_tensors != "pt":
+            raise ValueError(
+                f"return_tensors={return_tensors!r} was given; only 'pt' (torch tensors) is there."
+            )
+        batch = self.parse(prompts, images, marks_are_text=marks_are_text)
+        rows, slots, pixels = zip(
+            *[self._encode(prompt, index) for index, prompt in enumerate(batch)], strict=True
+        )
+        shape = (len(rows), max(len(row) for row in rows))
+        input_ids = torch.full(shape, self.tokenizer.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        image_token_mask = torch.zeros(shape, dtype=torch.bool)
+        for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
+            input_ids[index, : len(row)] = torch.tensor(row)
+            attention_mask[index, : len(row)] = 1
+            image_token_mask[index, : len(row)] = torch.tensor(slot)
+        data = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "image_token_mask": image_token_mask,
+        }
+        pixels = [image for prompt in pixels for image in prompt]
+        if pixels:
+            data["pixel_values"] = torch.from_numpy(np.stack(pixels))
+        return BatchFeature(data)
+
+    def preprocess(self, image):
+        """A picture of any accepted kind -> (3, S, S) float32 array, bit for bit as the official preprocessing.
+
+        Shorter side to S (bicubic, on the PIL image), centre crop, [0, 1], CLIP's mean and deviation in float64.
+        """
+        image = open_image(image, "The image")
+        size, (width, height) = self.image_size, image.size
+        if width <= height:
+            width, height = size, int(size * height / width)
+        else:
+            width, height = int(size * width / height), size
+        _check_pixel_count(width, height, f"The image of {image.width} x {image.height} pixels, resized,")
+        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+        # round half to even: with a floor the crop of an odd margin would be off by one pixel
+        left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))
+        image = image.crop((left, top, left + size, top + size))
+        pixels = np.array(image).transpose(2, 0, 1) / 255.0
+        pixels = (pixels - np.reshape(IMAGE_MEAN, (3, 1, 1))) / np.reshape(IMAGE_STD, (3, 1, 1))
+        return pixels.astype(np.float32)
+
+    def _encode(self, prompt, index):
+        """Ids, slot mask and pixels of one parsed prompt."""
+        tokenizer, slots = self.tokenizer, self.latent_query_num
+        picture = [tokenizer.image_token_id] * (1 + slots) + [tokenizer.end_of_image_token_id]
+        picture_mask = [False] + [True] * slots + [False]
+        ids, mask, pixels = [tokenizer.bos_token_id], [False], []
+        for part in prompt:
+            if isinstance(part, str):
+                # each stretch of text on its own: the one behind a picture gets its own "▁", outer spaces vanish
+                text_ids = tokenizer(part, add_special_tokens=False)["input_ids"]
+                ids += text_ids
+                mask += [False] * len(text_ids)
+            else:
+                ids += picture
+                mask += picture_mask
+                pixels.append(self.preprocess(part))
+        if len(ids) > tokenizer.model_max_length:
+            raise ValueError(
+                f"Prompt {index} is {len(ids)} tokens long ({len(pixels)} images take {len(picture)} each); the model "
+                f"reads at most {tokenizer.model_max_length}. Shorten it: nothing is cut silently."
+            )
+        return ids, mask, pixels
+
+    # Reading the forms a prompt may have -------------------------------------------------------------------------
+
+    def parse(self, prompts, images=None, marks_are_text=False):
+        """Any form of prompt or batch -> list of `Prompt`, its pictures opened and converted to RGB.
+
+        Takes and raises what `__call__` does; what it returns may be given to it again.
+        """
+        batch, images = self._as_batch(prompts, images)
+        parsed = [
+            prompt if isinstance(prompt, Prompt) else self._parse_one(prompt, pictures, index, marks_are_text)
+            for index, (prompt, pictures) in enumerate(zip(batch, images, strict=True))
+        ]
+        known = set(self.tokenizer.image_words) | RESERVED_WORDS
+        for index, prompt in enumerate(parsed):
+            text = " ".join(part for part in prompt if isinstance(part, str))
+            unknown = sorted(set(IMAGE_WORD_PATTERN.findall(text)) - known)
+            if unknown:
+                words = ", ".join(self.tokenizer.image_words) or "none"
+                raise ValueError(
+                    f"Prompt {index} uses {', '.join(unknown)}, which names no image word. Known words: {words}. "
+                    "Add it with add_image_word(word, image), or write the text without angle brackets."
+                )
+        return parsed
+
+    @staticmethod
+    def _as_batch(prompts, images):
+        """(list of prompts, list of as many image lists or None)."""
+        if isinstance(prompts, tuple):
+            prompts = list(prompts)
+        if isinstance(prompts, (str, Prompt)):
+            return [prompts], [_as_image_list(images, 0)]
+        if not isinstance(prompts, list):
+            raise TypeError(
+                f"A prompt of type {type(prompts).__name__} was given. Expected a string, a list of strings and images "
+                "in reading order, chat content, or a list of these."
+            )
+        if not prompts:
+            raise ValueError("An empty list of prompts was given. Pass at least one prompt; '' is one.")
+        if not _is_batch(prompts):
+            return [prompts], [_as_image_list(images, 0)]
+        if images is None:
+            return prompts, [None] * len(prompts)
+        if not isinstance(images, (list, tuple)) or not all(
+            image_list is None or isinstance(image_list, (list, tuple)) for image_list in images
+        ):
+            raise TypeError(
+                f"images must be a list of lists for a batch of {len(prompts)} prompts, one list (it may be empty) for "
+                "each prompt. A flat list belongs to a single prompt."
+            )
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"{len(images)} lists of images were given for {len(prompts)} prompts. Pass one list for each prompt."
+            )
+        return prompts, [_as_image_list(image_list, index) for index, image_list in enumerate(images)]
+
+    @staticmethod
+    def _parse_one(prompt, images, index, marks_are_text):
+        if isinstance(prompt, str):
+            parts = [prompt]
+        elif isinstance(prompt, (list, tuple)) and prompt:
+            parts = [_read_content(part, index) for part in prompt]
+        else:
+            raise TypeError(
+                f"Prompt {index} is of type {type(prompt).__name__}"
+                + (" and empty" if isinstance(prompt, (list, tuple)) else "")
+                + ". Expected a string, a list of strings and images, or chat content."
+            )
+        inline = sum(not isinstance(part, str) for part in parts)
+        n_marks = (
+            0 if marks_are_text else sum(part.count(IMAGE_MARK) for part in parts if isinstance(part, str))
+        )
+        n_images = len(images or ())
+        if inline and (n_marks or n_images):
+            raise ValueError(
+                f"Prompt {index} holds {inline} pictures in reading order and also {n_marks} '<i>' marks with {n_images} "
+                "images beside it. Use one way: pictures in the list, or '<i>' marks and images=."
+            )
+        if n_marks != n_images:
+            raise ValueError(
+                f"Prompt {index} has {n_marks} '<i>' marks but {n_images} images were given. Pass one image per '<i>', "
+                "in reading order."
+            )
+        result, pictures = Prompt(), iter(images or ())
+        for part in parts:
+            if not isinstance(part, str):
+                result.append(
+                    open_image(part, f"Image {sum(not isinstance(p, str) for p in result)} of prompt {index}")
+                )
+                continue
+            stretches = part.split(IMAGE_MARK) if n_marks else [part]
+            for number, stretch in enumerate(stretches):
+                if number:
+                    where = f"Image {sum(not isinstance(p, str) for p in result)} of prompt {index}"
+                    result.append(open_image(next(pictures), where))
+                result.append(stretch)
+        return result
+
+
+def _is_batch(prompts):
+    """A list is a batch when it holds strings alone, or any list; else it is one prompt in reading order."""
+    return all(isinstance(part, str) for part in prompts) or any(
+        isinstance(part, (list, tuple)) for part in prompts
+    )
+
+
+def _as_image_list(images, index):
+    if images is None or isinstance(images, (list, tuple)):
+        for image in images or ():
+            if isinstance(image, (list, tuple)):
+                raise TypeError(
+                    f"images of prompt {index} holds a list. Pass a flat list of images for one prompt."
+                )
+        return images
+    if isinstance(images, (str, Path, PIL.Image.Image)):
+        return [images]
+    raise TypeError(
+        f"images of prompt {index} is of type {type(images).__name__}. Pass a list with one image per '<i>'."
+    )
+
+
+def _read_content(part, index):
+    """One element of a reading-order list or of chat content -> string or picture."""
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    sources = [part[key] for key in ("image", "url", "path") if part.get(key) is not None]
+    if kind == "image" and len(sources) == 1:
+        source = sources[0]
+        # strings of a reading-order list are text, so a path or URL is opened here
+        return open_image(source, f"An image of prompt {index}")
+    raise ValueError(
+        f"Prompt {index} holds a content part of type {kind!r} with the keys {sorted(map(str, part))}. Expected "
+        "{'type': 'text', 'text': ...} or {'type': 'image', 'image' or 'url' or 'path': ...}."
+    )
+
+
+def open_image(image, name):
+    """Any accepted kind of picture -> RGB PIL image, turned upright by its EXIF orientation.
+
+    Args:
+        image: PIL image of any mode, path, URL, array (H, W, 3) or tensor (3, H, W); integers in [0, 255], floats in
+            [0, 1].
+        name: what an error calls it.
+
+    Raises:
+        ValueError: it cannot be read, is empty, or has more pixels than Pillow's limit for decompression bombs.
+        TypeError: it is of another type.
+    """
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return _from_array(image, name)
+    if isinstance(image, (str, Path)):
+        try:
+            image = load_image(str(image), convert_method=lambda opened: opened)
+        except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything
+            raise ValueError(
+                f"{name} cannot be read from {str(image)!r} ({error}). Pass the path or URL of a picture that opens."
+            ) from error
+    if not isinstance(image, PIL.Image.Image):
+        raise TypeError(
+            f"{name} is of type {type(image).__name__}. Expected a PIL image, an array, a tensor, a path or a URL."
+        )
+    if not image.width or not image.height:
+        raise ValueError(
+            f"{name} is {image.width} x {image.height} pixels. Pass a picture with at least one pixel."
+        )
+    _check_pixel_count(image.width, image.height, name)
+    try:
+        image.load()
+        return _to_rgb(PIL.ImageOps.exif_transpose(image))
+    except Exception as error:  # as above
+        raise ValueError(
+            f"{name} (mode {image.mode}, {image.width} x {image.height}) cannot be decoded ({error}). "
+            "Pass a picture that opens in RGB."
+        ) from error
+
+
+def _check_pixel_count(width, height, name):
+    limit = PIL.Image.MAX_IMAGE_PIXELS  # None when the user has lifted it
+    if limit is not None and width * height > limit:
+        raise ValueError(
+            f"{name} has {width} x {height} = {width * height:,} pixels, more than the {limit:,} that count as a "
+            "decompression bomb. Make it smaller, or set PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+        )
+
+
+def _to_rgb(image):
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith(
+        "I"
+    ):  # "I;16" and kin, and the 32-bit mode that older Pillow opens 16-bit files in
+        values = np.asarray(image).astype(np.float64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"values from {values.min():g} to {values.max():g}, expected 16 bit: 0 to 65535")
+        return PIL.Image.fromarray((values / 257.0).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        return _from_array(np.repeat(np.asarray(image)[..., None], 3, axis=-1), "The picture")
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        background = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(background, image)
+    return image.convert("RGB")
+
+
+def _from_array(array, name):
+    is_tensor = isinstance(array, torch.Tensor)
+    if is_tensor:
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    layout = "(3, height, width)" if is_tensor else "(height, width, 3)"
+    if array.ndim != 3 or array.shape[0 if is_tensor else -1] != 3 or 0 in array.shape:
+        raise ValueError(f"{name} is an array of shape {tuple(array.shape)}. Expected {layout}, RGB.")
+    floating = np.issubdtype(array.dtype, np.floating)
+    top = 1.0 if floating else 255
+    if not (array.min() >= 0 and array.max() <= top):  # also False for NaN
+        raise ValueError(
+            f"{name} is an array of {array.dtype} with values from {array.min():g} to {array.max():g}. "
+            "Expected floats in [0, 1] or integers in [0, 255]."
+        )
+    array = array.transpose(1, 2, 0) if is_tensor else array
+    return PIL.Image.fromarray((array * 255).round().astype(np.uint8) if floating else array.astype(np.uint8))

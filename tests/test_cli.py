@@ -1,0 +1,260 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from kosmos_g_diffusers import commands
+from kosmos_g_diffusers.cli import COMMANDS, build_parser, main
+from kosmos_g_diffusers.schedulers import SCHEDULERS, make_scheduler
+from kosmos_g_diffusers.settings import GenerationSettings, read_settings, write_png
+from kosmos_g_diffusers.tiny import build_tiny_pipeline
+
+PHOTOS = Path(__file__).parents[1] / "examples" / "images"
+PROMPT = ["<i> in the style of <i>", "--image", "cat.jpg", "--image", "coffee.jpg"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with the two example photos in it."""
+    for name in ("cat.jpg", "coffee.jpg"):
+        (tmp_path / name).write_bytes((PHOTOS / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def generate(*arguments, steps=2):
+    return main(["generate", *arguments, *(["--steps", str(steps)] if steps else [])])
+
+
+def pixels(path):
+    return PIL.Image.open(path).tobytes()
+
+
+def fails(capsys, *arguments):
+    """Run `kosmos-g` and return its one line of error."""
+    capsys.readouterr()
+    assert main([*arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "kosmos-g: error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_run_writes_a_file_per_image_and_a_grid(folder, capsys):
+    negative = ["--negative", "a hat", "--guidance", "3", "--scheduler", "dpm", "--height", "48"]
+    assert generate(*PROMPT, "--num-images", "3", "--seed", "5", *negative) == 0
+    out, err = capsys.readouterr()
+    assert out.split() == ["out_0.png", "out_1.png", "out_2.png", "out.png"]
+    assert "random weights" in err
+    assert PIL.Image.open("out_1.png").size == (64, 48)
+    assert PIL.Image.open("out.png").size == (128, 96)
+    first, grid = read_settings("out_0.png"), read_settings("out.png")
+    assert (first.seed, first.index, first.num_images) == (5, 0, 1)
+    assert (grid.seed, grid.index, grid.num_images) == (5, None, 3)
+    assert read_settings("out_2.png").seed == 7
+    assert [picture.path for picture in first.images] == ["cat.jpg", "coffee.jpg"]
+    assert (first.negative_prompt, first.guidance, first.steps, first.scheduler) == ("a hat", 3.0, 2, "dpm")
+    assert (first.height, first.width, first.dtype, first.device) == (48, 64, "float32", "cpu")
+    assert first.versions["torch"] == torch.__version__
+
+
+def test_image_is_made_again_from_itself(folder, capsys):
+    # an ancestral sampler draws noise at every step
+    generate(*PROMPT, "--num-images", "2", "--scheduler", "euler-ancestral")
+    assert generate("--from", "out_1.png", "--output", "again.png", steps=None) == 0
+    assert pixels("again.png") == pixels("out_1.png") != pixels("out_0.png")
+    assert "other versions" not in capsys.readouterr().err
+
+
+def test_run_is_made_again_from_its_grid(folder):
+    generate(*PROMPT, "--num-images", "2")
+    generate("--from", "out.png", "--output", "again.png", steps=None)
+    for name in ("{}_0.png", "{}_1.png", "{}.png"):
+        assert pixels(name.format("again")) == pixels(name.format("out"))
+
+
+def test_flags_beside_from_change_what_they_name(folder):
+    generate(*PROMPT, "--seed", "1")
+    generate("--from", "out.png", "--output", "b.png", "--seed", "2", "--guidance", "1", steps=3)
+    a, b = read_settings("out.png"), read_settings("b.png")
+    assert (b.seed, b.guidance, b.steps, b.prompt, b.images) == (2, 1.0, 3, a.prompt, a.images)
+    generate("--from", "out.png", "a hat", "--output", "c.png", steps=None)
+    assert (read_settings("c.png").prompt, read_settings("c.png").images) == ("a hat", ())
+
+
+def test_seed_is_drawn_and_stored_when_none_is_given(folder):
+    generate(*PROMPT)
+    generate(*PROMPT, "--output", "b.png")
+    assert read_settings("out.png").seed != read_settings("b.png").seed
+
+
+def test_image_depends_on_pictures_and_their_order(folder):
+    generate(*PROMPT, "--seed", "1")
+    swapped = [PROMPT[0], "--image", "coffee.jpg", "--image", "cat.jpg"]
+    generate(*swapped, "--seed", "1", "--output", "swapped.png")
+    generate(*PROMPT, "--seed", "1", "--output", "same.png")
+    assert pixels("same.png") == pixels("out.png") != pixels("swapped.png")
+
+
+def test_changed_or_missing_picture_is_named(folder, capsys):
+    generate(*PROMPT, "--seed", "1")
+    again = ["generate", "--from", "out.png", "--output", "again.png"]
+    cat = Path("cat.jpg").read_bytes()
+    Path("cat.jpg").write_bytes(Path("coffee.jpg").read_bytes())
+    assert "'cat.jpg' has changed since. Pass --image" in fails(capsys, *again)
+    Path("cat.jpg").unlink()
+    assert "'cat.jpg' is not there. Pass --image" in fails(capsys, *again)
+    Path("moved.jpg").write_bytes(cat)
+    assert main([*again, "--image", "moved.jpg", "--image", "coffee.jpg"]) == 0
+    assert pixels("again.png") == pixels("out.png")
+
+
+def test_show_prints_settings_and_runs_nothing(folder, capsys):
+    generate(*PROMPT, "--seed", "1")
+    Path("cat.jpg").unlink()
+    capsys.readouterr()
+    assert main(["generate", "--from", "out.png", "--show"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == PROMPT[0]
+
+
+def test_show_cannot_steer_the_terminal(folder, capsys):
+    for prompt in ("雪", "\x1b[2J \x9b \u202e"):
+        write_png(PIL.Image.new("RGB", (8, 8)), "a.png", GenerationSettings(prompt), overwrite=True)
+        assert main(["generate", "--from", "a.png", "--show"]) == 0
+        shown = capsys.readouterr().out
+        assert json.loads(shown)["prompt"] == prompt
+        assert all(character.isprintable() or character == "\n" for character in shown)
+
+
+def test_files_are_overwritten_only_with_force(folder, capsys, monkeypatch):
+    Path("out_1.png").write_bytes(b"mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("kosmos_g_diffusers.generation.load_pipeline", None)  # refused before it is called
+        assert "out_1.png would be overwritten" in fails(capsys, "generate", *PROMPT, "--num-images", "2")
+    assert Path("out_1.png").read_bytes() == b"mine"
+    assert not Path("out_0.png").exists()
+    assert generate(*PROMPT, "--num-images", "2", "--force") == 0
+    assert read_settings("out_1.png").index == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Neither a prompt nor --from"),
+        (["<i> in the snow"], "1 '<i>' marks but 0 pictures"),
+        (["a hat", "--image", "cat.jpg"], "0 '<i>' marks but 1 pictures"),
+        (["<i>", "--image", "missing.png"], "no picture at 'missing.png'"),
+        (["<i>", "--image", "https://example.org/a.png"], "download URLs first"),
+        (["<i>", "--image", "text.png"], "Image 0 of prompt 0 cannot be read from 'text.png'"),
+        (["a hat", "--output", "out.jpg"], "does not end in .png"),
+        (["a hat", "--output", "missing/out.png"], "no folder 'missing'"),
+        (["a hat", "--height", "65"], "multiple of 8"),
+        (["a hat", "--steps", "0"], "steps is 0"),
+        (["a hat", "--guidance", "nan"], "guidance is nan"),
+        (["a hat", "--device", "tpu"], "device is 'tpu'"),
+        (["a hat", "--device", "cpu", "--offload", "model"], "the device is the CPU"),
+        (["a <missing-word>"], "<missing-word>"),
+        (["a hat", "--model", "./missing"], "missing"),
+        (["--from", "cat.jpg"], "cannot be read as PNG"),
+        (["--from", "missing.png"], "no file at 'missing.png'"),
+    ],
+)
+def test_mistakes_give_one_line_and_no_file(folder, capsys, monkeypatch, arguments, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("text.png").write_text("no picture")
+    assert message in fails(capsys, "generate", *arguments)
+    assert not list(folder.glob("out*"))
+
+
+def test_device_that_is_not_there_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setattr("kosmos_g_diffusers.generation.default_device", lambda: "cpu")
+    assert "'cuda' is not there; 'cpu' is" in fails(capsys, "generate", "a hat", "--device", "cuda")
+
+
+def test_traceback_is_shown_when_asked(folder):
+    with pytest.raises(ValueError, match="marks"):
+        main(["--traceback", "generate", "<i>"])
+
+
+def test_model_folder_gives_the_image_of_its_pipeline(folder, capsys):
+    build_tiny_pipeline().save_pretrained("tiny")
+    generate(*PROMPT, "--seed", "1", "--output", "built.png")
+    capsys.readouterr()
+    generate(*PROMPT, "--seed", "1", "--model", "./tiny")
+    assert "random weights" not in capsys.readouterr().err
+    assert pixels("out.png") == pixels("built.png")
+    assert generate("--from", "out.png", "--output", "again.png", steps=None) == 0
+    assert pixels("again.png") == pixels("built.png")
+
+
+def test_model_named_by_a_png_is_not_downloaded(folder, capsys):
+    write_png(PIL.Image.new("RGB", (8, 8)), "a.png", GenerationSettings("a hat", model="stranger/model"))
+    message = fails(capsys, "generate", "--from", "a.png")
+    assert "'stranger/model', which is no folder here. Pass it with --model" in message
+
+
+def test_other_versions_are_told(folder, capsys):
+    settings = GenerationSettings("a hat", steps=1, versions={"torch": "1.0"})
+    write_png(PIL.Image.new("RGB", (8, 8)), "a.png", settings)
+    assert main(["generate", "--from", "a.png"]) == 0
+    assert "'torch' '1.0'" in capsys.readouterr().err
+    assert read_settings("out.png").versions["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_draws(folder, name):
+    assert generate("a hat", "--scheduler", name, "--seed", "1", steps=3) == 0
+    assert read_settings("out.png").scheduler == name
+
+
+def test_unknown_scheduler_is_named():
+    with pytest.raises(ValueError, match="no scheduler 'magic'. Known: ddim"):
+        make_scheduler("magic", {})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_draws(folder, dtype):
+    assert generate(*PROMPT, "--dtype", dtype) == 0
+    assert read_settings("out.png").dtype == dtype
+    assert len(set(pixels("out.png"))) > 50  # NaN would be black
+
+
+def test_convert_passes_its_flags_on(monkeypatch, capsys):
+    calls = []
+
+    def convert_checkpoint(*args, **kwargs):
+        calls.append((args, kwargs))
+        return args[1]
+
+    monkeypatch.setattr(commands.convert, "convert_checkpoint", convert_checkpoint)
+    flags = "--checkpoint a.pt --tokenizer b.model --base sd --output ./folder".split()
+    assert main(["convert", *flags, "--dtype", "float16"]) == 0
+    assert main(["convert", *flags]) == 0
+    expected = {"tokenizer": "b.model", "base": "sd"}
+    assert calls == [
+        (("a.pt", "./folder"), {**expected, "dtype": torch.float16}),
+        (("a.pt", "./folder"), {**expected, "dtype": None}),
+    ]
+    assert capsys.readouterr().out.split() == ["./folder", "./folder"]
+
+
+def test_convert_of_a_missing_checkpoint_is_one_line(tmp_path, capsys):
+    flags = ["--checkpoint", str(tmp_path / "a.pt"), "--tokenizer", "b", "--base", "c", "--output"]
+    assert "a.pt" in fails(capsys, "convert", *flags, str(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_of_each_command_has_examples(module, capsys):
+    name = module.__name__.rpartition(".")[2]
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args([name, "--help"])
+    assert stop.value.code == 0
+    assert f"  kosmos-g {name} " in capsys.readouterr().out.partition("examples:")[2]
+
+
+def test_package_runs_as_a_module():
+    command = [sys.executable, "-m", "kosmos_g_diffusers", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("kosmos-g ")
