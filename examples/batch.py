@@ -1,7 +1,10 @@
 """Draw several prompts at once, each with as many pictures as it likes, two images of each:
 
-python examples/batch.py --tiny
-python examples/batch.py --model ./kosmos-g
+    python examples/batch.py --tiny
+
+With a converted checkpoint (kosmos-g convert --help) instead of the small random model:
+
+    python examples/batch.py --model ./kosmos-g
 """
 
 import torch
@@ -13,8 +16,11 @@ from kosmos_g_diffusers import KosmosGPipeline
 from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 arguments = parse_arguments(__doc__)
-pipe = build_tiny_pipeline() if arguments.tiny else KosmosGPipeline.from_pretrained(arguments.model)
-pipe.to(arguments.device, arguments.dtype)
+if arguments.tiny:
+    pipe = build_tiny_pipeline()
+else:
+    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe.to(arguments.device)
 cat, coffee = Image.open(CAT), Image.open(COFFEE)
 
 images = pipe(
@@ -22,7 +28,7 @@ images = pipe(
     images=[[cat], [cat, coffee], []],
     negative_prompt="blurry",  # one for all, or a list with one for each
     num_images_per_prompt=2,
-    num_inference_steps=30,
+    num_inference_steps=arguments.steps,
     guidance_scale=6.0,
     generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(6)],  # one for each image
 ).images  # both of the first prompt, both of the second, ...

@@ -17,7 +17,7 @@ CAT, COFFEE = PHOTOS / "cat.jpg", PHOTOS / "coffee.jpg"
 
 
 def parse_arguments(description):
-    """Read the command line: `tiny` or `model`, `output`, and the device and dtype that suit the model."""
+    """Read the command line: `tiny` or `model`, `output` and `steps`, and the device and dtype that suit the model."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,7 +29,10 @@ def parse_arguments(description):
     parser.add_argument(
         "--output", type=Path, default=Path("out"), help="folder to write into (default: out)"
     )
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 30, with --tiny 10)")
     arguments = parser.parse_args()
+    if arguments.steps is None:
+        arguments.steps = 10 if arguments.tiny else 30
     arguments.device = "cpu" if arguments.tiny else default_device()
     arguments.dtype = torch.float32 if arguments.device == "cpu" else torch.float16
     return arguments

@@ -1,7 +1,12 @@
-"""Draw in four steps instead of thirty, with LCM-LoRA and its scheduler; needs pip install peft:
+"""Draw in four steps instead of thirty, with LCM-LoRA and its scheduler:
 
-python examples/few_steps.py --tiny
-python examples/few_steps.py --model ./kosmos-g
+    python examples/few_steps.py --tiny
+
+With a converted checkpoint (kosmos-g convert --help) instead of the small random model:
+
+    python examples/few_steps.py --model ./kosmos-g
+
+Both need peft: pip install peft
 """
 
 import torch
@@ -13,8 +18,11 @@ from kosmos_g_diffusers import KosmosGPipeline
 from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 arguments = parse_arguments(__doc__)
-pipe = build_tiny_pipeline() if arguments.tiny else KosmosGPipeline.from_pretrained(arguments.model)
-pipe.to(arguments.device, arguments.dtype)
+if arguments.tiny:
+    pipe = build_tiny_pipeline()
+else:
+    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe.to(arguments.device)
 
 pipe.load_lora_weights(random_lora(pipe.unet) if arguments.tiny else "latent-consistency/lcm-lora-sdv1-5")
 pipe.fuse_lora()

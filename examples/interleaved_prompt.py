@@ -1,7 +1,10 @@
 """Draw a prompt of words and pictures, written in three ways that mean the same:
 
-python examples/interleaved_prompt.py --tiny
-python examples/interleaved_prompt.py --model ./kosmos-g
+    python examples/interleaved_prompt.py --tiny
+
+With a converted checkpoint (kosmos-g convert --help) instead of the small random model:
+
+    python examples/interleaved_prompt.py --model ./kosmos-g
 """
 
 import torch
@@ -13,14 +16,19 @@ from kosmos_g_diffusers import KosmosGPipeline
 from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 arguments = parse_arguments(__doc__)
-pipe = build_tiny_pipeline() if arguments.tiny else KosmosGPipeline.from_pretrained(arguments.model)
-pipe.to(arguments.device, arguments.dtype)
+if arguments.tiny:
+    pipe = build_tiny_pipeline()
+else:
+    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe.to(arguments.device)
 cat, coffee = Image.open(CAT), Image.open(COFFEE)
 
 
 def draw(prompt, **pictures):
     generator = torch.Generator("cpu").manual_seed(0)
-    return pipe(prompt, **pictures, num_inference_steps=30, guidance_scale=6.0, generator=generator).images[0]
+    return pipe(
+        prompt, **pictures, num_inference_steps=arguments.steps, guidance_scale=6.0, generator=generator
+    ).images[0]
 
 
 # a string with a mark for each picture; images= also takes paths and URLs

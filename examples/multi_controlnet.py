@@ -1,7 +1,12 @@
 """Draw under two ControlNets at once: edges give the outlines, the picture itself, for a while, the colours:
 
-python examples/multi_controlnet.py --tiny
-python examples/multi_controlnet.py --model ./kosmos-g     # needs pip install 'kosmos-g-diffusers[control]'
+    python examples/multi_controlnet.py --tiny
+
+With a converted checkpoint (kosmos-g convert --help) instead of the small random model:
+
+    python examples/multi_controlnet.py --model ./kosmos-g
+
+The second needs controlnet_aux: pip install 'kosmos-g-diffusers[control]'
 """
 
 import torch
@@ -14,14 +19,17 @@ from kosmos_g_diffusers.control import build_random_controlnet, load_controlnet
 from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 arguments = parse_arguments(__doc__)
-pipe = build_tiny_pipeline() if arguments.tiny else KosmosGPipeline.from_pretrained(arguments.model)
+if arguments.tiny:
+    pipe = build_tiny_pipeline()
+else:
+    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 if arguments.tiny:
     controlnets = [build_random_controlnet(pipe.unet, seed) for seed in range(2)]
 else:
     repos = ["lllyasviel/control_v11p_sd15_canny", "lllyasviel/control_v11f1e_sd15_tile"]
-    controlnets = [load_controlnet(repo) for repo in repos]
+    controlnets = [load_controlnet(repo, arguments.dtype) for repo in repos]
 pipe = KosmosGControlNetPipeline.from_pipe(pipe, controlnet=controlnets)
-pipe.to(arguments.device, arguments.dtype)
+pipe.to(arguments.device)
 
 side = pipe.unet.config.sample_size * pipe.vae_scale_factor
 coffee = ImageOps.fit(Image.open(COFFEE), (side, side))
@@ -32,7 +40,7 @@ image = pipe(
     image=[edges, coffee],  # one for each ControlNet, as are these:
     controlnet_conditioning_scale=[0.8, 0.4],
     control_guidance_end=[1.0, 0.5],
-    num_inference_steps=30,
+    num_inference_steps=arguments.steps,
     guidance_scale=6.0,
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]

@@ -1,7 +1,10 @@
 """Draw a prompt of words alone, as with any Stable Diffusion:
 
-python examples/text_to_image.py --tiny
-python examples/text_to_image.py --model ./kosmos-g
+    python examples/text_to_image.py --tiny
+
+With a converted checkpoint (kosmos-g convert --help) instead of the small random model:
+
+    python examples/text_to_image.py --model ./kosmos-g
 """
 
 import torch
@@ -11,13 +14,16 @@ from kosmos_g_diffusers import KosmosGPipeline
 from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 arguments = parse_arguments(__doc__)
-pipe = build_tiny_pipeline() if arguments.tiny else KosmosGPipeline.from_pretrained(arguments.model)
-pipe.to(arguments.device, arguments.dtype)
+if arguments.tiny:
+    pipe = build_tiny_pipeline()
+else:
+    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe.to(arguments.device)
 
 image = pipe(
     "a cat wearing a hat, oil painting",
     negative_prompt="blurry",
-    num_inference_steps=30,
+    num_inference_steps=arguments.steps,
     guidance_scale=6.0,
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]

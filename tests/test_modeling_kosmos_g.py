@@ -232,10 +232,10 @@ def test_eager_attention_gives_the_same_condition(golden_encoder, load_case):
 # Half precision ----------------------------------------------------------------------------------------------------
 
 
-def plain_condition(encoder, inputs):
-    """The condition of one prompt, straightforwardly, in the encoder's dtype: transformers' modules with eager attention."""
-    model = kosmos2(encoder.float(), "eager").to(encoder_dtype := torch.bfloat16)
-    aligner = copy.deepcopy(encoder.aligner).to(encoder_dtype)
+def plain_condition(encoder, inputs, dtype):
+    """The condition of one prompt, straightforwardly, in `dtype`: transformers' modules with eager attention."""
+    model = kosmos2(encoder, "eager").to(dtype)
+    aligner = copy.deepcopy(encoder.aligner).to(dtype)
     for layer in [*aligner.encoder_layers, *aligner.query_layers]:
         layer.self_attn.config._attn_implementation = "eager"
     ids, pixel_values = inputs["input_ids"], inputs["pixel_values"]
@@ -243,13 +243,12 @@ def plain_condition(encoder, inputs):
         states = model.text_model(ids, use_cache=False).last_hidden_state
     else:
         states = model(
-            pixel_values=pixel_values.to(encoder_dtype),
+            pixel_values=pixel_values.to(dtype),
             input_ids=ids,
             image_embeds_position_mask=inputs["image_token_mask"],
             use_cache=False,
         ).last_hidden_state
-    positions = torch.arange(2, 2 + ids.shape[1])
-    states = aligner.input_projection(states) + aligner.position_embedding(positions)
+    states = aligner.input_projection(states) + aligner.position_embedding(torch.arange(2, 2 + ids.shape[1]))
     for layer in aligner.encoder_layers:
         states = layer(states)
     states = aligner.encoder_layer_norm(states)
@@ -257,6 +256,11 @@ def plain_condition(encoder, inputs):
     for layer in aligner.query_layers:
         queries = layer(queries, None, states)
     return aligner.final_layer_norm(queries)
+
+
+def test_plain_run_is_the_same_function(golden_encoder, load_case):
+    case = load_case("two_images_suit")  # or comparing with its rounding would say nothing
+    close(plain_condition(golden_encoder, case.inputs, torch.float32), case.tensors["condition"])
 
 
 def test_float16_condition_is_near_float32(golden_encoder, golden_case):
@@ -274,7 +278,7 @@ def test_bfloat16_condition_is_no_worse_than_a_plain_run(golden_encoder, load_ca
         condition = half(**case.inputs)[0]
         assert condition.dtype == torch.bfloat16 and condition.isfinite().all()
         ours.append(condition.float() - expected)
-        plain.append(plain_condition(copy.deepcopy(golden_encoder), case.inputs).float() - expected)
+        plain.append(plain_condition(golden_encoder, case.inputs, torch.bfloat16).float() - expected)
     ours, plain = torch.cat(ours), torch.cat(plain)
     assert plain.abs().max() > 0
     assert ours.abs().max() <= 1.5 * plain.abs().max()
