@@ -57,7 +57,7 @@ def model_card(pipeline, *, provenance=None, results=None):
         tags=["kosmos-g", "subject-driven-generation", "image-prompt", type(pipeline).__name__],
         language="en",
     )
-    words = ", ".join(f"`{word}`" for word in pipeline.image_words) if pipeline.tokenizer is not None else ""
+    words = ", ".join(f"`{word}`" for word in pipeline.image_words)
     checker = (
         "The safety checker of Stable Diffusion is part of this folder."
         if getattr(pipeline, "safety_checker", None) is not None

@@ -351,8 +351,8 @@ class KosmosGPromptMixin:
 
     @property
     def image_words(self):
-        """Names of the image words, in the order they were added."""
-        return self.tokenizer.image_words
+        """Names of the image words, in the order they were added; none without a Kosmos-G tokenizer."""
+        return getattr(self.tokenizer, "image_words", [])
 
     @torch.no_grad()
     def add_image_word(self, word, image, strength=1.0):
@@ -383,6 +383,7 @@ class KosmosGPromptMixin:
 
     def remove_image_word(self, word):
         """Forget an image word. Raises ValueError if there is none of that name."""
+        self._processor()  # checks that both know the same words, so that both can forget this one
         self.tokenizer.remove_image_word(word)
         self.text_encoder.remove_image_word(word)
 

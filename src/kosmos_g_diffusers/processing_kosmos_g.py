@@ -193,7 +193,6 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
                 f"There is no image word {word!r} to remove. Known: {', '.join(words) or 'none'}."
             )
         # tokenizers can add tokens but not remove any: build the backend again without it
-        split_special_tokens = self._tokenizer.encode_special_tokens
         kept = [
             (token.content, token.special)
             for _, token in sorted(self.added_tokens_decoder.items())
@@ -204,7 +203,6 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
             setattr(backend, part, getattr(self._tokenizer, part))
         for content, special in kept:
             backend.add_tokens([AddedToken(content, special=special, normalized=False)])
-        backend.encode_special_tokens = split_special_tokens
         self._tokenizer = backend
 
 
