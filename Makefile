@@ -39,7 +39,7 @@ clean:  ## remove the environments and everything generated
 $(VENV)/.installed: constraints.txt
 $(VENV_OLDEST)/.installed: constraints-oldest.txt
 $(VENV)/.installed $(VENV_OLDEST)/.installed: setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	@echo "Installing into $(@D) with the versions of $(filter constraints%,$^) (once; some minutes) ..."
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \

@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from . import __version__
-from .commands import control, convert, generate
+from .commands import control, convert, generate, init
 
-COMMANDS = (convert, generate, control)
+COMMANDS = (convert, init, generate, control)
 
 
 def build_parser():

@@ -1,0 +1,227 @@
+"""Train the small model that ships with the package, from nothing, on two CPU cores.
+
+    python examples/sprites/train.py --output runs/sprites
+
+Phases that are done are skipped and a phase that was stopped goes on from its last checkpoint, so the same command
+resumes. --only names phases to run.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from base import (
+    CaptionCollate,
+    DiffusionStage,
+    PictureCollate,
+    VaeStage,
+    build_clip_tokenizer,
+    build_scheduler,
+    encode_latents,
+)
+from controlnet import ControlNetStage, EdgesCollate
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from kosmos import build_text_encoder, build_tokenizer
+from transformers import CLIPTextModel
+
+from kosmos_g_diffusers import KosmosGPipeline, KosmosGProcessor, KosmosGTextEncoder
+from kosmos_g_diffusers.sprites.source import SpriteSource
+from kosmos_g_diffusers.sprites.world import IMAGE_SIZE
+from kosmos_g_diffusers.training.aligner_n import AlignerNetN
+from kosmos_g_diffusers.training.checkpoints import checkpoint_folder, list_checkpoints
+from kosmos_g_diffusers.training.config import TrainConfig
+from kosmos_g_diffusers.training.data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate
+from kosmos_g_diffusers.training.fresh_weights import build_fresh
+from kosmos_g_diffusers.training.loop import train as train_or_stop
+from kosmos_g_diffusers.training.stages import AlignStage, InstructStage, PretrainStage
+
+COMMON = {
+    "mixed_precision": "bf16",
+    "workers": 1,
+    "log_every": 20,
+    "save_every": 100,
+    "keep_checkpoints": 1,
+    "adam_beta2": 0.99,
+    "max_grad_norm": 1.0,
+}
+
+
+def train_vae(run):
+    config = TrainConfig(
+        output=str(run / "vae"),
+        steps=2000,
+        batch_size=24,
+        lr=2e-3,
+        warmup_steps=100,
+        weight_decay=0.0,
+        **COMMON,
+    )
+    dataset = MixtureDataset([SpriteSource("captions")], PictureCollate(), batch_size=config.batch_size)
+    train(config, VaeStage(), dataset)
+
+
+def train_diffusion(run):
+    vae = AutoencoderKL.from_pretrained(newest(run / "vae") / "vae")
+    source = SpriteSource("captions")
+    latents = encode_latents(vae, source, run / "latents.safetensors")
+    tokenizer, scheduler = build_clip_tokenizer(), build_scheduler()
+    config = TrainConfig(
+        output=str(run / "diffusion"),
+        steps=3500,
+        batch_size=64,
+        lr=8e-4,
+        warmup_steps=150,
+        ema_decay=0.998,
+        **COMMON,
+    )
+    collate = CaptionCollate(tokenizer, latents, vae.config.scaling_factor)
+    train(config, DiffusionStage(tokenizer, scheduler), MixtureDataset([source], collate, batch_size=64))
+
+
+def train_pretrain(run):
+    tokenizer = build_tokenizer()
+    config = TrainConfig(
+        output=str(run / "pretrain"),
+        steps=4000,
+        batch_size=64,
+        lr=1.5e-3,
+        warmup_steps=200,
+        train_vision="all",
+        **COMMON,
+    )
+    collate = PretrainCollate(KosmosGProcessor(tokenizer))
+    dataset = MixtureDataset([SpriteSource("pictures", 200_000)], collate, batch_size=config.batch_size)
+    train(config, PretrainStage(build_text_encoder(tokenizer), train_vision="all"), dataset)
+
+
+def train_align(run):
+    encoder, tokenizer = load_encoder(run / "pretrain")
+    target = CLIPTextModel.from_pretrained(newest(run / "diffusion") / "text_encoder")
+    config = TrainConfig(
+        output=str(run / "align"),
+        steps=1500,
+        batch_size=128,
+        lr=1e-3,
+        warmup_steps=100,
+        **COMMON,
+    )
+    aligner_n = build_fresh(AlignerNetN, encoder.config, seed=1)
+    collate = AlignCollate(KosmosGProcessor(tokenizer), build_clip_tokenizer(), max_text_tokens=None)
+    dataset = MixtureDataset([SpriteSource("captions")], collate, batch_size=config.batch_size)
+    train(config, AlignStage(encoder, aligner_n, target), dataset)
+
+
+def train_instruct(run, name="instruct", start="align"):
+    encoder, tokenizer = load_encoder(run / start)
+    unet = UNet2DConditionModel.from_pretrained(newest(run / "diffusion") / "unet")
+    vae = AutoencoderKL.from_pretrained(newest(run / "vae") / "vae")
+    config = TrainConfig(
+        output=str(run / name),
+        steps=4000,
+        batch_size=48,
+        lr=5e-4,
+        warmup_steps=200,
+        ema_decay=0.998,
+        **COMMON,
+    )
+    collate = InstructCollate(
+        KosmosGProcessor(tokenizer), IMAGE_SIZE, vae_scale_factor=4, max_text_tokens=None, resize=False
+    )
+    sources = [SpriteSource("compositions"), SpriteSource("edits"), SpriteSource("captions")]
+    dataset = MixtureDataset(sources, collate, batch_size=config.batch_size, weights=[3, 1.5, 1])
+    train(config, InstructStage(encoder, unet, vae, build_scheduler()), dataset)
+
+
+def train_controlnet(run):
+    folder, vae = newest(run / "diffusion"), AutoencoderKL.from_pretrained(newest(run / "vae") / "vae")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    source = SpriteSource("captions")
+    latents = encode_latents(vae, source, run / "latents.safetensors")
+    config = TrainConfig(
+        output=str(run / "controlnet"),
+        steps=800,
+        batch_size=48,
+        lr=5e-4,
+        warmup_steps=50,
+        **COMMON,
+    )
+    collate = EdgesCollate(latents, vae.config.scaling_factor)
+    dataset = MixtureDataset([source], collate, batch_size=config.batch_size)
+    train(config, ControlNetStage(unet, text_encoder, build_scheduler()), dataset)
+
+
+def write_model(run):
+    """The folder that ships: a Kosmos-G pipeline in half precision, with the ControlNet beside it."""
+    encoder, tokenizer = load_encoder(run / "instruct")
+    pipeline = KosmosGPipeline(
+        vae=AutoencoderKL.from_pretrained(newest(run / "vae") / "vae"),
+        text_encoder=encoder.eval(),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel.from_pretrained(newest(run / "diffusion") / "unet"),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(torch.float16)
+    controlnet = ControlNetModel.from_pretrained(newest(run / "controlnet") / "controlnet")
+    partial, folder = run / ".model.partial", run / "model"
+    for path in (partial, folder):
+        shutil.rmtree(path, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    controlnet.half().save_pretrained(partial / "controlnet")
+    partial.rename(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB")
+
+
+def load_encoder(run):
+    """(text encoder of a run's newest checkpoint in float32, the tokenizer)."""
+    return KosmosGTextEncoder.from_pretrained(
+        newest(run) / "text_encoder", dtype=torch.float32
+    ), build_tokenizer()
+
+
+def train(config, stage, dataset):
+    """As the library's; a run that was told to stop ends the program instead of going on to the next phase."""
+    checkpoint = train_or_stop(config, stage, dataset)
+    if checkpoint != checkpoint_folder(config.output, config.steps):
+        sys.exit(143)
+
+
+def newest(run):
+    return list_checkpoints(run)[-1]
+
+
+PHASES = {
+    "vae": train_vae,
+    "diffusion": train_diffusion,
+    "pretrain": train_pretrain,
+    "align": train_align,
+    "instruct": train_instruct,
+    "controlnet": train_controlnet,
+    "model": write_model,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/sprites"))
+    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in arguments.only:
+        print(f"== {name}", flush=True)
+        PHASES[name](arguments.output)
+
+
+if __name__ == "__main__":
+    main()

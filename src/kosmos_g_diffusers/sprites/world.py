@@ -1,0 +1,225 @@
+"""The miniature world: pictures of one or two coloured sprites on a coloured background, and captions that say it all.
+
+Every picture is drawn from a `Scene`, so what is true of it is known. A fifth of the (shape, colour, pattern) triples is
+held out: no training data shows or names them, and what a model makes of them tells whether it has learned to combine.
+"""
+
+import math
+import random
+from dataclasses import dataclass, replace
+from itertools import product
+
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+IMAGE_SIZE = 64  # pixels, height and width
+SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon")
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (245, 130, 20),
+    "yellow": (250, 215, 45),
+    "green": (45, 160, 65),
+    "cyan": (40, 195, 220),
+    "blue": (45, 75, 215),
+    "purple": (130, 50, 175),
+    "pink": (250, 130, 190),
+}
+PATTERNS = ("plain", "striped", "dotted", "bordered")
+JITTER = 8.0  # pixels that a sprite's centre may be off the middle of its place
+SIZES = {"large": 15.0, "small": 10.5}  # radius in pixels
+# no colour of a sprite and never black, so that the black ink of a pattern and every sprite can be seen on all of them
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "grey": (160, 160, 160),
+    "beige": (235, 215, 170),
+    "mint": (185, 240, 210),
+    "lavender": (205, 195, 245),
+    "brown": (115, 80, 55),
+}
+INK = (20, 20, 20)
+SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """One object: names out of SHAPES, COLOURS, PATTERNS and SIZES."""
+
+    shape: str
+    colour: str
+    pattern: str
+    size: str
+
+    @property
+    def triple(self):
+        return self.shape, self.colour, self.pattern
+
+    def __str__(self):
+        return f"a {self.size} {self.colour} {self.pattern} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two sprites, the first on the left, on a background out of BACKGROUNDS."""
+
+    sprites: tuple
+    background: str
+
+    @property
+    def caption(self):
+        """Such as "a large red striped star and a small blue plain ring on a mint background"."""
+        return f"{' and '.join(map(str, self.sprites))} on a {self.background} background"
+
+
+def is_held_out(sprite):
+    """Whether no training data may show or name the sprite's (shape, colour, pattern): 51 of the 256 triples.
+
+    They are spread evenly: each shape keeps every colour and every pattern, and each colour every pattern.
+    """
+    shape, colour, pattern = sprite.triple
+    return (SHAPES.index(shape) + 2 * list(COLOURS).index(colour) + 3 * PATTERNS.index(pattern)) % 5 == 0
+
+
+TRAINING_TRIPLES, HELD_OUT_TRIPLES = (
+    tuple(
+        triple
+        for triple in product(SHAPES, COLOURS, PATTERNS)
+        if is_held_out(Sprite(*triple, "large")) is held_out
+    )
+    for held_out in (False, True)
+)
+
+
+def draw_sprite_at_random(rng, held_out=False):
+    """A `Sprite` of the training triples or of the held-out ones; rng is a random.Random."""
+    return Sprite(*rng.choice(HELD_OUT_TRIPLES if held_out else TRAINING_TRIPLES), rng.choice(list(SIZES)))
+
+
+def draw_scene_at_random(rng, n_sprites=None, held_out=False):
+    """A `Scene` of one or two sprites (drawn evenly unless n_sprites says), two of different shape or colour."""
+    n_sprites = n_sprites or rng.choice((1, 2))
+    sprites = [draw_sprite_at_random(rng, held_out) for _ in range(n_sprites)]
+    while n_sprites == 2 and sprites[0].triple[:2] == sprites[1].triple[:2]:
+        sprites[1] = draw_sprite_at_random(rng, held_out)
+    return Scene(tuple(sprites), rng.choice(list(BACKGROUNDS)))
+
+
+def recolour(sprite, rng):
+    """The same sprite in another colour, again a training triple if it was one, else again a held-out one."""
+    held_out = is_held_out(sprite)
+    others = [replace(sprite, colour=colour) for colour in COLOURS if colour != sprite.colour]
+    return rng.choice([other for other in others if is_held_out(other) is held_out])
+
+
+def render(scene, rng, image_size=IMAGE_SIZE):
+    """Draw a scene; rng (a random.Random) places the sprites and varies their size a little.
+
+    Returns:
+        RGB image of image_size x image_size pixels.
+    """
+    image = Image.new("RGB", (IMAGE_SIZE * SUPERSAMPLING,) * 2, BACKGROUNDS[scene.background])
+    half = IMAGE_SIZE / 2
+    for index, sprite in enumerate(scene.sprites):
+        radius = SIZES[sprite.size] * rng.uniform(0.95, 1.02)
+        # a sprite of two keeps to its half
+        left, right = (0, IMAGE_SIZE) if len(scene.sprites) == 1 else (index * half, (index + 1) * half)
+        reach = min(right - left - 2 * radius, 2 * JITTER) / 2
+        centre = (left + right) / 2 + rng.uniform(-reach, reach), half + rng.uniform(-JITTER, JITTER)
+        _paint(image, sprite, centre, radius)
+    image = image.reduce(SUPERSAMPLING)
+    return (
+        image
+        if image_size == IMAGE_SIZE
+        else image.resize((image_size, image_size), Image.Resampling.LANCZOS)
+    )
+
+
+def _paint(image, sprite, centre, radius):
+    scale = SUPERSAMPLING
+    side = math.ceil(2 * radius * scale) + 2
+    silhouette, hole = Image.new("L", (side, side)), Image.new("L", (side, side))
+    _draw_shape(ImageDraw.Draw(silhouette), ImageDraw.Draw(hole), sprite.shape, side / 2, radius * scale)
+    ink = Image.new("L", (side, side))
+    _draw_pattern(ImageDraw.Draw(ink), silhouette, sprite.pattern, scale)
+    if sprite.pattern == "bordered":
+        inner = silhouette.filter(ImageFilter.MinFilter(2 * round(2.0 * scale) + 1))
+        ink = ImageChops.subtract(silhouette, inner)
+    body = Image.new("RGB", (side, side), COLOURS[sprite.colour])
+    body.paste(INK, mask=ink)
+    corner = tuple(round(coordinate * scale - side / 2) for coordinate in centre)
+    image.paste(body, corner, ImageChops.subtract(silhouette, hole))
+
+
+def _draw_shape(draw, hole, shape, middle, radius):
+    def box(x, y, reach):
+        return [middle + x - reach, middle + y - reach, middle + x + reach, middle + y + reach]
+
+    def polygon(corners, turn, reach=(1.0,)):
+        angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
+        draw.polygon(
+            [
+                (
+                    middle + radius * reach[k % len(reach)] * math.sin(angle),
+                    middle - radius * reach[k % len(reach)] * math.cos(angle),
+                )
+                for k, angle in enumerate(angles)
+            ],
+            fill=255,
+        )
+
+    if shape in ("circle", "ring", "moon"):
+        draw.ellipse(box(0, 0, radius), fill=255)
+    if shape == "ring":
+        hole.ellipse(box(0, 0, 0.42 * radius), fill=255)
+    elif shape == "moon":
+        draw.ellipse(box(0.62 * radius, -0.3 * radius, 0.78 * radius), fill=0)
+    elif shape == "square":
+        draw.rectangle(box(0, 0, 0.85 * radius), fill=255)
+    elif shape == "triangle":
+        draw.polygon(
+            [
+                (middle, middle - 0.95 * radius),
+                (middle + radius, middle + 0.85 * radius),
+                (middle - radius, middle + 0.85 * radius),
+            ],
+            fill=255,
+        )
+    elif shape == "star":
+        polygon(10, 0.0, (1.05, 0.48))
+    elif shape == "cross":
+        arm = 0.36 * radius
+        draw.rectangle([middle - radius, middle - arm, middle + radius, middle + arm], fill=255)
+        draw.rectangle([middle - arm, middle - radius, middle + arm, middle + radius], fill=255)
+    elif shape == "heart":
+        draw.polygon(
+            [
+                (
+                    middle + radius * math.sin(t) ** 3,
+                    middle
+                    - radius
+                    * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) + 2.5)
+                    / 15.5,
+                )
+                for t in (2 * math.pi * k / 64 for k in range(64))
+            ],
+            fill=255,
+        )
+
+
+def _draw_pattern(draw, silhouette, pattern, scale):
+    """Ink of a pattern on the square around a sprite; a border is made of the silhouette by the caller."""
+    side = silhouette.width
+    period = 6.5 * scale
+    if pattern == "striped":
+        for k in range(-1, math.ceil(side / period) + 1):
+            top = side / 2 + (k - side / period / 2) // 1 * period + 0.25 * period
+            draw.rectangle([0, top, side, top + 0.45 * period], fill=255)
+    elif pattern == "dotted":
+        reach = 1.75 * scale
+        for row, column in product(range(-4, 5), repeat=2):
+            x = side / 2 + (column + 0.5 * (row % 2)) * period
+            y = side / 2 + row * 0.87 * period
+            draw.ellipse([x - reach, y - reach, x + reach, y + reach], fill=255)
+
+
+def make_rng(*parts):
+    """random.Random that depends on nothing but `parts`."""
+    return random.Random("/".join(map(str, parts)))

@@ -1,0 +1,1 @@
+"""Training of Kosmos-G: the three stages of the paper, their data, and one loop."""

@@ -1,0 +1,32 @@
+"""Training data: sources, their mixture, and the tensors of each stage. docs/data.md describes the formats."""
+
+from .collate import AlignCollate, InstructCollate, PretrainCollate, preprocess_target
+from .hub_datasets import HubDatasetSource
+from .mixture import MixtureDataset
+from .sample import IMAGE_LENGTH, BadSample, FilteredSample, Sample, Source
+from .shard_writer import ShardWriter, write_shard_index
+from .shards import ShardSource
+from .skips import SkipCounter, TooManyBadSamples
+from .sources import build_source
+from .tsv import TsvSource
+
+__all__ = [
+    "IMAGE_LENGTH",
+    "AlignCollate",
+    "BadSample",
+    "FilteredSample",
+    "HubDatasetSource",
+    "InstructCollate",
+    "MixtureDataset",
+    "PretrainCollate",
+    "Sample",
+    "ShardSource",
+    "ShardWriter",
+    "SkipCounter",
+    "Source",
+    "TooManyBadSamples",
+    "TsvSource",
+    "build_source",
+    "preprocess_target",
+    "write_shard_index",
+]

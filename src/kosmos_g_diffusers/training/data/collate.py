@@ -1,0 +1,252 @@
+"""Samples -> the tensors that each stage reads. The random numbers of training are drawn here, sample by sample.
+
+Each collate has `prepare(sample, generator)`, which turns a sample into a row (a dict) or raises BadSample, and is
+called on a list of rows to make the batch (a dict of tensors). They are picklable, for the workers of a DataLoader.
+
+Letters: B samples, L tokens of the longest, N pictures of the batch, S side of the pictures the encoder reads,
+H side of the pictures to draw, h side of their latents.
+"""
+
+import numpy as np
+import PIL.Image
+import torch
+
+from .sample import BadSample, FilteredSample
+
+IGNORED = -100  # torch's cross_entropy leaves such labels out
+MOST_ASPECT = 50
+
+
+class _Prompts:
+    """What the stages share: prompts to ids, masks and pixels, padded on the right."""
+
+    def __init__(self, processor, max_text_tokens, pad_to_multiple_of):
+        self.processor, self.max_text_tokens = processor, max_text_tokens
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def prepare(self, key, prompt):
+        """{"ids", "slots", "pixels"} as `KosmosGProcessor` makes them of the same words and pictures."""
+        if all(isinstance(part, str) and not part.strip() for part in prompt):
+            raise BadSample("caption", f"{key} has an empty prompt")
+        for part in prompt:
+            if not isinstance(part, str):
+                _check_aspect(part, key)
+        # not the processor's call: that refuses "<b>" as an unknown image word, and in collected text it is text
+        try:
+            ids, slots, pixels = self.processor._encode(prompt, "prompt")
+        except ValueError as error:
+            raise FilteredSample("length", f"{key}: {error}") from error
+        text_tokens = len(ids) - 1 - len(pixels) * (2 + self.processor.latent_query_num)
+        if self.max_text_tokens is not None and text_tokens > self.max_text_tokens:
+            raise FilteredSample(
+                "length", f"{key} has {text_tokens} tokens of text, more than {self.max_text_tokens}"
+            )
+        return {"ids": ids, "slots": slots, "pixels": pixels}
+
+    def pad(self, rows):
+        """Rows -> `input_ids`, `attention_mask` and, with pictures, `image_token_mask` and `pixel_values`."""
+        longest, multiple = max(len(row["ids"]) for row in rows), self.pad_to_multiple_of
+        shape = (len(rows), -(-longest // multiple) * multiple)
+        batch = {
+            "input_ids": torch.full(shape, self.processor.tokenizer.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.bool),
+        }
+        slots = torch.zeros(shape, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            length = len(row["ids"])
+            batch["input_ids"][number, :length] = torch.tensor(row["ids"])
+            batch["attention_mask"][number, :length] = True
+            slots[number, :length] = torch.tensor(row["slots"])
+        pixels = [picture for row in rows for picture in row["pixels"]]
+        if pixels:
+            batch["image_token_mask"] = slots
+            batch["pixel_values"] = torch.from_numpy(np.stack(pixels))
+        return batch
+
+
+class PretrainCollate:
+    """Stage 1, next-token prediction over text, captioned pictures and interleaved documents.
+
+    A sequence ends in `</s>`. A sample whose prompt is its caption and that has a picture becomes picture, caption.
+
+    Args:
+        processor: a `KosmosGProcessor`.
+        max_text_tokens: samples with more tokens of text are left out; None keeps all that the model can read.
+        pad_to_multiple_of: L is a multiple of it.
+
+    The batch: `input_ids` (B, L) int64 without the last `</s>`; `labels` (B, L) int64, the next token where that is
+    text, `</s>` or the mark that begins a picture, -100 where it belongs to the picture or is padding;
+    `attention_mask` (B, L) bool; with pictures `image_token_mask` (B, L) bool and `pixel_values` (N, 3, S, S) float32.
+    """
+
+    def __init__(self, processor, *, max_text_tokens=None, pad_to_multiple_of=1):
+        self.prompts = _Prompts(processor, max_text_tokens, pad_to_multiple_of)
+
+    def prepare(self, sample, generator):
+        prompt = sample.prompt
+        if sample.target is not None and prompt == (sample.caption,):
+            prompt = (sample.target, sample.caption)
+        row = self.prompts.prepare(sample.key, prompt)
+        tokenizer = self.prompts.processor.tokenizer
+        following = [*row["ids"][1:], tokenizer.eos_token_id]
+        of_picture = [*row["slots"][1:], False]
+        row["labels"] = [
+            IGNORED if inside or token == tokenizer.end_of_image_token_id else token
+            for token, inside in zip(following, of_picture, strict=True)
+        ]
+        return row
+
+    def __call__(self, rows):
+        batch = self.prompts.pad(rows)
+        batch["labels"] = torch.full(batch["input_ids"].shape, IGNORED)
+        for number, row in enumerate(rows):
+            batch["labels"][number, : len(row["labels"])] = torch.tensor(row["labels"])
+        return batch
+
+
+class AlignCollate:
+    """Stage 2, captions alone: for our encoder and for the text encoder it is aligned to.
+
+    Args:
+        processor: a `KosmosGProcessor`.
+        target_tokenizer: tokenizer of the target text encoder. Captions that it would have to cut are left out, as in
+            the official loader: the two encoders would read different texts.
+        max_text_tokens: the same for our own tokens; 85 as in the official loader.
+        pad_to_multiple_of: L is a multiple of it.
+
+    The batch: `input_ids` (B, L) int64, `attention_mask` (B, L) bool, and `clip_input_ids` (B, 77) int64, padded to the
+    target's full length.
+    """
+
+    def __init__(self, processor, target_tokenizer, *, max_text_tokens=85, pad_to_multiple_of=1):
+        self.prompts = _Prompts(processor, max_text_tokens, pad_to_multiple_of)
+        self.target_tokenizer = target_tokenizer
+
+    def prepare(self, sample, generator):
+        if not (sample.caption or "").strip():
+            raise BadSample(
+                "caption", f"{sample.key} has no caption, and the alignment stage learns from captions"
+            )
+        row = self.prompts.prepare(sample.key, (sample.caption,))
+        tokenizer = self.target_tokenizer
+        most = tokenizer.model_max_length
+        # the length is looked at here: a warning of transformers for each long caption would flood the log
+        encoded = tokenizer(
+            sample.caption, padding="max_length", max_length=most, truncation=False, verbose=False
+        )
+        if len(encoded["input_ids"]) > most:
+            raise FilteredSample(
+                "length",
+                f"{sample.key} has {len(encoded['input_ids'])} tokens for the target text encoder, which reads {most}",
+            )
+        row["clip_input_ids"] = encoded["input_ids"]
+        return row
+
+    def __call__(self, rows):
+        batch = self.prompts.pad(rows)
+        batch["clip_input_ids"] = torch.tensor([row["clip_input_ids"] for row in rows])
+        return batch
+
+
+class InstructCollate:
+    """Stage 3: prompts of words and pictures, and the picture to draw with its noise.
+
+    Args:
+        processor: a `KosmosGProcessor`.
+        resolution: side of the pictures to draw (H), in pixels.
+        num_train_timesteps: of the noise scheduler; timesteps are drawn evenly from [0, num_train_timesteps).
+        latent_channels, vae_scale_factor: of the VAE; h = H / vae_scale_factor.
+        condition_dropout: probability that a sample trains without its prompt, for classifier-free guidance.
+        max_text_tokens: samples with more tokens of text are left out; 128 as in the official loader.
+        resize: bring targets to H x H as the official code does (shorter side, bilinear, then the centre). False takes
+            them as they are and refuses any other size, for pictures that resampling would blur.
+        pad_to_multiple_of: L is a multiple of it.
+
+    The batch: `input_ids` (B, L) int64, `attention_mask` (B, L) bool, with pictures `image_token_mask` (B, L) bool and
+    `pixel_values` (N, 3, S, S) float32; `target_pixel_values` (B, 3, H, H) float32 in [-1, 1]; `latent_noise` and
+    `noise` (B, latent_channels, h, h) float32, for the VAE's sample and for the diffusion; `timesteps` (B,) int64;
+    `drop_condition` (B,) bool.
+    """
+
+    def __init__(
+        self,
+        processor,
+        resolution=512,
+        *,
+        num_train_timesteps=1000,
+        latent_channels=4,
+        vae_scale_factor=8,
+        condition_dropout=0.1,
+        max_text_tokens=128,
+        resize=True,
+        pad_to_multiple_of=1,
+    ):
+        self.prompts = _Prompts(processor, max_text_tokens, pad_to_multiple_of)
+        if resolution < 1 or resolution % vae_scale_factor:
+            raise ValueError(
+                f"resolution={resolution} was given. Expected a multiple of the VAE's factor, {vae_scale_factor}."
+            )
+        if not 0 <= condition_dropout <= 1:
+            raise ValueError(
+                f"condition_dropout={condition_dropout} was given. Expected a probability, 0 to 1."
+            )
+        self.resolution, self.resize = resolution, resize
+        self.num_train_timesteps, self.condition_dropout = num_train_timesteps, condition_dropout
+        side = resolution // vae_scale_factor
+        self.latent_shape = (latent_channels, side, side)
+
+    def prepare(self, sample, generator):
+        if sample.target is None:
+            raise BadSample(
+                "target", f"{sample.key} has no picture to draw, and the instruction stage learns to draw"
+            )
+        row = self.prompts.prepare(sample.key, sample.prompt)
+        row["target_pixel_values"] = self._prepare_target(sample)
+        row["latent_noise"] = torch.randn(self.latent_shape, generator=generator)
+        row["noise"] = torch.randn(self.latent_shape, generator=generator)
+        row["timesteps"] = torch.randint(self.num_train_timesteps, (), generator=generator)
+        row["drop_condition"] = torch.rand((), generator=generator) < self.condition_dropout
+        return row
+
+    def __call__(self, rows):
+        batch = self.prompts.pad(rows)
+        for name in ("target_pixel_values", "latent_noise", "noise", "timesteps", "drop_condition"):
+            batch[name] = torch.stack([row[name] for row in rows])
+        return batch
+
+    def _prepare_target(self, sample):
+        if not self.resize and sample.target.size != (self.resolution, self.resolution):
+            raise ValueError(
+                f"The target of {sample.key} is {sample.target.width} x {sample.target.height} pixels, but every target "
+                f"must be {self.resolution} x {self.resolution} when they are not resized. Make them one size, or set "
+                "resize=True."
+            )
+        _check_aspect(sample.target, sample.key)
+        return preprocess_target(sample.target, self.resolution)
+
+
+def preprocess_target(image, resolution):
+    """An RGB PIL image -> (3, H, H) float32 tensor in [-1, 1]: shorter side to H (bilinear, on the PIL image), centre crop.
+
+    The numbers of torchvision's `Resize` and `CenterCrop` in the official loaders (openimage_loader.py:47-51).
+    """
+    width, height = image.size
+    if width <= height:
+        width, height = resolution, int(resolution * height / width)
+    else:
+        width, height = int(resolution * width / height), resolution
+    if image.size != (width, height):
+        image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+    left, top = int(round((width - resolution) / 2.0)), int(round((height - resolution) / 2.0))
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = (np.array(image).transpose(2, 0, 1) / 255.0 - 0.5) / 0.5  # in float64, as there
+    return torch.from_numpy(pixels.astype(np.float32))
+
+
+def _check_aspect(image, key):
+    """A strip, its shorter side brought to the model's size, could be as large as a decompression bomb."""
+    if max(image.size) > MOST_ASPECT * min(image.size):
+        raise BadSample(
+            "image",
+            f"{key} has a picture of {image.width} x {image.height} pixels, too narrow to crop a square from",
+        )

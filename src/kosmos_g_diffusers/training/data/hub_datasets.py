@@ -1,0 +1,131 @@
+"""Hugging Face `datasets` as a source of captions or edits."""
+
+from pathlib import Path
+
+from .images import decode_picture
+from .recipes import WORD_DROPOUT, caption_sample, check_caption, edit_sample
+from .sample import IMAGE_LENGTH, BadSample
+
+GROUP = 10_000  # rows that are shuffled together: an Arrow table has no files to shuffle
+
+
+class HubDatasetSource:
+    """Rows of a map-style `datasets.Dataset`: captioned pictures, texts, or edits where an `edit` column is named.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        name: for messages.
+        caption: column of the caption; with `edit`, of what the edited picture shows (may be None).
+        image: column of the picture to draw: the captioned or the edited one; None reads text alone.
+        edit: column of the instruction; None for captions.
+        source: column of the picture before the edit.
+        input: column of what that shows, which is dropped with probability `word_dropout`.
+
+    Raises:
+        ValueError: no rows, or a column that is not there (those there are listed).
+    """
+
+    def __init__(
+        self,
+        dataset,
+        *,
+        name,
+        caption="text",
+        image=None,
+        edit=None,
+        source=None,
+        input=None,
+        word_dropout=WORD_DROPOUT,
+    ):
+        import datasets
+
+        columns = {"caption": caption, "image": image, "edit": edit, "source": source, "input": input}
+        missing = {
+            use: column for use, column in columns.items() if column not in (None, *dataset.column_names)
+        }
+        if missing:
+            wanted = ", ".join(f"{use}={column}" for use, column in missing.items())
+            raise ValueError(
+                f"The dataset {name} has no column for {wanted}. Its columns: {', '.join(dataset.column_names)}."
+            )
+        if edit is not None and not (image and source):
+            raise ValueError(
+                f"The dataset {name} was given edit={edit} with source={source} and image={image}. An edit needs the "
+                "columns of the picture before (source) and after (image)."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"No data found: the dataset {name} holds no rows.")
+        for column in (image, source):
+            if column is not None:
+                if not isinstance(dataset.features[column], datasets.Image):
+                    raise ValueError(
+                        f"The column {column} of the dataset {name} holds {dataset.features[column]}, no pictures. "
+                        "Expected a column of the feature datasets.Image."
+                    )
+                # the bytes as they are: decoding is ours, where a bad picture costs one sample
+                dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        self.dataset, self.name, self.columns, self.word_dropout = dataset, name, columns, word_dropout
+        texts = [columns[use] for use in ("caption", "edit", "input") if columns[use] is not None]
+        self._texts = dataset.select_columns(texts)
+        self.groups = [min(GROUP, len(dataset) - first) for first in range(0, len(dataset), GROUP)]
+
+    @classmethod
+    def load(
+        cls, name, *, split="train", config=None, revision=None, data_dir=None, data_files=None, **columns
+    ):
+        """Load by name from the Hub, or from a folder: one of `save_to_disk`, or one that `load_dataset` reads.
+
+        Raises:
+            ImportError: the package datasets is not installed.
+            ValueError: as the class does.
+        """
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError(
+                "Reading Hugging Face datasets needs the package datasets: pip install 'kosmos-g-diffusers[train]'"
+            ) from error
+        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            dataset = datasets.load_from_disk(name)
+            dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+        else:
+            dataset = datasets.load_dataset(
+                name, config, split=split, revision=revision, data_dir=data_dir, data_files=data_files
+            )
+        return cls(dataset, name=name, **columns)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def length(self, index):
+        texts = self._texts[int(index)].values()
+        pictures = 1 if self.columns["edit"] is not None else 0
+        return sum(len(text) for text in texts if isinstance(text, str)) + IMAGE_LENGTH * pictures
+
+    def read(self, index, rng):
+        key = f"{self.name}:{index}"
+        try:
+            row = self.dataset[int(index)]
+        except Exception as error:  # whatever Arrow or a file of the dataset raises costs this row
+            raise BadSample("row", f"{key} cannot be read ({error})") from error
+        values = {use: row[column] for use, column in self.columns.items() if column is not None}
+        target = self._picture(values["image"], key) if "image" in values else None
+        if "edit" not in values:
+            return caption_sample(key, values.get("caption"), target)
+        source, caption = self._picture(values["source"], key), values.get("caption")
+        caption = check_caption(caption, key) if caption is not None else None
+        return edit_sample(
+            key, values.get("input"), values["edit"], source, target, caption, rng, self.word_dropout
+        )
+
+    @staticmethod
+    def _picture(value, key):
+        if not isinstance(value, dict):
+            raise BadSample("image", f"{key} has no picture")
+        data = value.get("bytes")
+        if data is None:
+            try:
+                data = Path(value["path"]).read_bytes()
+            except (OSError, TypeError, KeyError) as error:
+                raise BadSample("image", f"{key} has a picture that cannot be read ({error})") from error
+        return decode_picture(data, key)

@@ -1,0 +1,193 @@
+"""Several sources mixed into batches. Everything about a batch follows from (seed, step), so resuming is one integer.
+
+Letters: B samples a process, P processes, G = B * P samples of the global batch.
+"""
+
+import random
+from collections import Counter
+from itertools import count
+
+import numpy as np
+import torch
+import torch.utils.data
+
+from .order import EndlessOrder, Memo, derive_seed
+from .sample import BadSample, FilteredSample
+
+FILTERED = "filtered: "  # causes that begin so do not count as bad data
+SCHEDULE_BLOCK = 4096
+MOST_ATTEMPTS = 100
+
+
+class MixtureDataset(torch.utils.data.Dataset):
+    """`dataset[step]` is the batch of this process for micro-batch number `step`, 0, 1, ... without end.
+
+    Read it with `DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=n)`; the batches do not
+    depend on the number of workers. P processes together read what one process reads with the batch P * B.
+
+    A batch comes from one source, drawn by weight. It holds the next G positions of the source's endless shuffled
+    order (epoch after epoch, every sample once in each), of which process p takes rows p * B to (p + 1) * B. With
+    `bucket_window` W > 1, the G * W samples of W successive batches of a source are sorted by length and cut into
+    batches, which come in a shuffled order: less padding, the same samples.
+
+    A sample that raises BadSample is counted and replaced by another of its source, also drawn from the seed.
+
+    Args:
+        sources: see `Source`.
+        collate: object with `prepare(sample, generator)` -> row, which may raise BadSample and draws the random numbers
+            of training, and `__call__(rows)` -> dict of tensors. See collate.py.
+        batch_size: samples of this process (B).
+        weights: how often each source is drawn, in any unit; None draws all alike.
+        seed: of the order, the mixing, and every random number of a sample.
+        process_index, num_processes: which part of the global batch is ours.
+        bucket_window: W above; 1 keeps the shuffled order.
+        shuffle_window: see `EndlessOrder`.
+
+    A batch has, beside the tensors of `collate`: `source` (its name), `keys` (of the samples), `skipped` (cause ->
+    count of what had to be replaced) and `skipped_messages` (a pair of cause and text for each of them).
+
+    Raises:
+        ValueError: no sources, an empty one, weights that do not fit them, sizes below 1.
+    """
+
+    def __init__(
+        self,
+        sources,
+        collate,
+        *,
+        batch_size,
+        weights=None,
+        seed=0,
+        process_index=0,
+        num_processes=1,
+        bucket_window=1,
+        shuffle_window=65_536,
+    ):
+        self.sources, self.collate = list(sources), collate
+        self.batch_size, self.seed, self.bucket_window = batch_size, int(seed), bucket_window
+        self.process_index, self.num_processes = process_index, num_processes
+        self.weights = _check_weights(self.sources, weights)
+        for name, value in (
+            ("batch_size", batch_size),
+            ("num_processes", num_processes),
+            ("bucket_window", bucket_window),
+            ("shuffle_window", shuffle_window),
+        ):
+            if value < 1:
+                raise ValueError(
+                    f"{name}={value} was given. It counts samples, processes or batches: at least 1."
+                )
+        if not 0 <= process_index < num_processes:
+            raise ValueError(
+                f"process_index={process_index} was given with num_processes={num_processes}. "
+                f"Expected 0 to {num_processes - 1}."
+            )
+        self.orders = [
+            EndlessOrder(source.groups, derive_seed(self.seed, "order", number), shuffle_window)
+            for number, source in enumerate(self.sources)
+        ]
+        self._schedule_blocks = Memo(self._draw_schedule, 4)
+        self._counts_before = [
+            np.zeros(len(self.sources), dtype=np.int64)
+        ]  # batches of each source before block b
+        self._bucket = Memo(self._sort_window, 2 * len(self.sources))
+
+    def __getitem__(self, step):
+        source, batch = self.locate(step)
+        first = self.process_index * self.batch_size
+        positions = self.positions(source, batch)[first : first + self.batch_size]
+        rows, keys, skipped = [], [], []
+        for position in positions:
+            key, row = self._prepare(source, position, skipped)
+            keys.append(key)
+            rows.append(row)
+        result = self.collate(rows)
+        causes = [FILTERED * isinstance(error, FilteredSample) + error.cause for error in skipped]
+        result["source"] = self.sources[source].name
+        result["keys"] = keys
+        result["skipped"] = dict(Counter(causes))
+        result["skipped_messages"] = [
+            (cause, error.message) for cause, error in zip(causes, skipped, strict=True)
+        ]
+        return result
+
+    def locate(self, step):
+        """(number of the source that batch `step` comes from, how many batches came from it before)."""
+        block, rest = divmod(step, SCHEDULE_BLOCK)
+        while len(self._counts_before) <= block:  # 4096 steps at a time: a few milliseconds for a long run
+            drawn = self._schedule_blocks(len(self._counts_before) - 1)
+            self._counts_before.append(
+                self._counts_before[-1] + np.bincount(drawn, minlength=len(self.sources))
+            )
+        drawn = self._schedule_blocks(block)
+        source = int(drawn[rest])
+        return source, int(self._counts_before[block][source] + np.count_nonzero(drawn[:rest] == source))
+
+    def positions(self, source, batch):
+        """Positions in a source's endless order that its global batch number `batch` holds: G integers."""
+        size = self.batch_size * self.num_processes
+        if self.bucket_window == 1:
+            return range(batch * size, (batch + 1) * size)
+        window, rest = divmod(batch, self.bucket_window)
+        return self._bucket(source, window)[rest].tolist()
+
+    def _draw_schedule(self, block):
+        rng = np.random.default_rng(derive_seed(self.seed, "schedule", block))
+        return rng.choice(len(self.sources), size=SCHEDULE_BLOCK, p=self.weights)
+
+    def _sort_window(self, source, window):
+        """(W, G) positions: each row a batch of samples of like length."""
+        size = self.batch_size * self.num_processes * self.bucket_window
+        positions = np.arange(window * size, (window + 1) * size)
+        lengths = [self._length(source, position) for position in positions.tolist()]
+        batches = positions[np.argsort(lengths, kind="stable")].reshape(self.bucket_window, -1)
+        return np.random.default_rng(derive_seed(self.seed, "buckets", source, window)).permutation(batches)
+
+    def _length(self, source, position):
+        try:
+            return self.sources[source].length(self.orders[source][position])
+        except BadSample:  # counted when it is read
+            return 0
+
+    def _prepare(self, number, position, skipped):
+        """(key, row) of the sample at a position, or of the first of its replacements that can be used."""
+        source, first_error = self.sources[number], None
+        for attempt in count():
+            # the seeds hold the position, not the index: a sample is varied anew in every epoch
+            rng = random.Random(derive_seed(self.seed, "sample", number, position, attempt))
+            index = self.orders[number][position] if attempt == 0 else rng.randrange(len(source))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "training", number, position))
+            try:
+                sample = source.read(index, rng)
+                return sample.key, self.collate.prepare(sample, generator)
+            except BadSample as error:
+                skipped.append(error)
+                first_error = first_error or error
+            if attempt + 1 == MOST_ATTEMPTS:
+                raise ValueError(
+                    f"{MOST_ATTEMPTS} samples in a row of source {source.name!r} ({len(source):,} samples) cannot be "
+                    f"used; the first: {first_error}. Mend the data or take the source out of the mixture."
+                )
+
+
+def _check_weights(sources, weights):
+    """The weights as probabilities."""
+    if not sources:
+        raise ValueError("No data was given. Pass at least one source of training data.")
+    for source in sources:
+        if len(source) == 0:
+            raise ValueError(
+                f"Source {source.name!r} holds no samples. Check its path, or take it out of the mixture."
+            )
+    weights = np.ones(len(sources)) if weights is None else np.asarray(weights, dtype=np.float64)
+    names = ", ".join(source.name for source in sources)
+    if weights.shape != (len(sources),):
+        raise ValueError(
+            f"{weights.size} weights were given for {len(sources)} sources ({names}). Pass one weight for each source."
+        )
+    if not (np.isfinite(weights).all() and (weights > 0).all()):
+        raise ValueError(
+            f"The weights {weights.tolist()} of the sources {names} were given. "
+            "Expected positive numbers; leave a source out instead of giving it the weight 0."
+        )
+    return weights / weights.sum()

@@ -1,0 +1,92 @@
+"""How captions, edits and compositions become prompts: the rules that every format shares.
+
+They are the official loaders' (laion2b_loader.py, instructpix2pix_loader.py, openimage_loader.py), with one mend: a
+composition whose caption begins with an entity lost its words is kept; there it raises IndexError and is dropped.
+"""
+
+import re
+
+from .sample import BadSample, Sample
+
+WORD_DROPOUT = 0.5  # probability that the words beside the pictures are left out, --random-drop-caption-prob
+BACKGROUND = 0.5  # probability that an entity is shown with its background
+
+# a colour is no object to cut out, though a language model lists it among the objects
+COLOURS = frozenset(
+    "yellow blue red green white black brown grey gray purple pink orange cyan silver gold golden".split()
+)
+WORD_ENDS = frozenset(" ,.!?;:)]}")
+
+
+def check_caption(caption, key):
+    """The caption without outer spaces. Raises BadSample when it is empty or no text."""
+    if not isinstance(caption, str) or not caption.strip():
+        given = (
+            "an empty caption" if isinstance(caption, str) else f"a caption of type {type(caption).__name__}"
+        )
+        raise BadSample("caption", f"{key} has {given}")
+    return caption.strip()
+
+
+def caption_sample(key, caption, target=None):
+    """A caption and the picture that it describes."""
+    caption = check_caption(caption, key)
+    return Sample(key, (caption,), target, caption)
+
+
+def edit_sample(key, words, edit, source, target, caption, rng, word_dropout=WORD_DROPOUT):
+    """`words` (what the source shows, dropped with probability `word_dropout`), the source picture, the instruction."""
+    edit = check_caption(edit, key)
+    words = words.strip() if isinstance(words, str) and rng.random() >= word_dropout else ""
+    prompt = (words, source, edit) if words else (source, edit)
+    return Sample(key, prompt, target, caption or None)
+
+
+def composition_sample(
+    key, caption, entities, picture, target, rng, word_dropout=WORD_DROPOUT, background=BACKGROUND
+):
+    """A caption in which each entity's words are followed by its picture.
+
+    Args:
+        entities: words of each entity, in the order of their pictures.
+        picture: function of (number of an entity, whether with its background) -> RGB PIL image.
+        word_dropout: probability that the words of all entities are left out, so that only the pictures tell.
+        background: probability, for each entity, of the picture with its background.
+    """
+    caption = check_caption(caption, key)
+    keep_words = rng.random() >= word_dropout
+    prompt = [
+        part if isinstance(part, str) else picture(part, rng.random() < background)
+        for part in interleave(caption, entities, keep_words)
+    ]
+    return Sample(key, tuple(prompt), target, caption)
+
+
+def interleave(caption, entities, keep_words=True):
+    """Put the number of each entity behind its words, or in their place: a list of strings and ints in reading order.
+
+    An entity is left out when it is a colour, when it is not in the caption as a whole word, or when its words are part
+    of another's ("dog" and "hot dog").
+    """
+    found = []
+    for number, entity in enumerate(entities):
+        match = _find(entity, caption)
+        inside = sum(_find(entity, other, 0) is not None for other in entities)
+        if match and entity not in COLOURS and inside == 1:
+            found.append((match.end(), number, entity))
+    parts, rest = [], caption
+    for _, number, entity in sorted(found):
+        match = _find(entity, rest)
+        if match is None:  # overlaps the entity before it
+            continue
+        begin, end = match.span()
+        while end < len(rest) and rest[end] not in WORD_ENDS:  # "dog's", "dog-house"
+            end += 1
+        parts += [rest[: end if keep_words else begin], number]
+        rest = rest[end:]
+    parts.append(rest)
+    return [part for part in parts if not isinstance(part, str) or part.strip()]
+
+
+def _find(entity, text, flags=re.IGNORECASE):
+    return re.search(rf"\b{re.escape(entity)}\b", text, flags) if entity else None

@@ -1,0 +1,222 @@
+"""WebDataset tar shards: the source that reads them and the writer that makes them. Their layout is in docs/data.md."""
+
+import json
+import re
+from collections import OrderedDict
+
+import numpy as np
+
+from .images import decode_picture
+from .recipes import (
+    BACKGROUND,
+    WORD_DROPOUT,
+    caption_sample,
+    check_caption,
+    composition_sample,
+    edit_sample,
+)
+from .sample import IMAGE_LENGTH, BadSample, Sample
+from .shard_files import ShardFiles
+
+MOST_JSON_BYTES = 1024**2
+MOST_PARTS = 64  # pictures and texts of a prompt, pairs of an edit, entities of a composition
+INDEXED_SAMPLES = 262_144  # of the shards whose index is kept; a shuffle window has to fit
+PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+PICTURE_NAME = re.compile(r"[0-9]{1,3}(\.[a-z]+)?")
+
+
+class ShardSource:
+    """Samples of WebDataset shards, read in any order. A shard is a plain tar file, local or fetched whole to a cache.
+
+    Args:
+        where: see `ShardFiles`.
+        name: for messages; None takes "shards".
+        word_dropout, background: as in `TsvSource`.
+        cache_dir: folder for fetched shards and for counts.
+        cache_bytes: fetched shards beyond it are deleted, the longest unused first; None keeps all.
+
+    Raises:
+        ValueError: no data found, or shards missing that shards.json names.
+    """
+
+    def __init__(
+        self,
+        where,
+        *,
+        name=None,
+        word_dropout=WORD_DROPOUT,
+        background=BACKGROUND,
+        cache_dir=None,
+        cache_bytes=None,
+    ):
+        self.name = name or "shards"
+        self.word_dropout, self.background = word_dropout, background
+        self.files = ShardFiles(where, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        self.groups = self.files.count()
+        self._ends = np.cumsum(self.groups)
+        if not len(self):
+            raise ValueError(f"No data found: the {len(self.files)} shards at {where} hold no samples.")
+        self._indices = OrderedDict()
+
+    def __getstate__(self):
+        return {**self.__dict__, "_indices": OrderedDict()}  # each worker finds its own
+
+    def __len__(self):
+        return int(self._ends[-1])
+
+    def length(self, index):
+        """From the names and sizes of the members: the JSON is little more than the text."""
+        members = self._locate(index)[1].members
+        pictures = len({name.partition(".")[0] for name in members if name[0].isdigit()})
+        if any(name.startswith("0.source.") for name in members):
+            pictures = 1  # of several pairs, one is drawn
+        text = sum(size for name, (_, size) in members.items() if name in ("json", "txt"))
+        return text + IMAGE_LENGTH * pictures
+
+    def read(self, index, rng):
+        shard, sample = self._locate(index)
+        members = Members(self.files, shard, sample)
+        if sample.problem:
+            raise BadSample("shard", f"{members.key} {sample.problem}")
+        record = members.record()
+        if "prompt" in record:
+            return self._read_prompt(record, members)
+        if "edit" in record:
+            return self._read_edit(record, members, rng)
+        caption = check_caption(record.get("caption"), members.key)
+        if "entities" in record:
+            return composition_sample(
+                members.key,
+                caption,
+                _check_texts(record["entities"], "entities", members.key),
+                members.entity,
+                members.target(),
+                rng,
+                self.word_dropout,
+                self.background,
+            )
+        return caption_sample(members.key, caption, members.target())
+
+    def _read_prompt(self, record, members):
+        parts, prompt = record["prompt"], []
+        if not isinstance(parts, list) or not 0 < len(parts) <= MOST_PARTS:
+            raise BadSample("row", f"{members.key}: prompt is no list of 1 to {MOST_PARTS} parts")
+        for part in parts:
+            if isinstance(part, str):
+                prompt.append(part)
+            elif isinstance(part, dict) and PICTURE_NAME.fullmatch(str(part.get("image"))):
+                prompt.append(members.picture(str(part["image"])))
+            else:
+                raise BadSample(
+                    "row", f'{members.key}: a part of the prompt is neither text nor {{"image": "0"}}'
+                )
+        caption = record.get("caption")
+        caption = check_caption(caption, members.key) if caption is not None else None
+        return Sample(members.key, tuple(prompt), members.target(), caption)
+
+    def _read_edit(self, record, members, rng):
+        pairs = 0
+        while members.has(f"{pairs}.source") and pairs < MOST_PARTS:
+            pairs += 1
+        if not pairs:
+            raise BadSample("row", f"{members.key} is an edit without the pictures 0.source and 0.target")
+        pair = rng.randrange(pairs)
+        source, target = members.picture(f"{pair}.source"), members.picture(f"{pair}.target")
+        words, caption = record.get("input"), record.get("caption")
+        return edit_sample(
+            members.key, words, record["edit"], source, target, caption, rng, self.word_dropout
+        )
+
+    def _locate(self, index):
+        """(number of the shard, TarSample). Raises BadSample for the samples that a shard should have and has not."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        samples = self._index(number)
+        row = index - int(self._ends[number]) + self.groups[number]
+        if row >= len(samples):
+            raise BadSample(
+                "shard",
+                f"{self.files.names[number]} holds {len(samples)} samples, and should hold {self.groups[number]}",
+            )
+        return number, samples[row]
+
+    def _index(self, number):
+        """The samples of a shard; raises the same BadSample again for a shard that cannot be read."""
+        if number in self._indices:
+            self._indices.move_to_end(number)
+        else:
+            try:
+                self._indices[number] = self.files.index(number)
+            except BadSample as error:
+                self._indices[number] = error
+            kept = sum(self.groups[shard] for shard in self._indices)
+            while kept > INDEXED_SAMPLES and len(self._indices) > 1:
+                kept -= self.groups[self._indices.popitem(last=False)[0]]
+        found = self._indices[number]
+        if isinstance(found, BadSample):
+            raise BadSample(found.cause, found.message)
+        return found
+
+
+class Members:
+    """The members of one sample of a shard, by name."""
+
+    def __init__(self, files, shard, sample):
+        self.files, self.shard, self.sample = files, shard, sample
+        self.key = f"{files.names[shard]}:{sample.key}"
+
+    def record(self):
+        """What the JSON says, a dict; of shards without JSON, the text as a caption."""
+        if "json" not in self.sample.members and "txt" in self.sample.members:
+            return {"caption": self._bytes("txt", MOST_JSON_BYTES).decode("utf-8", errors="replace")}
+        if "json" not in self.sample.members:
+            endings = ", ".join(sorted(self.sample.members)[:8])
+            raise BadSample("row", f"{self.key} has neither .json nor .txt, only {endings}")
+        try:
+            record = json.loads(self._bytes("json", MOST_JSON_BYTES))
+        except (ValueError, RecursionError) as error:
+            raise BadSample("row", f"{self.key} has a .json that cannot be read ({error})") from error
+        if not isinstance(record, dict):
+            raise BadSample("row", f"{self.key} has a .json that holds a {type(record).__name__}, no object")
+        if record.get("caption") is None and "txt" in self.sample.members:
+            record["caption"] = self._bytes("txt", MOST_JSON_BYTES).decode("utf-8", errors="replace")
+        return record
+
+    def has(self, name):
+        return any(f"{name}.{ending}" in self.sample.members for ending in PICTURE_ENDINGS)
+
+    def picture(self, name):
+        for ending in PICTURE_ENDINGS:
+            if f"{name}.{ending}" in self.sample.members:
+                return decode_picture(self._bytes(f"{name}.{ending}"), self.key)
+        raise BadSample("image", f"{self.key} has no picture {name} ({'|'.join(PICTURE_ENDINGS)})")
+
+    def entity(self, number, whole):
+        """An entity's picture with its background (`whole`) or cut out; the other one where only that is there."""
+        names = [f"{number}", f"{number}.cutout"]
+        names = names if whole else names[::-1]
+        return self.picture(next((name for name in names if self.has(name)), names[0]))
+
+    def target(self):
+        """The picture `target`, or the only one that has no name, as in shards made by img2dataset. None without."""
+        if self.has("target"):
+            return self.picture("target")
+        for ending in PICTURE_ENDINGS:
+            if ending in self.sample.members:
+                return decode_picture(self._bytes(ending), self.key)
+        return None
+
+    def _bytes(self, name, most=None):
+        offset, size = self.sample.members[name]
+        if most is not None and size > most:
+            raise BadSample("row", f"{self.key} has a .{name} of {size:,} bytes; at most {most:,} are read")
+        return self.files.read(self.shard, offset, size)
+
+
+def _check_texts(texts, name, key):
+    if (
+        not isinstance(texts, list)
+        or len(texts) > MOST_PARTS
+        or not all(isinstance(text, str) for text in texts)
+    ):
+        raise BadSample("row", f"{key}: {name} is no list of at most {MOST_PARTS} strings")
+    return texts

@@ -1,0 +1,76 @@
+"""Keeps account of the samples that could not be used, and stops the run when they are too many."""
+
+from .mixture import FILTERED
+
+EXAMPLES = 3  # messages kept for each cause
+LEAST_SEEN = 100  # samples before the share of bad ones means anything
+
+
+class TooManyBadSamples(RuntimeError):
+    """The share of bad samples passed the limit."""
+
+
+class SkipCounter:
+    """Counts bad and filtered samples by cause. The loop calls `update` with every batch and logs `summary()` at the end.
+
+    Args:
+        limit: largest share of the samples read that may be bad; 1 never stops. Filtered samples do not count.
+
+    `state_dict` and `load_state_dict` carry the counts over a resume.
+    """
+
+    def __init__(self, limit=0.01):
+        if not 0 <= limit <= 1:
+            raise ValueError(
+                f"A limit of {limit} was given. Expected the largest share of bad samples, 0 to 1."
+            )
+        self.limit = limit
+        self.seen, self.counts, self.examples = 0, {}, {}
+
+    @property
+    def bad(self):
+        return sum(number for cause, number in self.counts.items() if not cause.startswith(FILTERED))
+
+    def update(self, batch):
+        """Count what `batch` (of `MixtureDataset`) had to replace. Raises TooManyBadSamples."""
+        self.add(len(batch["keys"]), batch["skipped"], batch["skipped_messages"])
+
+    def add(self, used, skipped, messages):
+        """As `update`, from numbers: for a loop that gathers them from several processes.
+
+        Args:
+            used: samples that went into batches.
+            skipped: cause -> number of samples that were replaced.
+            messages: (cause, text) pairs, any number of them.
+        """
+        self.seen += used
+        for cause, number in skipped.items():
+            self.counts[cause] = self.counts.get(cause, 0) + number
+            self.seen += number * (not cause.startswith(FILTERED))
+        for cause, message in messages:
+            examples = self.examples.setdefault(cause, [])
+            if len(examples) < EXAMPLES and message not in examples:
+                examples.append(message)
+        if self.seen >= LEAST_SEEN and self.bad > self.limit * self.seen:
+            raise TooManyBadSamples(
+                f"{self.bad:,} of {self.seen:,} samples ({self.bad / self.seen:.2%}) could not be used, more than the "
+                f"limit of {self.limit:.2%}.\n{self.summary()}\nMend the data, or raise the limit if this is expected."
+            )
+
+    def summary(self):
+        """A line for each cause, the most frequent first, with examples; one line when nothing was skipped."""
+        if not self.counts:
+            return f"All {self.seen:,} samples read could be used."
+        lines = [f"{self.bad:,} of {self.seen:,} samples read could not be used and were replaced:"]
+        for cause, number in sorted(self.counts.items(), key=lambda item: -item[1]):
+            lines.append(
+                f"  {cause}: {number:,}, such as " + "; ".join(self.examples.get(cause, ["(no example)"]))
+            )
+        return "\n".join(lines)
+
+    def state_dict(self):
+        return {"seen": self.seen, "counts": dict(self.counts), "examples": dict(self.examples)}
+
+    def load_state_dict(self, state):
+        self.seen, self.counts = state["seen"], dict(state["counts"])
+        self.examples = {cause: list(messages) for cause, messages in state["examples"].items()}

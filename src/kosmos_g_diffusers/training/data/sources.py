@@ -1,0 +1,71 @@
+"""A line of text -> a source of training data, for configs and the command line."""
+
+from urllib.parse import parse_qsl
+
+from .hub_datasets import HubDatasetSource
+from .recipes import BACKGROUND, WORD_DROPOUT
+from .shards import ShardSource
+from .tsv import LAYOUTS, TsvSource
+
+FORMS = """Known forms:
+  tsv:captions:PATH       LAION rows; PATH is a train.json, its folder, a .tsv file or a pattern
+  tsv:edits:PATH          InstructPix2Pix rows
+  tsv:compositions:PATH   rows of captions with tags and cut-outs
+  shards:PATH_OR_URL      WebDataset shards: part-{000..099}.tar, *.tar, a folder, a shards.json, or a URL
+  datasets:NAME?image=COLUMN&caption=COLUMN   Hugging Face datasets, from the Hub or a folder; also split=, config=,
+                          revision=, data_dir=, data_files=, and for edits edit=, source=, input= (columns)
+docs/data.md describes them."""
+DATASET_OPTIONS = (
+    "split", "config", "revision", "data_dir", "data_files", "image", "caption", "edit", "source", "input",
+)  # fmt: skip
+
+
+def build_source(
+    spec, *, word_dropout=WORD_DROPOUT, background=BACKGROUND, min_side=0, cache_dir=None, cache_bytes=None
+):
+    """The source that a line such as "tsv:captions:/data/laion/json/train.json" describes.
+
+    Args:
+        spec: one of `FORMS`.
+        word_dropout: probability that the words beside the pictures of a prompt are left out.
+        background: probability that the picture of an entity has its background.
+        min_side: captioned pictures of TSV rows with a smaller side are left out; the official stage 3 takes 384.
+        cache_dir: folder for what is kept between runs; None takes kosmos-g in the user's cache folder.
+        cache_bytes: most that fetched shards may take there; None for no limit.
+
+    Raises:
+        ValueError: an unknown form, with the known ones; no data found; files missing; wrong columns.
+    """
+    form, _, rest = spec.partition(":")
+    if form == "tsv":
+        kind, _, where = rest.partition(":")
+        if kind in LAYOUTS and where:
+            return TsvSource(
+                kind,
+                where,
+                name=spec,
+                word_dropout=word_dropout,
+                background=background,
+                min_side=min_side,
+                cache_dir=cache_dir,
+            )
+    if form == "shards" and rest:
+        return ShardSource(
+            rest,
+            name=spec.partition("?")[0],
+            word_dropout=word_dropout,
+            background=background,
+            cache_dir=cache_dir,
+            cache_bytes=cache_bytes,
+        )
+    if form == "datasets" and rest:
+        name, _, query = rest.partition("?")
+        options = dict(parse_qsl(query, keep_blank_values=True))
+        unknown = sorted(set(options) - set(DATASET_OPTIONS))
+        if unknown:
+            raise ValueError(
+                f"{spec!r} has the unknown options {', '.join(unknown)}. Known: {', '.join(DATASET_OPTIONS)}."
+            )
+        if name:
+            return HubDatasetSource.load(name, word_dropout=word_dropout, **options)
+    raise ValueError(f"{spec!r} is no source of training data.\n{FORMS}")

@@ -1,0 +1,365 @@
+"""The three training stages of the Kosmos-G paper as modules: what trains, and from a batch to the losses (sec. 2).
+
+`stage(batch)` returns a dict of float32 scalars whose sum is minimised. A stage registers only what belongs to a
+checkpoint, the encoder and AlignerNet N. Frozen models of another kind (U-Net, VAE, CLIP) it merely holds, so that
+optimisers, DDP and FSDP do not see them: move them with `move_frozen`.
+
+Letters of the shapes: B samples, L tokens, N images of the whole batch, S their size, T tokens and W width of the vision
+tower, Q states an image, D width of the language model, K states of the condition, A their width, P positions of the
+target text encoder, H, W and h, w sizes of target pictures and of their latents.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .losses import align_losses, denoising_loss, language_loss
+
+
+class Stage(nn.Module):
+    """What the stages share.
+
+    Every step uses every trained weight, whatever the batch holds. So all processes of a distributed run call the same
+    modules in the same order (DDP would complain, FSDP hang), and the optimiser treats all weights alike.
+
+    Args:
+        text_encoder: KosmosGTextEncoder, float32. All of it is frozen but what the stage trains.
+        trained: modules of the encoder that train, besides the vision tower.
+        train_vision: "none", "last" (the last block and the norm after it, as in the official stage 3) or "all".
+        frozen: models that are held and not registered.
+
+    Raises:
+        ValueError: `train_vision` is none of these.
+    """
+
+    def __init__(self, text_encoder, trained, train_vision, frozen=()):
+        super().__init__()
+        vision = text_encoder.vision_model.model
+        choices = {"none": [], "last": [vision.encoder.layers[-1], vision.post_layernorm], "all": [vision]}
+        if train_vision not in choices:
+            raise ValueError(
+                f"train_vision is {train_vision!r}. Pass one of {', '.join(map(repr, choices))}."
+            )
+        text_encoder.requires_grad_(False)
+        for module in (*trained, *choices[train_vision]):
+            module.requires_grad_(True)
+        self.text_encoder = text_encoder
+        self.train_vision = train_vision
+        self._frozen = tuple(model.requires_grad_(False).eval() for model in frozen)  # hidden from nn.Module
+
+    @property
+    def _no_split_modules(self):
+        """The layers that FSDP shards one by one; accelerate looks for their names here."""
+        return self.text_encoder._no_split_modules
+
+    def move_frozen(self, device=None, dtype=None):
+        """Move the models that are held; half precision will do, as they do not change. Returns the stage."""
+        for model in self._frozen:
+            model.to(device=device, dtype=dtype)
+        return self
+
+    def gradient_checkpointing_enable(self):
+        """Recompute layers in the backward pass instead of keeping what they computed (the U-Net's blocks, too)."""
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = True
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def save_pretrained(self, folder, state_dict=None):
+        """Write `folder/text_encoder`, as `KosmosGTextEncoder.from_pretrained` reads it.
+
+        Args:
+            state_dict: weights to write instead of the stage's own, under the names of `self.state_dict()`: averaged
+                ones, or what was gathered from shards.
+        """
+        self.text_encoder.save_pretrained(
+            Path(folder) / "text_encoder", state_dict=_weights_of("text_encoder", state_dict)
+        )
+
+    # Parts of the encoder's forward pass -------------------------------------------------------------------------
+
+    def vision_states(self, pixel_values):
+        """(N, 3, S, S) pixels -> (N, T, W), the states that enter the last block of the vision tower.
+
+        Unless train_vision is "all" these never change, so that a batch may bring them along as `vision_states`.
+        """
+        vision = self.text_encoder.vision_model.model
+        states = vision.pre_layrnorm(vision.embeddings(pixel_values))
+        for layer in vision.encoder.layers[:-1]:
+            states = layer(states, None)
+        return states
+
+    def _image_embeds(self, batch):
+        """Pictures of a batch -> (N, Q, D), as `KosmosGTextEncoder.get_image_features`; None if there are none."""
+        encoder, states = self.text_encoder, batch.get("vision_states")
+        if states is not None:
+            if self.train_vision == "all":
+                raise ValueError(
+                    "The batch holds vision_states, which were computed once, but train_vision='all' changes the blocks "
+                    "they come from. Pass pixel_values (no cache of the vision tower), or train_vision='last'."
+                )
+            states = states.to(encoder.dtype)
+        else:
+            pixel_values = batch.get("pixel_values")
+            if pixel_values is None:
+                if not encoder.image_to_text_projection.latent_query.requires_grad:
+                    return None
+                # a picture that no slot takes: its gradients are zero, and all weights are used
+                size = encoder.config.vision_config.image_size
+                pixel_values = torch.zeros(1, 3, size, size, device=batch["input_ids"].device)
+            states = self.vision_states(pixel_values.to(encoder.dtype))
+        vision = encoder.vision_model.model
+        states = vision.encoder.layers[-1](states, None)
+        states = nn.functional.normalize(vision.post_layernorm(states), dim=-1)
+        return encoder.image_to_text_projection(states)[0]
+
+    def _language_states(self, batch):
+        """(B, L, D), the language model's states for the prompts of a batch."""
+        encoder, input_ids = self.text_encoder, batch["input_ids"]
+        config = encoder.config
+        longest = min(config.text_config.max_position_embeddings, config.aligner_max_positions - 2)
+        if input_ids.shape[1] > longest:
+            raise ValueError(
+                f"A batch of prompts of {input_ids.shape[1]} tokens was given; the model reads at most {longest}. Leave "
+                "out longer prompts, or train a model with more positions."
+            )
+        slots = batch.get("image_token_mask")
+        slots = torch.zeros_like(input_ids, dtype=torch.bool) if slots is None else slots.bool()
+        pictures = batch.get("vision_states", batch.get("pixel_values"))
+        n_slots, n_pictures = int(slots.sum()), 0 if pictures is None else len(pictures)
+        if n_slots != n_pictures * config.latent_query_num:
+            raise ValueError(
+                f"image_token_mask marks {n_slots} slots, but the batch holds {n_pictures} pictures of "
+                f"{config.latent_query_num} states each. Make both with one call of KosmosGProcessor."
+            )
+        return encoder.get_language_hidden_states(input_ids, self._image_embeds(batch), slots)
+
+    def _condition(self, language_states, attention_mask):
+        """(B, L, D) and (B, L) -> (B, K, A), through AlignerNet M."""
+        aligner = self.text_encoder.aligner
+        mask = None if attention_mask.all() else attention_mask.bool()
+        return aligner.final_layer_norm(aligner(language_states, mask)[-1])
+
+
+class PretrainStage(Stage):
+    """Stage 1, multimodal language modelling: the next token after words and pictures (sec. 2.1).
+
+    Trains the language model (its head is its embedding), the resampler and, as far as `train_vision` says, the vision
+    tower; the AlignerNet stays as it is. A model that starts from nothing needs train_vision="all".
+
+    Args:
+        text_encoder: KosmosGTextEncoder.
+        train_vision: see `Stage`.
+    """
+
+    def __init__(self, text_encoder, train_vision="last"):
+        trained = [text_encoder.language_model, text_encoder.image_to_text_projection]
+        super().__init__(text_encoder, trained, train_vision)
+
+    def forward(self, batch):
+        """Losses of a batch.
+
+        Args:
+            batch: dict with `input_ids` (B, L); `labels` (B, L), the token after each position, -100 where none is to
+                be predicted; `image_token_mask` (B, L) and `pixel_values` (N, 3, S, S) or `vision_states` (N, T, W),
+                if there are pictures; `n_labels`, what the sum is divided by instead of the number of labels (so that
+                processes and accumulated batches with different numbers can give the mean of them all).
+
+        Returns:
+            dict of `language`, a scalar.
+        """
+        states = self._language_states(batch)
+        embedding = self.text_encoder.get_input_embeddings().weight
+        return {"language": language_loss(states, embedding, batch["labels"], batch.get("n_labels"))}
+
+
+class AlignStage(Stage):
+    """Stage 2, alignment: AlignerNet M's condition becomes what the decoder's own text encoder says (sec. 2.2).
+
+    Trains AlignerNet M and N. The language model is frozen; its dropout works in training mode, as in the official code.
+    Captions need no pictures; with FSDP a step's batches have some on all processes or on none.
+
+    Args:
+        text_encoder: KosmosGTextEncoder.
+        aligner_n: AlignerNetN of the same sizes.
+        target_text_encoder: CLIPTextModel of the Stable Diffusion that will draw. Its width and positions are the
+            condition's.
+
+    Raises:
+        ValueError: the target has another width or number of states than the encoder.
+    """
+
+    def __init__(self, text_encoder, aligner_n, target_text_encoder):
+        config, target = text_encoder.config, target_text_encoder.config
+        given = (config.num_queries, config.aligner_hidden_size)
+        expected = (target.max_position_embeddings, target.hidden_size)
+        if given != expected:
+            raise ValueError(
+                f"The AlignerNet gives {given[0]} states of width {given[1]} (num_queries, aligner_hidden_size); the "
+                f"target text encoder has {expected[0]} of width {expected[1]}. Start from an encoder whose "
+                "configuration has the target's figures: kosmos-g init with this Stable Diffusion as --base makes one."
+            )
+        super().__init__(text_encoder, [text_encoder.aligner], "none", [target_text_encoder])
+        self.aligner_n = aligner_n.requires_grad_(True)
+
+    def save_pretrained(self, folder, state_dict=None):
+        """As `Stage.save_pretrained`, and `folder/aligner_n` for `AlignerNetN.from_pretrained`."""
+        super().save_pretrained(folder, state_dict)
+        self.aligner_n.save_pretrained(Path(folder) / "aligner_n", _weights_of("aligner_n", state_dict))
+
+    @torch.no_grad()
+    def clip_embeds(self, clip_input_ids, clip_attention_mask=None):
+        """(B, P) ids, and mask for targets that use one -> (B, P, A), the target's last states."""
+        (target,) = self._frozen
+        with _own_precision(clip_input_ids):
+            return target(clip_input_ids, attention_mask=clip_attention_mask)[0].float()
+
+    def forward(self, batch):
+        """Losses of a batch.
+
+        Args:
+            batch: dict with `input_ids`, `attention_mask` (B, L) and pictures as for `PretrainStage`; `clip_input_ids`
+                (B, P), padded to the full length, and `clip_attention_mask` if the target uses one, or `clip_embeds`
+                (B, P, A), which were computed once.
+
+        Returns:
+            dict of `mse` and `rec`, scalars.
+        """
+        with torch.no_grad():
+            language_states = self._language_states(batch)
+        condition = self._condition(language_states, batch["attention_mask"])
+        clip_embeds = batch.get("clip_embeds")
+        if clip_embeds is None:
+            clip_embeds = self.clip_embeds(batch["clip_input_ids"], batch.get("clip_attention_mask"))
+        reconstruction = self.aligner_n(condition, language_states.shape[1])
+        return align_losses(condition, clip_embeds, reconstruction, language_states)
+
+
+class InstructStage(Stage):
+    """Stage 3, instruction tuning: the frozen U-Net says how good the condition is (score distillation, sec. 2.3).
+
+    Trains AlignerNet M, the language model with its embedding, the resampler and the end of the vision tower.
+
+    Args:
+        text_encoder: KosmosGTextEncoder.
+        unet, vae: of the Stable Diffusion that draws; frozen. Gradients go through the U-Net to the condition.
+        scheduler: any of diffusers' whose configuration says how noise is added and what the U-Net predicts.
+        train_vision: see `Stage`.
+
+    Raises:
+        ValueError: a U-Net that reads another condition or other latents, or predicts neither noise nor velocity.
+    """
+
+    def __init__(self, text_encoder, unet, vae, scheduler, train_vision="last"):
+        width, read = text_encoder.config.aligner_hidden_size, unet.config.cross_attention_dim
+        if width != read:
+            raise ValueError(
+                f"The encoder's conditions have width {width} (aligner_hidden_size), the U-Net reads width {read} "
+                "(cross_attention_dim). Pass the U-Net the encoder was aligned to, or align it to this one's text encoder."
+            )
+        if unet.config.in_channels != vae.config.latent_channels:
+            raise ValueError(
+                f"The U-Net reads {unet.config.in_channels} channels, the VAE's latents have "
+                f"{vae.config.latent_channels}. Pass a text-to-image U-Net; inpainting ones read more than latents."
+            )
+        if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"The scheduler's prediction_type is {scheduler.config.prediction_type!r}. Pass one of a U-Net that "
+                "predicts 'epsilon' or 'v_prediction'."
+            )
+        trained = [text_encoder.aligner, text_encoder.language_model, text_encoder.image_to_text_projection]
+        super().__init__(text_encoder, trained, train_vision, [unet, vae])
+        # the schedulers that draw add noise in ways of their own; this one knows the training's
+        self.noise_scheduler = DDPMScheduler.from_config(scheduler.config)
+
+    def gradient_checkpointing_enable(self):
+        super().gradient_checkpointing_enable()
+        unet, _ = self._frozen
+        unet.enable_gradient_checkpointing()
+
+    @torch.no_grad()
+    def latent_parameters(self, target_pixel_values):
+        """(B, 3, H, W) in [-1, 1] -> (B, 8, h, w), mean and log-variance of the VAE's latents, float32."""
+        _, vae = self._frozen
+        with _own_precision(target_pixel_values):
+            return vae.encode(target_pixel_values.to(vae.dtype)).latent_dist.parameters.float()
+
+    def forward(self, batch):
+        """Losses of a batch.
+
+        Args:
+            batch: dict with `input_ids`, `attention_mask` (B, L) and pictures as for `PretrainStage`;
+                `target_pixel_values` (B, 3, H, W) in [-1, 1], or `latent_parameters` (B, 8, h, w), which were computed
+                once; the random numbers of the step: `latent_noise` (B, 4, h, w) of the VAE's sample, `noise`
+                (B, 4, h, w), `timesteps` (B,) int64, and `drop_condition` (B,) bool, True for samples that are drawn
+                without their prompt.
+
+        Returns:
+            dict of `denoising`, a scalar.
+        """
+        unet, vae = self._frozen
+        parameters = batch.get("latent_parameters")
+        if parameters is None:
+            parameters = self.latent_parameters(batch["target_pixel_values"])
+        posterior = DiagonalGaussianDistribution(parameters.float())
+        latents = (posterior.mean + posterior.std * batch["latent_noise"]) * vae.config.scaling_factor
+        noise, timesteps, scheduler = batch["noise"], batch["timesteps"], self.noise_scheduler
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        target = noise
+        if scheduler.config.prediction_type == "v_prediction":
+            target = scheduler.get_velocity(latents, noise, timesteps)
+        condition = self._condition_or_null(batch)
+        prediction = unet(noisy.to(unet.dtype), timesteps, condition.to(unet.dtype)).sample
+        return {"denoising": denoising_loss(prediction, target)}
+
+    def _condition_or_null(self, batch):
+        """(B, K, A): the condition of each prompt, that of `<s>` alone where `drop_condition` is set (kosmosg.py:315).
+
+        One pass computes both, the null condition once and with gradient, and dropped prompts not at all.
+        """
+        drop = batch["drop_condition"]
+        if not drop.any():
+            return self._condition(self._language_states(batch), batch["attention_mask"])
+        rows = _kept_rows(batch, ~drop, self.text_encoder.config)
+        condition = self._condition(self._language_states(rows), rows["attention_mask"])
+        return condition[torch.where(drop, len(condition) - 1, (~drop).cumsum(0) - 1)]
+
+
+def _kept_rows(batch, keep, config):
+    """The prompts where `keep` (B,) is set, with their pictures, and behind them the null prompt."""
+    input_ids, attention_mask = batch["input_ids"], batch["attention_mask"].bool()
+    null = torch.full_like(input_ids[:1], config.text_config.pad_token_id)
+    null[:, 0] = config.text_config.bos_token_id
+    rows = {
+        "input_ids": torch.cat([input_ids[keep], null]),
+        "attention_mask": torch.cat([attention_mask[keep], torch.zeros_like(attention_mask[:1])]),
+    }
+    rows["attention_mask"][-1, 0] = True
+    slots = batch.get("image_token_mask")
+    if slots is not None:
+        rows["image_token_mask"] = torch.cat([slots[keep], torch.zeros_like(slots[:1])])
+        pictures_of_row = slots.sum(1) // config.latent_query_num
+        keep_picture = keep.repeat_interleave(pictures_of_row)
+        for name in ("pixel_values", "vision_states"):
+            if name in batch and keep_picture.any():
+                rows[name] = batch[name][keep_picture]
+    length = int(rows["attention_mask"].sum(1).max())  # the longest prompt may have been dropped
+    return {name: tensor[:, :length] if tensor.ndim == 2 else tensor for name, tensor in rows.items()}
+
+
+def _own_precision(tensor):
+    """Context in which a frozen model computes in the dtype of its weights, whatever the training's mixed precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _weights_of(part, state_dict):
+    prefix = f"{part}."
+    return state_dict and {
+        name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)
+    }

@@ -1,0 +1,72 @@
+"""The text encoder that stage 2 imitates: the one that the Stable Diffusion was trained with."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+
+# Where `kosmos-g init` puts them: `text_encoder` of its folder is Kosmos-G's own
+MODEL_FOLDER, TOKENIZER_FOLDER = "clip_text_encoder", "clip_tokenizer"
+
+
+def target_config(source):
+    """CLIPTextConfig of the text encoder in `source`, without reading weights; see `load_target`."""
+    subfolder, _ = _subfolders(source)
+    try:
+        values, _ = CLIPTextConfig.get_config_dict(str(source), subfolder=subfolder)
+        if not values:  # some releases of transformers say nothing when there is no file
+            raise OSError("no config.json")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no {subfolder} in {source}, or it cannot be read ({_first_line(error)}). Pass a folder that "
+            "kosmos-g init wrote, or a Stable Diffusion in diffusers' layout, its folder or Hub id."
+        ) from error
+    if values.get("model_type") not in ("clip_text_model", "clip"):
+        raise ValueError(
+            f"The text encoder of {source} is of the type {values.get('model_type')!r}; conditions are aligned to "
+            "'clip_text_model'. Pass the Stable Diffusion 1.x or 2.x that shall draw."
+        )
+    return CLIPTextConfig.from_dict(values)
+
+
+def load_target(source, dtype=torch.float32):
+    """Read the text encoder to imitate and its tokenizer.
+
+    Args:
+        source: a folder that `kosmos-g init` wrote, or a Stable Diffusion in diffusers' layout, its folder or Hub id.
+        dtype: of the weights.
+
+    Returns:
+        (CLIPTextModel, its tokenizer).
+
+    Raises:
+        ValueError: `source` holds no CLIP text encoder, or one with weights missing.
+    """
+    target_config(source)
+    subfolder, tokenizer = _subfolders(source)
+    try:
+        model, info = CLIPTextModel.from_pretrained(
+            source, subfolder=subfolder, dtype=dtype, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The text encoder of {source} or its tokenizer cannot be read ({_first_line(error)}). Download it again."
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # they would be random, and nobody would notice
+        raise ValueError(
+            f"The text encoder of {source} lacks {len(missing)} weights, such as {missing[0]}. Were they saved by a newer "
+            "transformers? Save them with the installed one, or upgrade it."
+        )
+    return model.eval(), tokenizer
+
+
+def _subfolders(source):
+    if (Path(source) / MODEL_FOLDER).is_dir():
+        return MODEL_FOLDER, TOKENIZER_FOLDER
+    return "text_encoder", "tokenizer"
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
