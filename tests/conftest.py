@@ -24,7 +24,7 @@ import PIL.Image  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers.utils.logging  # noqa: E402
-from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, UNet2DConditionModel  # noqa: E402
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from kosmos_g_diffusers import (  # noqa: E402
@@ -34,6 +34,7 @@ from kosmos_g_diffusers import (  # noqa: E402
 )
 from kosmos_g_diffusers.checkpoint import read_checkpoint  # noqa: E402
 from kosmos_g_diffusers.checkpoint_keys import aligner_n_weights, match_keys  # noqa: E402
+from kosmos_g_diffusers.control import build_random_controlnet  # noqa: E402
 from kosmos_g_diffusers.tiny import build_tiny_pipeline  # noqa: E402
 
 torch.set_num_threads(
@@ -195,15 +196,13 @@ def pipe():
 
 @pytest.fixture(scope="session")
 def build_controlnet():
-    """Function that builds a ControlNet for the U-Net of a small pipeline."""
+    """Function that builds a ControlNet of random weights, in which the control image counts, for a U-Net."""
 
-    def build(unet):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(11)
-            controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8,) * 4)
-            for block in controlnet.controlnet_down_blocks:  # zeros, until trained
-                torch.nn.init.normal_(block.weight, std=0.2)
-        return controlnet.eval()
+    def build(unet, seed=0):
+        controlnet = build_random_controlnet(unet, seed)
+        for parameter in controlnet.controlnet_cond_embedding.parameters():
+            parameter.data.mul_(2)
+        return controlnet
 
     return build
 

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from composing import borrow
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -107,12 +108,6 @@ def merge_by_hand(unet, *weighted):
 def picture_of(pipe, draw, unet, prompt="<dog> in a hat"):
     """What the pipeline draws with another U-Net."""
     return draw(borrow(KosmosGPipeline, pipe, unet=unet), prompt)
-
-
-def borrow(cls, pipe, **parts):
-    other = cls.from_pipe(pipe, torch_dtype=pipe.dtype, **parts)
-    other.set_progress_bar_config(disable=True)
-    return other
 
 
 def differ(first, second):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from composing import borrow
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -24,12 +25,6 @@ def close(given, expected, tolerance=1e-5):
 
 def differ(first, second):
     return np.abs(np.asarray(first) - np.asarray(second)).max() > 1e-3
-
-
-def borrow(cls, pipe, **parts):
-    other = cls.from_pipe(pipe, torch_dtype=pipe.dtype, **parts)
-    other.set_progress_bar_config(disable=True)
-    return other
 
 
 # Blends ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from composing import assert_all_differ, borrow, generate
 from diffusers import (
     ControlNetModel,
     LCMScheduler,
@@ -39,30 +40,6 @@ def vary(unet, **changes):
     """A U-Net of random weights, of the same configuration but for `changes`."""
     torch.manual_seed(5)
     return UNet2DConditionModel.from_config(unet.config, **changes).eval()
-
-
-def borrow(cls, pipe, **parts):
-    other = cls.from_pipe(pipe, torch_dtype=pipe.dtype, **parts)
-    other.set_progress_bar_config(disable=True)
-    return other
-
-
-def generate(pipe, prompt, **arguments):
-    """Two steps from the same noise; the size is that of `image`."""
-    settings = {
-        "num_inference_steps": 2,
-        "output_type": "np",
-        "generator": torch.Generator().manual_seed(0),
-    }
-    return pipe(prompt, **settings | arguments).images
-
-
-def assert_all_differ(*images):
-    for index, image in enumerate(images):
-        assert np.isfinite(image).all() and image.shape == images[0].shape
-        for other in images[:index]:
-            difference = np.abs(image - other).max()
-            assert difference > 1e-3
 
 
 # Fine-tunes --------------------------------------------------------------------------------------------------------

@@ -589,6 +589,15 @@ def test_checkpoint_without_plain_weights_is_refused(tmp_path, content, message)
         read_checkpoint(tmp_path / "strange.pt")
 
 
+def test_running_out_of_memory_is_no_fault_of_the_checkpoint(monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(MemoryError):
+        read_checkpoint(ALIGN)
+
+
 class Hostile:
     """An object whose pickle calls `function(*arguments)` when it is loaded."""
 

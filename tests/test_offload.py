@@ -10,6 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from composing import borrow
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines import pipeline_utils
 from diffusers.quantizers import PipelineQuantizationConfig
@@ -53,12 +54,6 @@ def assert_draws(pipe, draw, photos, expected, tolerance=1e-4):
     pipe.add_image_word("<cat>", photos[1])
     for given, image in zip(everything(pipe, draw, photos), expected, strict=True):
         assert np.abs(given - image).max() <= tolerance
-
-
-def borrow(cls, pipe, **parts):
-    other = cls.from_pipe(pipe, torch_dtype=pipe.dtype, **parts)
-    other.set_progress_bar_config(disable=True)
-    return other
 
 
 # Offloading ----------------------------------------------------------------------------------------------------------

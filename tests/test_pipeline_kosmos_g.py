@@ -476,6 +476,45 @@ def test_call_signature_is_the_stock_one_and_two_keywords():
         assert all(encode[name].default == value for name, value in required.items())
 
 
+@pytest.mark.parametrize(
+    "cls, last",
+    [
+        (cls, name)
+        for cls in OURS
+        for name in ("height", "negative_prompt")
+        if name in inspect.signature(cls.__call__).parameters
+    ],
+)
+def test_an_argument_means_the_same_by_position_and_by_keyword(shared, photos, build_controlnet, cls, last):
+    parameters = inspect.signature(cls.__call__).parameters
+    picture, control, mask = (photo.resize((24, 16)) for photo in photos[1:])
+    arguments = {
+        "prompt": "<i> in a hat",
+        "image": picture,
+        "control_image": control,
+        "mask_image": mask.convert("L"),
+        "height": 16,
+        "width": 24,
+        "strength": 1.0,
+        "num_inference_steps": 1,
+        "negative_prompt": "<i>",
+    }
+    arguments = {name: value for name, value in arguments.items() if name in parameters}
+    parts = {"controlnet": build_controlnet(shared.unet)} if "ControlNet" in cls.__name__ else {}
+    pipe = cls(**shared.components, **parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(*args, **kwargs):
+        pictures = {"images": [photos[0]], "negative_images": [photos[3]], "output_type": "np"}
+        return pipe(*args, **pictures, **kwargs, generator=torch.Generator().manual_seed(0)).images
+
+    names = list(parameters)[1:]  # without self
+    leading = names[: names.index(last) + 1]
+    values = [arguments.get(name, parameters[name].default) for name in leading]
+    rest = {name: value for name, value in arguments.items() if name not in leading}
+    assert np.array_equal(draw(*values, **rest), draw(**arguments))
+
+
 def test_positional_arguments_are_those_of_the_stock_pipeline(shared, stock, draw):
     arguments = ("a hat", 16, 16, 2, None, None, 3.0, "furniture", 2, 0.0)
     images = [
@@ -872,9 +911,14 @@ ONE = torch.zeros(1, 77, 32)
             "2 negative prompts were given for 1 prompts",
         ),
         ({"prompt": []}, ValueError, "empty list"),
-        ({"prompt": "a", "negative_prompt": []}, ValueError, "empty list"),
+        ({"prompt": "a", "negative_prompt": []}, ValueError, "empty list of negative prompts"),
         ({"prompt": 3}, TypeError, "prompt of type int"),
-        ({"prompt": "a", "negative_prompt": 3}, TypeError, "prompt of type int"),
+        ({"prompt": "a", "negative_prompt": 3}, TypeError, "A negative prompt of type int"),
+        (
+            {"prompt": "a", "negative_prompt": [["x", 3]]},
+            TypeError,
+            "Image 0 of negative prompt 0 is of type int",
+        ),
         ({"prompt": ["a", "<i>"], "images": [[], []]}, ValueError, "Prompt 1 has 1 '<i>' marks but 0 images"),
         (
             {"prompt": "<i>", "images": ["PHOTO", "PHOTO"]},
@@ -890,7 +934,7 @@ ONE = torch.zeros(1, 77, 32)
         (
             {"prompt": "a", "negative_prompt": "<i> <i>", "negative_images": ["PHOTO"]},
             ValueError,
-            "2 '<i>' marks but 1 images",
+            "Negative prompt 0 has 2 '<i>' marks but 1 images",
         ),
         (
             {"prompt": "a", "negative_images": ["PHOTO"]},
@@ -918,20 +962,29 @@ ONE = torch.zeros(1, 77, 32)
         (
             {"prompt": "a", "negative_prompt": "hat " * 300},
             ValueError,
-            r"Prompt 0 is 301 tokens long .*at most 256",
+            r"Negative prompt 0 is 301 tokens long .*at most 256",
         ),
         ({"prompt": "<dog> " * 50}, ValueError, r"Prompt 0 is 301 tokens long \(image words .*at most 256"),
         (
             {"prompt": "a", "negative_prompt": "<dog> " * 50},
             ValueError,
-            r"Prompt 0 is 301 tokens long .*at most 256",
+            r"Negative prompt 0 is 301 tokens long .*at most 256",
         ),
         (
             {"prompt": ["a", "a <cat>"]},
             ValueError,
             "Prompt 1 uses <cat>, which names no image word. Known words: <dog>",
         ),
-        ({"prompt": "a", "negative_prompt": "<cat>"}, ValueError, "uses <cat>, which names no image word"),
+        (
+            {"prompt": "a", "negative_prompt": "<cat>"},
+            ValueError,
+            "Negative prompt 0 uses <cat>, which names no",
+        ),
+        (
+            {"prompt": "a", "negative_prompt": ["<i>"], "negative_images": [["no/such.png"]]},
+            ValueError,
+            "Image 0 of negative prompt 0 cannot be read from 'no/such.png'",
+        ),
         ({"prompt": "a", "height": 20}, ValueError, "divisible by 8 but are 20 and 16"),
         ({"prompt": "a", "width": 7}, ValueError, "divisible by 8 but are 16 and 7"),
         ({"prompt": "a", "clip_skip": 3}, ValueError, "clip_skip=3 was given; the AlignerNet has 2"),

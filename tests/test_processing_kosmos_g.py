@@ -791,6 +791,18 @@ def test_path_that_does_not_exist_is_named(processor, tmp_path):
             processor("<i>", images=[path])
 
 
+def test_running_out_of_memory_is_no_fault_of_the_picture(processor, photos, tmp_path, monkeypatch):
+    photos[0].save(tmp_path / "photo.png")
+
+    def fail(self):
+        raise MemoryError
+
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", fail)
+    for picture in (tmp_path / "photo.png", PIL.Image.open(tmp_path / "photo.png")):
+        with pytest.raises(MemoryError):
+            processor("<i>", images=[picture])
+
+
 def damaged(photos):
     """(kind, bytes) of broken files of several formats: cut short, overwritten, and none at all."""
     rng = random.Random(0)

@@ -110,6 +110,8 @@ def read_checkpoint(path):
             with _allow_only(STAND_INS), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the error tells what makes a file unreadable
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped(path))
+    except MemoryError:  # says nothing about the file
+        raise
     except Exception as error:  # damaged bytes make an unpickler raise nearly anything
         raise ValueError(_refusal(path, error)) from error
     weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None

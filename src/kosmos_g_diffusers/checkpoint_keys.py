@@ -97,7 +97,7 @@ def match_keys(weights, expected):
     for part, names in KEY_MAP.items():
         prefixes = tuple(name.split("{i}")[0] for name in names)
         if part == "text_encoder" or any(key.startswith(prefixes) for key in weights):
-            plan[part] = {ours: _official_name(ours, names) for ours in expected[part]}
+            plan[part] = {ours: official_name(ours, names) for ours in expected[part]}
             official.update({key: expected[part][ours] for ours, key in plan[part].items()})
     ignored = re.compile("|".join(map(_pattern, IGNORED)))
     both = [(key, weights[key], tensor) for key, tensor in official.items() if key in weights]
@@ -128,7 +128,8 @@ def _pattern(name):
     return re.escape(name).replace(r"\{i\}", r"(\d+)") + ("" if name.endswith(".") or not name else "$")
 
 
-def _official_name(ours, names):
+def official_name(ours, names):
+    """What an official checkpoint calls our weight `ours`, by one part's names in `KEY_MAP`."""
     matches = [(official, re.match(_pattern(name), ours)) for official, name in names.items()]
     matches = [(official, match) for official, match in matches if match]
     assert len(matches) == 1, f"{ours} is matched by {len(matches)} entries of KEY_MAP"

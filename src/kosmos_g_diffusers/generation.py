@@ -1,14 +1,18 @@
-"""From settings to image files: what `kosmos-g generate` does once its flags are read."""
+"""From settings to images and files: what `kosmos-g generate` does once its flags are read, and `kosmos-g app`."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from .control import build_random_controlnet, control_image, load_controlnet, open_control
 from .pipeline_kosmos_g import DTYPE_KEYWORD, KosmosGControlNetPipeline, KosmosGPipeline
 from .schedulers import make_scheduler
 from .settings import grid_of, output_paths, write_png
 from .tiny import build_tiny_pipeline
+
+LORA_NAME = "lora"  # of the adapter in the U-Net
 
 
 def default_device():
@@ -33,15 +37,16 @@ def load_pipeline(settings):
             f"Offload {settings.offload!r} saves memory of an accelerator, and the device is the CPU."
         )
     dtype = getattr(torch, settings.dtype)
-    if settings.model is None:
-        pipe = build_tiny_pipeline()
-        if dtype != pipe.dtype:
-            pipe.to(dtype)
-    else:
-        # Kosmos-G folders never hold pickle files; refuse to load any
-        pipe = KosmosGPipeline.from_pretrained(settings.model, use_safetensors=True, **{DTYPE_KEYWORD: dtype})
+    pipe = load_model(settings.model, dtype)
+    if settings.unet is not None:
+        pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, dtype))
+    if settings.lora is not None:
+        add_lora(pipe, settings.lora, settings.lora_scale)
+    for words in settings.image_words:
+        pipe.load_image_words(words.find(Path(), "Run where it is."))
     if settings.controls:
-        pipe = KosmosGControlNetPipeline.from_pipe(pipe, controlnet=_load_controlnets(settings, pipe.unet))
+        controlnets = [load_control(settings, index, pipe.unet) for index in range(len(settings.controls))]
+        pipe = with_controlnets(pipe, controlnets)
     if settings.scheduler is not None:
         pipe.scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
     if settings.offload == "model":
@@ -53,15 +58,56 @@ def load_pipeline(settings):
     return pipe
 
 
-def _load_controlnets(settings, unet):
-    """The ControlNet of each control; for the small random model, which none was made for, random ones."""
-    controlnets = [
-        build_random_controlnet(unet, index)
-        if settings.model is None and control.controlnet is None
-        else load_controlnet(control.controlnet or control.name, getattr(torch, settings.dtype))
-        for index, control in enumerate(settings.controls)
-    ]
-    return controlnets if len(controlnets) > 1 else controlnets[0]
+def load_model(model, dtype):
+    """The pipeline of a folder or Hub id, on the CPU; None is the small model with random weights."""
+    if model is not None:
+        # Kosmos-G folders never hold pickle files; refuse to load any
+        return KosmosGPipeline.from_pretrained(model, use_safetensors=True, **{DTYPE_KEYWORD: dtype})
+    pipe = build_tiny_pipeline()
+    return pipe if dtype == pipe.dtype else pipe.to(dtype)
+
+
+def load_unet(folder, dtype):
+    """A U-Net that takes the place of a model's: of a folder of its own, or of a Stable Diffusion folder.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    subfolder = "unet" if (Path(folder) / "unet").is_dir() else None
+    if not (Path(folder) / (subfolder or ".") / "config.json").is_file():
+        raise ValueError(
+            f"There is no U-Net in {str(folder)!r}. Pass a folder in diffusers' format, with a config.json."
+        )
+    return UNet2DConditionModel.from_pretrained(
+        folder, subfolder=subfolder, use_safetensors=True, **{DTYPE_KEYWORD: dtype}
+    )
+
+
+def add_lora(pipe, path, scale):
+    """Let the LoRA of a file act on the U-Net of a pipeline.
+
+    Raises:
+        ValueError: there is no such file, or it does not fit. Settings may come from a stranger's PNG, so nothing that
+            they name is looked for on the Hub.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"There is no LoRA file at {str(path)!r}. Put it there, or download it first.")
+    pipe.load_lora_weights(path, adapter_name=LORA_NAME)
+    pipe.set_adapters([LORA_NAME], [float(scale)])
+
+
+def load_control(settings, index, unet):
+    """The ControlNet of a control; for the small random model, which none was made for, a random one."""
+    control = settings.controls[index]
+    if settings.model is None and control.controlnet is None:
+        return build_random_controlnet(unet, index)
+    return load_controlnet(control.controlnet or control.name, getattr(torch, settings.dtype))
+
+
+def with_controlnets(pipe, controlnets):
+    """The pipeline that draws under these ControlNets, with the components of `pipe`."""
+    controlnet = controlnets if len(controlnets) > 1 else controlnets[0]
+    return KosmosGControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
 
 
 def control_arguments(settings, pictures, short_side):
@@ -114,24 +160,29 @@ def _size_of(image):
 def generate_images(pipe, settings, pictures, control_pictures=()):
     """Make the images of a run, one after the other, and yield each with settings that make it alone.
 
-    Image k has a generator of its own, seeded with `settings.seed + k`, and a pipeline call of its own: in a batch
-    the same image would differ by rounding. So the settings that come with it give the same pixels again, bit for
-    bit, on the same machine with the same package versions. The prompt is encoded once.
-
     Args:
         pictures: what `images=` of the pipeline takes, one picture for each `<i>` of the prompt.
         control_pictures: see `control_arguments`.
     """
+    arguments = size_arguments(pipe, settings, control_pictures)
+    arguments.update(prompt_arguments(pipe, settings, pictures))
+    yield from draw_images(pipe, settings, arguments)
+
+
+def size_arguments(pipe, settings, control_pictures=()):
+    """What a pipeline is called with for the size of an image and its controls, if there are any."""
     # diffusers ignores a height without a width, and the other way round
     sides = pipe.unet.config.sample_size
     height, width = (
         side * pipe.vae_scale_factor for side in ((sides, sides) if isinstance(sides, int) else sides)
     )
     if settings.controls:
-        arguments = control_arguments(settings, control_pictures, min(height, width))
-    else:
-        arguments = {"height": settings.height or height, "width": settings.width or width}
-    size = {"height": arguments["height"], "width": arguments["width"]}
+        return control_arguments(settings, control_pictures, min(height, width))
+    return {"height": settings.height or height, "width": settings.width or width}
+
+
+def prompt_arguments(pipe, settings, pictures):
+    """What a pipeline is called with for the prompts of the settings, encoded."""
     with torch.no_grad():
         prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(
             settings.prompt,
@@ -139,16 +190,33 @@ def generate_images(pipe, settings, pictures, control_pictures=()):
             negative_prompt=settings.negative_prompt,
             do_classifier_free_guidance=settings.guidance > 1,
         )
+    return {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+
+
+def draw_images(pipe, settings, arguments, callback_on_step_end=None):
+    """Call a pipeline for each image of a run, and yield the image with settings that make it alone.
+
+    Image k has a generator of its own, seeded with `settings.seed + k`, and a pipeline call of its own: in a batch
+    the same image would differ by rounding. So the settings that come with it give the same pixels again, bit for
+    bit, on the same machine with the same package versions.
+
+    Args:
+        arguments: of `size_arguments` and `prompt_arguments`, together.
+        callback_on_step_end: as diffusers calls it; None shows a progress bar on the terminal instead.
+    """
+    size = {name: arguments[name] for name in ("height", "width")}
     for index in range(settings.num_images):
         seed = settings.seed + index
-        pipe.set_progress_bar_config(desc=f"image {index + 1} of {settings.num_images}, seed {seed}")
+        pipe.set_progress_bar_config(
+            desc=f"image {index + 1} of {settings.num_images}, seed {seed}",
+            disable=callback_on_step_end is not None,
+        )
         image = pipe(
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
             **arguments,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             generator=torch.Generator("cpu").manual_seed(seed),
+            callback_on_step_end=callback_on_step_end,
         ).images[0]
         yield image, replace(settings, seed=seed, num_images=1, index=index, **size)
 

@@ -288,6 +288,33 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             states = layer(states, mask)
         return text.layer_norm(states)
 
+    def to_causal_lm(self):
+        """The multimodal language model alone, which answers in words (sec. 2.1): transformers' own class for it.
+
+        Its language model, vision tower and projection are those of this encoder, not copies: what changes here changes
+        there. The head is tied to the embeddings, as in training. It takes the ids and pixels of `KosmosGProcessor`, with
+        `image_token_mask` as `image_embeds_position_mask`; image words it does not know.
+
+        Returns:
+            Kosmos2ForConditionalGeneration. In training mode it drops out embeddings twice, where Kosmos-G does once.
+        """
+        from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
+
+        config = self.config
+        with torch.device("meta"):  # every weight is replaced below
+            model = Kosmos2ForConditionalGeneration(
+                Kosmos2Config(
+                    text_config=config.text_config,
+                    vision_config=config.vision_config,
+                    latent_query_num=config.latent_query_num,
+                )
+            )
+        model.text_model.model = self.language_model.model
+        model.text_model.lm_head.weight = self.get_input_embeddings().weight
+        model.vision_model = self.vision_model
+        model.image_to_text_projection = self.image_to_text_projection
+        return model.train(self.training)
+
     def _encode(self, input_ids, image_embeds, image_token_mask, attention_mask):
         """The tensor function of a whole batch: no checks, nothing that depends on values, so that it compiles."""
         states = self.get_language_hidden_states(input_ids, image_embeds, image_token_mask)
@@ -370,11 +397,13 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
         return input_ids, slots, image_token_mask, attention_mask
 
-    def check_prompts(self, input_ids, attention_mask=None, pixel_values=None, image_token_mask=None):
-        """Raise what `forward` would raise for this input, without running the model."""
+    def check_prompts(
+        self, input_ids, attention_mask=None, pixel_values=None, image_token_mask=None, name="prompt"
+    ):
+        """Raise what `forward` would raise for this input, without running the model; errors call a prompt `name`."""
         if pixel_values is not None:
             self._check_pixel_values(pixel_values)
-        self._arrange(input_ids, attention_mask, pixel_values, image_token_mask)
+        self._arrange(input_ids, attention_mask, pixel_values, image_token_mask, name)
 
     def _check_pixel_values(self, pixel_values):
         size = self.config.vision_config.image_size
@@ -384,17 +413,17 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                 "as KosmosGProcessor makes them."
             )
 
-    def _arrange(self, input_ids, attention_mask, pixel_values, image_token_mask):
+    def _arrange(self, input_ids, attention_mask, pixel_values, image_token_mask, name="prompt"):
         """Check the input, spell image words out, drop padding columns and repeated rows (one copy to the host)."""
         config = self.config
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             raise ValueError(
                 f"input_ids of shape {tuple(input_ids.shape)} were given. Expected (prompts, tokens)."
             )
-        for name, mask in (("attention_mask", attention_mask), ("image_token_mask", image_token_mask)):
+        for kind, mask in (("attention_mask", attention_mask), ("image_token_mask", image_token_mask)):
             if mask is not None and mask.shape != input_ids.shape:
                 raise ValueError(
-                    f"{name} of shape {tuple(mask.shape)} was given for input_ids of shape {tuple(input_ids.shape)}. "
+                    f"{kind} of shape {tuple(mask.shape)} was given for input_ids of shape {tuple(input_ids.shape)}. "
                     "Pass both of the same shape."
                 )
         masks = [
@@ -413,17 +442,16 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             )
         prompts = [_PromptRow.trim(*row) for row in zip(ids, mask, slots, strict=True)]
         for index, prompt in enumerate(prompts):
-            prompt.spell_out_image_words(config, index)
+            where = f"{name} {index}".capitalize()
+            prompt.spell_out_image_words(config, where)
             length, longest = len(prompt.ids), config.text_config.max_position_embeddings
             if length > longest:
                 raise ValueError(
-                    f"Prompt {index} is {length} tokens long (image words and images included); the model reads at most "
+                    f"{where} is {length} tokens long (image words and images included); the model reads at most "
                     f"{longest}. Shorten it: nothing is cut silently."
                 )
             if not any(prompt.mask):
-                raise ValueError(
-                    f"Prompt {index} is padding alone. Pass at least the token that begins a prompt."
-                )
+                raise ValueError(f"{where} is padding alone. Pass at least the token that begins a prompt.")
         row_of_prompt = None
         if not self.training and not n_slots:  # dropout makes equal rows differ, pictures are not compared
             rows = {}
@@ -500,8 +528,8 @@ class _PromptRow:
     def key(self):
         return (*self.ids, *self.mask, *self.sources)  # two image words are spelled with the same ids
 
-    def spell_out_image_words(self, config, index):
-        """Replace each image word by `<image>`, Q slots and `</image>` for each of its images."""
+    def spell_out_image_words(self, config, where):
+        """Replace each image word by `<image>`, Q slots and `</image>` for each of its images; `where` begins an error."""
         vocabulary, q = config.text_config.vocab_size, config.latent_query_num
         if max(self.ids) < vocabulary:
             self.sources = [None] * (sum(self.slots) // q)
@@ -517,7 +545,7 @@ class _PromptRow:
                 continue
             if word >= len(config.image_words):
                 raise ValueError(
-                    f"Prompt {index} holds the token id {token}; the vocabulary has {vocabulary} ids and "
+                    f"{where} holds the token id {token}; the vocabulary has {vocabulary} ids and "
                     f"{len(config.image_words)} image words behind them. Add the word with add_image_word on a pipeline "
                     "that holds both this encoder and the tokenizer."
                 )

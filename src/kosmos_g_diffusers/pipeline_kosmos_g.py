@@ -91,8 +91,11 @@ class KosmosGPromptMixin:
     def __call__(self, prompt=None, *args, images=None, negative_images=None, **kwargs):
         """Generate: see the class for the prompt, and diffusers' pipeline of the same task for the rest."""
         self._check_widths()
-        prompt_embeds = kwargs.get("prompt_embeds")
-        if prompt is None and prompt_embeds is None and not args:  # among args the stock pipeline looks
+        # by name, whichever of them came by position: each stock pipeline has an order of its own
+        call = inspect.signature(super().__call__).bind_partial(prompt, *args, **kwargs)
+        given = call.arguments
+        prompt_embeds = given.get("prompt_embeds")
+        if prompt is None and prompt_embeds is None:
             raise ValueError("Neither prompt nor prompt_embeds were given. Pass one of them.")
         if prompt is not None and prompt_embeds is not None:
             raise ValueError(
@@ -102,25 +105,26 @@ class KosmosGPromptMixin:
             raise ValueError(
                 "images were given without a prompt. Images belong to a prompt: encode it with them."
             )
-        height, width = kwargs.get("height"), kwargs.get("width")
+        height, width = given.get("height"), given.get("width")
         if (height is None) != (width is None):  # the stock pipelines would ignore the one
             raise ValueError(f"height={height} and width={width} were given. Pass both, or none of them.")
-        if prompt is not None:
-            prompt = self._processor().parse(prompt, images)
-        negative_prompt = kwargs.get("negative_prompt")
-        if negative_images is not None:
-            if negative_prompt is None:
-                raise ValueError(
-                    "negative_images were given without negative_prompt. Pass both by keyword, with a '<i>' in the "
-                    "negative prompt for each image."
-                )
-            kwargs["negative_prompt"] = self._processor().parse(negative_prompt, negative_images)
-        if getattr(self, "controlnet", None) is not None:
-            stock = inspect.signature(super().__call__)
-            name = "control_image" if "control_image" in stock.parameters else "image"
-            self._check_controls(name, stock.bind_partial(prompt, *args, **kwargs).arguments)
         # stock pipelines accept any list as prompt; encode_prompt below knows what is in it
-        return super().__call__(prompt, *args, **kwargs)
+        if prompt is not None:
+            given["prompt"] = self._processor().parse(prompt, images)
+        if negative_images is not None:
+            if given.get("negative_prompt") is None:
+                raise ValueError(
+                    "negative_images were given without negative_prompt. Pass both, with a '<i>' in the negative prompt for "
+                    "each image."
+                )
+            given["negative_prompt"] = self._processor().parse(
+                given["negative_prompt"], negative_images, name="negative prompt"
+            )
+        if getattr(self, "controlnet", None) is not None:
+            self._check_controls(
+                "control_image" if "control_image" in call.signature.parameters else "image", given
+            )
+        return super().__call__(*call.args, **call.kwargs)
 
     def encode_prompt(
         self,
@@ -179,10 +183,11 @@ class KosmosGPromptMixin:
             raise ValueError(
                 f"clip_skip={clip_skip} was given; the AlignerNet has {layers} query layers to skip."
             )
-        inputs = [None if batch is None else self._processor()(batch) for batch in (positive, negative)]
-        for batch in inputs:  # both before either is encoded
-            if batch is not None:
-                self.text_encoder.check_prompts(**batch)
+        inputs = []
+        for name, batch in (("prompt", positive), ("negative prompt", negative)):
+            inputs.append(None if batch is None else self._processor()(batch, name=name))
+            if batch is not None:  # both are checked before either is encoded
+                self.text_encoder.check_prompts(**inputs[-1], name=name)
         scaled = lora_scale is not None and self.text_encoder is not None and USE_PEFT_BACKEND
         if scaled:
             scale_lora_layers(self.text_encoder, lora_scale)
@@ -214,6 +219,7 @@ class KosmosGPromptMixin:
             "" if negative_prompt is None else negative_prompt,
             negative_images,
             marks_are_text=negative_images is None,
+            name="negative prompt",
         )
         if len(negative) not in (1, batch_size):
             raise ValueError(

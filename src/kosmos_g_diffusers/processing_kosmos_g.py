@@ -248,7 +248,7 @@ class KosmosGProcessor:
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)
 
-    def __call__(self, prompts, images=None, return_tensors="pt", marks_are_text=False):
+    def __call__(self, prompts, images=None, return_tensors="pt", marks_are_text=False, name="prompt"):
         """Tokenise a batch of prompts and prepare its pictures.
 
         The layout of a prompt is `<s>`, then its text and pictures in reading order; a picture is `<image>`, Q
@@ -262,6 +262,7 @@ class KosmosGProcessor:
                 a PIL image of any mode, an array or tensor, a path or a URL.
             return_tensors: "pt", the only kind there is.
             marks_are_text: read a `<i>` as text, as the official code does in negative prompts.
+            name: what an error calls a prompt, before its index.
 
         Returns:
             BatchFeature with `input_ids` (B, L) and `attention_mask` (B, L), int64, padded on the right;
@@ -276,9 +277,9 @@ class KosmosGProcessor:
             raise ValueError(
                 f"return_tensors={return_tensors!r} was given; only 'pt' (torch tensors) is there."
             )
-        batch = self.parse(prompts, images, marks_are_text=marks_are_text)
+        batch = self.parse(prompts, images, marks_are_text=marks_are_text, name=name)
         rows, slots, pixels = zip(
-            *[self._encode(prompt, index) for index, prompt in enumerate(batch)], strict=True
+            *[self._encode(prompt, f"{name} {index}") for index, prompt in enumerate(batch)], strict=True
         )
         shape = (len(rows), max(len(row) for row in rows))
         input_ids = torch.full(shape, self.tokenizer.pad_token_id)
@@ -318,7 +319,7 @@ class KosmosGProcessor:
         pixels = (pixels - np.reshape(IMAGE_MEAN, (3, 1, 1))) / np.reshape(IMAGE_STD, (3, 1, 1))
         return pixels.astype(np.float32)
 
-    def _encode(self, prompt, index):
+    def _encode(self, prompt, name):
         """Ids, slot mask and pixels of one parsed prompt."""
         tokenizer, slots = self.tokenizer, self.latent_query_num
         picture = [tokenizer.image_token_id] * (1 + slots) + [tokenizer.end_of_image_token_id]
@@ -336,21 +337,23 @@ class KosmosGProcessor:
                 pixels.append(self.preprocess(part))
         if len(ids) > tokenizer.model_max_length:
             raise ValueError(
-                f"Prompt {index} is {len(ids)} tokens long ({len(pixels)} images take {len(picture)} each); the model "
+                f"{name.capitalize()} is {len(ids)} tokens long ({len(pixels)} images take {len(picture)} each); the model "
                 f"reads at most {tokenizer.model_max_length}. Shorten it: nothing is cut silently."
             )
         return ids, mask, pixels
 
     # Reading the forms a prompt may have -------------------------------------------------------------------------
 
-    def parse(self, prompts, images=None, marks_are_text=False):
+    def parse(self, prompts, images=None, marks_are_text=False, name="prompt"):
         """Any form of prompt or batch -> list of `Prompt`, its pictures opened and converted to RGB.
 
         Takes and raises what `__call__` does; what it returns may be given to it again.
         """
-        batch, images = self._as_batch(prompts, images)
+        batch, images = self._as_batch(prompts, images, name)
         parsed = [
-            prompt if isinstance(prompt, Prompt) else self._parse_one(prompt, pictures, index, marks_are_text)
+            prompt
+            if isinstance(prompt, Prompt)
+            else self._parse_one(prompt, pictures, f"{name} {index}", marks_are_text)
             for index, (prompt, pictures) in enumerate(zip(batch, images, strict=True))
         ]
         known = set(self.tokenizer.image_words) | RESERVED_WORDS
@@ -360,51 +363,53 @@ class KosmosGProcessor:
             if unknown:
                 words = ", ".join(self.tokenizer.image_words) or "none"
                 raise ValueError(
-                    f"Prompt {index} uses {', '.join(unknown)}, which names no image word. Known words: {words}. "
+                    f"{name.capitalize()} {index} uses {', '.join(unknown)}, which names no image word. Known words: {words}. "
                     "Add it with add_image_word(word, image), or write the text without angle brackets."
                 )
         return parsed
 
     @staticmethod
-    def _as_batch(prompts, images):
+    def _as_batch(prompts, images, name):
         """(list of prompts, list of as many image lists or None)."""
         if isinstance(prompts, tuple):
             prompts = list(prompts)
         if isinstance(prompts, (str, Prompt)):
-            return [prompts], [_as_image_list(images, 0)]
+            return [prompts], [_as_image_list(images, f"{name} 0")]
         if not isinstance(prompts, list):
             raise TypeError(
-                f"A prompt of type {type(prompts).__name__} was given. Expected a string, a list of strings and images "
+                f"A {name} of type {type(prompts).__name__} was given. Expected a string, a list of strings and images "
                 "in reading order, chat content, or a list of these."
             )
         if not prompts:
-            raise ValueError("An empty list of prompts was given. Pass at least one prompt; '' is one.")
+            raise ValueError(f"An empty list of {name}s was given. Pass at least one {name}; '' is one.")
         if not _is_batch(prompts):
-            return [prompts], [_as_image_list(images, 0)]
+            return [prompts], [_as_image_list(images, f"{name} 0")]
         if images is None:
             return prompts, [None] * len(prompts)
         if not isinstance(images, (list, tuple)) or not all(
             image_list is None or isinstance(image_list, (list, tuple)) for image_list in images
         ):
             raise TypeError(
-                f"images must be a list of lists for a batch of {len(prompts)} prompts, one list (it may be empty) for "
-                "each prompt. A flat list belongs to a single prompt."
+                f"images must be a list of lists for a batch of {len(prompts)} {name}s, one list (it may be empty) for "
+                f"each {name}. A flat list belongs to a single {name}."
             )
         if len(images) != len(prompts):
             raise ValueError(
-                f"{len(images)} lists of images were given for {len(prompts)} prompts. Pass one list for each prompt."
+                f"{len(images)} lists of images were given for {len(prompts)} {name}s. Pass one list for each {name}."
             )
-        return prompts, [_as_image_list(image_list, index) for index, image_list in enumerate(images)]
+        return prompts, [
+            _as_image_list(image_list, f"{name} {index}") for index, image_list in enumerate(images)
+        ]
 
     @staticmethod
-    def _parse_one(prompt, images, index, marks_are_text):
+    def _parse_one(prompt, images, name, marks_are_text):
         if isinstance(prompt, str):
             parts = [prompt]
         elif isinstance(prompt, (list, tuple)) and prompt:
-            parts = [_read_content(part, index) for part in prompt]
+            parts = [_read_content(part, name) for part in prompt]
         else:
             raise TypeError(
-                f"Prompt {index} is of type {type(prompt).__name__}"
+                f"{name.capitalize()} is of type {type(prompt).__name__}"
                 + (" and empty" if isinstance(prompt, (list, tuple)) else "")
                 + ". Expected a string, a list of strings and images, or chat content."
             )
@@ -415,25 +420,25 @@ class KosmosGProcessor:
         n_images = len(images or ())
         if inline and (n_marks or n_images):
             raise ValueError(
-                f"Prompt {index} holds {inline} pictures in reading order and also {n_marks} '<i>' marks with {n_images} "
+                f"{name.capitalize()} holds {inline} pictures in reading order and also {n_marks} '<i>' marks with {n_images} "
                 "images beside it. Use one way: pictures in the list, or '<i>' marks and images=."
             )
         if n_marks != n_images:
             raise ValueError(
-                f"Prompt {index} has {n_marks} '<i>' marks but {n_images} images were given. Pass one image per '<i>', "
-                "in reading order."
+                f"{name.capitalize()} has {n_marks} '<i>' marks but {n_images} images were given. Pass one image per "
+                "'<i>', in reading order."
             )
         result, pictures = Prompt(), iter(images or ())
         for part in parts:
             if not isinstance(part, str):
                 result.append(
-                    open_image(part, f"Image {sum(not isinstance(p, str) for p in result)} of prompt {index}")
+                    open_image(part, f"Image {sum(not isinstance(p, str) for p in result)} of {name}")
                 )
                 continue
             stretches = part.split(IMAGE_MARK) if n_marks else [part]
             for number, stretch in enumerate(stretches):
                 if number:
-                    where = f"Image {sum(not isinstance(p, str) for p in result)} of prompt {index}"
+                    where = f"Image {sum(not isinstance(p, str) for p in result)} of {name}"
                     result.append(open_image(next(pictures), where))
                 result.append(stretch)
         return result
@@ -446,22 +451,20 @@ def _is_batch(prompts):
     )
 
 
-def _as_image_list(images, index):
+def _as_image_list(images, name):
     if images is None or isinstance(images, (list, tuple)):
         for image in images or ():
             if isinstance(image, (list, tuple)):
-                raise TypeError(
-                    f"images of prompt {index} holds a list. Pass a flat list of images for one prompt."
-                )
+                raise TypeError(f"images of {name} holds a list. Pass a flat list of images for one prompt.")
         return images
     if isinstance(images, (str, Path, PIL.Image.Image)):
         return [images]
     raise TypeError(
-        f"images of prompt {index} is of type {type(images).__name__}. Pass a list with one image per '<i>'."
+        f"images of {name} is of type {type(images).__name__}. Pass a list with one image per '<i>'."
     )
 
 
-def _read_content(part, index):
+def _read_content(part, name):
     """One element of a reading-order list or of chat content -> string or picture."""
     if not isinstance(part, dict):
         return part
@@ -472,9 +475,9 @@ def _read_content(part, index):
     if kind == "image" and len(sources) == 1:
         source = sources[0]
         # strings of a reading-order list are text, so a path or URL is opened here
-        return open_image(source, f"An image of prompt {index}")
+        return open_image(source, f"An image of {name}")
     raise ValueError(
-        f"Prompt {index} holds a content part of type {kind!r} with the keys {sorted(map(str, part))}. Expected "
+        f"{name.capitalize()} holds a content part of type {kind!r} with the keys {sorted(map(str, part))}. Expected "
         "{'type': 'text', 'text': ...} or {'type': 'image', 'image' or 'url' or 'path': ...}."
     )
 
@@ -496,6 +499,8 @@ def open_image(image, name):
     if isinstance(image, (str, Path)):
         try:
             image = load_image(str(image), convert_method=lambda opened: opened)
+        except MemoryError:
+            raise
         except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything
             raise ValueError(
                 f"{name} cannot be read from {str(image)!r} ({error}). Pass the path or URL of a picture that opens."
@@ -512,6 +517,8 @@ def open_image(image, name):
     try:
         image.load()
         return _to_rgb(PIL.ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
     except Exception as error:  # as above
         raise ValueError(
             f"{name} (mode {image.mode}, {image.width} x {image.height}) cannot be decoded ({error}). "

@@ -37,10 +37,12 @@ RANGES = {
     "num_images": (1, 1000),
     "steps": (1, 10_000),
     "guidance": (0, 1000),
+    "lora_scale": (-10, 10),
     "height": (8, 8192),
     "width": (8, 8192),
     "index": (0, 999),
 }
+FILES = ("images", "image_words")  # fields of GenerationSettings that hold an InputImage for each file
 CONTROL_KNOBS = ("controlnet", "scale", "start", "end")  # fields of a ControlInput that a flag sets
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,3})?")
 MAX_TEXT = 100_000  # characters of a prompt or path
@@ -48,7 +50,7 @@ MAX_TEXT = 100_000  # characters of a prompt or path
 
 @dataclass(frozen=True)
 class InputImage:
-    """A picture of the prompt: where it was read, as the user wrote it, and what the file held."""
+    """A file that a prompt needs, mostly a picture: where it was read, as the user wrote it, and what it held."""
 
     path: str
     sha256: str
@@ -137,6 +139,10 @@ class GenerationSettings:
     controls: tuple = ()  # a ControlInput for each ControlNet
     negative_prompt: str | None = None
     model: str | None = None  # folder or Hub id; None is the small random model
+    unet: str | None = None  # folder of a U-Net in the place of the model's
+    lora: str | None = None  # file
+    lora_scale: float = 1.0  # of what the LoRA adds
+    image_words: tuple = ()  # an InputImage for each file of image words that the prompt uses
     seed: int = 0  # image k of a run is made with seed + k
     num_images: int = 1
     steps: int = 50  # denoising steps
@@ -170,10 +176,11 @@ class GenerationSettings:
                 raise ValueError(f"{entry.name} is {value} pixels; expected a multiple of 8.")
         if not DEVICE.fullmatch(self.device):
             raise ValueError(f"device is {self.device!r}; expected a name such as cpu, cuda, cuda:1 or mps.")
-        if not all(isinstance(image, InputImage) for image in self.images):
-            raise TypeError(
-                "images holds something other than InputImage. Make them with InputImage.from_file(path)."
-            )
+        for name in FILES:
+            if not all(isinstance(file, InputImage) for file in getattr(self, name)):
+                raise TypeError(
+                    f"{name} holds something other than InputImage. Make them with InputImage.from_file(path)."
+                )
         if not all(isinstance(control, ControlInput) for control in self.controls):
             raise TypeError("controls holds something other than ControlInput.")
         n_marks = self.prompt.count(IMAGE_MARK)
@@ -213,12 +220,13 @@ class GenerationSettings:
         if set(record) - known or "prompt" not in record:
             names = ", ".join(repr(name[:50]) for name in sorted(set(record) - known)[:10])
             raise ValueError(f"they hold unknown names: {names}." if names else "they hold no prompt.")
-        pictures = record.get("images", [])
-        if not isinstance(pictures, list) or not all(isinstance(picture, dict) for picture in pictures):
-            raise TypeError("images must be a list of objects.")
-        if any(set(picture) != {"path", "sha256"} for picture in pictures):
-            raise ValueError("each of the images must have path and sha256, and nothing else.")
-        record["images"] = tuple(InputImage(**picture) for picture in pictures)
+        for name in FILES:
+            files = record.get(name, [])
+            if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+                raise TypeError(f"{name} must be a list of objects.")
+            if any(set(file) != {"path", "sha256"} for file in files):
+                raise ValueError(f"each of the {name} must have path and sha256, and nothing else.")
+            record[name] = tuple(InputImage(**file) for file in files)
         controls = record.get("controls", [])
         names = {entry.name for entry in fields(ControlInput)}
         if not isinstance(controls, list) or not all(
@@ -284,7 +292,8 @@ def read_settings(path):
         raise ValueError(f"{str(path)!r} carries no settings of kosmos-g. Pass a PNG that kosmos-g wrote.")
     try:
         settings = GenerationSettings.from_json(text)
-        places = [settings.model, *(picture.path for picture in settings.images)]
+        places = [settings.model, settings.unet, settings.lora]
+        places += [file.path for name in FILES for file in getattr(settings, name)]
         for control in settings.controls:
             places += [control.picture.path, control.controlnet]
         for place in places:

@@ -46,7 +46,7 @@ def check_settings(config):
         raise ValueError("No output was given. Pass --output FOLDER, where the run keeps its checkpoints.")
     if (run / SETTINGS).exists():
         config.check_resumes(TrainConfig.load(run / SETTINGS), run)
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+    elif run.exists() and (not run.is_dir() or any(path.suffix != ".part" for path in run.iterdir())):
         raise ValueError(
             f"{run} exists and is no run: it has no {SETTINGS}. Pass a new folder, or one of an earlier run to go on."
         )
@@ -95,7 +95,7 @@ def _remove(folder):
 
 def _sync(path):
     """Wait until a file or folder is on the disk, so that a power cut cannot leave a name without its contents."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    if os.name == "nt":  # Windows opens no folders, and files only for writing
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

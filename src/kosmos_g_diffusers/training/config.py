@@ -46,7 +46,9 @@ class TrainConfig:
     resolution: int = knob(
         0, "instruct: side of the pictures to draw, in pixels (default: what the U-Net was trained for)"
     )
-    max_text_tokens: int = knob(0, "leave out longer samples (default: align 85, instruct 128, pretrain none)")
+    max_text_tokens: int = knob(
+        0, "leave out longer samples (default: align 85, instruct 128, pretrain none)"
+    )
     min_side: int = knob(0, "leave out captioned pictures of TSV rows with a smaller side, in pixels")
     entity_dropout: float = knob(0.5, "probability that the words of a cut-out entity are dropped")
     background_probability: float = knob(0.5, "probability that a cut-out keeps its background")
@@ -172,7 +174,9 @@ class TrainConfig:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} holds no settings of a run ({error}). Is it another program's?") from error
+            raise ValueError(
+                f"{path} holds no settings of a run ({error}). Is it another program's?"
+            ) from error
         return cls.from_dict(values, source=str(path))
 
     def check_resumes(self, earlier, folder):

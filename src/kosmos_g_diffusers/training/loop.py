@@ -5,24 +5,36 @@ batch of a number (see data/mixture.py). accelerate brings precision, processes,
 """
 
 import json
-import shutil
+import random
 import signal
-from contextlib import nullcontext
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    gather_object,
+    is_tensorboard_available,
+    is_wandb_available,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from . import checkpoints
+from .agreement import agree_on_batches
 from .data import SkipCounter
+from .data.cache_folder import written_atomically
+from .saver import Saver
 
-TRAINED = "trained.safetensors"
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class TrainingStopped(RuntimeError):
@@ -41,35 +53,42 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
             `save_pretrained(folder, state_dict)` writes it; `move_frozen(device, dtype)` moves what it merely holds.
         dataset: `dataset[n]` is the batch of this process for forward pass n, without end: a MixtureDataset.
         save_model: called with (folder, state_dict) instead of `stage.save_pretrained`.
-        draw_samples: called with (stage, state_dict or None, path of a PNG) every `config.sample_every` steps.
+        draw_samples: called with (stage, path of a PNG) every `config.sample_every` steps on the main process. The stage
+            has the averaged weights then, if there is an average; whatever happens in it, training goes on as without.
         progress_bar: show one on the main process.
 
     Returns:
         Path of the last checkpoint.
 
     Raises:
-        ValueError: the run in the folder was begun with other settings.
+        ValueError: the run in the folder was begun with other settings or on another number of processes; settings that
+            do not work together.
+        ImportError: the tracker is not installed.
         TrainingStopped: a loss or gradient that is not finite.
         TooManyBadSamples: more unreadable samples than `config.max_bad_samples`.
         OSError: a checkpoint cannot be written; the last good one stays.
     """
     run = Path(config.output)
+    checkpoints.check_settings(config)
+    _check_tracker(config.tracker)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.tracker or None,
         project_dir=str(run),
         step_scheduler_with_optimizer=False,
     )
-    _begin(config, run, accelerator)
+    _check_sharding(config, accelerator)
+    accelerator.wait_for_everyone()  # all have looked at the folder before it changes
+    if accelerator.is_main_process:
+        checkpoints.begin_run(config)
+    accelerator.wait_for_everyone()
     set_seed(config.seed, device_specific=True)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, torch.float32)
-    stage.move_frozen(accelerator.device, half)
+    stage.move_frozen(accelerator.device, DTYPES[config.mixed_precision])
     if config.gradient_checkpointing:
         stage.gradient_checkpointing_enable()
     stage.train()
-    trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained,
+        [parameter for parameter in stage.parameters() if parameter.requires_grad],
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -82,43 +101,27 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         num_warmup_steps=config.warmup_steps,
         num_training_steps=config.steps,
     )
-    if (
-        accelerator.distributed_type == DistributedType.DEEPSPEED
-    ):  # it asks, as no DataLoader of its own is prepared
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
-            config.batch_size
-        )
     wrapped, optimizer = accelerator.prepare(stage, optimizer)
     # the schedule goes by optimizer steps: accelerate's wrapper would count processes as well
     accelerator.register_for_checkpointing(schedule)
     ema = None
     if config.ema_decay:
-        ema = EMAModel(
-            [parameter for parameter in wrapped.parameters() if parameter.requires_grad],
-            decay=config.ema_decay,
-            use_ema_warmup=True,
-            power=0.75,
-        )
+        averaged = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        ema = EMAModel(averaged, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
         accelerator.register_for_checkpointing(ema)
-    _keep_trained_weights_only(accelerator, stage)
-    saver = _Saver(config, run, accelerator, wrapped, stage, ema, save_model or stage.save_pretrained)
-    skips = SkipCounter(config.max_bad_samples)
-    step = saver.resume(skips)
-    if config.tracker:
-        accelerator.init_trackers("kosmos-g", init_kwargs={"wandb": {"dir": str(run)}})
-    log = _Log(run / "log.jsonl", step, accelerator)
-
-    passes = range(step * config.accumulation, config.steps * config.accumulation)
+    saver = Saver(config, accelerator, wrapped, stage, ema, save_model or stage.save_pretrained)
+    skips = _Skips(config.max_bad_samples, accelerator)
+    step = saver.resume(skips.counter)
+    log = _Log(config, step, accelerator)
     batches = iter(
         DataLoader(
             dataset,
             batch_size=None,
-            sampler=passes,
+            sampler=range(step * config.accumulation, config.steps * config.accumulation),
             num_workers=config.workers,
             worker_init_fn=_leave_signals_to_main,
-            generator=torch.Generator().manual_seed(
-                config.seed
-            ),  # else it draws from the global random state
+            # else it draws from the global random state
+            generator=torch.Generator().manual_seed(config.seed),
             pin_memory=accelerator.device.type == "cuda",
         )
     )
@@ -131,159 +134,142 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
     )
     with bar, _StopSignal() as stop:
         while step < config.steps:
-            sums = {}
-            for micro in range(config.accumulation):
+            passes, keys = [], []
+            for _ in range(config.accumulation):
                 batch = next(batches)
-                skips.add(*_gather_skips(batch, accelerator))
-                tensors = {
-                    name: value.to(accelerator.device, non_blocking=True)
-                    for name, value in batch.items()
-                    if torch.is_tensor(value)
-                }
-                accelerator.gradient_state._set_sync_gradients(micro + 1 == config.accumulation)
-                with accelerator.no_sync(wrapped) if micro + 1 < config.accumulation else nullcontext():
+                keys += batch["keys"]
+                skips.note(batch)
+                passes.append(
+                    {
+                        name: value.to(accelerator.device, non_blocking=True)
+                        for name, value in batch.items()
+                        if torch.is_tensor(value)
+                    }
+                )
+            agree_on_batches(passes, stage, accelerator)
+            sums = {}
+            for number, tensors in enumerate(passes):
+                last = number + 1 == config.accumulation
+                accelerator.sync_gradients = last
+                with nullcontext() if last else accelerator.no_sync(wrapped):
                     with accelerator.autocast():
                         losses = wrapped(tensors)
-                    loss = sum(losses.values())
-                    accelerator.backward(loss / config.accumulation)
+                    accelerator.backward(sum(losses.values()) / config.accumulation)
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulation
-                saver.check_finite(loss, "loss", step + 1, batch["keys"])
             grad_norm = accelerator.clip_grad_norm_(
                 wrapped.parameters(), config.max_grad_norm or float("inf")
             )
-            if (
-                grad_norm is not None and config.mixed_precision != "fp16"
-            ):  # fp16's scaler skips such steps by itself
-                saver.check_finite(torch.as_tensor(grad_norm), "gradient norm", step + 1, batch["keys"])
+            _check_finite(sum(sums.values()), "loss", step + 1, keys, saver)
+            # fp16's scaler passes over steps with such gradients; DeepSpeed clips by itself and may not say the norm
+            if grad_norm is not None and config.mixed_precision != "fp16":
+                _check_finite(torch.as_tensor(grad_norm), "gradient norm", step + 1, keys, saver)
             optimizer.step()
             optimizer.zero_grad()
             if not optimizer.step_was_skipped:
                 schedule.step()
             if ema is not None:
-                ema.step([parameter for parameter in wrapped.parameters() if parameter.requires_grad])
+                ema.step(saver.trained_parameters())
             step += 1
             bar.update()
-            samples = config.batch_size * config.accumulation * accelerator.num_processes
-            if step % config.log_every == 0 or step == config.steps:
-                means = _mean_over_processes(sums, accelerator)
-                rate = bar.format_dict["rate"] or 0.0
-                log.write(step, means, lr=schedule.get_last_lr()[0], grad_norm=float(grad_norm or 0))
-                bar.set_postfix(
-                    {name: f"{value:.4f}" for name, value in means.items()}
-                    | {"samples/s": f"{rate * samples:.1f}"}
-                )
             stopping = stop.agreed(accelerator)
-            if step % config.save_every == 0 or step == config.steps or stopping:
-                saver.save(step, skips)
+            saving = step % config.save_every == 0 or step == config.steps or stopping
+            if step % config.log_every == 0 or saving:
+                skips.count()
+            if step % config.log_every == 0 or step == config.steps:
+                bar.set_postfix(log.write(step, sums, lr=schedule.get_last_lr()[0], grad_norm=grad_norm))
+            if saving:
+                saver.save(step, skips.counter)
             if draw_samples and config.sample_every and step % config.sample_every == 0:
-                path = run / "samples" / f"step-{step:08d}.png"
-                path.parent.mkdir(exist_ok=True)
-                draw_samples(stage, saver.state_dict() if ema else None, path)
-                stage.train()
+                with _leaving_no_trace(stage, accelerator), saver.averaged_weights():
+                    if accelerator.is_main_process:
+                        path = run / "samples" / f"step-{step:08d}.png"
+                        path.parent.mkdir(exist_ok=True)
+                        draw_samples(stage, path)
+                        log.show(step, path)
             if stopping:
-                bar.write(
-                    f"Stopped at step {step:,} of {config.steps:,} and saved; the same command goes on from there."
+                accelerator.print(
+                    f"\nStopped at step {step:,} of {config.steps:,} and saved; the same command goes on from there."
                 )
                 break
-    if accelerator.is_main_process and skips.counts:
-        bar.write(skips.summary())
-    if config.tracker:
-        accelerator.end_training()
+    if skips.counter.counts:
+        accelerator.print(skips.counter.summary())
+    for tracker in accelerator.trackers:  # end_training would also leave the process group
+        tracker.finish()
     return checkpoints.list_checkpoints(run)[-1]
 
 
-class _Saver:
-    """Writes and reads checkpoints of one run."""
+class _Skips:
+    """Counts of the samples that could not be used, gathered from all processes now and then."""
 
-    def __init__(self, config, run, accelerator, wrapped, stage, ema, save_model):
-        self.config, self.run, self.accelerator = config, run, accelerator
-        self.wrapped, self.stage, self.ema, self.save_model = wrapped, stage, ema, save_model
+    def __init__(self, limit, accelerator):
+        self.counter, self.accelerator = SkipCounter(limit), accelerator
+        self._used, self._skipped, self._messages = 0, {}, []
 
-    def state_dict(self):
-        """The stage's weights on the CPU of the main process; averaged ones where there is an average."""
-        if self.ema is None:
-            return self.accelerator.get_state_dict(self.wrapped)
-        parameters = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        state = self.accelerator.get_state_dict(self.wrapped)
-        state = {
-            name: tensor.detach().cpu().clone() for name, tensor in state.items()
-        }  # before they are put back
-        self.ema.restore(parameters)
-        return state
+    def note(self, batch):
+        self._used += len(batch["keys"])
+        for cause, number in batch["skipped"].items():
+            self._skipped[cause] = self._skipped.get(cause, 0) + number
+        self._messages += batch["skipped_messages"]
 
-    def save(self, step, skips):
-        accelerator, partial = self.accelerator, checkpoints.partial_folder(self.run, step)
-        state = self.state_dict()
-        try:
-            if accelerator.is_main_process:
-                (partial / checkpoints.STATE).mkdir(parents=True, exist_ok=True)
-            accelerator.wait_for_everyone()
-            accelerator.save_state(str(partial / checkpoints.STATE))
-            if accelerator.is_main_process:
-                self.save_model(partial, state)
-                progress = {"step": step, "skips": skips.state_dict(), "processes": accelerator.num_processes}
-                checkpoints.write_progress(partial, progress)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"Checkpoint {step:,} could not be written to {self.run}: {error}. {self.last_good()} Make room and run "
-                "the same command again."
-            ) from error
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            checkpoints.publish(partial, checkpoints.checkpoint_folder(self.run, step))
-            checkpoints.prune(self.run, self.config.keep_checkpoints)
-        accelerator.wait_for_everyone()
-
-    def resume(self, skips):
-        """Load the newest checkpoint, if there is one; returns the step it was saved after."""
-        found = checkpoints.list_checkpoints(self.run)
-        if not found:
-            return 0
-        progress = checkpoints.read_progress(found[-1])
-        if progress["processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"The run in {self.run} was begun on {progress['processes']} processes; this one has "
-                f"{self.accelerator.num_processes}. Go on with as many, or give a new run another --output."
-            )
-        self.accelerator.load_state(str(found[-1] / checkpoints.STATE))
-        skips.load_state_dict(progress["skips"])
-        return progress["step"]
-
-    def check_finite(self, value, name, step, keys):
-        value = self.accelerator.reduce(value.detach().float(), "sum")
-        if value.isfinite().all():
-            return
-        keys = gather_object(keys)
-        raise TrainingStopped(
-            f"The {name} of step {step:,} is {value.item()}, made of the samples {', '.join(keys)}. {self.last_good()} "
-            "Look at these samples, or go on with a smaller lr or without half precision."
-        )
-
-    def last_good(self):
-        found = checkpoints.list_checkpoints(self.run)
-        return f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."
+    def count(self):
+        """Add what was noted to the counter, on all processes alike. Raises TooManyBadSamples."""
+        noted = [(self._used, self._skipped, self._messages)]
+        self._used, self._skipped, self._messages = 0, {}, []
+        for used, skipped, messages in gather_object(noted) if self.accelerator.num_processes > 1 else noted:
+            self.counter.add(used, skipped, messages)
 
 
 class _Log:
-    """log.jsonl of the main process, without the lines of steps that a resumed run makes again; and trackers."""
+    """log.jsonl of the main process, without the lines of steps that a resumed run makes again; and the tracker."""
 
-    def __init__(self, path, step, accelerator):
-        self.path, self.accelerator = path, accelerator
-        if accelerator.is_main_process and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            path.write_text("".join(kept), encoding="utf-8")
+    def __init__(self, config, step, accelerator):
+        self.path, self.accelerator = Path(config.output) / "log.jsonl", accelerator
+        self.samples = config.batch_size * config.accumulation * accelerator.num_processes
+        self.step, self.time = step, time.perf_counter()
+        if accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            # the last line may have been cut off
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+            with written_atomically(self.path) as file:
+                file.write(b"".join(kept))
+        if config.tracker:
+            settings = {name: _plain(value) for name, value in asdict(config).items()}
+            accelerator.init_trackers(
+                "kosmos-g", settings, {"wandb": {"dir": config.output, "name": Path(config.output).name}}
+            )
 
-    def write(self, step, losses, **values):
-        values = {**losses, **values}
+    def write(self, step, losses, lr, grad_norm):
+        """Log the means over processes; returns what the progress bar shows."""
+        names = sorted(losses)
+        means = self.accelerator.reduce(torch.stack([losses[name] for name in names]), "mean")
+        losses = dict(zip(names, means.tolist(), strict=True))
+        now = time.perf_counter()
+        rate = (step - self.step) * self.samples / (now - self.time)
+        self.step, self.time = step, now
+        values = {
+            **losses,
+            "lr": lr,
+            "grad_norm": float(grad_norm or 0),
+            "samples_per_second": round(rate, 3),
+        }
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+        return {name: f"{value:.4f}" for name, value in losses.items()} | {"samples/s": f"{rate:.1f}"}
+
+    def show(self, step, path):
+        """Give a picture to the tracker as well."""
+        import PIL.Image
+
+        for tracker in self.accelerator.trackers:
+            picture = PIL.Image.open(path).convert("RGB")
+            if tracker.name == "tensorboard":
+                picture = np.asarray(picture)[None]
+                tracker.log_images({"samples": picture}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({"samples": [picture]}, step=step)
 
 
 class _StopSignal:
@@ -315,38 +301,57 @@ class _StopSignal:
         return bool(accelerator.reduce(flag, "sum") > 0)
 
 
-def _begin(config, run, accelerator):
-    """Make the run's folder and write its settings, or check them against those it was begun with."""
-    settings = run / "config.json"
-    if settings.exists():
-        config.check_resumes(type(config).load(settings), run)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_partial(run)
-        config.save(settings)
-    accelerator.wait_for_everyone()
+@contextmanager
+def _leaving_no_trace(stage, accelerator):
+    """Context for other work with the stage's weights: all random states and the training mode come back."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [] if accelerator.device.type in ("cpu", "mps") else [accelerator.device]
+    with torch.random.fork_rng(devices, device_type="cuda" if not devices else accelerator.device.type):
+        stage.eval()
+        try:
+            yield
+        finally:
+            stage.train()
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
-def _keep_trained_weights_only(accelerator, stage):
-    """Save and load the weights that train, not the frozen rest, which is there already. FSDP and DeepSpeed save theirs."""
-    trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
+def _check_tracker(tracker):
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if tracker and not available[tracker]():  # accelerate would log nothing and say nothing
+        raise ImportError(
+            f"The tracker {tracker} is not installed. Install it: pip install {tracker}. Or leave --tracker out: "
+            "log.jsonl in the run's folder has the same numbers."
+        )
 
-    def save(models, weights, folder):
-        if weights and accelerator.is_main_process:
-            state = {name.removeprefix("module."): tensor for name, tensor in weights[0].items()}
-            save_file({name: state[name].contiguous() for name in trained}, Path(folder) / TRAINED)
-        weights.clear()
 
-    def load(models, folder):
-        if models:
-            state = load_file(Path(folder) / TRAINED)
-            missing = accelerator.unwrap_model(models[0]).load_state_dict(state, strict=False)
-            assert not missing.unexpected_keys and not trained & set(missing.missing_keys)
-        models.clear()
+def _check_sharding(config, accelerator):
+    """FSDP and DeepSpeed hold no process's weights whole: what needs them whole is refused."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # it asks, as no DataLoader of its own is prepared; passes are counted and divided by the loop
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"] = (
+            config.batch_size,
+            1,
+        )
+    for name in ("ema_decay", "sample_every"):
+        if accelerator.distributed_type in SHARDING and getattr(config, name):
+            raise ValueError(
+                f"{name} is {getattr(config, name)}, which needs the weights whole, and "
+                f"{accelerator.distributed_type.value} shards them. Set it to 0, or run without sharding."
+            )
 
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+
+def _check_finite(value, name, step, keys, saver):
+    """Raise TrainingStopped on all processes if the number is not finite on one of them."""
+    value = saver.accelerator.reduce(value.detach().float(), "sum")
+    if value.isfinite().all():
+        return
+    keys = gather_object(keys)
+    raise TrainingStopped(
+        f"The {name} of step {step:,} is {value.item()}, made of the samples {', '.join(keys)}. {saver.last_good()} "
+        "Look at these samples, or go on with a smaller lr or without half precision."
+    )
 
 
 def _leave_signals_to_main(worker):
@@ -355,19 +360,6 @@ def _leave_signals_to_main(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _gather_skips(batch, accelerator):
-    """(samples used, cause -> number replaced, messages) of a batch over all processes."""
-    if accelerator.num_processes == 1:
-        return len(batch["keys"]), batch["skipped"], batch["skipped_messages"]
-    skipped = {}
-    for part in gather_object([batch["skipped"]]):
-        for cause, number in part.items():
-            skipped[cause] = skipped.get(cause, 0) + number
-    messages = gather_object(batch["skipped_messages"])
-    return len(batch["keys"]) * accelerator.num_processes, skipped, messages
-
-
-def _mean_over_processes(sums, accelerator):
-    names = sorted(sums)
-    means = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean")
-    return dict(zip(names, means.tolist(), strict=True))
+def _plain(value):
+    """A setting as the trackers take it."""
+    return value if isinstance(value, (bool, int, float, str)) else " ".join(map(str, value))

@@ -1,0 +1,64 @@
+"""Say what pictures show, or answer a question about them, with the multimodal language model alone.
+
+The prompt is what the model goes on with; it was trained on text, not on instructions: "An image of" asks for a caption,
+"Question: ... Answer:" for an answer. Each picture stands in front of the prompt, and gets an answer of its own. With <i>
+marks in the prompt, all pictures belong to one prompt and stand where the marks are.
+
+examples:
+  kosmos-g caption photo.png --model ./kosmos-g
+  kosmos-g caption photo.png --prompt "Question: what is on the table? Answer:" --model ./kosmos-g
+  kosmos-g caption one.png two.png --prompt "<i> <i> Question: which is older? Answer:" --model ./kosmos-g
+"""
+
+import sys
+
+import torch
+
+from ..generation import default_device
+from ..processing_kosmos_g import IMAGE_MARK
+from ..settings import DTYPES
+from ..tiny import RANDOM_MODEL_NOTE
+from ..understanding import CAPTION_PROMPT, MAX_NEW_TOKENS, load_answerer
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("pictures", nargs="+", metavar="PICTURE", help="path or URL")
+    add("--prompt", default=CAPTION_PROMPT, metavar="TEXT", help=f"(default: {CAPTION_PROMPT!r})")
+    add("--model", metavar="MODEL", help="folder or Hub id (default: a small random model, for trying out)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help=f"longest answer (default: {MAX_NEW_TOKENS})",
+    )
+    add(
+        "--num-beams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="answers pursued at once (default: 1, the likeliest word)",
+    )
+    add("--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, else float16)")
+    add("--device", help="cpu, cuda, mps, ... (default: an accelerator if there is one)")
+
+
+def run(arguments):
+    device = arguments.device or default_device()
+    dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "float16")
+    if arguments.num_beams < 1:
+        raise ValueError(f"--num-beams is {arguments.num_beams}; expected 1 or more.")
+    answer = load_answerer(arguments.model, getattr(torch, dtype), device)
+    prompt, pictures = arguments.prompt, arguments.pictures
+    marked = IMAGE_MARK in prompt
+    for group in [pictures] if marked else [[picture] for picture in pictures]:
+        text = answer(
+            prompt if marked else f"{IMAGE_MARK} {prompt}",
+            group,
+            max_new_tokens=arguments.max_new_tokens,
+            num_beams=arguments.num_beams,
+        )
+        print(text if marked or len(pictures) == 1 else f"{group[0]}: {text}")
+    if arguments.model is None:
+        print(RANDOM_MODEL_NOTE, file=sys.stderr)

@@ -1,0 +1,220 @@
+"""Make training data: edits from InstructPix2Pix, compositions from pictures alone.
+
+compose captions each picture, lists the things that the caption names, and cuts each of them out. Samples go to
+WebDataset shards with a manifest and a contact sheet, a page on which to see what was cut out. Stop a run at any moment
+and start it again with the same flags: it goes on. On several GPUs, let accelerate or torchrun start one process for
+each; elsewhere, start the processes yourself, with --num-processes and a --process-index of its own for each.
+
+examples:
+  kosmos-g data compose --images ./pictures --output ./compositions
+  kosmos-g data compose --images ./pictures --output ./compositions --batch-size 32 --workers 8 \\
+      --model-entities Qwen/Qwen2.5-1.5B-Instruct --threshold 0.4
+  accelerate launch --num_processes 8 --module kosmos_g_diffusers data compose --images ./pictures --output ./compositions
+  kosmos-g data instructpix2pix --folder ./clip-filtered-dataset --output ./edits
+  kosmos-g data instructpix2pix --dataset timbrooks/instructpix2pix-clip-filtered --output ./edits
+  kosmos-g data sheet ./compositions --output look.html --samples 300
+"""
+
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import fields
+
+import torch
+
+from ..data_making import ComposeSettings, EditSettings, compose, instructpix2pix, write_contact_sheet
+from ..data_making.instructpix2pix import COLUMNS
+from ..generation import default_device
+from ..settings import DTYPES
+
+
+def add_arguments(parser):
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    _add_compose(actions.add_parser("compose", help="pictures -> captions with things cut out"))
+    _add_instructpix2pix(actions.add_parser("instructpix2pix", help="InstructPix2Pix -> shards of edits"))
+    sheet = actions.add_parser("sheet", help="a page that shows samples of any shards")
+    sheet.add_argument("shards", metavar="SHARDS", help="folder of shards, a shard, a pattern or a URL")
+    sheet.add_argument(
+        "--output", default="contact-sheet.html", metavar="FILE", help="page to write (default: %(default)s)"
+    )
+    sheet.add_argument("--samples", type=int, default=100, metavar="N", help="to show (default: %(default)s)")
+
+
+def _add_compose(parser):
+    add = parser.add_argument
+    add("--images", required=True, metavar="FOLDER", help="pictures, in it and all folders below")
+    settings = {
+        "model_caption": "BLIP-2 or BLIP, folder or Hub id",
+        "model_entities": "language model with a chat template, folder or Hub id",
+        "model_segment": "CLIPSeg, folder or Hub id",
+        "threshold": "probability above which a pixel belongs to a thing",
+        "min_area": "share of the picture that a thing has to cover",
+        "max_entities": "things cut out of a picture",
+        "size": "pixels, sides of the picture to draw, and most of a cut-out",
+        "min_side": "pixels; smaller pictures are skipped",
+        "caption_tokens": "most tokens of a caption",
+        "entity_tokens": "most tokens of the language model's answer",
+    }
+    for field in fields(ComposeSettings):
+        add(
+            f"--{field.name.replace('_', '-')}",
+            type=field.type,
+            default=field.default,
+            metavar="MODEL" if field.type is str else "N",
+            help=f"{settings[field.name]} (default: %(default)s)",
+        )
+    add("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator, of this process, if there is one)")
+    add("--dtype", choices=DTYPES, help="of the models (default: float32 on cpu, else bfloat16)")
+    add("--batch-size", type=int, default=8, metavar="N", help="pictures a step (default: %(default)s)")
+    _add_output(parser)
+
+
+def _add_instructpix2pix(parser):
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--folder", help="the original layout: seeds.json, NAME/prompt.json, NAME/SEED_0.jpg, ..."
+    )
+    source.add_argument("--dataset", metavar="NAME", help="Hub id or folder of a Hugging Face data set")
+    add("--split", default="train", help="of the data set (default: %(default)s)")
+    add("--revision", help="of the data set (default: the newest)")
+    listed = ", ".join(f"{use}={column}" for use, column in COLUMNS.items())
+    add(
+        "--column",
+        action="append",
+        default=[],
+        metavar="USE=NAME",
+        help=f"column of the data set, repeatable (default: {listed})",
+    )
+    add(
+        "--size",
+        type=int,
+        default=512,
+        metavar="N",
+        help="most pixels of the shorter side (default: %(default)s)",
+    )
+    _add_output(parser)
+
+
+def _add_output(parser):
+    add = parser.add_argument
+    add("--output", required=True, metavar="FOLDER", help="folder of shards: new, or one to go on with")
+    add(
+        "--samples-per-shard",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="most that a kill loses (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="processes that decode pictures (default: %(default)s)",
+    )
+    add(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="that share the work (default: of accelerate or torchrun, or 1)",
+    )
+    add(
+        "--process-index",
+        type=int,
+        metavar="N",
+        help="of this one, from 0 (default: of accelerate or torchrun, or 0)",
+    )
+    add(
+        "--sheet-samples",
+        type=int,
+        default=100,
+        metavar="N",
+        help="on the contact sheet (default: %(default)s)",
+    )
+
+
+def run(arguments):
+    if arguments.action == "sheet":
+        return print(write_contact_sheet(arguments.shards, arguments.output, arguments.samples))
+    process_index, num_processes = _share(arguments)
+    common = {
+        "workers": arguments.workers,
+        "process_index": process_index,
+        "num_processes": num_processes,
+        "samples_per_shard": arguments.samples_per_shard,
+        "sheet_samples": arguments.sheet_samples,
+    }
+    with _sigterm_stops():
+        if arguments.action == "compose":
+            settings = ComposeSettings(
+                **{f.name: getattr(arguments, f.name) for f in fields(ComposeSettings)}
+            )
+            device = arguments.device or _own_device()
+            dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
+            manifest = compose(
+                arguments.images,
+                arguments.output,
+                settings,
+                device=device,
+                dtype=getattr(torch, dtype),
+                batch_size=arguments.batch_size,
+                **common,
+            )
+        else:
+            settings = EditSettings(
+                folder=arguments.folder,
+                dataset=arguments.dataset,
+                split=arguments.split,
+                revision=arguments.revision,
+                columns=_columns(arguments.column),
+                size=arguments.size,
+            )
+            manifest = instructpix2pix(arguments.output, settings, **common)
+    if "samples" in manifest:
+        print(f"{manifest['samples']:,} samples in {manifest['shards']:,} shards in {arguments.output}")
+        print(manifest["summary"])
+
+
+def _share(arguments):
+    """Index and number of processes: flags, or what the launcher says in its environment.
+
+    The processes never talk to each other, so no process group is made: in one, the others fail when the first ends.
+    """
+    given = (arguments.process_index, arguments.num_processes)
+    if given == (None, None):
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if None in given:
+        raise ValueError("Only one of --process-index and --num-processes was given. Pass both.")
+    return given
+
+
+def _own_device():
+    device = default_device()
+    return (
+        f"{device}:{os.environ['LOCAL_RANK']}" if device != "cpu" and "LOCAL_RANK" in os.environ else device
+    )
+
+
+def _columns(texts):
+    columns = dict(COLUMNS)
+    for text in texts:
+        use, equals, name = text.partition("=")
+        if not equals or use not in COLUMNS:
+            raise ValueError(
+                f"--column {text!r} was given. Expected USE=NAME, where USE is one of {', '.join(COLUMNS)}; an empty NAME "
+                "for a column that is not there."
+            )
+        columns[use] = name or None
+    return tuple(columns.items())
+
+
+@contextmanager
+def _sigterm_stops():
+    """SIGTERM, as a cluster sends it, ends the work as an error does: samples that wait for their shard are written."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

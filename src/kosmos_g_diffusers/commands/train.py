@@ -1,0 +1,92 @@
+"""Train Kosmos-G, or go on with a run.
+
+Three stages follow each other. A checkpoint of one is a whole pipeline folder: what the next starts from, and what
+KosmosGPipeline.from_pretrained and kosmos-g generate read. Stopped by SIGTERM or Ctrl-C, a run saves first; killed, it
+goes on from its last checkpoint: the same command resumes. Settings come from --config, and flags beside it win.
+
+examples:
+  kosmos-g train align --help
+  kosmos-g train align --model ./kosmos-g-fresh --data tsv:captions:/data/laion --output runs/align --mixed-precision bf16
+  kosmos-g train instruct --config examples/recipes/instruct_one_node.toml --model runs/align/checkpoint-00300000
+  accelerate launch --num_processes 8 -m kosmos_g_diffusers train instruct --config run.toml
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, fields
+
+from ..training.config import TrainConfig
+from ..training.config import add_arguments as add_settings
+
+STAGES = {
+    "pretrain": (
+        "Stage 1, multimodal language modelling: the next token after words and pictures.",
+        "Trains the language model, the resampler and a part of the vision tower (--train-vision). kosmos-g init starts from\n"
+        "Kosmos-2, which has been through this stage.",
+        "--data tsv:captions:/data/laion shards:/data/interleaved --data-weights 1 1",
+    ),
+    "align": (
+        "Stage 2, alignment: the AlignerNet learns to say what the text encoder of Stable Diffusion says.",
+        "Trains the AlignerNet, from captions alone. The text encoder to imitate is the one that kosmos-g init has put into\n"
+        "the model's folder, or that of --target.",
+        "--data tsv:captions:/data/laion",
+    ),
+    "instruct": (
+        "Stage 3, instruction tuning: the frozen U-Net says what a prompt of words and pictures should have said.",
+        "Trains the AlignerNet, the language model, the resampler and the end of the vision tower; with --lora-rank adapters\n"
+        "of the language model and the AlignerNet alone.",
+        "--data tsv:captions:/data/laion tsv:edits:/data/edits tsv:compositions:/data/openimages --data-weights 1 2 2",
+    ),
+}
+
+
+def add_arguments(parser):
+    stages = parser.add_subparsers(metavar="STAGE", required=True, dest="stage")
+    for name, (title, description, data) in STAGES.items():
+        stage = stages.add_parser(
+            name,
+            help=title,
+            usage=f"kosmos-g train {name} [--config FILE] [--model MODEL] [--data SOURCE ...] [--output FOLDER] [FLAG ...]",
+            description=f"{title}\n\n{description}",
+            epilog=f"example:\n  kosmos-g train {name} --model MODEL {data} \\\n      --output runs/{name}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        stage.add_argument("--config", metavar="FILE", help="TOML file of settings: lines such as lr = 1e-4")
+        stage.add_argument(
+            "--show", action="store_true", help="print the settings that result, as JSON, and stop"
+        )
+        add_settings(stage, name)
+
+
+def run(arguments):
+    names = {entry.name for entry in fields(TrainConfig)} - {"stage"}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    if arguments.config is None:
+        config = TrainConfig.from_dict(given, arguments.stage, "The command")
+    else:
+        config = TrainConfig.from_toml(arguments.config, arguments.stage, **given)
+    if arguments.show:
+        return print(json.dumps(asdict(config), indent=2))
+    try:
+        from ..training.loop import TrainingStopped
+        from ..training.run import process_state, run_stage
+    except ModuleNotFoundError as error:
+        if error.name != "accelerate":
+            raise
+        raise ImportError("Training needs the package accelerate: pip install -U accelerate") from error
+    from ..training.checkpoints import checkpoint_folder
+    from ..training.data import TooManyBadSamples
+
+    try:
+        checkpoint = run_stage(config.stage, config, announce=print)
+    except (TrainingStopped, TooManyBadSamples) as error:
+        print(f"kosmos-g: stopped: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    state = process_state()
+    if state.is_main_process:
+        print(checkpoint)
+    state.destroy_process_group()
+    if checkpoint != checkpoint_folder(config.output, config.steps):
+        raise SystemExit(143)  # as a program that SIGTERM ended, so that a scheduler starts it again

@@ -1,0 +1,189 @@
+"""Two runs of the same benchmark, image by image: paired differences with intervals, and their images side by side."""
+
+import json
+from html import escape
+from pathlib import Path
+
+from .engine import image_path
+from .manifest import Manifest, write_text
+from .report import LEVEL, RESAMPLES, bootstrap, load_matplotlib, mean_by, save_figure, table, table_metrics
+from .scoring import read_scores
+from .sheets import LONGEST, figure, file_name, group_tasks, is_small, write_page
+
+FILE_NAME = "compare.json"
+
+
+def compare(folder_a, folder_b, output):
+    """Write compare.json, compare.md, a plot and sheets; returns the comparison as a dict.
+
+    Differences are B minus A, over the same prompts and pictures: first the mean of each unit, then the mean over units,
+    whose interval is a bootstrap over the units' differences.
+
+    Raises:
+        ValueError: a run is unfinished, or the two are not of the same images.
+        FileExistsError: `output` holds something that is no comparison.
+        ImportError: matplotlib is not installed.
+    """
+    output = Path(output)
+    if (
+        output.exists()
+        and not (output / FILE_NAME).is_file()
+        and (not output.is_dir() or any(output.iterdir()))
+    ):
+        raise FileExistsError(f"{output} is there and holds no comparison. Pass another --output.")
+    runs = [(Path(folder), *_read(folder)) for folder in (folder_a, folder_b)]
+    (_, first, scores_a), (_, second, scores_b) = runs
+    _check_comparable(first, second)
+    metrics = _metrics_of(scores_a), _metrics_of(scores_b)
+    common = [name for name in metrics[0] if name in metrics[1]]
+    if not common:
+        raise ValueError(
+            f"The runs have no metric in common: {', '.join(metrics[0])}; {', '.join(metrics[1])}."
+        )
+    units = [mean_by(run.tasks, scores, lambda task: task.unit) for _, run, scores in runs]
+    rows = {}
+    for name in common:
+        differences = {
+            unit: round(units[1][unit][name] - units[0][unit][name], 6)
+            for unit in units[0]
+            if name in units[0][unit]
+        }
+        values = list(differences.values())
+        rows[name] = {
+            "a": _mean(units[0][unit][name] for unit in differences),
+            "b": _mean(units[1][unit][name] for unit in differences),
+            "difference": _mean(values),
+            "interval": bootstrap(values),
+            "units where b is higher": sum(value > 0 for value in values),
+            "units": len(values),
+            "by unit": differences if len(first.units) < len(first.tasks) else {},
+        }
+    result = {
+        "benchmark": first.benchmark,
+        "a": {"model": first.model, "options": first.options, "settings": first.settings},
+        "b": {"model": second.model, "options": second.options, "settings": second.settings},
+        "metrics": rows,
+        "only in a": [name for name in metrics[0] if name not in common],
+        "only in b": [name for name in metrics[1] if name not in common],
+    }
+    sheets = _write_sheets(output, runs)
+    plots = [path for path in (_plot(output, name, rows[name]) for name in table_metrics(rows)) if path]
+    write_text(output / FILE_NAME, json.dumps(result, indent=1) + "\n")
+    write_text(output / "compare.md", as_markdown(result, plots, sheets))
+    return result
+
+
+def as_markdown(result, plots=(), sheets=()):
+    facts = []
+    for part in ("model", "options", "settings"):
+        for name in {**result["a"][part], **result["b"][part]}:
+            a, b = result["a"][part].get(name), result["b"][part].get(name)
+            facts.append([name, str(a), str(b)] if a != b else [name, str(a), "the same"])
+    lines = [f"# {result['benchmark']}: B against A", comparison_table(result)]
+    lines.append(
+        f"Intervals ({LEVEL:.0%}): bootstrap of the mean difference over units, {RESAMPLES:,} resamples."
+    )
+    for side in ("a", "b"):
+        if result[f"only in {side}"]:
+            lines.append(f"Only {side.upper()} has {', '.join(result[f'only in {side}'])}.")
+    lines += ["## What was run", table(["", "A", "B"], facts)]
+    lines += ["## Plots", *(f"![{Path(path).stem}]({path})" for path in plots)] if plots else []
+    lines += ["## Images", " · ".join(f"[{Path(path).stem}]({path})" for path in sheets)] if sheets else []
+    return "\n\n".join(lines) + "\n"
+
+
+def comparison_table(result):
+    rows = []
+    for name in table_metrics(result["metrics"]):
+        entry = result["metrics"][name]
+        interval = entry["interval"]
+        difference = f"{entry['difference']:+.3f}" + (
+            f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""
+        )
+        wins = f"{entry['units where b is higher']} of {entry['units']}"
+        rows.append([name, f"{entry['a']:.3f}", f"{entry['b']:.3f}", difference, wins])
+    return table(["", "A", "B", "B - A", "units where B is higher"], rows)
+
+
+def _mean(values):
+    values = list(values)
+    return round(sum(values) / len(values), 6)
+
+
+def _metrics_of(scores):
+    return list(dict.fromkeys(name for one in scores.values() for name in one))
+
+
+def _read(folder):
+    """(manifest, scores) of a finished run."""
+    manifest = Manifest.read(folder)
+    missing = [task.id for task in manifest.tasks if not image_path(folder, task).exists()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} images of {str(folder)!r} are not made yet, such as {missing[0]}. Finish the run first."
+        )
+    scores, _ = read_scores(folder, manifest)
+    if not any(scores.values()):
+        raise ValueError(
+            f"{str(folder)!r} has no complete scores. Repeat its command, which goes on where it was."
+        )
+    return manifest, scores
+
+
+def _check_comparable(first, second):
+    if first.benchmark != second.benchmark:
+        raise ValueError(f"The runs are of two benchmarks, {first.benchmark!r} and {second.benchmark!r}.")
+    names = "id", "prompt", "text", "pictures", "references", "truth"
+    tasks = [
+        {task.id: [getattr(task, name) for name in names] for task in run.tasks} for run in (first, second)
+    ]
+    different = [name for name in {**tasks[0], **tasks[1]} if tasks[0].get(name) != tasks[1].get(name)]
+    if different:
+        raise ValueError(
+            f"{len(different)} images of the runs are of other prompts, pictures or references, such as {different[0]}. Only runs "
+            "of the same options can be compared."
+        )
+    changed = [path for path, digest in first.pictures.items() if second.pictures.get(path) != digest]
+    if changed:
+        raise ValueError(f"{len(changed)} pictures differ between the runs: {', '.join(changed)}.")
+
+
+def _write_sheets(output, runs):
+    (folder_a, first, scores_a), (folder_b, second, scores_b) = runs
+    other = {task.id: task for task in second.tasks}
+    paths = []
+    for name, tasks in group_tasks(first).items():
+        body = [f"<h1>{escape(name)}</h1><p>A: {escape(folder_a.name)}, B: {escape(folder_b.name)}</p>"]
+        if len(tasks) > LONGEST:
+            body.append(f"<p>The first {LONGEST} of {len(tasks)} images.</p>")
+        for task in tasks[:LONGEST]:
+            pair = [
+                figure(output / "sheets", folder_a, task, scores_a[task.id], "A"),
+                figure(output / "sheets", folder_b, other[task.id], scores_b[task.id], "B"),
+            ]
+            body.append(
+                f"<h3>{escape(task.prompt)}</h3><div class='images{is_small(first)}'>{''.join(pair)}</div>"
+            )
+        paths.append(f"sheets/{file_name(name)}.html")
+        write_page(output / paths[-1], name, "\n".join(body))
+    return paths
+
+
+def _plot(output, metric, row):
+    """The difference of each unit; path from `output`."""
+    if len(row["by unit"]) < 2:
+        return None
+    order = sorted(row["by unit"], key=row["by unit"].get)
+    plot = load_matplotlib()(figsize=(7, 1.2 + 0.2 * len(order)), layout="constrained")
+    axis = plot.subplots()
+    axis.axvline(0, color="black", linewidth=0.8)
+    if row["interval"]:
+        axis.axvspan(*row["interval"], alpha=0.2, label=f"{LEVEL:.0%} interval of the mean")
+    axis.axvline(row["difference"], label=f"mean {row['difference']:+.3f}")
+    axis.plot([row["by unit"][name] for name in order], order, "o")
+    axis.set(title="B - A", xlabel=metric)
+    axis.margins(y=0.5 / len(order))
+    axis.legend(fontsize="small")
+    path = f"plots/{file_name(metric)}.png"
+    save_figure(plot, output / path)
+    return path

@@ -1,0 +1,106 @@
+"""Kosmos-G as a model of lmms-eval, which runs the benchmarks of understanding: `lmms-eval --model kosmos_g ...`.
+
+lmms-eval finds it by the entry point `lmms_eval.models` of this package; nothing else imports this file. See
+docs/understanding.md.
+"""
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+from tqdm import tqdm
+
+from ..understanding import MAX_NEW_TOKENS, load_answerer
+
+IMAGE_TOKEN = "<image>"  # where a task puts a picture among the words
+TEMPLATE = "Question: {} Answer:"  # as Kosmos-1's paper asks (sec. 4.2)
+SAMPLING = ("do_sample", "temperature", "top_p", "num_beams")  # options of a task that are transformers' too
+
+MANIFEST = ModelManifest(model_id="kosmos_g", simple_class_path=f"{__name__}.KosmosGForLmms")
+
+
+class KosmosGForLmms(lmms):
+    """The model that tasks ask.
+
+    Args:
+        pretrained: folder or Hub id of a Kosmos-G pipeline; without it the small random model answers.
+        template: of a prompt, `{}` stands for the task's question.
+        dtype: of the weights; by the device without it.
+        device: cpu, cuda, ...; each process takes its own under accelerate launch.
+        batch_size: 1, the only one there is.
+    """
+
+    def __init__(self, pretrained=None, template=TEMPLATE, dtype=None, device=None, batch_size=1):
+        super().__init__()
+        if int(batch_size) != 1:
+            raise ValueError(f"batch_size={batch_size} was given. Kosmos-G answers one at a time: pass 1.")
+        if "{}" not in template:
+            raise ValueError(f"The template {template!r} has no {{}} where the question goes.")
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        self.device = self.accelerator.device
+        if device is not None and self.accelerator.num_processes == 1:
+            self.device = torch.device(device)
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        dtype = dtype or ("float32" if self.device.type == "cpu" else "float16")
+        self.answer = load_answerer(pretrained, getattr(torch, dtype), self.device)
+        self.template = template
+
+    def generate_until(self, requests):
+        """The answers of questions, as strings."""
+        answers = []
+        for request in tqdm(requests, desc="Kosmos-G answers", disable=self.rank != 0):
+            context, given, doc_to_visual, doc_id, task, split = request.args
+            options = {name: given[name] for name in SAMPLING if given.get(name) is not None}
+            if not options.get("do_sample"):  # tasks write a temperature of 0 for greedy
+                options = {name: options[name] for name in ("num_beams",) if name in options}
+            prompt = self._read(context, doc_to_visual, doc_id, task, split)
+            text = self.answer(
+                prompt, max_new_tokens=given.get("max_new_tokens") or MAX_NEW_TOKENS, **options
+            )
+            until = given.get("until") or []
+            for stop in [until] if isinstance(until, str) else until:
+                text = text.split(stop)[0] if stop else text
+            answers.append(text)
+        return answers
+
+    def loglikelihood(self, requests):
+        """(loss, whether it is the greedy answer) of given answers; lmms-eval takes the lowest loss for the choice."""
+        results = []
+        for request in tqdm(requests, desc="Kosmos-G rates answers", disable=self.rank != 0):
+            context, target, doc_to_visual, doc_id, task, split = request.args
+            if not isinstance(target, str):
+                target = target(self.task_dict[task][split][doc_id])
+            prompt = self._read(context, doc_to_visual, doc_id, task, split)
+            results.append(self.answer.loss(prompt, as_text(target)))
+        return results
+
+    def generate_until_multi_round(self, requests):
+        raise NotImplementedError(
+            "Kosmos-G was not trained on dialogues: tasks of several rounds are left out."
+        )
+
+    def _read(self, context, doc_to_visual, doc_id, task, split):
+        pictures = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        strange = [type(picture).__name__ for picture in pictures if not isinstance(picture, Image.Image)]
+        if strange:
+            raise ValueError(f"The task {task} shows {strange[0]}; Kosmos-G reads pictures alone.")
+        return arrange(self.template.format(context), pictures)
+
+
+def arrange(text, pictures):
+    """Chat content: pictures where the text has `<image>`, or, if their numbers differ, in front of it."""
+    stretches = text.split(IMAGE_TOKEN)
+    if len(stretches) != len(pictures) + 1:
+        stretches = [*[""] * len(pictures), " ".join(stretches)]
+    content = []
+    for index, stretch in enumerate(stretches):
+        if index:
+            content.append({"type": "image", "image": pictures[index - 1]})
+        content.append({"type": "text", "text": as_text(stretch)})
+    return content
+
+
+def as_text(text):
+    """Text in which nothing is a mark or an image word: the tokenizer's Unicode rules make these brackets plain again."""
+    return text.replace("<", "＜").replace(">", "＞")

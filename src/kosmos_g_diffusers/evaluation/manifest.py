@@ -1,0 +1,199 @@
+"""What a run consists of, written down before it starts: `manifest.jsonl` of a results folder.
+
+Its first line says what is run (benchmark, model, settings), each further line is one image to make. A folder belongs to
+one manifest: whatever would mix images of two settings is refused.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from ..settings import IMAGE_MARK
+
+FORMAT = "kosmos_g_evaluation_1"  # raise it when an older package would read a new manifest wrongly
+FILE_NAME = "manifest.jsonl"
+TASK_ID = re.compile(
+    r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*"
+)  # a path of an image: nothing in it may lead elsewhere
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to make, and what it is judged against."""
+
+    id: str  # path under images/, without .png
+    unit: str  # what means and intervals are taken over, such as a subject
+    row: str  # prompt of the table by prompt, the same for all units
+    prompt: str  # with a <i> for each picture
+    text: str | None  # what the image should show, in words alone; None where nothing is compared with words
+    pictures: tuple  # paths from the data folder, one for each <i>
+    references: tuple  # for each subject a tuple of paths from the data folder
+    seed: int
+    truth: dict | None = None  # what a benchmark with a judge of its own judges by
+
+    def __post_init__(self):
+        if not TASK_ID.fullmatch(self.id):
+            raise ValueError(
+                f"{self.id!r} cannot name an image. Use letters, digits, '+', '-', '_', '.' and '/'."
+            )
+        n_marks = self.prompt.count(IMAGE_MARK)
+        if n_marks != len(self.pictures):
+            raise ValueError(
+                f"The prompt of {self.id} has {n_marks} '<i>' marks and {len(self.pictures)} pictures."
+            )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is run. Of two manifests of one folder, all but `data` and `conditions` must be equal.
+
+    Args:
+        benchmark: its name, such as "dreambench".
+        options: of the benchmark, such as its protocol.
+        model: what `identify_model` says.
+        settings: steps, guidance, scheduler, height, width, dtype, seed.
+        conditions: what changes pixels by rounding at most (versions, device, batch size): kept while images are made.
+        data: the folder of the pictures, as the user wrote it.
+        pictures: path from the data folder -> SHA-256, of every picture that is read.
+        tasks: a `Task` for each image.
+    """
+
+    benchmark: str
+    options: dict
+    model: dict
+    settings: dict
+    conditions: dict
+    data: str
+    pictures: dict
+    tasks: tuple = field(repr=False)
+
+    def __post_init__(self):
+        seen = set()
+        for task in self.tasks:
+            if task.id in seen:
+                raise ValueError(f"Two images would be called {task.id}.")
+            seen.add(task.id)
+
+    @property
+    def units(self):
+        return list(dict.fromkeys(task.unit for task in self.tasks))
+
+    def chunks(self, size):
+        """Tasks in batches that are the same for every process and after every kill: their bits stay the same, too."""
+        return [self.tasks[start : start + size] for start in range(0, len(self.tasks), size)]
+
+    def write(self, folder):
+        header = {name: value for name, value in asdict(replace(self, tasks=())).items() if name != "tasks"}
+        lines = [{"format": FORMAT, **header}, *(asdict(task) for task in self.tasks)]
+        write_text(Path(folder) / FILE_NAME, "".join(json.dumps(line) + "\n" for line in lines))
+
+    @classmethod
+    def read(cls, folder):
+        """Read what `write` wrote.
+
+        Raises:
+            ValueError: there is none, or it is something else.
+        """
+        path = Path(folder) / FILE_NAME
+        try:
+            header, *tasks = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+            form = header.pop("format", None)
+            if form != FORMAT:
+                raise ValueError(f"its format is {form!r}, and this package reads {FORMAT!r}")
+            for task in tasks:
+                task["pictures"] = tuple(task["pictures"])
+                task["references"] = tuple(map(tuple, task["references"]))
+            return cls(**header, tasks=tuple(Task(**task) for task in tasks))
+        except FileNotFoundError as error:
+            raise ValueError(f"{str(folder)!r} is no results folder: it has no {FILE_NAME}.") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} cannot be used ({error}). Pass the --output of a kosmos-g evaluate of this version."
+            ) from error
+
+    def check_same(self, other, n_images_left):
+        """Raise a ValueError that names what differs, unless `other` may go on with the folder of this manifest."""
+        mine, theirs = _flatten(self), _flatten(other)
+        if n_images_left == 0:  # new scores and reports may be made elsewhere, with other versions
+            mine, theirs = (
+                {key: value for key, value in flat.items() if not key.startswith("conditions.")}
+                for flat in (mine, theirs)
+            )
+        different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        if not different:
+            return
+        shown = "; ".join(f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} now" for key in different[:6])
+        more = f"; and {len(different) - 6} more" if len(different) > 6 else ""
+        raise ValueError(
+            f"The results folder holds a run of other settings ({shown}{more}). Runs are never mixed: repeat those settings, "
+            "or pass another --output."
+        )
+
+
+def _flatten(manifest):
+    """Name -> value of everything that two runs can differ in."""
+    flat = {"benchmark": manifest.benchmark}
+    for name in ("options", "model", "settings", "conditions", "pictures"):
+        flat.update({f"{name}.{key}": value for key, value in getattr(manifest, name).items()})
+    flat.pop("model.path", None)  # where the same weights lie does not matter
+    flat["number of images"] = len(manifest.tasks)
+    flat.update({f"image {task.id}": asdict(task) for task in manifest.tasks})
+    return json.loads(json.dumps(flat))  # as it is read back: lists for tuples
+
+
+def derive_seed(base, *parts):
+    """A seed that belongs to `parts`, such as subject, prompt and index, whatever else is made in the same run.
+
+    32 bits, since torch's generator on the CPU takes no more.
+    """
+    digest = hashlib.sha256("\0".join(map(str, (base, *parts))).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def hash_file(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_bytes(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def hash_folder(folder, parts=(".",)):
+    """SHA-256 of the names and contents of all files in some subfolders, hidden ones left out."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for path in sorted((Path(folder) / part).rglob("*")):
+            if path.is_file() and not path.name.startswith("."):
+                digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def hash_pictures(data, paths):
+    """Path from `data` -> SHA-256.
+
+    Raises:
+        ValueError: pictures are missing; all of them are named.
+    """
+    paths = sorted(set(paths))
+    missing = [path for path in paths if not (Path(data) / path).is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} pictures are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
+        )
+    return {path: hash_file(Path(data) / path) for path in paths}
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all; folders on the way are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

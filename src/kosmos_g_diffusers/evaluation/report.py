@@ -1,0 +1,244 @@
+"""A finished run as report.json, report.md, plots and sheets. The same run gives the same files, byte for byte."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from .engine import INSTALL, repeated_pictures
+from .manifest import write_text
+from .sheets import file_name, write_sheets
+
+RESAMPLES = 10_000  # of the bootstrap
+LEVEL = 0.95
+CONTROL = ".shuffled."  # in the name of a metric that is the control of the one without it
+LEFT_OUT_OF_TABLES = ("_subject_", CONTROL)  # one subject of several: in report.json and the sheets
+
+
+def bootstrap(values, seed=0):
+    """Interval of a mean over units, which are resampled: (low, high), or None for fewer than two.
+
+    Args:
+        values: one for each unit.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    means = np.concatenate(
+        [values[rng.integers(0, len(values), (1000, len(values)))].mean(1) for _ in range(RESAMPLES // 1000)]
+    )
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return round(float(low), 6), round(float(high), 6)
+
+
+def mean_by(tasks, scores, key):
+    """key(task) -> metric -> mean over its images."""
+    groups = {}
+    for task in tasks:
+        for metric, value in scores[task.id].items():
+            groups.setdefault(key(task), {}).setdefault(metric, []).append(value)
+    return {
+        name: {metric: round(float(np.mean(values)), 6) for metric, values in metrics.items()}
+        for name, metrics in groups.items()
+    }
+
+
+def summarise(manifest, scores, scorers, n_words, published=None):
+    """The report as a dict.
+
+    Args:
+        scores: task id -> metric -> score, of all images.
+        scorers: identities of what made them.
+        n_words: pictures that are stored as image words.
+        published: name -> metric -> score, to be shown beside the run.
+    """
+    by_unit = mean_by(manifest.tasks, scores, lambda task: task.unit)
+    metrics = {}
+    for name in dict.fromkeys(name for unit in by_unit.values() for name in unit):
+        values = [unit[name] for unit in by_unit.values() if name in unit]
+        metrics[name] = {
+            "mean": round(float(np.mean(values)), 6),
+            "interval": bootstrap(values),
+            "units": len(values),
+        }
+    repeated = set(repeated_pictures(manifest))
+    single_units = len(by_unit) == len(manifest.tasks)
+    return {
+        "benchmark": manifest.benchmark,
+        "options": manifest.options,
+        "model": manifest.model,
+        "settings": manifest.settings,
+        "conditions": manifest.conditions,
+        "scorers": scorers,
+        "counts": {
+            "units": len(manifest.units),
+            "prompts": len({(task.prompt, task.pictures) for task in manifest.tasks}),
+            "images": len(manifest.tasks),
+            "pictures": len({path for task in manifest.tasks for path in task.pictures}),
+            "pictures encoded": n_words
+            + sum(path not in repeated for task in manifest.tasks for path in task.pictures),
+        },
+        "metrics": metrics,
+        "published": published or {},
+        "by unit": {} if single_units else by_unit,
+        "by prompt": mean_by(manifest.tasks, scores, lambda task: task.row),
+    }
+
+
+def write_report(folder, manifest, scores, scorers, published=None, notes=()):
+    """Write report.json, report.md, plots/ and sheets/; returns the report as a dict.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    folder = Path(folder)
+    n_words = len(list((folder / "words").glob("*.safetensors")))
+    report = summarise(manifest, scores, scorers, n_words, published)
+    sheets = write_sheets(folder, manifest, scores)
+    plots = [_plot(folder, report, metric) for metric in table_metrics(report["metrics"])]
+    write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write_text(folder / "report.md", _as_markdown(report, [path for path in plots if path], sheets, notes))
+    return report
+
+
+def table_metrics(metrics):
+    return [name for name in metrics if not any(part in name for part in LEFT_OUT_OF_TABLES)]
+
+
+def format_score(entry):
+    """0.694 (0.670 to 0.715)."""
+    interval = entry["interval"]
+    return f"{entry['mean']:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def table(head, rows):
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join(
+        [*lines, *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]
+    )
+
+
+def scores_table(report):
+    """Every metric with its interval, beside its control and the published numbers."""
+    metrics, published = report["metrics"], report["published"]
+    controls = {
+        name.replace(CONTROL, "."): format_score(entry) for name, entry in metrics.items() if CONTROL in name
+    }
+    rows = []
+    for metric in table_metrics(metrics):
+        numbers = [f"{scores[metric]:.3f}" if metric in scores else "" for scores in published.values()]
+        rows.append(
+            [
+                metric,
+                format_score(metrics[metric]),
+                *([controls.get(metric, "")] if controls else []),
+                *numbers,
+            ]
+        )
+    control = ["control: pictures shuffled"] if controls else []
+    return table(["", f"this run ({LEVEL:.0%} interval)", *control, *published], rows)
+
+
+def _as_markdown(report, plots, sheets, notes):
+    counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
+    model = report["model"]
+    facts = {
+        "benchmark": " ".join(
+            [report["benchmark"], *(f"{name} {value}" for name, value in report["options"].items())]
+        ),
+        "model": " ".join(str(value) for value in model.values() if value is not None),
+        **{
+            name: "the model's own" if value is None else str(value)
+            for name, value in report["settings"].items()
+        },
+        **{name: str(value) for name, value in report["conditions"].items() if name != "versions"},
+        "versions": ", ".join(
+            f"{name} {version}" for name, version in report["conditions"]["versions"].items()
+        ),
+        "scorers": "; ".join(
+            " ".join(str(value) for value in scorer.values() if value is not None)
+            for scorer in report["scorers"]
+        ),
+        "counted": counts,
+    }
+    parts = [
+        f"# {report['benchmark']}",
+        scores_table(report),
+        f"Intervals: bootstrap of the mean over {report['counts']['units']} units, {RESAMPLES:,} resamples.",
+        *notes,
+        "## What was run",
+        table(["", ""], [[name, value] for name, value in facts.items()]),
+    ]
+    metrics = table_metrics(report["metrics"])
+    for title, groups in (("By unit", report["by unit"]), ("By prompt", report["by prompt"])):
+        used = [metric for metric in metrics if any(metric in group for group in groups.values())]
+        if len(groups) > 1 and not any(
+            "." in metric for metric in used
+        ):  # dotted metrics belong to one row each
+            rows = [
+                [name, *(f"{group[m]:.3f}" if m in group else "" for m in used)]
+                for name, group in groups.items()
+            ]
+            parts += [f"## {title}", table(["", *used], rows)]
+    parts += ["## Plots", *(f"![{Path(path).stem}]({path})" for path in plots)] if plots else []
+    parts += ["## Images", " · ".join(f"[{Path(path).stem}]({path})" for path in sheets)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plot(folder, report, metric):
+    """A dot for each unit and prompt, the mean with its interval, the published numbers; path from `folder`."""
+    groups = {
+        title: {name: group[metric] for name, group in report[title].items() if metric in group}
+        for title in ("by unit", "by prompt")
+    }
+    groups = {title: values for title, values in groups.items() if len(values) > 1}
+    if not groups:
+        return None
+    figure_class = load_matplotlib()
+    height = 1.2 + 0.2 * max(map(len, groups.values()))
+    figure = figure_class(figsize=(6.5 * len(groups), height), layout="constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axis, (title, values) in zip(axes, groups.items(), strict=True):
+        order = sorted(values, key=values.get)
+        entry = report["metrics"][metric]
+        if entry["interval"]:
+            axis.axvspan(*entry["interval"], alpha=0.2, label=f"{LEVEL:.0%} interval of the mean")
+        axis.axvline(entry["mean"], label=f"mean {entry['mean']:.3f}")
+        for (name, scores), style in zip(report["published"].items(), ("--", ":", "-."), strict=False):
+            if metric in scores:
+                axis.axvline(
+                    scores[metric], linestyle=style, color="black", label=f"{name} {scores[metric]:.3f}"
+                )
+        axis.plot([values[name] for name in order], order, "o")
+        axis.set(title=title, xlabel=metric)
+        axis.margins(y=0.5 / len(order))
+        axis.legend(fontsize="small")
+    path = f"plots/{file_name(metric)}.png"
+    save_figure(figure, folder / path)
+    return path
+
+
+def load_matplotlib():
+    """matplotlib's `Figure`, which needs no display.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"Plots need the package matplotlib: {INSTALL}") from error
+    return Figure
+
+
+def save_figure(figure, path):
+    """Write a PNG whole or not at all, without the date and version that would make every file another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(part, format="png", dpi=100, metadata={"Software": None})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,105 @@
+"""A benchmark from its plan to its report, in one or many processes, as often as it takes."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ..settings import GenerationSettings, package_versions
+from .engine import generate, identify_model, join_processes, open_folder
+from .manifest import Manifest, hash_bytes, hash_pictures
+from .report import load_matplotlib, write_report
+from .scoring import has_scores, read_scores, score
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a benchmark asks for: everything but model and settings.
+
+    Args:
+        benchmark, options, tasks: as in `Manifest`.
+        data: folder of the pictures; None takes the run's own folder `pictures`, with `files` in it.
+        files: name -> bytes of pictures that the benchmark has drawn itself.
+        published: name -> metric -> score, shown beside the run.
+        notes: paragraphs of the report.
+    """
+
+    benchmark: str
+    options: dict
+    tasks: tuple
+    data: str | None = None
+    files: dict = field(default_factory=dict, repr=False)
+    published: dict = field(default_factory=dict)
+    notes: tuple = ()
+
+
+def evaluate(plan, output, judges, *, model, settings, device, batch_size, repair=False):
+    """Make the images of a plan, score them and write the report; whatever is there already stays.
+
+    Args:
+        output: results folder, new or of this very run.
+        judges: what scores the images, see scoring.py.
+        model: folder, Hub id, or None for the small random model.
+        settings: dict of steps, guidance, scheduler, height, width, dtype and seed.
+        device: "cpu", "cuda", ...; with several processes each takes its own of that kind.
+        batch_size: images at once. It changes images by rounding at most.
+        repair: make images again that cannot be read.
+
+    Returns:
+        The report as a dict; None in all processes but the first.
+
+    Raises:
+        ValueError, OSError, ImportError: see the functions called here. Nothing that is there is overwritten.
+    """
+    output = Path(output)
+    load_matplotlib()  # before hours of work
+    if batch_size < 1:
+        raise ValueError(f"The batch size is {batch_size}; expected 1 or more.")
+    # raises what is wrong with a setting before anything is written
+    known = {
+        name: value for name, value in settings.items() if name in GenerationSettings.__dataclass_fields__
+    }
+    GenerationSettings(prompt="", **known)
+    state = join_processes(device)
+    data = str(output / "pictures") if plan.data is None else str(plan.data)
+    if state.is_main_process:
+        names = {name for task in plan.tasks for name in (*task.pictures, *sum(task.references, ()))}
+        pictures = (
+            {name: hash_bytes(content) for name, content in sorted(plan.files.items())}
+            if plan.data is None
+            else hash_pictures(data, names)
+        )
+        manifest = Manifest(
+            benchmark=plan.benchmark,
+            options=plan.options,
+            model=identify_model(model),
+            settings=settings,
+            conditions={
+                "device": torch.device(device).type,
+                "batch_size": batch_size,
+                "versions": package_versions(),
+            },
+            data=data,
+            pictures=pictures,
+            tasks=tuple(plan.tasks),
+        )
+        open_folder(output, manifest)
+        for name, content in plan.files.items():
+            path = output / "pictures" / name
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists() or path.read_bytes() != content:  # as a kill may have left it
+                path.write_bytes(content)
+    state.wait_for_everyone()
+    # from the file: with the conditions under which the images were made, wherever they are scored now
+    manifest = replace(Manifest.read(output), data=data)
+    manifest.model["path"] = None if model is None else str(model)
+    for judge in judges:
+        if not has_scores(output, judge.name):
+            judge.load()
+    generate(output, manifest, state, device, repair)
+    for judge in judges:
+        score(output, manifest, judge, state)
+    if not state.is_main_process:
+        return None
+    scores, scorers = read_scores(output, manifest)
+    return write_report(output, manifest, scores, scorers, plan.published, plan.notes)

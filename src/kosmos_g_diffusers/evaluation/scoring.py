@@ -1,0 +1,167 @@
+"""The second pass over a manifest: scores of its images, a file for each scorer, going on where a killed run was."""
+
+import json
+import shutil
+from pathlib import Path
+
+import PIL.Image
+from tqdm.auto import tqdm
+
+from ..processing_kosmos_g import open_image
+from .engine import image_path
+from .manifest import hash_file, hash_folder, write_text
+from .scorers import load_scorer
+
+BATCH = 32  # images that a scorer sees at once
+
+
+class FeatureJudge:
+    """Scores by cosines of a scorer's features: with the pictures of each subject, and with words where it has them.
+
+    Args:
+        name: of a scorer of scorers.py.
+        source: folder, file or Hub id of its weights; None takes its own.
+        device: where it runs.
+        data: folder of the reference pictures.
+    """
+
+    def __init__(self, name, source, device, data):
+        self.name, self.source, self.device, self.data = name, source, device, data
+        self.identity = {"scorer": name, "source": source}
+        if source is not None and Path(source).exists():
+            digest = hash_folder(source) if Path(source).is_dir() else hash_file(source)
+            self.identity = {"scorer": name, "sha256": digest}
+        self._scorer, self._references = None, {}
+
+    def load(self):
+        """Load the weights, so that a mistake shows before hours of work."""
+        if self._scorer is None:
+            self._scorer = load_scorer(self.name, source=self.source, device=self.device)
+
+    def score(self, tasks, images):
+        """A dict of scores for each task: of several subjects their mean, each one's own, and the worst."""
+        self.load()
+        features, results = self._scorer.features(images), [{} for _ in tasks]
+        for metric, rows in features.items():
+            for task, feature, scores in zip(tasks, rows, results, strict=True):
+                cosines = [
+                    float((self._features_of(paths)[metric] @ feature).mean()) for paths in task.references
+                ]
+                if cosines:
+                    scores[metric] = sum(cosines) / len(cosines)
+                if len(cosines) > 1:
+                    scores |= {
+                        f"{metric}_subject_{number}": cosine for number, cosine in enumerate(cosines, 1)
+                    }
+                    scores[f"{metric}_worst_subject"] = min(cosines)
+        with_words = [
+            index for index, task in enumerate(tasks) if self._scorer.has_text and task.text is not None
+        ]
+        if with_words:
+            texts = self._scorer.text_features([tasks[index].text for index in with_words])
+            cosines = (next(iter(features.values()))[with_words] * texts).sum(-1).tolist()
+            for index, cosine in zip(with_words, cosines, strict=True):
+                results[index][self._scorer.metrics[-1]] = cosine
+        return results
+
+    def _features_of(self, paths):
+        """Features of a subject's reference pictures, computed once."""
+        if paths not in self._references:
+            pictures = [open_image(Path(self.data) / path, path) for path in paths]
+            self._references[paths] = self._scorer.features(pictures)
+        return self._references[paths]
+
+
+def score(folder, manifest, judge, state):
+    """Score all images of the manifest with `judge`: `.name`, `.identity` (a dict) and `.score(tasks, images)`.
+
+    Scores of images that have not changed since are kept.
+
+    Raises:
+        ValueError: scores of the same name were made by something else.
+    """
+    folder = Path(folder)
+    path, parts = _score_path(folder, judge.name), folder / "scores" / judge.name
+    known = _read_records(path, judge.identity)
+    for part in sorted(parts.glob("*.jsonl")):
+        known |= _read_records(part, judge.identity)
+    chunks = manifest.chunks(BATCH)
+    state.wait_for_everyone()
+    mine = list(enumerate(chunks))[state.process_index :: state.num_processes]
+    for number, tasks in tqdm(mine, desc=f"batches of {judge.name}", disable=not state.is_main_process):
+        files = {task.id: image_path(folder, task) for task in tasks}
+        digests = {name: hash_file(file) for name, file in files.items()}
+        if all(known.get(name, {}).get("sha256") == digest for name, digest in digests.items()):
+            continue
+        images = [PIL.Image.open(files[task.id]).convert("RGB") for task in tasks]
+        scores = judge.score(tasks, images)
+        records = [
+            {
+                "id": task.id,
+                "sha256": digests[task.id],
+                "scores": {name: round(value, 6) for name, value in one.items()},
+            }
+            for task, one in zip(tasks, scores, strict=True)
+        ]
+        _write_records(parts / f"{number:06}.jsonl", judge.identity, records)
+    state.wait_for_everyone()
+    if state.is_main_process and parts.exists():
+        for part in sorted(parts.glob("*.jsonl")):
+            known |= _read_records(part, judge.identity)
+        _write_records(path, judge.identity, [known[task.id] for task in manifest.tasks])
+        shutil.rmtree(parts)
+    state.wait_for_everyone()
+
+
+def read_scores(folder, manifest):
+    """Scores of every scorer that has seen all images as they are now.
+
+    Returns:
+        (task id -> metric -> score, list of the scorers' identities).
+    """
+    digests = {task.id: hash_file(image_path(folder, task)) for task in manifest.tasks}
+    scores, identities = {name: {} for name in digests}, []
+    for path in sorted((Path(folder) / "scores").glob("*.jsonl")):
+        records = _read_records(path)
+        if all(records.get(name, {}).get("sha256") == digest for name, digest in digests.items()):
+            identities.append(_read_identity(path))
+            for name in digests:
+                scores[name] |= records[name]["scores"]
+    return scores, identities
+
+
+def has_scores(folder, name):
+    """Whether the scores of a scorer have been put together before; images may have changed since."""
+    return _score_path(folder, name).exists()
+
+
+def _score_path(folder, name):
+    return Path(folder) / "scores" / f"{name}.jsonl"
+
+
+def _write_records(path, identity, records):
+    write_text(path, "".join(json.dumps(record) + "\n" for record in [identity, *records]))
+
+
+def _read_identity(path):
+    with open(path, encoding="utf-8") as file:
+        return json.loads(file.readline())
+
+
+def _read_records(path, identity=None):
+    """Task id -> record; nothing if there is no file. With `identity`, only the scores of that very scorer."""
+    if not path.exists():
+        return {}
+    try:
+        found, *records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        records = {record["id"]: record for record in records}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Delete it, and the scores are computed again."
+        ) from error
+    if identity not in (None, found):
+        raise ValueError(
+            f"{path} was made by {found}, and {identity} was asked for. Scores are never mixed: delete that file, or pass "
+            "another --output."
+        )
+    return records

@@ -1,0 +1,191 @@
+"""Low-rank adapters (LoRA, by peft) of a text encoder: made for training, saved, put onto a pipeline, merged, removed.
+
+Adapted are all linear layers of the language model (queries, keys, values and outputs of attention, both layers of the
+feed-forward networks) and of AlignerNet M (the same, in its cross-attention as well, and its input projection). The
+vision tower, the resampler, embeddings and norms stay as they are: states of pictures, and so image words, stay valid.
+
+An adapter folder has peft's own format: adapter_config.json and adapter_model.safetensors.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..modeling_kosmos_g import KosmosGTextEncoder
+
+FOLDER = "adapter"  # in a checkpoint
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NAME = "default"  # peft's own
+PREFIX = "base_model.model."  # of peft's files
+LAYERS = r"(language_model|aligner)\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)|aligner\.input_projection"
+
+
+def add_adapter(text_encoder, rank, frozen_dtype=None, seed=0):
+    """Put a fresh adapter onto an encoder, in place; only it will train. At first it changes nothing.
+
+    Args:
+        text_encoder: KosmosGTextEncoder.
+        rank: of the two matrices of each layer; their product counts once (lora_alpha = rank).
+        frozen_dtype: torch.float16 or torch.bfloat16 keeps the weights of all linear layers so, which takes half the
+            memory and changes nothing under autocast to this dtype, where they would be rounded at every use.
+        seed: of the adapter's weights; torch's global random state is left as it was.
+
+    Raises:
+        ValueError: the encoder has an adapter already.
+        ImportError: peft is not installed.
+    """
+    peft = _import_peft()
+    _check_adapter(text_encoder, False)
+    if frozen_dtype is not None:
+        for module in text_encoder.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(frozen_dtype)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
+        peft.inject_adapter_in_model(config, text_encoder, NAME)
+    for name, parameter in text_encoder.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    _forbid_saving(text_encoder)
+
+
+def save_adapter(text_encoder, folder, state_dict=None):
+    """Write the adapter of an encoder into `folder`.
+
+    Args:
+        text_encoder: with an adapter.
+        folder: to write; is made.
+        state_dict: weights to write instead of the encoder's own, under the names of its `state_dict()`.
+
+    Raises:
+        ValueError: the encoder has no adapter.
+    """
+    peft = _import_peft()
+    _check_adapter(text_encoder, True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = peft.get_peft_model_state_dict(text_encoder, state_dict=state_dict, adapter_name=NAME)
+    save_file(
+        {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    text_encoder.peft_config[NAME].save_pretrained(folder)
+
+
+def load_adapter(pipeline_or_encoder, folder):
+    """Put the adapter in `folder` onto a pipeline's text encoder, in place. It works at once; the weights stay as they are.
+
+    `merge_adapter` makes it part of the weights, `remove_adapter` takes it off; before one of them the encoder cannot be
+    saved.
+
+    Args:
+        pipeline_or_encoder: any pipeline with a KosmosGTextEncoder, or the encoder.
+        folder: an adapter folder, or a checkpoint of `kosmos-g train instruct --lora-rank` with one in it.
+
+    Raises:
+        ValueError: no adapter there, one for another model, or the encoder has one already.
+        ImportError: peft is not installed.
+    """
+    peft = _import_peft()
+    encoder, folder = _encoder_of(pipeline_or_encoder), Path(folder)
+    _check_adapter(encoder, False)
+    if (folder / FOLDER / CONFIG).is_file():
+        folder = folder / FOLDER
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"There is no {name} in {folder}. Pass the folder of an adapter, or a checkpoint of "
+                "kosmos-g train instruct --lora-rank."
+            )
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    weights = load_file(folder / WEIGHTS)
+    weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+    modules, wrong = dict(encoder.named_modules()), []
+    for name, tensor in weights.items():
+        layer, _, half = name.partition(".lora_")
+        module = modules.get(layer)
+        width = getattr(module, "in_features" if half.startswith("A") else "out_features", None)
+        if tensor.ndim != 2 or width != tensor.shape[1 if half.startswith("A") else 0]:
+            wrong.append(f"{name} {tuple(tensor.shape)}")
+    if wrong or not weights:
+        raise ValueError(
+            f"{len(wrong)} of {len(weights)} weights of the adapter in {folder} fit no layer of this encoder"
+            f"{', such as ' + wrong[0] if wrong else ''}. Pass the model it was trained on."
+        )
+    config.inference_mode = True
+    peft.inject_adapter_in_model(config, encoder, NAME)
+    result = peft.set_peft_model_state_dict(encoder, weights, NAME)
+    assert not result.unexpected_keys, result.unexpected_keys
+    encoder.requires_grad_(False)
+    encoder.eval()
+    _forbid_saving(encoder)
+
+
+def merge_adapter(pipeline_or_encoder):
+    """Make the adapter part of the weights, in place: outputs stay the same to rounding, and it costs nothing more.
+
+    Raises:
+        ValueError: the encoder has no adapter.
+    """
+    _unload(pipeline_or_encoder, merge=True)
+
+
+def remove_adapter(pipeline_or_encoder):
+    """Take the adapter off, in place: the encoder is exactly as before. Raises ValueError if it has none."""
+    _unload(pipeline_or_encoder, merge=False)
+
+
+def _unload(pipeline_or_encoder, merge):
+    _import_peft()
+    from peft.tuners.lora import LoraLayer
+
+    encoder = _encoder_of(pipeline_or_encoder)
+    _check_adapter(encoder, True)
+    for name, module in list(encoder.named_modules()):
+        if isinstance(module, LoraLayer):
+            if merge:
+                module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(encoder.get_submodule(parent), child, module.get_base_layer())
+    del encoder.peft_config, encoder.save_pretrained
+
+
+def _forbid_saving(text_encoder):
+    """The names of wrapped layers are no format: a folder with them would load with random weights."""
+
+    def save_pretrained(*args, **kwargs):
+        raise ValueError(
+            "The text encoder has an adapter, and neither part can be saved like this. Call merge_adapter to save it with "
+            "the weights, remove_adapter to save it without, or save_adapter to save it alone."
+        )
+
+    text_encoder.save_pretrained = save_pretrained
+
+
+def _encoder_of(pipeline_or_encoder):
+    encoder = getattr(pipeline_or_encoder, "text_encoder", pipeline_or_encoder)
+    # by name: a pipeline that was loaded as remote code has a class of its own
+    if type(encoder).__name__ != KosmosGTextEncoder.__name__:
+        raise TypeError(
+            f"{type(pipeline_or_encoder).__name__} was given. Expected a pipeline with a KosmosGTextEncoder, or the encoder."
+        )
+    return encoder
+
+
+def _check_adapter(text_encoder, expected):
+    if (NAME in getattr(text_encoder, "peft_config", {})) == expected:
+        return
+    if expected:
+        raise ValueError("This text encoder has no adapter. Put one on with load_adapter.")
+    raise ValueError("This text encoder has an adapter already. Call merge_adapter or remove_adapter first.")
+
+
+def _import_peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("Adapters need the package peft: pip install -U peft") from error
+    return peft

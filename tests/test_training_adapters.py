@@ -1,0 +1,172 @@
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kosmos_g_diffusers import KosmosGPipeline, KosmosGProcessor
+from kosmos_g_diffusers.training.adapters import (
+    CONFIG,
+    WEIGHTS,
+    add_adapter,
+    load_adapter,
+    merge_adapter,
+    remove_adapter,
+    save_adapter,
+)
+from kosmos_g_diffusers.training.stages import InstructStage
+
+peft = pytest.importorskip("peft", minversion="0.18")
+
+
+def encode(pipe, photos):
+    with torch.no_grad():
+        return pipe.encode_prompt(
+            [[photos[0], "in the suit of", photos[1]]], do_classifier_free_guidance=False
+        )[0]
+
+
+@pytest.fixture
+def adapter(build_pipe, tmp_path):
+    """Folder of an adapter that changes much."""
+    encoder = build_pipe().text_encoder
+    add_adapter(encoder, 4)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in encoder.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    save_adapter(encoder, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_loaded_adapter_acts_and_leaves_the_weights(pipe, photos, adapter):
+    before, weights = encode(pipe, photos), copy.deepcopy(pipe.text_encoder.state_dict())
+    load_adapter(pipe, adapter)
+    assert (encode(pipe, photos) - before).abs().max() > 0.1
+    state = pipe.text_encoder.state_dict()
+    for name, tensor in weights.items():
+        layer, _, kind = name.rpartition(".")
+        name = name if name in state else f"{layer}.base_layer.{kind}"
+        assert torch.equal(state[name], tensor), name
+    assert not any(parameter.requires_grad for parameter in pipe.text_encoder.parameters())
+
+
+def test_removed_adapter_leaves_exactly_what_was(pipe, photos, adapter, snapshot):
+    before, was = encode(pipe, photos), snapshot(pipe.text_encoder)
+    load_adapter(pipe, adapter)
+    remove_adapter(pipe)
+    assert torch.equal(encode(pipe, photos), before)
+    now = snapshot(pipe.text_encoder)
+    assert now["modules"] == was["modules"] and now["config"] == was["config"]
+    assert now["weights"].keys() == was["weights"].keys()
+    assert all(torch.equal(now["weights"][name], tensor) for name, tensor in was["weights"].items())
+
+
+def test_merged_equals_unmerged_and_can_be_saved(pipe, photos, adapter, tmp_path):
+    load_adapter(pipe, adapter)
+    unmerged = encode(pipe, photos)
+    merge_adapter(pipe)
+    torch.testing.assert_close(encode(pipe, photos), unmerged, atol=2e-5, rtol=1e-4)
+    merged = encode(pipe, photos)
+    pipe.save_pretrained(tmp_path / "merged")
+    loaded = KosmosGPipeline.from_pretrained(tmp_path / "merged")
+    assert torch.equal(encode(loaded, photos), merged)
+
+
+def test_peft_reads_the_folder_itself(pipe, build_pipe, photos, adapter):
+    load_adapter(pipe, adapter)
+    other = build_pipe()
+    other.text_encoder = peft.PeftModel.from_pretrained(other.text_encoder, adapter).base_model.model
+    assert torch.equal(encode(other, photos), encode(pipe, photos))
+
+
+def test_fresh_adapter_changes_nothing_and_trains_linear_layers_alone(pipe, photos):
+    encoder = pipe.text_encoder
+    before, state = encode(pipe, photos), torch.get_rng_state()
+    linear = {
+        name
+        for name, module in encoder.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(("language_model", "aligner"))
+    }
+    add_adapter(encoder, 4)
+    assert torch.equal(encode(pipe, photos), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.lora_{half}.default.weight" for name in linear for half in "AB"}
+
+
+def test_training_changes_the_adapter_alone(pipe, photos):
+    encoder = pipe.text_encoder
+    stage = InstructStage(encoder, pipe.unet, pipe.vae, pipe.scheduler, "none")
+    add_adapter(encoder, 2)
+    before = copy.deepcopy(encoder.state_dict())
+    batch = dict(KosmosGProcessor(pipe.tokenizer)([[photos[0], "in the suit"], "a hat"]))
+    generator = torch.Generator().manual_seed(0)
+    batch["target_pixel_values"] = torch.rand(2, 3, 64, 64, generator=generator)
+    batch["latent_noise"], batch["noise"] = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    batch["timesteps"], batch["drop_condition"] = torch.tensor([5, 700]), torch.tensor([False, True])
+    optimizer = torch.optim.SGD([p for p in stage.parameters() if p.requires_grad], 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(stage(batch).values()).backward()
+        assert all(p.grad is not None for p in stage.parameters() if p.requires_grad)
+        optimizer.step()
+    for name, tensor in encoder.state_dict().items():
+        # in the first step the matrices behind these zeros get no gradient, in the second they do
+        assert torch.equal(tensor, before[name]) == (".lora_" not in name), name
+
+
+def test_half_precision_of_frozen_layers_changes_nothing_under_autocast(build_pipe, photos):
+    conditions = []
+    for dtype in (None, torch.bfloat16):
+        pipe = build_pipe()
+        add_adapter(pipe.text_encoder, 4, dtype)
+        for name, parameter in pipe.text_encoder.named_parameters():
+            assert parameter.dtype == torch.float32 or "base_layer" in name or "lora" not in name
+            if ".lora_B" in name:
+                parameter.data.fill_(0.05)
+        with torch.autocast("cpu", torch.bfloat16):
+            conditions.append(encode(pipe, photos))
+    torch.testing.assert_close(*conditions, atol=0, rtol=0)
+
+
+# Mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_encoder_with_an_adapter_is_not_saved(pipe, adapter, tmp_path):
+    load_adapter(pipe, adapter)
+    with pytest.raises(ValueError, match="Call merge_adapter to save it with the weights, remove_adapter"):
+        pipe.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="has an adapter already"):
+        load_adapter(pipe, adapter)
+
+
+def test_encoder_without_an_adapter(pipe, tmp_path):
+    for function in (merge_adapter, remove_adapter):
+        with pytest.raises(ValueError, match="has no adapter. Put one on with load_adapter"):
+            function(pipe)
+    with pytest.raises(ValueError, match="has no adapter"):
+        save_adapter(pipe.text_encoder, tmp_path)
+    with pytest.raises(TypeError, match="UNet2DConditionModel was given. Expected a pipeline"):
+        load_adapter(pipe.unet, tmp_path)
+
+
+def test_folder_without_an_adapter(pipe, adapter):
+    with pytest.raises(ValueError, match=f"There is no {CONFIG} in "):
+        load_adapter(pipe, adapter.parent / "nowhere")
+    (adapter / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"There is no {WEIGHTS} in "):
+        load_adapter(pipe, adapter)
+
+
+def test_adapter_of_another_model(pipe, adapter):
+    weights = load_file(adapter / WEIGHTS)
+    name = next(iter(weights))
+    weights[name] = torch.zeros(4, 48)
+    save_file(weights, adapter / WEIGHTS)
+    with pytest.raises(
+        ValueError, match=r"1 of \d+ weights .* such as .*\(4, 48\). Pass the model it was trained on"
+    ):
+        load_adapter(pipe, adapter)
+    remaining = [name for name, _ in pipe.text_encoder.named_parameters() if "lora" in name]
+    assert not remaining
