@@ -1,0 +1,94 @@
+"""Open Kosmos-G in a browser.
+
+The page takes prompts of words and pictures, settings, controls, LoRAs and image words, and shows each image while it
+is being drawn. Images are written to --output with their settings inside; kosmos-g generate --from IMAGE makes them
+again. Only this machine can reach the page unless --host or --share says otherwise; then give it a password.
+
+examples:
+  kosmos-g app
+  kosmos-g app --model ./kosmos-g --lora-dir ./loras --control
+  kosmos-g app --model ./kosmos-g --host 0.0.0.0 --auth anna:a-long-password
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from ..generation import default_device
+from ..settings import DTYPES
+from ..studio.models import Models
+from ..studio.store import Store
+from ..studio.studio import CAPACITY, Studio
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add(
+        "--model",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="Kosmos-G folder; repeat it to offer several (default: a small random model, for trying out)",
+    )
+    add("--lora-dir", metavar="DIR", help="folder of .safetensors files to offer as LoRAs")
+    add("--unet-dir", metavar="DIR", help="folder of U-Net folders to offer in the place of the model's")
+    add("--control", action="store_true", help="show the controls (kosmos-g control --list)")
+    add(
+        "--output", default="kosmos-g-app", metavar="DIR", help="folder to write into (default: kosmos-g-app)"
+    )
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    add("--port", type=int, default=7860, metavar="N", help="(default: 7860)")
+    add("--share", action="store_true", help="open a public address through gradio's servers")
+    add("--auth", metavar="USER:PASSWORD", help="ask for a name and a password")
+    add("--queue", type=int, default=CAPACITY, metavar="N", help=f"runs that may wait (default: {CAPACITY})")
+    add(
+        "--device", default=None, help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)"
+    )
+    add(
+        "--dtype", choices=DTYPES, metavar="NAME", help=f"one of {', '.join(DTYPES)} (default: by the device)"
+    )
+
+
+def run(arguments):
+    auth = read_auth(arguments.auth)
+    if auth is None and (arguments.share or arguments.host not in LOCAL_HOSTS):
+        print(
+            "Note: anyone who reaches this address can use it. --auth USER:PASSWORD asks for one.",
+            file=sys.stderr,
+        )
+    if arguments.queue < 1:
+        raise ValueError(f"--queue is {arguments.queue}; expected 1 or more.")
+    try:
+        from ..app import serve
+    except ImportError as error:
+        raise ImportError(
+            f"The app needs gradio ({error}). Run: pip install 'kosmos-g-diffusers[app]'"
+        ) from error
+
+    device = arguments.device or default_device()
+    dtype = arguments.dtype or ("float32" if device == "cpu" else "float16")
+    models = Models(arguments.model, arguments.lora_dir, arguments.unet_dir, device, dtype)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    output = Path(arguments.output).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    # files are named from here, so that no page learns where the server keeps them
+    os.chdir(output)
+    studio = Studio(models, Store("."), arguments.queue)
+    studio.start()
+    try:
+        serve(studio, arguments.control, arguments.host, arguments.port, arguments.share, auth)
+    finally:
+        studio.close()
+
+
+def read_auth(text):
+    """ "user:password" -> (user, password); None stays None. ValueError for anything else."""
+    if text is None:
+        return None
+    user, colon, password = text.partition(":")
+    if not (user and colon and password):
+        raise ValueError("--auth is not of the form USER:PASSWORD, such as anna:a-long-password.")
+    return user, password

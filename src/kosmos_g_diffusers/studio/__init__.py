@@ -1,0 +1,1 @@
+"""What `kosmos-g app` does, without its page: nothing here imports gradio."""

@@ -1,0 +1,62 @@
+// A drawing board: strokes on a picture, or on white. Its value is a PNG of the strokes alone, as a data: URI, or "".
+const board = element.querySelector("canvas")
+const brush = element.querySelector("input")
+const pen = board.getContext("2d")
+let last = null
+
+function fit(width, height) {
+  board.width = width
+  board.height = height
+  props.value = ""
+}
+
+function setPicture() {
+  const picture = new Image()
+  picture.onload = () => {
+    const [width, height] = [picture.naturalWidth, picture.naturalHeight]
+    const scale = Math.max(1, Math.round(384 / Math.max(width, height)))  // sprites are too small to paint on
+    fit(scale * width, scale * height)
+    board.style.backgroundImage = `url("${props.picture}")`
+  }
+  if (props.picture) {
+    picture.src = props.picture
+  } else {
+    fit(512, 512)
+    board.style.backgroundImage = "none"
+  }
+}
+
+function place(event) {
+  const box = board.getBoundingClientRect()
+  const scale = board.width / box.width
+  return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale, scale]
+}
+
+function paint(event) {
+  if (!last) return
+  const [x, y, scale] = place(event)
+  pen.lineWidth = brush.value * scale
+  pen.lineCap = pen.lineJoin = "round"
+  pen.beginPath()
+  pen.moveTo(...last)
+  pen.lineTo(x, y)
+  pen.stroke()
+  last = [x, y]
+}
+
+board.addEventListener("pointerdown", event => {
+  board.setPointerCapture(event.pointerId)
+  last = place(event).slice(0, 2)
+  paint(event)
+})
+board.addEventListener("pointermove", paint)
+for (const end of ["pointerup", "pointercancel"]) {
+  board.addEventListener(end, () => {
+    if (last) props.value = board.toDataURL("image/png")
+    last = null
+  })
+}
+element.querySelector("button").addEventListener("click", setPicture)
+watch("picture", setPicture)
+watch("value", () => { if (!props.value) pen.clearRect(0, 0, board.width, board.height) })
+setPicture()

@@ -1,0 +1,35 @@
+"""What one visitor has: image words, what was made, and the run that is under way."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+MAX_WORDS = 20
+MAX_HISTORY = 200  # images; the files stay
+
+
+@dataclass
+class Session:
+    """Kept by the page for as long as it is open. Starts empty; every visitor gets a copy of the first one."""
+
+    words: OrderedDict = field(default_factory=OrderedDict)  # name -> InputImage of its file
+    models: dict = field(default_factory=dict)  # name of a word -> name of the model that it was made with
+    history: list = field(default_factory=list)  # paths of images, the newest first
+    shown: list = field(default_factory=list)  # paths of the images of the last run
+    chosen: object = None  # path of the image whose settings are shown
+    ticket: object = None  # of the run under way, or of the last
+    error: object = None  # FieldError of the last action, until the page has shown it
+
+    def __deepcopy__(self, memo):
+        return Session()  # what the page copies is the empty one
+
+    def remember(self, paths):
+        self.history[:0] = reversed(paths)
+        del self.history[MAX_HISTORY:]
+
+    def words_of(self, model):
+        """Name -> InputImage of the words that were made with a model."""
+        return {name: file for name, file in self.words.items() if self.models[name] == model}
+
+    def forget_word(self, name):
+        self.words.pop(name, None)
+        self.models.pop(name, None)

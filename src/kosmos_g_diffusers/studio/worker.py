@@ -1,0 +1,142 @@
+"""One run at a time, the others in a queue with an end: each has a ticket that tells its place and can be handed back."""
+
+import logging
+import threading
+import time
+from collections import deque
+
+logger = logging.getLogger(__name__)
+
+RECENT = 8  # runs whose length is the estimate of the next one's
+
+
+class QueueFull(Exception):
+    """As many runs are waiting as the queue holds."""
+
+
+class Cancelled(BaseException):
+    """Raised in a run whose ticket was handed back; as asyncio's, no error, so that what handles errors lets it pass."""
+
+
+class Ticket:
+    """A run, from its entry into the queue to its end. Any thread may read it; `cancel` may be called at any time."""
+
+    def __init__(self, worker, job):
+        self._worker, self._job = worker, job
+        self._cancelled = threading.Event()
+        self.state = "waiting"  # then "running", then "done", "failed" or "cancelled"
+        self.progress = None  # whatever the job last said of itself
+        self.result = None  # what the job returned
+        self.error = None  # the exception that it ended with
+        self.ended = threading.Event()
+
+    @property
+    def place(self):
+        """1 for the next run of those that wait; 0 for any that waits no longer."""
+        return self._worker.place_of(self)
+
+    def cancel(self):
+        """Give the run up: at once while it waits, and where it next looks with `check` while it runs."""
+        self._cancelled.set()
+        self._worker.forget(self)
+
+    def check(self):
+        """Raises Cancelled if the run was given up; the job calls it as often as it can stop."""
+        if self._cancelled.is_set():
+            raise Cancelled
+
+    def _run(self):
+        self.state = "running"
+        try:
+            self.check()
+            self.result = self._job(self)
+            self._end("done")
+        except Cancelled:
+            self._end("cancelled")
+        except Exception as error:  # noqa: BLE001  the thread must live on; whoever holds the ticket raises it
+            self.error = error
+            self._end("failed")
+
+    def _end(self, state):
+        self.state = state
+        self._job = None  # frees the pictures that it holds
+        self.ended.set()
+
+
+class Worker:
+    """A thread that runs jobs one after the other.
+
+    Args:
+        capacity: runs that may wait, beside the one that is running.
+    """
+
+    def __init__(self, capacity, name="worker"):
+        self.capacity = capacity
+        self._waiting = deque()
+        self._durations = deque(maxlen=RECENT)
+        self._condition = threading.Condition()
+        self._closed = False
+        self._running = None
+        # a daemon: Ctrl-C must not wait for a run
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job):
+        """Put a job, a function of its ticket, at the end of the queue and return the ticket.
+
+        Raises:
+            QueueFull: there is no place.
+        """
+        with self._condition:
+            if self._closed or len(self._waiting) >= self.capacity:
+                raise QueueFull(
+                    f"The queue is full: {len(self._waiting)} runs are waiting. Try again in a minute."
+                )
+            ticket = Ticket(self, job)
+            self._waiting.append(ticket)
+            self._condition.notify()
+        return ticket
+
+    def place_of(self, ticket):
+        with self._condition:
+            return self._waiting.index(ticket) + 1 if ticket in self._waiting else 0
+
+    def seconds_until(self, ticket):
+        """Estimate of how long a ticket has to wait, from the last runs; None without any."""
+        with self._condition:
+            if not self._durations or ticket not in self._waiting:
+                return None
+            before = self._waiting.index(ticket) + (self._running is not None)
+            return before * sum(self._durations) / len(self._durations)
+
+    def forget(self, ticket):
+        with self._condition:
+            if ticket not in self._waiting:
+                return
+            self._waiting.remove(ticket)
+        ticket._end("cancelled")
+
+    def close(self):
+        """Give up every run and end the thread."""
+        with self._condition:
+            self._closed = True
+            tickets = [*self._waiting, *([self._running] if self._running else [])]
+            self._condition.notify()
+        for ticket in tickets:
+            ticket.cancel()
+        self._thread.join()
+
+    def _work(self):
+        while True:
+            with self._condition:
+                self._running = None
+                self._condition.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                self._running = self._waiting.popleft()
+            started = time.monotonic()
+            self._running._run()
+            if self._running.state == "done":
+                self._durations.append(time.monotonic() - started)
+            elif self._running.state == "failed":
+                logger.info("a run failed", exc_info=self._running.error)

@@ -1,0 +1,334 @@
+"""The page in a real browser: headless Chromium against the running app."""
+
+import base64
+import io
+import os
+import sys
+import time
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from serving import CHROMIUM, FLAGS, PATIENCE, serving, slow_steps, slowness, wait_for
+
+from kosmos_g_diffusers.control import control_image
+from kosmos_g_diffusers.settings import GenerationSettings, read_settings, write_png
+
+PHOTOS = Path(__file__).parents[1] / "examples" / "images"
+CAT, COFFEE = PHOTOS / "cat.jpg", PHOTOS / "coffee.jpg"
+PROMPT = "#prompt textarea"
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("app")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(app, browser):
+    """The page of a new visitor, ready to be used."""
+    opened = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    opened.set_default_timeout(1000 * PATIENCE)
+    opened.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
+    opened.goto(app.url)
+    opened.wait_for_selector("text=Ready.")
+    yield opened
+    opened.close()
+    wait_for(lambda: app.studio.worker._running is None)  # a page that is closed ends its run
+
+
+def drop(page, selector, *paths):
+    """Drop files as a hand does: with a DataTransfer, on the drop zone."""
+    files = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in map(Path, paths)]
+    transfer = page.evaluate_handle(
+        """files => {
+            const transfer = new DataTransfer()
+            for (const [name, text] of files) {
+                const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0))
+                transfer.items.add(new File([bytes], name, {type: name.endsWith("png") ? "image/png" : "image/jpeg"}))
+            }
+            return transfer
+        }""",
+        files,
+    )
+    page.dispatch_event(f"{selector} button:has(input[type=file])", "drop", {"dataTransfer": transfer})
+
+
+def ask(page, prompt, *pictures, steps=2, **numbers):
+    page.fill(PROMPT, prompt)
+    if pictures:
+        drop(page, "#pictures", *pictures)
+    page.wait_for_selector(f"#prompt-line:has-text('{prompt.count('<i>')} <i>, {len(pictures)} picture')")
+    for name, value in {"steps": steps, **numbers}.items():
+        page.fill(f"#{name} input", str(value))
+
+
+def run(page):
+    page.click("#run")
+    page.wait_for_selector("#progress:has-text('Done')")
+    page.wait_for_selector("#details table")
+
+
+def table(page):
+    """The settings that the page shows."""
+    rows = page.locator("#details tr").all()
+    return dict(row.inner_text().split("\t") for row in rows)
+
+
+def saved(page, index=0):
+    """An image of the gallery, as the browser gets it."""
+    source = page.locator("#images img").nth(index).get_attribute("src")
+    return page.request.get(source).body()
+
+
+def seed_of(page, seed):
+    page.uncheck("#surprise input")
+    page.fill("#seed input", str(seed))
+
+
+def test_two_pictures_and_a_prompt_give_images_and_their_settings(app, page, tmp_path):
+    ask(page, "<i> beside <i>", CAT, COFFEE, num_images=2)
+    assert page.locator("#prompt-line img").count() == 2
+    seed_of(page, 5)
+    run(page)
+    assert page.locator("#images img").count() == 2
+    shown = table(page)
+    assert (shown["prompt"], shown["seed"], shown["steps"]) == ("<i> beside <i>", "5", "2")
+    for index in range(
+        2
+    ):  # what the browser gets is the file with its settings, not a copy in another format
+        path = tmp_path / f"{index}.png"
+        path.write_bytes(saved(page, index))
+        settings = read_settings(path)
+        assert (settings.seed, settings.steps, len(settings.images)) == (5 + index, 2, 2)
+    page.locator("#images button.thumbnail-item, #images .thumbnail-lg").nth(1).click()
+    page.wait_for_selector("#details td:text-is('6')")
+
+
+def test_page_says_what_is_missing_and_a_run_says_it_by_the_prompt(page):
+    page.fill(PROMPT, "<i> in the style of <i>")
+    drop(page, "#pictures", CAT)
+    page.wait_for_selector("#prompt-line:has-text('2 <i>, 1 picture: one picture is missing')")
+    assert page.locator("#prompt-line .kg-hole").count() == 1
+    page.click("#run")
+    page.wait_for_selector("#prompt-message:has-text('one picture is missing')")
+    page.set_input_files("#pictures input[type=file]", COFFEE)  # the button beside the list
+    page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 pictures')")
+    page.fill("#steps input", "1")
+    run(page)
+    assert not page.locator("#prompt-message").is_visible()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", "0", "The steps is 0. Give a number from 1 to 250."),
+        ("width", "60", "The width is 60 pixels. Take a multiple of 8: 56 or 64."),
+        ("num_images", "1.5", "Give a whole number"),
+        ("guidance", "99", "Give a number from 0 to 30"),
+    ],
+)
+def test_bad_number_is_told_by_its_field(page, field, value, message):
+    page.fill(PROMPT, "a hat")
+    page.fill(f"#{field} input", value)
+    page.click("#run")
+    page.wait_for_selector(f"#{field}-message:has-text('{message}')")
+
+
+def choose_control(page, kind):
+    page.click("#controls >> text=Controls")
+    page.click("#control_1_kind input")
+    page.click(f"[role=option]:has-text('{kind}:')")
+
+
+def control_image_of(page):
+    page.click("#control_1_look")
+    page.wait_for_selector("#control_1_image img")
+    body = page.request.get(page.locator("#control_1_image img").first.get_attribute("src")).body()
+    return PIL.Image.open(io.BytesIO(body))
+
+
+def test_control_image_is_shown_before_a_run(page):
+    choose_control(page, "tile")  # the picture itself, in the size of the image to be made
+    page.set_input_files("#control_1_picture input[type=file]", CAT)
+    page.wait_for_selector("#control_1_picture img")
+    assert control_image_of(page).tobytes() == control_image("tile", CAT, short_side=64).tobytes()
+    ask(page, "a hat")
+    run(page)
+    assert table(page)["controls"] == "tile, strength 1, from 0 to 1"
+
+
+def test_strokes_on_the_board_are_the_mask_and_the_drawing(page):
+    choose_control(page, "inpaint")
+    page.set_input_files("#control_1_picture input[type=file]", CAT)
+    page.click("#control_1_look")
+    page.wait_for_selector("#control_1-message:has-text('Paint over what is to be filled')")
+    page.click("text=Draw, or paint")
+    canvas = page.locator("#control_1_strokes canvas")
+    wait_for(lambda: canvas.evaluate("canvas => canvas.style.backgroundImage.length > 10"))
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5, steps=4)
+    page.mouse.up()
+    holes = control_image_of(page).convert("RGBA").getchannel("A")
+    assert holes.getpixel((holes.width // 2, holes.height // 2)) == 0
+    assert holes.getpixel((5, 5)) == 255
+    assert 0.001 < sum(value == 0 for value in holes.tobytes()) / len(holes.tobytes()) < 0.1
+
+
+def test_cancel_frees_the_worker_within_a_step(app, page, monkeypatch):
+    with slow_steps(app.studio, 0.2) as steps:
+        cancel, seen = app.studio.cancel, []
+        monkeypatch.setattr(
+            app.studio, "cancel", lambda session: (seen.append(len(steps)), cancel(session))[1]
+        )
+        ask(page, "a hat", steps=200)
+        page.click("#run")
+        page.wait_for_selector("#progress .kg-preview")
+        assert "left." in page.inner_text("#progress")
+        page.click("#cancel")
+        wait_for(lambda: seen and app.studio.worker._running is None)
+        assert len(steps) - seen[0] <= 1 and len(steps) < 100
+        page.wait_for_selector("#progress:has-text('Cancelled at step')")
+    page.fill("#steps input", "1")
+    run(page)
+    assert page.locator("#images img").count() == 1
+
+
+def test_png_brings_its_settings_back(app, page, tmp_path):
+    ask(page, "<i> and <i>", COFFEE, CAT, guidance=3)
+    seed_of(page, 77)
+    run(page)
+    (tmp_path / "mine.png").write_bytes(saved(page))
+    page.goto(app.url)
+    page.wait_for_selector("text=Ready.")
+    drop(page, "#restore", tmp_path / "mine.png")
+    page.wait_for_selector("#restore-message:has-text('settings are back')")
+    page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 pictures')")
+    assert page.input_value(PROMPT) == "<i> and <i>"
+    assert [page.input_value(f"#{name} input") for name in ("seed", "steps", "guidance")] == ["77", "2", "3"]
+    first = saved_pixels(tmp_path / "mine.png")
+    run(page)
+    (tmp_path / "again.png").write_bytes(saved(page))
+    assert saved_pixels(tmp_path / "again.png") == first
+
+
+def saved_pixels(path):
+    return PIL.Image.open(path).tobytes()
+
+
+def test_png_from_elsewhere_is_refused_by_its_field(page, tmp_path):
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    drop(page, "#restore", tmp_path / "plain.png")
+    page.wait_for_selector("#restore-message:has-text('carries no settings')")
+    settings = GenerationSettings("a hat", model="strange/model", lora="x.safetensors")
+    write_png(PIL.Image.new("RGB", (8, 8)), tmp_path / "strange.png", settings)
+    drop(page, "#restore", tmp_path / "strange.png")
+    page.wait_for_selector("#restore-message:has-text('Its model is not offered here. Its LoRA is not')")
+    assert page.input_value(PROMPT) == "a hat"
+
+
+def test_prompt_is_text_wherever_it_is_shown(page):
+    prompt = "x <img src=x onerror=alert(1)> <script >alert(2)</script > ${alert(3)} {{value}} &lt;b&gt;"
+    page.fill(PROMPT, prompt)
+    page.wait_for_selector("#prompt-line:has-text('onerror')")
+    assert prompt in page.inner_text("#prompt-line")
+    page.fill("#steps input", "1")
+    run(page)  # a dialogue would fail the test
+    assert table(page)["prompt"] == prompt
+    assert page.locator("#prompt-line script, #details script, #details img").count() == 0
+
+
+def test_image_becomes_input_and_stays_in_the_history(page):
+    ask(page, "a hat", steps=1)
+    run(page)
+    page.click("#use")
+    page.wait_for_selector("#prompt-line:has-text('0 <i>, 1 picture')")
+    page.fill(PROMPT, "<i> in the snow")
+    page.wait_for_selector("#prompt-line:has-text('1 <i>, 1 picture')")
+    run(page)
+    page.wait_for_selector("#details td:text-is('<i> in the snow')")
+    page.click("text=History of this session")
+    wait_for(lambda: page.locator("#history img").count() == 2)
+
+
+def test_picture_becomes_a_word_of_this_session_alone(app, page, browser):
+    page.click("text=Image words")
+    page.fill("#word-name textarea, #word-name input", "my-cat")
+    drop(page, "#word-pictures", CAT)
+    page.wait_for_selector("#word-pictures :text('cat')")
+    page.click("#word-add")
+    wait_for(lambda: page.input_value("#words input") == "<my-cat>")
+    ask(page, "<my-cat> in the snow", steps=1)
+    run(page)
+    page.click("#words-save")
+    page.wait_for_selector("text=.safetensors")
+    other = browser.new_page()
+    other.goto(app.url)
+    other.wait_for_selector("text=Ready.")
+    other.fill(PROMPT, "<my-cat> in the snow")
+    other.click("#run")
+    other.wait_for_selector("#prompt-message:has-text('<my-cat> is no image word')")
+    other.close()
+
+
+def test_example_loads_with_one_click_and_draws(page):
+    page.click(".kg-example >> nth=0")
+    page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 pictures')")
+    page.fill("#steps input", "1")
+    run(page)
+
+
+def test_page_is_ready_soon_asks_no_one_else_and_tells_no_path(app, browser, tmp_path):
+    asked, bodies, times = [], [], []
+    for _ in range(4):  # the best of some: what else the machine does is not the page's
+        fresh = browser.new_context()
+        page = fresh.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        page.on("request", lambda request: asked.append(request.url))
+        started = time.monotonic()
+        page.goto(app.url)
+        page.wait_for_selector("#run:enabled")
+        times.append(time.monotonic() - started)
+        page.on("response", lambda response: bodies.append(response))
+        page.wait_for_selector("text=Ready.")
+        fresh.close() if len(times) < 4 else None
+    assert min(times) < 3 * slowness()
+    ask(page, "<i>", CAT, steps=1)
+    run(page)
+    page.click("#use")
+    page.wait_for_selector("#prompt-line:has-text('1 <i>, 2 pictures')")
+    assert {url.split("/")[2] for url in asked if url.startswith("http")} == {app.url.split("/")[2]}
+    told = page.content()
+    for response in bodies:
+        if "text" in response.headers.get("content-type", "") or "json" in response.headers.get(
+            "content-type", ""
+        ):
+            try:
+                told += response.text()
+            except Exception:  # noqa: BLE001  a stream that is still open
+                continue
+    assert "images/" in told and "uploads/" in told
+    for secret in (
+        str(app.folder),
+        os.path.expanduser("~") + "/",
+        sys.prefix,
+        "site-packages",
+        str(Path(__file__).parents[1]),
+    ):
+        assert secret not in told
+    fresh.close()
