@@ -59,8 +59,10 @@ def test_square_is_moved_into_the_picture(box, expected):
 
 
 def test_largest_of_several_pieces_is_kept_and_the_others_are_white():
-    # the smaller piece is inside the square of the larger one, and touches it at a corner only
-    whole, cutout, area = cut_out(picture(), logits((10, 10, 40, 14), (40, 14, 44, 18), (50, 50, 54, 54)))
+    # one of the smaller pieces is inside the square of the largest, one touches it at a corner
+    boxes = [(10, 10, 40, 14), (20, 20, 26, 24), (40, 14, 44, 18), (50, 50, 54, 54)]
+
+    whole, cutout, area = cut_out(picture(), logits(*boxes))
 
     assert whole.size == (30, 30)
     assert area == pytest.approx(30 * 4 / SIDE**2)

@@ -9,7 +9,7 @@ import torch.utils.data
 from ..training.data.sample import BadSample, FilteredSample
 from .captions import Captioner
 from .cutouts import Segmenter, cut_out
-from .entities import INSTRUCTION, EntityFinder
+from .entities import EntityFinder, build_chat
 from .inputs import find_pictures, read_ahead, read_picture_file, shrink
 from .making import Making
 
@@ -90,7 +90,7 @@ def compose(
     settings = settings or ComposeSettings()
     inputs = find_pictures(images, leave_out=output)
     # the folder's own name: it may lie elsewhere tomorrow, and pictures are known by their path within it
-    recorded = {"images": Path(images).resolve().name, **asdict(settings), "instruction": INSTRUCTION}
+    recorded = {"images": Path(images).resolve().name, **asdict(settings), "question": build_chat("...")}
     making = Making(
         output,
         "compose",

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1  # of the manifest
 EXAMPLES = 3  # messages kept for each cause
+MOST_SHOWN = 200  # characters of a setting in an error
 
 
 class Making:
@@ -183,7 +184,7 @@ class Making:
         names = sorted(name for name in ours | there if ours.get(name) != there.get(name))
         if names:
             differences = "; ".join(
-                f"{name} {there.get(name)!r} there, {ours.get(name)!r} now" for name in names
+                f"{name} {_short(there.get(name))} there, {_short(ours.get(name))} now" for name in names
             )
             raise ValueError(
                 f"What is in {self.folder} was made with other settings: {differences}. Pass the same to go on, or another "
@@ -244,3 +245,8 @@ def summarize(skipped):
         messages = [line["message"] for line in skipped if line["cause"] == cause][:EXAMPLES]
         parts.append(f"{cause}: {number:,}, such as {'; '.join(messages)}.")
     return " ".join(parts)
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
