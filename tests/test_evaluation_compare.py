@@ -163,5 +163,6 @@ def test_means_weigh_units_alike(runs, tmp_path):
 
 def test_tables_are_markdown():
     assert table(["a", "b"], [["x|y", "1"]]) == "| a | b |\n|---|---|\n| x\\|y | 1 |"
+    assert table(["", "b"], [["<i>, red", "1"]]).endswith("| `<i>, red` | 1 |")
     assert format_score({"mean": 0.69412, "interval": (0.67, 0.715)}) == "0.694 (0.670 to 0.715)"
     assert format_score({"mean": 1.0, "interval": None}) == "1.000"

@@ -7,6 +7,7 @@ from evaluating import files_of, run_evaluate
 
 from kosmos_g_diffusers.evaluation import sprite_bench
 from kosmos_g_diffusers.evaluation.sprite_bench import ReaderJudge, build_tasks, judge
+from kosmos_g_diffusers.settings import read_settings
 from kosmos_g_diffusers.sprites.reader import read
 from kosmos_g_diffusers.sprites.world import Scene, Sprite, is_held_out, make_rng, render
 
@@ -130,6 +131,11 @@ def test_command_runs_offline_without_a_model_and_goes_on(tmp_path):
         "pictures": 12,
         "pictures encoded": 12,
     }
+    settings = read_settings(tmp_path / "run" / "images" / "pair" / "0001.png")
+    # found from the image, so that it can be made again wherever the run is taken
+    assert [picture.path for picture in settings.images] == [
+        f"../../pictures/pair_0001_{n}.png" for n in (0, 1)
+    ]
     text = (tmp_path / "run" / "report.md").read_text()
     assert "| background.shape |" in text and "control: pictures shuffled" in text
     before = files_of(tmp_path / "run", "images", "scores", "report.json", "report.md", "sheets")

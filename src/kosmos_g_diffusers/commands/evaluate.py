@@ -8,14 +8,17 @@ examples:
   kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/dreambench
   accelerate launch --multi_gpu -m kosmos_g_diffusers evaluate dreambench --data dreambooth/dataset \\
       --model ./kosmos-g --output runs/dreambench
+  kosmos-g evaluate coco --annotations captions_val2014.json --images val2014 --model ./kosmos-g --output runs/coco
   kosmos-g evaluate multi --data pairs --model ./kosmos-g --output runs/pairs
   kosmos-g evaluate dreambench-plus --data dreambench_plus/data --model ./kosmos-g --output runs/plus
   kosmos-g evaluate sprites --model ./kosmos-g-sprites --output runs/sprites
 """
 
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
-from ..evaluation import dreambench, dreambench_plus, multi, sprite_bench
+from ..evaluation import coco, dreambench, dreambench_plus, multi, sprite_bench
 from ..evaluation.report import scores_table
 from ..evaluation.run import Plan, evaluate
 from ..evaluation.scorers import SCORERS
@@ -30,40 +33,42 @@ DEFAULT_SCORERS = ("dino", "clip")  # of the paper
 
 def add_arguments(parser):
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
-    for name, add in BENCHMARKS.items():
-        title, batch_size, settings, add_own, plan = add
-        command = benchmarks.add_parser(name, help=title, description=title)
-        add_own(command)
-        _add_common(command, settings, batch_size)
-        command.set_defaults(plan=plan, base_settings=settings)
+    for name, benchmark in BENCHMARKS.items():
+        command = benchmarks.add_parser(name, help=benchmark.title, description=benchmark.title)
+        benchmark.add_arguments(command)
+        _add_common(command, benchmark.settings, benchmark.batch_size)
 
 
 def run(arguments):
-    arguments.device = arguments.device or default_device()
-    plan, judges = arguments.plan(arguments)
-    settings = {"height": None, "width": None, **arguments.base_settings}
+    benchmark = BENCHMARKS[arguments.benchmark]
+    device = arguments.device or default_device()
+    settings = {"height": None, "width": None, **benchmark.settings}
     settings |= {
         name: getattr(arguments, name) for name in ("steps", "guidance", "scheduler", "dtype", "seed")
     }
-    settings["dtype"] = settings["dtype"] or ("float32" if arguments.device == "cpu" else "float16")
-    report = evaluate(
-        plan,
-        arguments.output,
-        judges,
-        model=arguments.model,
-        settings=settings,
-        device=arguments.device,
-        batch_size=arguments.batch_size,
-        repair=arguments.repair,
-    )
-    if report is None:  # another process writes it
-        return
-    if getattr(arguments, "judge", None):
-        dreambench_plus.export(arguments.output, arguments.data, arguments.judge, arguments.judge_prompts)
-    print(scores_table(report))
-    print(f"\n{arguments.output}/report.md")
+    settings["dtype"] = settings["dtype"] or ("float32" if device == "cpu" else "float16")
+    options = {
+        "model": arguments.model,
+        "settings": settings,
+        "device": device,
+        "batch_size": arguments.batch_size,
+    }
+    benchmark.run(arguments, options)
     if arguments.model is None:
         print(RANDOM_MODEL_NOTE, file=sys.stderr)
+
+
+def _run_plan(plan, judges, arguments, options):
+    """Images, scores, report; returns whether this process has written it."""
+    return _print(evaluate(plan, arguments.output, judges, repair=arguments.repair, **options), arguments)
+
+
+def _print(report, arguments):
+    if report is None:  # another process has written it
+        return False
+    print(scores_table(report))
+    print(f"\n{arguments.output}/report.md")
+    return True
 
 
 def _add_common(parser, settings, batch_size):
@@ -98,26 +103,26 @@ def _add_common(parser, settings, batch_size):
     )
 
 
-def _add_scorers(parser):
+def _add_scorers(parser, default=DEFAULT_SCORERS):
     parser.add_argument(
         "--scorer",
         action="append",
         dest="scorers",
         metavar="NAME[=WEIGHTS]",
         help=f"one of {', '.join(SCORERS)}; WEIGHTS is a folder or Hub id; repeat it "
-        f"(default: {' and '.join(DEFAULT_SCORERS)})",
+        f"(default: {' and '.join(default) or 'none'})",
     )
 
 
-def _judges(arguments):
+def _make_judges(arguments, options, data, default=DEFAULT_SCORERS):
     judges = {}
-    for text in arguments.scorers or DEFAULT_SCORERS:
+    for text in arguments.scorers or default:
         name, _, source = text.partition("=")
         if name not in SCORERS:
             raise ValueError(f"There is no scorer {name!r}. There are {', '.join(SCORERS)}.")
         if name in judges:
             raise ValueError(f"The scorer {name!r} was given twice.")
-        judges[name] = FeatureJudge(name, source or None, arguments.device, arguments.data)
+        judges[name] = FeatureJudge(name, source or None, options["device"], data)
     return list(judges.values())
 
 
@@ -149,7 +154,7 @@ def _numbers(text):
     return [int(number) for number in text.split(",")]
 
 
-def _plan_dreambench(arguments):
+def _run_dreambench(arguments, options):
     tasks = dreambench.build_tasks(
         arguments.data,
         arguments.protocol,
@@ -158,9 +163,9 @@ def _plan_dreambench(arguments):
         arguments.images_per_prompt,
         arguments.seed,
     )
-    whole = arguments.subjects is None and arguments.prompts is None
+    whole = len(tasks) == len(dreambench.SUBJECTS) * dreambench.N_PROMPTS * dreambench.IMAGES_PER_PROMPT
     note = (
-        "The published numbers are of 30 subjects with 25 prompts and 4 images each; this run is of a part."
+        "The published numbers are of 30 subjects with 25 prompts and 4 images each; this run is of others."
     )
     plan = Plan(
         benchmark="dreambench",
@@ -170,7 +175,41 @@ def _plan_dreambench(arguments):
         published=dreambench.PUBLISHED[arguments.protocol],
         notes=() if whole else (note,),
     )
-    return plan, _judges(arguments)
+    _run_plan(plan, _make_judges(arguments, options, arguments.data), arguments, options)
+
+
+def _add_coco(parser):
+    add = parser.add_argument
+    add("--annotations", required=True, metavar="FILE", help="captions_val2014.json of MS-COCO")
+    add("--images", required=True, metavar="FOLDER", help="its photographs, val2014")
+    add(
+        "--count",
+        type=int,
+        default=coco.COUNT,
+        metavar="N",
+        help=f"captions, drawn by --seed (default: {coco.COUNT:,})",
+    )
+    add(
+        "--inception",
+        metavar="FILE",
+        help="weights of the FID's network (default: torch-fidelity's download)",
+    )
+    _add_scorers(parser, default=())
+
+
+def _run_coco(arguments, options):
+    report = coco.evaluate(
+        arguments.annotations,
+        arguments.images,
+        arguments.output,
+        count=arguments.count,
+        seed=arguments.seed,
+        inception=arguments.inception,
+        judges=_make_judges(arguments, options, arguments.images, default=()),
+        repair=arguments.repair,
+        **options,
+    )
+    _print(report, arguments)
 
 
 def _add_multi(parser):
@@ -183,9 +222,10 @@ def _add_multi(parser):
     _add_scorers(parser)
 
 
-def _plan_multi(arguments):
+def _run_multi(arguments, options):
     tasks = multi.build_tasks(arguments.data, arguments.prompts, arguments.images_per_prompt, arguments.seed)
-    return Plan("multi", {}, tasks, arguments.data), _judges(arguments)
+    plan = Plan("multi", {}, tasks, arguments.data)
+    _run_plan(plan, _make_judges(arguments, options, arguments.data), arguments, options)
 
 
 def _add_plus(parser):
@@ -201,11 +241,16 @@ def _add_plus(parser):
     _add_scorers(parser)
 
 
-def _plan_plus(arguments):
+def _run_plus(arguments, options):
     if arguments.judge_prompts and not arguments.judge:
         raise ValueError("--judge-prompts was given without --judge, the folder to write to. Pass both.")
     tasks = dreambench_plus.build_tasks(arguments.data, arguments.images_per_prompt, arguments.seed)
-    return Plan("dreambench-plus", {}, tasks, arguments.data), _judges(arguments)
+    plan = Plan("dreambench-plus", {}, tasks, arguments.data)
+    if (
+        _run_plan(plan, _make_judges(arguments, options, arguments.data), arguments, options)
+        and arguments.judge
+    ):
+        dreambench_plus.export(arguments.output, arguments.data, arguments.judge, arguments.judge_prompts)
 
 
 def _add_sprites(parser):
@@ -218,18 +263,32 @@ def _add_sprites(parser):
     )
 
 
-def _plan_sprites(arguments):
+def _run_sprites(arguments, options):
     tasks, files = sprite_bench.build_tasks(arguments.count, arguments.seed)
     plan = Plan(
         "sprites", {"prompts of each kind": arguments.count}, tasks, files=files, notes=(sprite_bench.NOTE,)
     )
-    return plan, [sprite_bench.ReaderJudge()]
+    _run_plan(plan, [sprite_bench.ReaderJudge()], arguments, options)
 
 
-# name -> what it says in the list, images at once, settings, its own flags, what makes its plan and judges of them
+class Benchmark(NamedTuple):
+    title: str
+    batch_size: int  # images at once, unless the user says otherwise
+    settings: dict  # likewise
+    add_arguments: Callable  # of a parser: the flags that others have not
+    run: Callable  # of the arguments, and of model, settings, device and batch size as `open_run` takes them
+
+
 BENCHMARKS = {
-    "dreambench": ("30 subjects, 25 prompts", 4, dreambench.SETTINGS, _add_dreambench, _plan_dreambench),
-    "multi": ("prompts of several subjects", 4, dreambench.SETTINGS, _add_multi, _plan_multi),
-    "dreambench-plus": ("DreamBench++", 4, dreambench_plus.SETTINGS, _add_plus, _plan_plus),
-    "sprites": ("held-out sprites, read by rules", 50, sprite_bench.SETTINGS, _add_sprites, _plan_sprites),
+    "dreambench": Benchmark(
+        "30 subjects with 25 prompts each", 4, dreambench.SETTINGS, _add_dreambench, _run_dreambench
+    ),
+    "coco": Benchmark("FID-30k on MS-COCO", 8, coco.SETTINGS, _add_coco, _run_coco),
+    "multi": Benchmark("prompts of several subjects", 4, dreambench.SETTINGS, _add_multi, _run_multi),
+    "dreambench-plus": Benchmark(
+        "DreamBench++, and its images for its judge", 4, dreambench_plus.SETTINGS, _add_plus, _run_plus
+    ),
+    "sprites": Benchmark(
+        "held-out sprites, read by rules", 50, sprite_bench.SETTINGS, _add_sprites, _run_sprites
+    ),
 }

@@ -6,7 +6,17 @@ from pathlib import Path
 
 from .engine import image_path
 from .manifest import Manifest, write_text
-from .report import LEVEL, RESAMPLES, bootstrap, load_matplotlib, mean_by, save_figure, table, table_metrics
+from .report import (
+    LEVEL,
+    RESAMPLES,
+    as_label,
+    bootstrap,
+    load_matplotlib,
+    mean_by,
+    save_figure,
+    table,
+    table_metrics,
+)
 from .scoring import read_scores
 from .sheets import LONGEST, figure, file_name, group_tasks, is_small, write_page
 
@@ -180,7 +190,7 @@ def _plot(output, metric, row):
     if row["interval"]:
         axis.axvspan(*row["interval"], alpha=0.2, label=f"{LEVEL:.0%} interval of the mean")
     axis.axvline(row["difference"], label=f"mean {row['difference']:+.3f}")
-    axis.plot([row["by unit"][name] for name in order], order, "o")
+    axis.plot([row["by unit"][name] for name in order], [as_label(name) for name in order], "o")
     axis.set(title="B - A", xlabel=metric)
     axis.margins(y=0.5 / len(order))
     axis.legend(fontsize="small")

@@ -12,15 +12,16 @@ Batches are the same in every process and after every kill, and a batch that is 
 written does not depend on who writes it: not even by the rounding with which some kernels tell batches apart.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..generation import load_pipeline
+from ..pipeline_kosmos_g import KosmosGPipeline
 from ..processing_kosmos_g import open_image
 from ..settings import IMAGE_MARK, GenerationSettings, InputImage, read_settings, write_png
 from .manifest import FILE_NAME, Manifest, hash_folder
@@ -60,7 +61,7 @@ def identify_model(model):
     if model is None:
         return {"path": None, "name": "small random model"}
     if not Path(model).is_dir():
-        snapshot = Path(DiffusionPipeline.download(model, use_safetensors=True))
+        snapshot = Path(KosmosGPipeline.download(model, use_safetensors=True))
         return {"path": model, "revision": snapshot.name}
     return {"path": str(model), "sha256": hash_folder(model, COMPONENTS)}
 
@@ -76,6 +77,8 @@ def open_folder(folder, manifest):
         left = sum(not image_path(folder, task).exists() for task in manifest.tasks)
         found = Manifest.read(folder)
         found.check_same(manifest, left)
+        for part in folder.rglob(".*.part"):  # of a write that was killed
+            part.unlink()
         return
     if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
         raise ValueError(
@@ -131,7 +134,7 @@ def generate(folder, manifest, state, device, repair=False):
             if path.exists():
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_png(image, path, _settings_of(settings, manifest, task, image))
+            write_png(image, path, _settings_of(settings, folder, manifest, task, image))
             made += 1
     state.wait_for_everyone()
     return made
@@ -210,10 +213,18 @@ def _base_settings(manifest, device):
     )
 
 
-def _settings_of(base, manifest, task, image):
+def _settings_of(base, folder, manifest, task, image):
     """What is written into the image, so that `kosmos-g generate --from` can make it alone."""
+    data, home = Path(manifest.data), image_path(folder, task).parent
     pictures = tuple(
-        InputImage(str(Path(manifest.data) / path), manifest.pictures[path]) for path in task.pictures
+        InputImage(
+            # pictures of the run itself are found from the image, wherever the run is taken
+            Path(os.path.relpath(data / path, home)).as_posix()
+            if data.parent == folder
+            else str(data / path),
+            manifest.pictures[path],
+        )
+        for path in task.pictures
     )
     return replace(
         base,

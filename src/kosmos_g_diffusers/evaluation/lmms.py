@@ -11,7 +11,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from ..understanding import MAX_NEW_TOKENS, load_answerer
+from ..understanding import MAX_NEW_TOKENS, as_text, load_answerer
 
 IMAGE_TOKEN = "<image>"  # where a task puts a picture among the words
 TEMPLATE = "Question: {} Answer:"  # as Kosmos-1's paper asks (sec. 4.2)
@@ -65,15 +65,8 @@ class KosmosGForLmms(lmms):
         return answers
 
     def loglikelihood(self, requests):
-        """(loss, whether it is the greedy answer) of given answers; lmms-eval takes the lowest loss for the choice."""
-        results = []
-        for request in tqdm(requests, desc="Kosmos-G rates answers", disable=self.rank != 0):
-            context, target, doc_to_visual, doc_id, task, split = request.args
-            if not isinstance(target, str):
-                target = target(self.task_dict[task][split][doc_id])
-            prompt = self._read(context, doc_to_visual, doc_id, task, split)
-            results.append(self.answer.loss(prompt, as_text(target)))
-        return results
+        # lmms-eval 0.7.3 turns (loss, is greedy) into a string before it compares, so such tasks fail for every model
+        raise NotImplementedError("Tasks that rate given answers are left out: take those that generate one.")
 
     def generate_until_multi_round(self, requests):
         raise NotImplementedError(
@@ -99,8 +92,3 @@ def arrange(text, pictures):
             content.append({"type": "image", "image": pictures[index - 1]})
         content.append({"type": "text", "text": as_text(stretch)})
     return content
-
-
-def as_text(text):
-    """Text in which nothing is a mark or an image word: the tokenizer's Unicode rules make these brackets plain again."""
-    return text.replace("<", "＜").replace(">", "＞")

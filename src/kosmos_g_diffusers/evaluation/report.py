@@ -26,8 +26,9 @@ def bootstrap(values, seed=0):
     if len(values) < 2:
         return None
     rng = np.random.default_rng(seed)
+    # some at a time: thirty thousand images would need gigabytes
     means = np.concatenate(
-        [values[rng.integers(0, len(values), (1000, len(values)))].mean(1) for _ in range(RESAMPLES // 1000)]
+        [values[rng.integers(0, len(values), (100, len(values)))].mean(1) for _ in range(RESAMPLES // 100)]
     )
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return round(float(low), 6), round(float(high), 6)
@@ -114,10 +115,15 @@ def format_score(entry):
 
 
 def table(head, rows):
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join(
-        [*lines, *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]
-    )
+    lines = [head, *rows]
+    lines = [f"| {' | '.join(map(_as_cell, line))} |" for line in lines]
+    return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
+
+
+def _as_cell(text):
+    """A prompt's `<i>` as code: Markdown would take it for italics. A bar would end the cell."""
+    text = text.replace("|", "\\|")
+    return f"`{text}`" if "<" in text else text
 
 
 def scores_table(report):
@@ -211,13 +217,18 @@ def _plot(folder, report, metric):
                 axis.axvline(
                     scores[metric], linestyle=style, color="black", label=f"{name} {scores[metric]:.3f}"
                 )
-        axis.plot([values[name] for name in order], order, "o")
+        axis.plot([values[name] for name in order], [as_label(name) for name in order], "o")
         axis.set(title=title, xlabel=metric)
         axis.margins(y=0.5 / len(order))
         axis.legend(fontsize="small")
     path = f"plots/{file_name(metric)}.png"
     save_figure(figure, folder / path)
     return path
+
+
+def as_label(name):
+    """For matplotlib, which reads what is between two dollars as mathematics."""
+    return name.replace("$", r"\$")
 
 
 def load_matplotlib():

@@ -11,6 +11,8 @@ from .manifest import Manifest, hash_bytes, hash_pictures
 from .report import load_matplotlib, write_report
 from .scoring import has_scores, read_scores, score
 
+OWN_PICTURES = "pictures"  # folder of a run, for pictures that the benchmark draws
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -33,17 +35,14 @@ class Plan:
     notes: tuple = ()
 
 
-def evaluate(plan, output, judges, *, model, settings, device, batch_size, repair=False):
+def evaluate(plan, output, judges, *, repair=False, **options):
     """Make the images of a plan, score them and write the report; whatever is there already stays.
 
     Args:
         output: results folder, new or of this very run.
         judges: what scores the images, see scoring.py.
-        model: folder, Hub id, or None for the small random model.
-        settings: dict of steps, guidance, scheduler, height, width, dtype and seed.
-        device: "cpu", "cuda", ...; with several processes each takes its own of that kind.
-        batch_size: images at once. It changes images by rounding at most.
         repair: make images again that cannot be read.
+        options: those of `open_run`.
 
     Returns:
         The report as a dict; None in all processes but the first.
@@ -51,24 +50,42 @@ def evaluate(plan, output, judges, *, model, settings, device, batch_size, repai
     Raises:
         ValueError, OSError, ImportError: see the functions called here. Nothing that is there is overwritten.
     """
-    output = Path(output)
     load_matplotlib()  # before hours of work
+    state, manifest = open_run(plan, output, **options)
+    for judge in judges:
+        if not has_scores(output, judge.name):
+            judge.load()
+    generate(output, manifest, state, options["device"], repair)
+    for judge in judges:
+        score(output, manifest, judge, state)
+    if not state.is_main_process:
+        return None
+    scores, scorers = read_scores(output, manifest)
+    return write_report(output, manifest, scores, scorers, plan.published, plan.notes)
+
+
+def open_run(plan, output, *, model, settings, device, batch_size):
+    """Write the manifest of a plan into a results folder, or check that the folder holds this very run.
+
+    Args:
+        model: folder, Hub id, or None for the small random model.
+        settings: dict of steps, guidance, scheduler, height, width, dtype and seed.
+        device: "cpu", "cuda", ...; with several processes each takes its own of that kind.
+        batch_size: images at once. It changes images by rounding at most.
+
+    Returns:
+        (accelerate's `PartialState`, the manifest with the conditions under which its images were begun).
+    """
+    output = Path(output)
     if batch_size < 1:
         raise ValueError(f"The batch size is {batch_size}; expected 1 or more.")
     # raises what is wrong with a setting before anything is written
-    known = {
-        name: value for name, value in settings.items() if name in GenerationSettings.__dataclass_fields__
-    }
-    GenerationSettings(prompt="", **known)
+    GenerationSettings(prompt="", device=str(device), **settings)
     state = join_processes(device)
-    data = str(output / "pictures") if plan.data is None else str(plan.data)
+    data = str(output / OWN_PICTURES if plan.data is None else plan.data)
     if state.is_main_process:
         names = {name for task in plan.tasks for name in (*task.pictures, *sum(task.references, ()))}
-        pictures = (
-            {name: hash_bytes(content) for name, content in sorted(plan.files.items())}
-            if plan.data is None
-            else hash_pictures(data, names)
-        )
+        drawn = {name: hash_bytes(content) for name, content in sorted(plan.files.items())}
         manifest = Manifest(
             benchmark=plan.benchmark,
             options=plan.options,
@@ -79,27 +96,17 @@ def evaluate(plan, output, judges, *, model, settings, device, batch_size, repai
                 "batch_size": batch_size,
                 "versions": package_versions(),
             },
-            data=data,
-            pictures=pictures,
+            data=OWN_PICTURES if plan.data is None else data,
+            pictures=drawn if plan.data is None else hash_pictures(data, names),
             tasks=tuple(plan.tasks),
         )
         open_folder(output, manifest)
         for name, content in plan.files.items():
-            path = output / "pictures" / name
+            path = output / OWN_PICTURES / name
             path.parent.mkdir(exist_ok=True)
             if not path.exists() or path.read_bytes() != content:  # as a kill may have left it
                 path.write_bytes(content)
     state.wait_for_everyone()
-    # from the file: with the conditions under which the images were made, wherever they are scored now
     manifest = replace(Manifest.read(output), data=data)
     manifest.model["path"] = None if model is None else str(model)
-    for judge in judges:
-        if not has_scores(output, judge.name):
-            judge.load()
-    generate(output, manifest, state, device, repair)
-    for judge in judges:
-        score(output, manifest, judge, state)
-    if not state.is_main_process:
-        return None
-    scores, scorers = read_scores(output, manifest)
-    return write_report(output, manifest, scores, scorers, plan.published, plan.notes)
+    return state, manifest

