@@ -134,7 +134,7 @@ def test_page_says_what_is_missing_and_a_run_says_it_by_the_prompt(page):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("steps", "0", "The steps is 0. Give a number from 1 to 250."),
+        ("steps", "0", "The number of steps is 0. Give a number from 1 to 250."),
         ("width", "60", "The width is 60 pixels. Take a multiple of 8: 56 or 64."),
         ("num_images", "1.5", "Give a whole number"),
         ("guidance", "99", "Give a number from 0 to 30"),

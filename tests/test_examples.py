@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-DEMOS = ("common.py", "demo.py")  # what the others share, and one that other tests run
+DEMOS = ("app_client.py", "common.py", "demo.py")  # what the others share, and what other tests run
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.name not in DEMOS)
 NEED_PEFT = ("few_steps", "lora")
 

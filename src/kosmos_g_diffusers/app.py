@@ -20,7 +20,8 @@ from .studio.store import IMAGES, MAX_BYTES, MAX_FILES, UPLOADS
 
 STYLE = (Path(__file__).parent / "studio" / "page.css").read_text(encoding="utf-8")
 INTRODUCTION = (
-    "# Kosmos-G\nWrite a prompt with `<i>` where a picture belongs, and drop the pictures in that order."
+    "# Kosmos-G\nWrite a prompt with `<i>` where a picture belongs, and drop the pictures, "
+    f"up to {MAX_FILES}, in that order."
 )
 SHARED_SESSIONS = 500  # whose words and history are kept; gradio's own limit is 10,000
 QUICK = {"api_visibility": "private", "show_progress": "hidden", "queue": False}  # events of the page alone
@@ -36,7 +37,7 @@ class Page:
             self.session = gr.State(Session())
             gr.Markdown(INTRODUCTION)
             self.state = gr.HTML(elem_id="model-state")
-            with gr.Row():
+            with gr.Row(elem_id="layout"):
                 with gr.Column(scale=3, min_width=300):
                     self._build_prompt()
                     self._build_settings()
@@ -64,7 +65,7 @@ class Page:
             "prompt", gr.Textbox("", label="Prompt", placeholder="<i> in the suit of <i>", **text)
         )
         self.prompt_line = gr.HTML(elem_id="prompt-line")
-        label = f"Pictures, one for each <i> in this order, up to {MAX_FILES}"
+        label = "Pictures, in the order of <i>"
         several = {"file_count": "multiple", "file_types": ["image"], "height": 170, "allow_reordering": True}
         self.pictures = self._add("pictures", Files(label=label, elem_id="pictures", **several))
         with gr.Row():
@@ -92,7 +93,7 @@ class Page:
                     with gr.Column(min_width=130):
                         self._add(name, kind(value=value, elem_id=name, **options))
 
-        with gr.Accordion("Settings", open=True):
+        with gr.Accordion("Settings", open=True, elem_id="settings"):
             self._add("negative_prompt", gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT))
             row(
                 ("num_images", gr.Number, DEFAULTS["num_images"], {"label": "Images"}),
@@ -105,8 +106,8 @@ class Page:
                 ("scheduler", gr.Dropdown, OWN, {"label": "Scheduler", "choices": [OWN, *SCHEDULERS]}),
             )
             row(
-                ("width", gr.Number, 0, {"label": "Width (0: the model's)", "step": 8}),
-                ("height", gr.Number, 0, {"label": "Height (0: the model's)", "step": 8}),
+                ("width", gr.Number, 0, {"label": "Width (0: own)", "step": 8}),
+                ("height", gr.Number, 0, {"label": "Height (0: own)", "step": 8}),
             )
             row(
                 ("model", gr.Dropdown, models.default, {"label": "Model", "choices": list(models.models)}),
@@ -181,14 +182,14 @@ class Page:
         self.progress = gr.HTML(label="Progress", elem_id="progress")
         look = {"object_fit": "contain", "format": "png", "interactive": False}
         look["buttons"] = ["download", "download_all", "fullscreen"]
-        self.images = Pictures(label="Images", columns=2, height=420, elem_id="images", **look)
+        self.images = Pictures(label="Images", columns=2, height=520, elem_id="images", **look)
         self.settings = gr.JSON(label="Settings of the images", visible=False)
         self.details = gr.HTML(elem_id="details")
         self.use = gr.Button("Use the chosen image as input", size="sm", elem_id="use")
-        label = "Drop a PNG made here to get its settings back"
+        label = "Drop a PNG for its settings"
         self.restored = Files(label=label, file_types=[".png"], height=160, elem_id="restore")
         self._add_message("restore")
-        with gr.Accordion("History of this session", open=False):
+        with gr.Accordion("History of this session", open=False, elem_id="past"):
             look.update(columns=4, height=300, allow_preview=False, elem_id="history")
             self.history = Pictures(label="Images, the newest first", **look)
 
@@ -247,7 +248,8 @@ class Page:
         restore = partial(actions.restore, names=list(self.fields))
         back = self.restored.upload(restore, [self.session, self.restored], outputs, **QUICK)
         back.failure(**failed, **QUICK)
-        back.then(lambda: None, None, self.restored, **QUICK)  # ready for the next
+        for end in (back.success, back.failure):
+            end(lambda: None, None, self.restored, **QUICK)  # ready for the next
 
     def _connect_words(self, actions):
         model = {"model": self.fields["model"]}

@@ -1,5 +1,6 @@
 """What the page's buttons do: from values of components to the studio and back. No layout here."""
 
+import asyncio
 import contextlib
 import inspect
 import os
@@ -15,7 +16,7 @@ from .studio.preview import data_uri
 from .studio.store import MAX_FILES, open_picture
 
 BOARD_SIDE = 768  # pixels of a picture to be painted on
-RANDOM_NOTE = (
+BUILTIN_NOTE = (
     "This small model has random weights and has learned nothing: expect colourful noise, which shows that everything "
     "runs. Start the app with a model to get pictures."
 )
@@ -73,7 +74,9 @@ class Actions:
             decides the images.
             """
             with self.errors(session):
-                async for ticket in self.studio.draw(session, self.read_form(values)):
+                # in a thread: large pictures take long to copy, and everybody's page waits for this one
+                form = await asyncio.to_thread(self.read_form, values)
+                async for ticket in self.studio.draw(session, form):
                     wait = self.studio.worker.seconds_until(ticket)
                     yield gr.skip(), gr.skip(), render.run_state(ticket, wait)
                 session.shown = list(ticket.result or (ticket.progress.images if ticket.progress else ()))
@@ -173,7 +176,7 @@ class Actions:
                     for key in ("lora_scale", "num_images", "steps", "guidance", "seed")
                 },
             }
-            if settings.model is None and models.is_random(models.default):
+            if settings.model is None and models.is_builtin(models.default):
                 values["model"] = models.default
             for slot in range(1, CONTROL_SLOTS + 1):
                 control = settings.controls[slot - 1] if slot <= len(settings.controls) else None
@@ -203,7 +206,8 @@ class Actions:
             """
             field = f"control_{slot}"
             with self.errors(session, field):
-                form = self.read_slot(slot, kind, picture, strokes, ready, 1.0, 0.0, 1.0)
+                knobs = (kind, picture, strokes, ready, 1.0, 0.0, 1.0)
+                form = await asyncio.to_thread(self.read_slot, slot, *knobs)
                 return await self.studio.preview_control(field, form, int(width or 0), int(height or 0))
 
         return preview_control
@@ -237,6 +241,7 @@ class Actions:
             return self.word_list(session, (await self.studio.load_words(session, model, file))[0])
 
     def forget_word(self, session, word):
+        """Take an image word out of this session; returns one that is left, if there is any."""
         session.forget_word(word)
         return self.word_list(session)
 
@@ -255,6 +260,6 @@ class Actions:
     def model_state(self):
         """Whether the model is loaded; and a timer that asks again as long as it is not."""
         models = self.studio.models
-        note = RANDOM_NOTE if models.is_random(models.default) else ""
+        note = BUILTIN_NOTE if models.is_builtin(models.default) else ""
         html = render.model_state(models.state, models.problem, note)
         return html, gr.Timer(active=models.state in ("waiting", "loading"))

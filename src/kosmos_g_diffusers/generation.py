@@ -43,7 +43,7 @@ def load_pipeline(settings):
     if settings.lora is not None:
         add_lora(pipe, settings.lora, settings.lora_scale)
     for words in settings.image_words:
-        pipe.load_image_words(words.find(Path(), "Run where it is."))
+        pipe.load_image_words(words.find(Path(), "Run the command where it is."))
     if settings.controls:
         controlnets = [load_control(settings, index, pipe.unet) for index in range(len(settings.controls))]
         pipe = with_controlnets(pipe, controlnets)

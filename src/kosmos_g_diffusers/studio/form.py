@@ -23,7 +23,7 @@ LIMITS = {
     "lora_scale": (-2, 2),
     "seed": (0, 2**53 - 1),  # beyond that a browser's numbers have gaps
 }
-LABELS = {"num_images": "number of images", "lora_scale": "LoRA scale"}
+LABELS = {"num_images": "number of images", "steps": "number of steps", "lora_scale": "LoRA scale"}
 MAX_PROMPT = 4_000  # characters
 DEFAULTS = {"num_images": 1, "steps": 30, "guidance": 7.5, "scheduler": OWN, "lora_scale": 1.0}
 PRESETS = {
@@ -92,7 +92,7 @@ def read_form(form, models, words):
             ("scheduler", SCHEDULERS, OWN),
         )
     }
-    if form.model in (None, models.default) and models.is_random(models.default):
+    if form.model in (None, models.default) and models.is_builtin(models.default):
         chosen["model"] = None  # settings name it so
     used = dict.fromkeys(word for word in WORD.findall(form.prompt) if word in words)
     with at("run"):

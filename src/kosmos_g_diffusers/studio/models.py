@@ -10,6 +10,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from ..generation import LORA_NAME, add_lora, load_control, load_model, load_unet, with_controlnets
 from ..schedulers import make_scheduler
@@ -18,6 +19,7 @@ from .preview import LatentPreview
 
 logger = logging.getLogger(__name__)
 
+BUILTIN = "small random model"  # what there is without a folder; settings call it None
 OWN = "the model's own"  # choice of U-Net and of scheduler
 NO_LORA = "none"
 CONTROLNETS_KEPT = 3  # in memory after a run
@@ -45,7 +47,7 @@ class Models:
                 raise ValueError(
                     f"There is no model in {str(folder)!r}. Pass a folder that kosmos-g convert wrote."
                 )
-        self.models = _by_name(folders) or {"small random model": None}
+        self.models = _by_name(folders) or {BUILTIN: None}
         loras = sorted(_folder(lora_folder, "LoRA").glob("*.safetensors")) if lora_folder else []
         self.loras = {NO_LORA: None, **_by_name(loras)}
         unets = sorted(_folder(unet_folder, "U-Net").iterdir()) if unet_folder else []
@@ -59,8 +61,8 @@ class Models:
         self._own_unet = self._own_scheduler = None
         self._controlnets = OrderedDict()  # (model, kind of control, place) -> ControlNet
 
-    def is_random(self, name):
-        """Whether this is the small model that has learned nothing."""
+    def is_builtin(self, name):
+        """Whether this is the small model that needs no folder."""
         return self.models[name] is None
 
     def is_small(self, name):
@@ -89,7 +91,7 @@ class Models:
             with at("model"):
                 try:
                     pipe = load_model(self.models[name], getattr(torch, self.dtype))
-                except OSError as error:  # files that are missing or damaged
+                except (OSError, SafetensorError) as error:  # files that are missing or damaged
                     raise ValueError(f"The model {name!r} cannot be loaded: {error}") from error
                 pipe.to(self.device)
                 self.preview = LatentPreview(pipe.vae)
@@ -146,7 +148,7 @@ class Models:
                 with at("lora"):
                     try:
                         add_lora(self.pipe, self.loras[name], scale)
-                    except OSError as error:
+                    except (OSError, SafetensorError) as error:
                         raise ValueError(f"The LoRA {name!r} cannot be read: {error}") from error
                 self._lora = name
         elif name != NO_LORA:
@@ -156,7 +158,7 @@ class Models:
         found = []
         for index, control in enumerate(settings.controls):
             # the random ControlNets of the random model differ by their place
-            key = (control.name, index if self.is_random(self._model) else None)
+            key = (control.name, index if self.is_builtin(self._model) else None)
             if key not in self._controlnets:
                 self._controlnets[key] = load_control(settings, index, self._own_unet).to(self.device)
             self._controlnets.move_to_end(key)
@@ -190,8 +192,9 @@ def _by_name(paths):
     """Paths by their last part; where two are called the same, the second is `name (2)`."""
     named = {}
     for path in paths:
-        name, count = path.stem if path.is_file() else path.name, 1
-        while (name if count == 1 else f"{name} ({count})") in named:
+        name, count = path.name, 1
+        while name in named:
             count += 1
-        named[name if count == 1 else f"{name} ({count})"] = path
+            name = f"{path.name} ({count})"
+        named[name] = path
     return named

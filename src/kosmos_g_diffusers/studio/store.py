@@ -44,7 +44,11 @@ def check_picture(path, field="pictures"):
     try:
         with PIL.Image.open(path, formats=FORMATS) as picture:
             pixels, kind = picture.width * picture.height, picture.format
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
+    except PIL.Image.DecompressionBombError:
+        raise FieldError(
+            field, f"This picture has too many pixels; it may have {MAX_PIXELS // 1_000_000} million pixels."
+        ) from None
+    except (OSError, ValueError, SyntaxError):
         raise FieldError(
             field, f"This file is no picture that can be read. Pass one of {', '.join(FORMATS)}."
         ) from None

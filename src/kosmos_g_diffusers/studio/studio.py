@@ -178,9 +178,9 @@ class Studio:
         if len(paths) > MAX_FILES:
             raise FieldError("words", f"A word may mean {MAX_FILES} pictures, and {len(paths)} were given.")
         self._check_room(session, [word])
-        pictures = [open_picture(path, "words") for path in paths]
 
         def make(ticket):
+            pictures = [open_picture(path, "words") for path in paths]
             self.models.load(model)
             with self.models.image_words(()) as pipe, at("words"), tempfile.TemporaryDirectory() as folder:
                 pipe.add_image_word(word, pictures)
