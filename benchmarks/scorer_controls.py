@@ -35,11 +35,14 @@ HUES = (30, 60, 120, 180)
 
 
 def place(subject, backgrounds, rng):
-    """A view of a subject (RGBA) on a piece of a photograph."""
-    photo = rng.choice(backgrounds)
-    side = rng.randint(min(photo.size) // 2, min(photo.size))
-    left, top = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)
-    canvas = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    """A view of a subject (RGBA) on a piece of a photograph, or on a colour without any."""
+    if backgrounds:
+        photo = rng.choice(backgrounds)
+        side = rng.randint(min(photo.size) // 2, min(photo.size))
+        left, top = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)
+        canvas = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE))
+    else:
+        canvas = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(0, 255) for _ in range(3)))
     size = round(SIDE * rng.uniform(0.55, 0.8))
     subject = subject.resize((size, size), Image.Resampling.LANCZOS)
     subject = subject.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
@@ -135,12 +138,14 @@ def main():
     parser.add_argument("--emoji", required=True, type=Path, help="folder of 1f415.webp and so on")
     parser.add_argument("--scorer", default="efficientnet", choices=SCORERS)
     parser.add_argument("--source", help="folder, file or Hub id of its weights")
+    parser.add_argument("--plain", action="store_true", help="backgrounds of one colour for photographs")
     parser.add_argument("--subjects", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     names = read_subjects(arguments.emoji, arguments.seed)[: arguments.subjects]
     subjects = [Image.open(arguments.emoji / f"{name}.webp").convert("RGBA") for name in names]
-    backgrounds = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOS]
+    photos = [] if arguments.plain else PHOTOS
+    backgrounds = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in photos]
     scorer = load_scorer(arguments.scorer, arguments.source)
     rng = random.Random(arguments.seed)
     report(scorer, subjects, backgrounds, rng)

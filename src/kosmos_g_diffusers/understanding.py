@@ -11,7 +11,7 @@ MAX_NEW_TOKENS = 64
 
 
 class Answerer:
-    """Continues prompts of words and pictures, and says how likely a continuation is.
+    """Continues prompts of words and pictures.
 
     Prompts are read one at a time: transformers' Kosmos-2 counts padding among the positions of what it generates, so
     that an answer would depend on how long the other prompts of its batch are.
@@ -34,7 +34,7 @@ class Answerer:
         Args:
             prompt: of any form that `KosmosGProcessor` reads; a string has a `<i>` for each of `images`.
             images: the pictures of its `<i>` marks.
-            max_new_tokens: longest answer.
+            max_new_tokens: longest answer; it ends before where the model's positions do.
             options: of transformers' `generate`, such as num_beams, do_sample, temperature; greedy without.
 
         Returns:
@@ -46,53 +46,28 @@ class Answerer:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
-        inputs = self._read(prompt, images, max_new_tokens)
+        inputs = self._read(prompt, images)
+        length, longest = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
+        if length >= longest:
+            raise ValueError(
+                f"The prompt has {length} tokens, and the model reads at most {longest}: there is no room for an answer. "
+                "Shorten it."
+            )
         options = {"do_sample": False, "suppress_tokens": self.forbidden, **options}
         # that of the whole model insists on a picture
         generate = self.model.generate if "pixel_values" in inputs else self.model.text_model.generate
-        ids = generate(**inputs, max_new_tokens=max_new_tokens, **options)
-        answer = ids[0, inputs["input_ids"].shape[1] :]
+        ids = generate(**inputs, max_new_tokens=min(max_new_tokens, longest - length), **options)
+        answer = ids[0, length:]
         return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
-    @torch.no_grad()
-    def loss(self, prompt, answer):
-        """How unlikely an answer is.
-
-        Args:
-            prompt: chat content, a list of `{"type": "text", ...}` and `{"type": "image", ...}`.
-            answer: a string, with a token at least.
-
-        Returns:
-            (mean negative log-likelihood of the answer's tokens, whether the model would choose each of them).
-
-        Raises:
-            ValueError: as a call, or an empty answer.
-        """
-        n_answer = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
-        if not n_answer:
-            raise ValueError(f"The answer {answer!r} has no tokens. Pass some text.")
-        # a stretch of its own, so that it is cut into tokens as it would be alone
-        inputs = self._read([*prompt, {"type": "text", "text": answer}], None, 0)
-        model = self.model if "pixel_values" in inputs else self.model.text_model
-        logits = model(**inputs, use_cache=False, logits_to_keep=n_answer + 1).logits[0, :-1].float()
-        targets = inputs["input_ids"][0, -n_answer:]
-        loss = torch.nn.functional.cross_entropy(logits, targets)
-        return float(loss), bool((logits.argmax(-1) == targets).all())
-
-    def _read(self, prompt, images, n_answer):
+    def _read(self, prompt, images):
         """What the model takes for one prompt."""
         batch = self.processor(prompt, images)
-        input_ids, config = batch["input_ids"], self.model.config.text_config
+        input_ids = batch["input_ids"]
         if len(input_ids) != 1:
             raise ValueError(f"{len(input_ids)} prompts were given. Pass one at a time.")
-        if input_ids.max() >= config.vocab_size:
+        if input_ids.max() >= self.model.config.text_config.vocab_size:
             raise ValueError("Image words cannot be asked about. Pass the picture itself, with a '<i>' mark.")
-        length, longest = input_ids.shape[1], config.max_position_embeddings
-        if length + n_answer > longest:
-            raise ValueError(
-                f"The prompt has {length} tokens and its answer up to {n_answer}; the model reads at most {longest} in all. "
-                "Shorten the prompt, or ask for a shorter answer."
-            )
         device, dtype = self.model.device, self.model.dtype
         inputs = {"input_ids": input_ids.to(device), "attention_mask": batch["attention_mask"].to(device)}
         if "pixel_values" in batch:
@@ -121,3 +96,11 @@ def load_answerer(model, dtype, device):
     )
     tokenizer = KosmosGTokenizer.from_pretrained(model, subfolder="tokenizer")
     return Answerer(text_encoder.to(device).eval(), tokenizer)
+
+
+def as_text(text):
+    """A string in which nothing is a mark or an image word, for text from elsewhere.
+
+    Its brackets become full-width ones, which no mark has; the tokenizer's Unicode rules make them plain again.
+    """
+    return text.replace("<", "＜").replace(">", "＞")

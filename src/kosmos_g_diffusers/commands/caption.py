@@ -47,6 +47,8 @@ def add_arguments(parser):
 def run(arguments):
     device = arguments.device or default_device()
     dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "float16")
+    if torch.device(device).type not in ("cpu", default_device()):
+        raise ValueError(f"The device {device!r} is not there; {default_device()!r} is. Pass --device.")
     if arguments.num_beams < 1:
         raise ValueError(f"--num-beams is {arguments.num_beams}; expected 1 or more.")
     answer = load_answerer(arguments.model, getattr(torch, dtype), device)

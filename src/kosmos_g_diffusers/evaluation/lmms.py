@@ -78,7 +78,7 @@ class KosmosGForLmms(lmms):
         strange = [type(picture).__name__ for picture in pictures if not isinstance(picture, Image.Image)]
         if strange:
             raise ValueError(f"The task {task} shows {strange[0]}; Kosmos-G reads pictures alone.")
-        return arrange(self.template.format(context), pictures)
+        return arrange(self.template.replace("{}", context), pictures)
 
 
 def arrange(text, pictures):
