@@ -1,52 +1,48 @@
+# ruff: noqa: F811  fixtures are imported, and used by the names of arguments
 import errno
-import json
-import multiprocessing
 import os
 import random
 import resource
 import signal
-import socket
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from training_runs import ToySource, ToyStage, dataset, random_numbers, settings, weights
+from training_runs import (  # noqa: F401  a fixture
+    FORK,
+    ToySource,
+    ToyStage,
+    dataset,
+    fresh_accelerator,
+    random_numbers,
+    read_log,
+    settings,
+    weights,
+)
 
 from kosmos_g_diffusers.training import checkpoints
 from kosmos_g_diffusers.training.data import TooManyBadSamples
 from kosmos_g_diffusers.training.loop import TrainingStopped, train
-
-FORK = multiprocessing.get_context("fork")  # children have torch loaded: a kill costs no start
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator(monkeypatch):
-    """accelerate keeps the precision of the first run of a process; and a busy disk is slow to sync."""
-    monkeypatch.setattr(checkpoints, "_sync", lambda path: None)
-    yield
-    AcceleratorState._reset_state()
 
 
 class Stopped(Exception):
     pass
 
 
-class StoppingStage(ToyStage):
-    """A stage that dies in the given forward pass."""
+class DyingDataset(torch.utils.data.Dataset):
+    """A dataset that raises Stopped instead of the given batch."""
 
-    def __init__(self, dies_at, **kwargs):
-        super().__init__(**kwargs)
-        self.dies_at = dies_at
+    def __init__(self, batches, dies_at):
+        self.batches, self.dies_at = batches, dies_at
 
-    def forward(self, batch):
-        losses = super().forward(batch)
-        if self.passes == self.dies_at:
+    def __getitem__(self, number):
+        if number == self.dies_at:
             raise Stopped
-        return losses
+        return self.batches[number]
 
 
 def run(config, stage=None, **kwargs):
@@ -55,10 +51,6 @@ def run(config, stage=None, **kwargs):
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def read_log(output):
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
 # What is computed ------------------------------------------------------------------------------------------------
@@ -169,10 +161,10 @@ def test_workers_change_nothing(tmp_path):
 def test_resumed_run_ends_with_the_same_bits(tmp_path, changes):
     whole = run(settings(tmp_path / "whole", **changes))
     config = settings(tmp_path / "parts", **changes)
-    passes = config.accumulation
-    for dies_at in (5 * passes, 2 * passes, 4 * passes):  # in steps 5, 5 again and 7
+    for step in (5, 5, 7):
+        data = DyingDataset(dataset(config), step * config.accumulation - 1)
         with pytest.raises(Stopped):
-            run(config, StoppingStage(dies_at))
+            train(config, ToyStage(), data, progress_bar=False)
         random_numbers(), torch.manual_seed(123), random.seed(4)
     assert checkpoints.list_checkpoints(config.output)[-1].name == "checkpoint-00000006"
     resumed = run(config)
@@ -378,8 +370,8 @@ def test_counts_of_bad_samples_go_on(tmp_path, capsys):
     assert "samples read could not be used" in summary
     parts = settings(tmp_path / "parts", max_bad_samples=0.9)
     with pytest.raises(Stopped):
-        data = dataset(parts, source=ToySource(bad=range(10)))
-        train(parts, StoppingStage(5), data, progress_bar=False)
+        data = DyingDataset(dataset(parts, source=ToySource(bad=range(10))), 4)
+        train(parts, ToyStage(), data, progress_bar=False)
     train(parts, ToyStage(), dataset(parts, source=ToySource(bad=range(10))), progress_bar=False)
     assert capsys.readouterr().out == summary
 
@@ -429,48 +421,3 @@ def test_tracker_that_is_not_installed(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install wandb"):
         run(settings(tmp_path, tracker="wandb"))
     assert not list(tmp_path.iterdir())
-
-
-# Several processes -----------------------------------------------------------------------------------------------
-
-
-def _process(index, port, config):
-    os.environ |= {
-        "RANK": str(index),
-        "LOCAL_RANK": str(index),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    state = PartialState(cpu=True)
-    assert state.num_processes == 2
-    data = dataset(config, index, 2)
-    train(config, ToyStage(dropout=0), data, progress_bar=False)
-    state.destroy_process_group()
-
-
-def run_two(config):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [FORK.Process(target=_process, args=(index, port, config)) for index in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-    return [child.exitcode for child in children]
-
-
-def test_two_processes_learn_what_one_learns_from_the_doubled_batch(tmp_path):
-    changes = {"steps": 20, "ema_decay": 0.9, "bucket_window": 4, "accumulation": 2}
-    assert run_two(settings(tmp_path / "two", batch_size=4, **changes)) == [0, 0]
-    one = weights(run(settings(tmp_path / "one", batch_size=8, **changes), ToyStage(dropout=0)))
-    two = weights(tmp_path / "two" / "checkpoint-00000020")
-    assert (one["head.weight"] - ToyStage().head.weight).abs().max() > 0.05
-    for name, expected in one.items():
-        torch.testing.assert_close(two[name], expected, atol=1e-6, rtol=1e-4)
-    # and goes on: the same command again leaves it as it is
-    assert run_two(settings(tmp_path / "two", batch_size=4, **changes)) == [0, 0]

@@ -1,18 +1,25 @@
 """A stage, a source and a run of toy size for the tests of training."""
 
+import json
+import multiprocessing
+import os
 import random
+import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from kosmos_g_diffusers.tiny import build_tiny_pipeline
+from kosmos_g_diffusers.training import TrainConfig, checkpoints, run_stage
 from kosmos_g_diffusers.training.aligner_n import AlignerNetN
-from kosmos_g_diffusers.training.config import TrainConfig
 from kosmos_g_diffusers.training.data import BadSample, MixtureDataset, Sample, ShardWriter
 from kosmos_g_diffusers.training.fresh_weights import build_fresh
 from kosmos_g_diffusers.training.targets import MODEL_FOLDER, TOKENIZER_FOLDER
@@ -192,3 +199,91 @@ def save_data(folder, size=60):
                 entity = (words[number % 5], picture(), picture())
                 writer.write_composition(key, caption, picture(), [entity])
     return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator(monkeypatch):
+    """accelerate keeps the precision of the first run of a process; and a busy disk is slow to sync."""
+    monkeypatch.setattr(checkpoints, "_sync", lambda path: None)
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def make_config(model, data, tmp_path, monkeypatch):
+    """Function that makes the settings of a short run of a stage into `tmp_path / output`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def make(stage, output="run", **changes):
+        values = {
+            "model": str(model),
+            "data": [f"shards:{data}"],
+            "output": str(tmp_path / output),
+            "steps": 3,
+            "batch_size": 3,
+            "warmup_steps": 1,
+            "workers": 0,
+            "log_every": 1,
+        }
+        return TrainConfig.from_dict({**values, **changes}, stage)
+
+    return make
+
+
+def train_stage(config, **kwargs):
+    return run_stage(config.stage, config, progress_bar=False, **kwargs)
+
+
+def trained_weights(checkpoint):
+    return load_file(checkpoint / "training_state" / "trained.safetensors")
+
+
+def read_log(output):
+    return [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
+
+
+# Processes -------------------------------------------------------------------------------------------------------
+
+FORK = multiprocessing.get_context("fork")  # children have torch loaded: a start costs nothing
+
+
+def run_processes(function, *arguments, environment=(), timeout=300):
+    """Call a function in two processes that form a gloo group; returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [
+        FORK.Process(target=_in_group, args=(index, port, dict(environment), function, arguments))
+        for index in range(2)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout)
+        child.kill()
+    return [child.exitcode for child in children]
+
+
+def _in_group(index, port, environment, function, arguments):
+    os.environ |= {
+        "RANK": str(index),
+        "LOCAL_RANK": str(index),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    } | environment
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    function(*arguments)
+    PartialState().destroy_process_group()

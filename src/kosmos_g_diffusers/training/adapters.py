@@ -40,7 +40,8 @@ def add_adapter(text_encoder, rank, frozen_dtype=None, seed=0):
     if frozen_dtype is not None:
         for module in text_encoder.modules():
             if isinstance(module, torch.nn.Linear):
-                module.to(frozen_dtype)
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.to(frozen_dtype)
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well

@@ -160,6 +160,8 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
             grad_norm = accelerator.clip_grad_norm_(
                 wrapped.parameters(), config.max_grad_norm or float("inf")
             )
+            if hasattr(grad_norm, "full_tensor"):  # of shards, in FSDP 2
+                grad_norm = grad_norm.full_tensor()
             _check_finite(sum(sums.values()), "loss", step + 1, keys, saver)
             # fp16's scaler passes over steps with such gradients; DeepSpeed clips by itself and may not say the norm
             if grad_norm is not None and config.mixed_precision != "fp16":

@@ -1,0 +1,194 @@
+"""What the recipes of training cost at full size: operations and memory are counted, time follows from an assumption.
+
+    python benchmarks/training_estimates.py [--utilisation 0.3]
+
+Each stage runs forwards and backwards on fake tensors: shapes are computed and numbers are not, so that it takes neither
+a GPU nor memory. Counted are the operations of matrix products, convolutions and attention (a multiplication with its
+addition is 2), and the bytes that autograd keeps for the backward pass. The time of a step is the longer of
+operations / (peak of the GPU x utilisation) and gradients / bandwidth, which overlap; utilisation and bandwidths are
+assumptions, not measurements: the loop writes the true samples per second into log.jsonl.
+"""
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from kosmos_g_diffusers import KosmosGTextEncoder, KosmosGTextEncoderConfig
+from kosmos_g_diffusers.training import AlignerNetN, AlignStage, InstructStage, PretrainStage, TrainConfig
+from kosmos_g_diffusers.training.adapters import add_adapter
+
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+GPUS = {"paper": 256, "one_node": 8, "one_gpu": 1}  # by the first words of a recipe's name
+PEAKS = {"A100": 312e12, "H100": 989e12}  # operations a second in bfloat16, dense, by NVIDIA's data sheets
+BANDWIDTHS = {256: 25e9, 8: 200e9}  # bytes a second of each GPU to the others: 200 Gbit/s network; NVLink
+TOKENS = {"pretrain": 100, "align": 32, "instruct": 128}  # of a padded sample, roughly, pictures included
+PICTURES = {"pretrain": 1.0, "align": 0.0, "instruct": 1.2}  # of a sample
+GIB = 2**30
+
+
+@dataclass
+class Cost:
+    """Of a stage on one GPU, in bytes and operations."""
+
+    trained: int  # weights that train
+    weights: int  # bytes of all weights
+    fixed: float  # bytes that autograd keeps whatever the batch: half-precision copies of weights
+    kept: float  # bytes that it keeps for each sample
+    operations: float  # of each sample, forwards and backwards
+
+    def memory(self, batch_size):
+        """Bytes: weights, gradients and AdamW's two moments in float32, and what autograd keeps."""
+        return self.weights + 12 * self.trained + self.fixed + batch_size * self.kept
+
+
+@cache
+def count(stage_name, lora_rank=0, checkpointing=False):
+    """Cost of a stage with Stable Diffusion 1.5."""
+    with FakeTensorMode():
+        stage = build_stage(stage_name, lora_rank).train()
+        if checkpointing:
+            stage.gradient_checkpointing_enable()
+        small, large = (bytes_kept(stage_name, stage, batch_size) for batch_size in (10, 20))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others go uncounted
+            backward(stage_name, stage, 10)
+    kept = (large - small) / 10
+    held = sum(parameter.numel() for model in stage._frozen for parameter in model.parameters())
+    return Cost(
+        trained=sum(parameter.numel() for parameter in stage.parameters() if parameter.requires_grad),
+        weights=2 * held + sum(parameter.nbytes for parameter in stage.parameters()),
+        fixed=small - 10 * kept,
+        kept=kept,
+        operations=counter.get_total_flops() / 10,
+    )
+
+
+def build_stage(name, lora_rank):
+    encoder = KosmosGTextEncoder(KosmosGTextEncoderConfig(aligner_max_positions=2050))
+    if name == "pretrain":
+        return PretrainStage(encoder)
+    if name == "align":
+        sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+        return AlignStage(encoder, AlignerNetN(encoder.config), CLIPTextModel(CLIPTextConfig(**sizes)))
+    unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    stage = InstructStage(encoder, unet, vae, DDPMScheduler(), "none" if lora_rank else "last")
+    if lora_rank:
+        with mock.patch.object(torch.nn.Module, "to", lambda self, *args, **kwargs: self):  # fake ones cannot
+            add_adapter(encoder, lora_rank, torch.bfloat16)
+    return stage
+
+
+def bytes_kept(name, stage, batch_size):
+    """Bytes that autograd keeps, weights not counted."""
+    models = (stage, *stage._frozen)
+    weights = {parameter.untyped_storage()._cdata for model in models for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backward(name, stage, batch_size, run_backward=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def backward(name, stage, batch_size, run_backward=True):
+    """A step as `stage.forward` makes it, without what looks at values: there are none."""
+    encoder, config = stage.text_encoder, stage.text_encoder.config
+    tokens, pictures = TOKENS[name], round(PICTURES[name] * batch_size)
+    ids = torch.zeros(batch_size, tokens, dtype=torch.int64)
+    mask = torch.zeros(batch_size, tokens, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        size, images = config.vision_config.image_size, None
+        if pictures:
+            images = encoder.get_image_features(torch.zeros(pictures, 3, size, size))
+        with torch.no_grad() if name == "align" else nullcontext():
+            states = encoder.get_language_hidden_states(ids, images, mask)
+        if name == "pretrain":
+            words = batch_size * tokens - pictures * config.latent_query_num
+            logits = states.flatten(0, 1)[:words] @ encoder.get_input_embeddings().weight.T
+            loss = torch.nn.functional.cross_entropy(logits.float(), ids.flatten()[:words])
+        else:
+            condition = encoder.aligner(states, ~mask)[-1]
+        if name == "align":
+            (clip,) = stage._frozen
+            target = stage.clip_embeds(
+                torch.zeros(batch_size, clip.config.max_position_embeddings, dtype=torch.int64)
+            )
+            loss = (condition - target).square().mean() + stage.aligner_n(condition, tokens).square().mean()
+        elif name == "instruct":
+            unet, vae = stage._frozen
+            side = unet.config.sample_size
+            pixels = torch.zeros(batch_size, 3, 8 * side, 8 * side)
+            latents = stage.latent_parameters(pixels)[:, : unet.config.in_channels]
+            loss = unet(latents, torch.zeros(batch_size, dtype=torch.int64), condition).sample.square().mean()
+    if run_backward:
+        loss.backward()
+
+
+def estimate(path, utilisation):
+    """A row of the table: recipe, GPUs, samples a step, operations a sample, memory, and for each GPU seconds and days."""
+    settings = TrainConfig.from_toml(path, path.stem.rpartition("_")[2])
+    gpus = GPUS[path.stem.rpartition("_")[0]]
+    cost = count(settings.stage, settings.lora_rank, settings.gradient_checkpointing)
+    samples = gpus * settings.batch_size * settings.accumulation
+    row = [path.stem, gpus, f"{gpus} x {settings.batch_size} x {settings.accumulation} = {samples:,}"]
+    row += [f"{cost.operations / 1e12:.2f}", f"{cost.memory(settings.batch_size) / GIB:.0f}"]
+    exchange = 2 * 4 * cost.trained / BANDWIDTHS[gpus] if gpus in BANDWIDTHS else 0.0
+    for peak in PEAKS.values():
+        seconds = samples * cost.operations / gpus / (peak * utilisation)
+        longer = max(seconds, exchange)
+        row += [f"{seconds:.2f}", f"{longer * settings.steps / 86400:.1f}"]
+    row.insert(5, f"{exchange:.2f}")
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--utilisation", type=float, default=0.3, help="share of the peak (default: 0.3)")
+    utilisation = parser.parse_args().utilisation
+    heads = ["recipe", "GPUs", "samples a step", "TFLOP a sample", "GiB a GPU", "s exchange"]
+    heads += [f"{gpu} {what}" for gpu in PEAKS for what in ("s", "days")]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    recipes = sorted(
+        RECIPES.glob("*.toml"), key=lambda path: (-GPUS[path.stem.rpartition("_")[0]], path.stem)
+    )
+    for path in recipes:
+        print(f"| {' | '.join(map(str, estimate(path, utilisation)))} |", flush=True)
+    print()
+    for stage, lora_rank, checkpointing in (
+        ("pretrain", 0, False),
+        ("align", 0, False),
+        ("instruct", 0, False),
+        ("instruct", 16, True),
+    ):
+        cost = count(stage, lora_rank, checkpointing)
+        print(
+            f"{stage}{' with adapters and checkpointing' if lora_rank else ''}: {cost.trained:,} weights train, "
+            f"{cost.weights / GIB:.1f} GiB of weights, {12 * cost.trained / GIB:.1f} of gradients and moments, "
+            f"{cost.fixed / GIB:.1f} of half-precision copies, {cost.kept / GIB:.3f} kept for each sample"
+        )
+
+
+if __name__ == "__main__":
+    main()
