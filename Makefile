@@ -14,7 +14,7 @@ help:  ## list the targets
 
 env: $(VENV)/.installed  ## make .venv with the package and everything that its tests need
 
-demo: env  ## write out/*.png from two photos and a prompt
+demo: env  ## write out/*.png, drawn by the small model that ships
 	$(VENV)/bin/python examples/demo.py
 
 test: env  ## lint, then run the test suite

@@ -1,15 +1,20 @@
 """What the recipes of training cost at full size: operations and memory are counted, time follows from an assumption.
 
     python benchmarks/training_estimates.py [--utilisation 0.3]
+    python benchmarks/training_estimates.py --measure
 
 Each stage runs forwards and backwards on fake tensors: shapes are computed and numbers are not, so that it takes neither
 a GPU nor memory. Counted are the operations of matrix products, convolutions and attention (a multiplication with its
 addition is 2), and the bytes that autograd keeps for the backward pass. The time of a step is the longer of
 operations / (peak of the GPU x utilisation) and gradients / bandwidth, which overlap; utilisation and bandwidths are
 assumptions, not measurements: the loop writes the true samples per second into log.jsonl.
+
+--measure runs full-size passes of random weights on one CPU core instead, and divides the counted operations by their CPU
+time and by what the core makes of a bare matrix product. The sizes are those of what kosmos-g init writes.
 """
 
 import argparse
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -144,6 +149,51 @@ def backward(name, stage, batch_size, run_backward=True):
         loss.backward()
 
 
+def measure(stage_name, batch_size, lora_rank=0):
+    """(CPU seconds of a forward and backward pass on one thread, operations a second of products before and after it)."""
+    with torch.device("meta"):
+        stage = build_stage(stage_name, lora_rank).train()
+    for model in (stage, *stage._frozen):
+        if model is not stage:
+            model.to(torch.bfloat16)
+        for module in model.modules():
+            frozen = not any(parameter.requires_grad for parameter in module.parameters())
+            if isinstance(module, torch.nn.Linear) and frozen:
+                module.to(torch.bfloat16)  # where autocast would round it at every use
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
+    backward(stage_name, stage, batch_size)  # makes the gradients
+    before, start = product_rate(), time.process_time()
+    backward(stage_name, stage, batch_size)
+    return time.process_time() - start, (before, product_rate())
+
+
+def product_rate(size=4096, repeats=5):
+    """Operations a second of a bfloat16 matrix product, median."""
+    one, other = torch.randn(2, size, size).bfloat16()
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.process_time()
+        one @ other
+        seconds.append(time.process_time() - start)
+    return 2 * size**3 / sorted(seconds[1:])[repeats // 2]
+
+
+def print_measured():
+    torch.set_num_threads(1)
+    heads = ["pass", "samples", "TFLOP", "CPU s", "GFLOP/s", "GFLOP/s of products", "utilisation"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for name, batch_size, lora_rank in (("align", 16, 0), ("instruct", 1, 16)):
+        operations = batch_size * count(name, lora_rank).operations
+        seconds, rates = measure(name, batch_size, lora_rank)
+        rate, bare = operations / seconds, sum(rates) / 2
+        row = [name + (" with adapters" if lora_rank else ""), batch_size, f"{operations / 1e12:.2f}"]
+        row += [f"{seconds:.1f}", f"{rate / 1e9:.0f}", " and ".join(f"{rate / 1e9:.0f}" for rate in rates)]
+        print(f"| {' | '.join(map(str, row))} | {rate / bare:.0%} |", flush=True)
+
+
 def estimate(path, utilisation):
     """A row of the table: recipe, GPUs, samples a step, operations a sample, memory, and for each GPU seconds and days."""
     settings = TrainConfig.from_toml(path, path.stem.rpartition("_")[2])
@@ -166,7 +216,11 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--utilisation", type=float, default=0.3, help="share of the peak (default: 0.3)")
-    utilisation = parser.parse_args().utilisation
+    parser.add_argument("--measure", action="store_true", help="time passes on this machine's CPU")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        return print_measured()
+    utilisation = arguments.utilisation
     heads = ["recipe", "GPUs", "samples a step", "TFLOP a sample", "GiB a GPU", "s exchange"]
     heads += [f"{gpu} {what}" for gpu in PEAKS for what in ("s", "days")]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")

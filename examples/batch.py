@@ -2,35 +2,37 @@
 
     python examples/batch.py --tiny
 
-With a converted checkpoint (kosmos-g convert --help) instead of the small random model:
+With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
     python examples/batch.py --model ./kosmos-g
 """
 
 import torch
-from common import CAT, COFFEE, parse_arguments, save
-from diffusers.utils import make_image_grid
-from PIL import Image
+from common import parse_arguments, save, subjects
 
 from kosmos_g_diffusers import KosmosGPipeline
-from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 arguments = parse_arguments(__doc__)
-if arguments.tiny:
-    pipe = build_tiny_pipeline()
-else:
-    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
-cat, coffee = Image.open(CAT), Image.open(COFFEE)
+first, second = subjects(arguments)
 
+if arguments.tiny:
+    prompts = [
+        "<i>, pink",
+        "<i> and <i> on a white background",
+        "a large cyan plain moon on a brown background",
+    ]
+else:
+    prompts = ["<i> wearing a hat", "<i> in the style of <i>", "a cup on a table"]
 images = pipe(
-    ["<i> wearing a hat", "<i> in the style of <i>", "a cup on a table"],
-    images=[[cat], [cat, coffee], []],
-    negative_prompt="blurry",  # one for all, or a list with one for each
+    prompts,
+    images=[[first], [first, second], []],
+    negative_prompt=None if arguments.tiny else "blurry",  # one for all, or a list with one for each
     num_images_per_prompt=2,
     num_inference_steps=arguments.steps,
-    guidance_scale=6.0,
+    guidance_scale=arguments.guidance,
     generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(6)],  # one for each image
 ).images  # both of the first prompt, both of the second, ...
 
-save(make_image_grid(images, rows=3, cols=2), "batch.png", arguments)
+save(images, "batch.png", arguments, rows=3)

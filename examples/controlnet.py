@@ -2,7 +2,7 @@
 
     python examples/controlnet.py --tiny
 
-With a converted checkpoint (kosmos-g convert --help) instead of the small random model:
+With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
     python examples/controlnet.py --model ./kosmos-g
 
@@ -10,36 +10,36 @@ The second needs controlnet_aux: pip install 'kosmos-g-diffusers[control]'
 """
 
 import torch
-from common import CAT, COFFEE, canny_edges, parse_arguments, save
-from diffusers.utils import make_image_grid
+from common import IMAGES, canny_edges, move, parse_arguments, save, subjects
 from PIL import Image, ImageOps
 
 from kosmos_g_diffusers import KosmosGControlNetPipeline, KosmosGPipeline
-from kosmos_g_diffusers.control import build_random_controlnet, load_controlnet
-from kosmos_g_diffusers.tiny import build_tiny_pipeline
+from kosmos_g_diffusers.control import load_controlnet
+from kosmos_g_diffusers.small_model import load_sprites_controlnet
 
 arguments = parse_arguments(__doc__)
-if arguments.tiny:
-    pipe = build_tiny_pipeline()
-else:
-    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
-if arguments.tiny:
-    controlnet = build_random_controlnet(pipe.unet)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+first, second = subjects(arguments)
+
+if arguments.tiny:  # the edges say where, the picture of the prompt which colour and pattern
+    prompt, other = "<i> on a mint background", move(Image.open(IMAGES / "plain_star.png"), -8, 8)
+    controlnet = load_sprites_controlnet("canny")
 else:  # any ControlNet that was made for Stable Diffusion 1.5
+    prompt, other = "<i>, oil painting", second
     controlnet = load_controlnet("lllyasviel/control_v11p_sd15_canny", arguments.dtype)
 pipe = KosmosGControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
 pipe.to(arguments.device)
 
 side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-edges = canny_edges(ImageOps.fit(Image.open(COFFEE), (side, side)), arguments)
+edges = canny_edges(ImageOps.fit(other, (side, side)), arguments)
 image = pipe(
-    "<i>, oil painting",
-    images=[Image.open(CAT)],  # of the prompt
+    prompt,
+    images=[first],  # of the prompt
     image=edges,  # of the ControlNet
-    controlnet_conditioning_scale=0.8,
+    controlnet_conditioning_scale=1.0 if arguments.tiny else 0.8,
     num_inference_steps=arguments.steps,
-    guidance_scale=6.0,
+    guidance_scale=arguments.guidance,
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 
-save(make_image_grid([edges, image], rows=1, cols=2), "controlnet.png", arguments)
+save([edges, image], "controlnet.png", arguments)

@@ -1,62 +1,97 @@
-"""Draw a prompt of two photos and words, on any machine, in seconds:
+"""Draw prompts of pictures and words, on any machine, in a minute:
 
     python examples/demo.py
 
-With a converted checkpoint (kosmos-g convert --help) the same code draws pictures:
+With a converted checkpoint (kosmos-g convert --help) the same code draws from photos:
 
     python examples/demo.py --model ./kosmos-g
 """
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import torch
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
+from common import GUIDANCE, GUIDANCE_TINY, IMAGES, STEPS, STEPS_TINY
+from PIL import Image, ImageDraw, ImageOps
 
-from kosmos_g_diffusers import KosmosGPipeline
-from kosmos_g_diffusers.tiny import RANDOM_MODEL_NOTE, build_tiny_pipeline
+from kosmos_g_diffusers import SPRITES, KosmosGPipeline
+from kosmos_g_diffusers.small_model import SPRITES_NOTE
 
-PROMPT = "<i> in the style of <i>"
-PHOTOS = Path(__file__).parent / "images"
+PHOTO_PROMPTS = [("<i> in the style of <i>", ["cat.jpg", "coffee.jpg"])]
+SPRITE_PROMPTS = [  # none of these sprites was shown or named to the small model while it learned
+    ("<i> on a mint background", ["star.png"]),
+    ("<i> and <i> on a white background", ["star.png", "heart.png"]),
+    ("<i> and a small cyan plain moon on a grey background", ["heart.png"]),
+    ("<i>, pink", ["star.png"]),
+    ("<i>, blue", ["heart.png"]),
+    ("a large orange striped ring on a lavender background", []),
+]
+IMAGES_PER_PROMPT = 4
+TEXT_WIDTH, GAP = 210, 8  # pixels of the sheet
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write a few images of one prompt of pictures and words.")
+    parser = argparse.ArgumentParser(description="Write a few images of prompts of pictures and words.")
     parser.add_argument(
-        "--model", help="folder or Hub id of a Kosmos-G model (default: a small random model)"
+        "--model",
+        help="folder or Hub id of a Kosmos-G model (default: the small model that ships, of sprites)",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("out"), help="folder to write into (default: out)"
     )
-    parser.add_argument("--steps", type=int, default=30, help="denoising steps (default: 30)")
-    arguments = parser.parse_args()
-
-    pipe = (
-        build_tiny_pipeline() if arguments.model is None else KosmosGPipeline.from_pretrained(arguments.model)
+    parser.add_argument(
+        "--steps", type=int, help=f"denoising steps (default: {STEPS_TINY}, with --model {STEPS})"
     )
-    pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-
-    cat, coffee = Image.open(PHOTOS / "cat.jpg"), Image.open(PHOTOS / "coffee.jpg")
-    images = pipe(
-        PROMPT,
-        images=[cat, coffee],
-        num_images_per_prompt=4,
-        num_inference_steps=arguments.steps,
-        guidance_scale=6.0,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(4)],
-    ).images
-
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    files = {f"demo_{seed}.png": image for seed, image in enumerate(images)}
-    tiles = [ImageOps.fit(tile, (256, 256), Image.Resampling.BICUBIC) for tile in (cat, coffee, *images)]
-    files["demo.png"] = make_image_grid(tiles, rows=2, cols=3)  # the two photos, then what was drawn
-    print(f'Prompt: "{PROMPT}" with cat.jpg and coffee.jpg of {PHOTOS}')
-    for name, image in files.items():
-        image.save(arguments.output / name)
-        print(arguments.output / name)
+    arguments = parser.parse_args()
     if arguments.model is None:
-        print(RANDOM_MODEL_NOTE)
+        prompts, steps, guidance, side = SPRITE_PROMPTS, STEPS_TINY, GUIDANCE_TINY, 128
+    else:
+        prompts, steps, guidance, side = PHOTO_PROMPTS, STEPS, GUIDANCE, 256
+
+    pipe = KosmosGPipeline.from_pretrained(arguments.model or SPRITES, torch_dtype=torch.float32)
+    pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (prompt, names) in enumerate(prompts):
+        print(f'"{prompt}"', *names)
+        pictures = [Image.open(IMAGES / name) for name in names]
+        drawn = pipe(
+            prompt,
+            images=pictures,
+            num_images_per_prompt=IMAGES_PER_PROMPT,
+            num_inference_steps=arguments.steps or steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(IMAGES_PER_PROMPT)],
+        ).images
+        for seed, image in enumerate(drawn):
+            image.save(arguments.output / f"demo_{number}_{seed}.png")
+        rows.append((pictures, prompt, drawn))
+    draw_sheet(rows, side).save(arguments.output / "demo.png")
+    print(f"{arguments.output / 'demo.png'}, and each image beside it")
+    if arguments.model is None:
+        print(SPRITES_NOTE)
+
+
+def draw_sheet(rows, side):
+    """A row for each (pictures, prompt, images drawn): tiles of `side` pixels, the prompt written between them."""
+    n_pictures = max(len(pictures) for pictures, _, _ in rows)
+    left = n_pictures * (side + GAP) + GAP
+    width = left + TEXT_WIDTH + IMAGES_PER_PROMPT * (side + GAP)
+    sheet = Image.new("RGB", (width, len(rows) * (side + GAP) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (pictures, prompt, drawn) in enumerate(rows):
+        top = GAP + number * (side + GAP)
+        draw.text((left, top + side // 2), textwrap.fill(prompt, 24), "black", anchor="lm", font_size=15)
+        places = [left - (side + GAP) * (len(pictures) - index) for index in range(len(pictures))]
+        places += [left + TEXT_WIDTH + index * (side + GAP) for index in range(len(drawn))]
+        for place, image in zip(places, [*pictures, *drawn], strict=True):
+            # sprites have 64 pixels: enlarged, not blurred
+            resampling = Image.Resampling.NEAREST if image.width < side else Image.Resampling.BICUBIC
+            tile = ImageOps.fit(image.convert("RGB"), (side, side), resampling)
+            sheet.paste(tile, (place, top))
+            draw.rectangle((place - 1, top - 1, place + side, top + side), outline="silver")
+    return sheet
 
 
 if __name__ == "__main__":

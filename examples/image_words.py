@@ -2,39 +2,39 @@
 
     python examples/image_words.py --tiny
 
-With a converted checkpoint (kosmos-g convert --help) instead of the small random model:
+With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
     python examples/image_words.py --model ./kosmos-g
 """
 
 import torch
-from common import CAT, COFFEE, parse_arguments, save
+from common import parse_arguments, save, subjects
 from diffusers import StableDiffusionImg2ImgPipeline
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from kosmos_g_diffusers import KosmosGPipeline
-from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 arguments = parse_arguments(__doc__)
-if arguments.tiny:
-    pipe = build_tiny_pipeline()
-else:
-    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
+first, second = subjects(arguments)
 
-pipe.add_image_word("<my-cat>", Image.open(CAT))  # encoded once, here
-settings = {"num_inference_steps": arguments.steps, "guidance_scale": 6.0}
+if arguments.tiny:
+    prompts = ["<my-own> on a mint background", "<my-own> on a grey background"]
+else:
+    prompts = ["<my-own> wearing a hat", "<my-own> and a cup"]
+pipe.add_image_word("<my-own>", first)  # encoded once, here
+settings = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
 generator = torch.Generator("cpu").manual_seed(0)
-drawn = pipe("<my-cat> wearing a hat", generator=generator, **settings).images[0]
+drawn = pipe(prompts[0], generator=generator, **settings).images[0]
 
 # torch_dtype: diffusers' own from_pipe would cast what is shared to float32
 stock = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=pipe.dtype)
-coffee = ImageOps.fit(Image.open(COFFEE), drawn.size)
+before = ImageOps.fit(second, drawn.size)
 generator = torch.Generator("cpu").manual_seed(0)
-changed = stock("<my-cat> and a cup", image=coffee, strength=0.8, generator=generator, **settings).images[0]
+changed = stock(prompts[1], image=before, strength=0.8, generator=generator, **settings).images[0]
 
-save(make_image_grid([drawn, changed], rows=1, cols=2), "image_words.png", arguments)
+save([drawn, before, changed], "image_words.png", arguments)
 
 # a small file, to share the word like a textual-inversion embedding; load_image_words reads it
 pipe.save_image_words(arguments.output / "image_words.safetensors")

@@ -2,46 +2,49 @@
 
     python examples/interleaved_prompt.py --tiny
 
-With a converted checkpoint (kosmos-g convert --help) instead of the small random model:
+With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
     python examples/interleaved_prompt.py --model ./kosmos-g
 """
 
 import torch
-from common import CAT, COFFEE, parse_arguments, save
-from diffusers.utils import make_image_grid
-from PIL import Image
+from common import parse_arguments, save, subjects
 
 from kosmos_g_diffusers import KosmosGPipeline
-from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 arguments = parse_arguments(__doc__)
-if arguments.tiny:
-    pipe = build_tiny_pipeline()
-else:
-    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
-cat, coffee = Image.open(CAT), Image.open(COFFEE)
+first, second = subjects(arguments)
 
 
 def draw(prompt, **pictures):
-    generator = torch.Generator("cpu").manual_seed(0)
     return pipe(
-        prompt, **pictures, num_inference_steps=arguments.steps, guidance_scale=6.0, generator=generator
+        prompt,
+        **pictures,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance,
+        generator=torch.Generator("cpu").manual_seed(0),
     ).images[0]
 
 
-# a string with a mark for each picture; images= also takes paths and URLs
-marks = draw("<i> in the style of <i>", images=[cat, coffee])
-# words and pictures in reading order
-reading_order = draw([cat, "in the style of", coffee])
-# chat content, as multimodal language models take it
+# words and pictures in reading order; pictures may also be paths and URLs
+if arguments.tiny:
+    parts = [first, "and", second, "on a white background"]
+else:
+    parts = [first, "in the style of", second]
+reading_order = draw(parts)
+
+# a string with a mark for each picture: "<i> in the style of <i>"
+text = " ".join(part if isinstance(part, str) else "<i>" for part in parts)
+marks = draw(text, images=[first, second])
+
+# chat content, as multimodal language models take it: [{"type": "image", "image": first}, {"type": "text", ...
 chat = draw(
     [
-        {"type": "image", "image": cat},
-        {"type": "text", "text": "in the style of"},
-        {"type": "image", "image": coffee},
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+        for part in parts
     ]
 )
 
-save(make_image_grid([marks, reading_order, chat], rows=1, cols=3), "interleaved_prompt.png", arguments)
+save([reading_order, marks, chat], "interleaved_prompt.png", arguments)

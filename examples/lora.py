@@ -2,7 +2,7 @@
 
     python examples/lora.py --tiny
 
-With a converted checkpoint (kosmos-g convert --help) instead of the small random model:
+With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
     python examples/lora.py --model ./kosmos-g
 
@@ -10,41 +10,37 @@ Both need peft: pip install peft
 """
 
 import torch
-from common import CAT, parse_arguments, random_lora, save
-from diffusers.utils import make_image_grid
-from PIL import Image
+from common import parse_arguments, random_lora, save, subjects
 
 from kosmos_g_diffusers import KosmosGPipeline
-from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 arguments = parse_arguments(__doc__)
-if arguments.tiny:
-    pipe = build_tiny_pipeline()
-else:
-    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
+first, _ = subjects(arguments)
 
 
 def draw():
     return pipe(
-        "<i>, pixel art",
-        images=[Image.open(CAT)],
+        "<i> on a mint background" if arguments.tiny else "<i>, pixel art",
+        images=[first],
         num_inference_steps=arguments.steps,
-        guidance_scale=6.0,
+        guidance_scale=arguments.guidance,
         generator=torch.Generator("cpu").manual_seed(0),
     ).images[0]
 
 
 if arguments.tiny:
-    lora = random_lora(pipe.unet)
+    lora, scale = random_lora(pipe.unet), 3.0
+    print("The LoRA has random weights: it disturbs the drawing, which shows that it acts.")
 else:
-    lora = "artificialguybr/pixelartredmond-1-5v-pixel-art-loras-for-sd-1-5"
+    lora, scale = "artificialguybr/pixelartredmond-1-5v-pixel-art-loras-for-sd-1-5", 0.9
 # its layers for the U-Net; those for CLIP's text encoder, which is not there, are left out with a warning
 pipe.load_lora_weights(lora, adapter_name="pixels")
-pipe.set_adapters(["pixels"], [0.9])
+pipe.set_adapters(["pixels"], [scale])
 with_lora = draw()
 
 pipe.unload_lora_weights()
 without = draw()
 
-save(make_image_grid([without, with_lora], rows=1, cols=2), "lora.png", arguments)
+save([without, with_lora], "lora.png", arguments)

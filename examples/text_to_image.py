@@ -2,7 +2,7 @@
 
     python examples/text_to_image.py --tiny
 
-With a converted checkpoint (kosmos-g convert --help) instead of the small random model:
+With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
     python examples/text_to_image.py --model ./kosmos-g
 """
@@ -11,21 +11,21 @@ import torch
 from common import parse_arguments, save
 
 from kosmos_g_diffusers import KosmosGPipeline
-from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 arguments = parse_arguments(__doc__)
-if arguments.tiny:
-    pipe = build_tiny_pipeline()
-else:
-    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
 
+if arguments.tiny:  # a striped yellow star is nothing that the small model was ever shown or told
+    prompt, negative_prompt = "a large yellow striped star on a mint background", None
+else:
+    prompt, negative_prompt = "a cat wearing a hat, oil painting", "blurry"
 image = pipe(
-    "a cat wearing a hat, oil painting",
-    negative_prompt="blurry",
+    prompt,
+    negative_prompt=negative_prompt,
     num_inference_steps=arguments.steps,
-    guidance_scale=6.0,
+    guidance_scale=arguments.guidance,
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 
-save(image, "text_to_image.png", arguments)
+save([image], "text_to_image.png", arguments)

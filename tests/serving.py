@@ -1,17 +1,22 @@
-"""The app as the tests run it: in this process, on a free port, with the small random model and a folder of its own."""
+"""The app as the tests run it: in this process, on a free port, with a folder of its own, and a toy in place of the small
+model that ships, which has random ControlNets of every kind."""
 
 import os
 import shutil
 import socket
+import tempfile
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
+from kosmos_g_diffusers.control import build_random_controlnet
 from kosmos_g_diffusers.studio.models import Models
 from kosmos_g_diffusers.studio.store import Store
 from kosmos_g_diffusers.studio.studio import Studio
+from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
@@ -30,6 +35,14 @@ def serving(folder, capacity=16, model_folders=(), lora_folder=None, unet_folder
     os.chdir(folder)  # as commands/app.py does
     from kosmos_g_diffusers.app import serve
 
+    pipe = build_tiny_pipeline()
+    pipe.save_pretrained(toy := tempfile.mkdtemp())
+    patches = mock.patch.multiple(
+        "kosmos_g_diffusers.generation",
+        SPRITES=toy,
+        load_sprites_controlnet=lambda name, dtype: build_random_controlnet(pipe.unet, sum(map(ord, name))),
+    )
+    patches.start()
     studio = Studio(Models(model_folders, lora_folder, unet_folder), Store("."), capacity)
     studio.start()
     with socket.socket() as free:
@@ -42,6 +55,8 @@ def serving(folder, capacity=16, model_folders=(), lora_folder=None, unet_folder
     finally:
         studio.close()
         blocks.close(verbose=False)
+        patches.stop()
+        shutil.rmtree(toy)
         os.chdir(before)
         os.environ.clear()
         os.environ.update(environment)

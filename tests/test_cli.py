@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +8,10 @@ import PIL.Image
 import pytest
 import torch
 
-from kosmos_g_diffusers import commands
+from kosmos_g_diffusers import SPRITES, commands
 from kosmos_g_diffusers.cli import COMMANDS, build_parser, main
 from kosmos_g_diffusers.schedulers import SCHEDULERS, make_scheduler
 from kosmos_g_diffusers.settings import GenerationSettings, read_settings, write_png
-from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "images"
 PROMPT = ["<i> in the style of <i>", "--image", "cat.jpg", "--image", "coffee.jpg"]
@@ -48,7 +48,7 @@ def test_run_writes_a_file_per_image_and_a_grid(folder, capsys):
     assert generate(*PROMPT, "--num-images", "3", "--seed", "5", *negative) == 0
     out, err = capsys.readouterr()
     assert out.split() == ["out_0.png", "out_1.png", "out_2.png", "out.png"]
-    assert "random weights" in err
+    assert "knows nothing but sprites" in err
     assert PIL.Image.open("out_1.png").size == (64, 48)
     assert PIL.Image.open("out.png").size == (128, 96)
     first, grid = read_settings("out_0.png"), read_settings("out.png")
@@ -146,7 +146,7 @@ def test_files_are_overwritten_only_with_force(folder, capsys, monkeypatch):
         ([], "Neither a prompt nor --from"),
         (["<i> in the snow"], "1 '<i>' marks but 0 pictures"),
         (["a hat", "--image", "cat.jpg"], "0 '<i>' marks but 1 pictures"),
-        (["<i>", "--image", "missing.png"], "no picture at 'missing.png'"),
+        (["<i>", "--image", "missing.png"], "no file at 'missing.png'"),
         (["<i>", "--image", "https://example.org/a.png"], "download URLs first"),
         (["<i>", "--image", "text.png"], "Image 0 of prompt 0 cannot be read from 'text.png'"),
         (["a hat", "--output", "out.jpg"], "does not end in .png"),
@@ -180,11 +180,11 @@ def test_traceback_is_shown_when_asked(folder):
 
 
 def test_model_folder_gives_the_image_of_its_pipeline(folder, capsys):
-    build_tiny_pipeline().save_pretrained("tiny")
+    shutil.copytree(SPRITES, "copy")
     generate(*PROMPT, "--seed", "1", "--output", "built.png")
     capsys.readouterr()
-    generate(*PROMPT, "--seed", "1", "--model", "./tiny")
-    assert "random weights" not in capsys.readouterr().err
+    generate(*PROMPT, "--seed", "1", "--model", "./copy")
+    assert "sprites" not in capsys.readouterr().err
     assert pixels("out.png") == pixels("built.png")
     assert generate("--from", "out.png", "--output", "again.png", steps=None) == 0
     assert pixels("again.png") == pixels("built.png")
@@ -193,7 +193,7 @@ def test_model_folder_gives_the_image_of_its_pipeline(folder, capsys):
 def test_model_named_by_a_png_is_not_downloaded(folder, capsys):
     write_png(PIL.Image.new("RGB", (8, 8)), "a.png", GenerationSettings("a hat", model="stranger/model"))
     message = fails(capsys, "generate", "--from", "a.png")
-    assert "'stranger/model', which is no folder here. Pass it with --model" in message
+    assert "'stranger/model', which is not here. Pass it with --model" in message
 
 
 def test_other_versions_are_told(folder, capsys):

@@ -1,12 +1,10 @@
 """Other U-Nets of the Stable Diffusion 1.5 family, from folders and single files, and those that do not fit."""
 
-import re
-
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from composing import assert_all_differ, borrow, generate
+from composing import assert_all_differ, borrow, generate, name_in_a_single_file
 from diffusers import (
     ControlNetModel,
     LCMScheduler,
@@ -58,49 +56,6 @@ def test_unet_of_a_folder(worded, fine_tuned, draw, photos, tmp_path):
     assert np.array_equal(draw(loaded, "<i> in a hat", images=[photos[0]]), image)
     # what the prompt means is the encoder's alone
     assert torch.equal(loaded.encode_prompt(DOG)[0], worded.encode_prompt(DOG)[0])
-
-
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-OUTSIDE = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-
-
-def name_in_a_single_file(name, layers_per_block=1):
-    """Name of a U-Net weight in the layout of the original Stable Diffusion, in which fine-tunes are shared."""
-    module, _, kind = name.rpartition(".")
-    if module in OUTSIDE:
-        return f"{OUTSIDE[module]}.{kind}"
-    block, index, part, layer, rest = re.fullmatch(
-        r"(down_blocks|mid_block|up_blocks)\.?(\d*)\.(\w+)\.(\d+)\.(.*)", name
-    ).groups()
-    layer = int(layer)
-    if part == "resnets":
-        head, _, tail = rest.partition(".")
-        rest = f"{RESNET[head]}.{tail}"
-    if block == "mid_block":
-        return f"middle_block.{2 * layer if part == 'resnets' else 1}.{rest}"
-    if block == "down_blocks":
-        first = 1 + int(index) * (layers_per_block + 1)
-        if part == "downsamplers":
-            return f"input_blocks.{first + layers_per_block}.0.{rest.replace('conv', 'op')}"
-        return f"input_blocks.{first + layer}.{0 if part == 'resnets' else 1}.{rest}"
-    first = int(index) * (layers_per_block + 1)
-    if part == "upsamplers":
-        # behind the last resnet of its block, and behind its attention if there is one
-        return f"output_blocks.{first + layers_per_block}.1.{rest}"
-    return f"output_blocks.{first + layer}.{0 if part == 'resnets' else 1}.{rest}"
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])

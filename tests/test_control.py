@@ -11,9 +11,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import MultiControlNetModel
+from diffusers import MultiControlNetModel, UNet2DConditionModel
 
 from kosmos_g_diffusers import (
+    SPRITES,
     KosmosGControlNetImg2ImgPipeline,
     KosmosGControlNetPipeline,
     annotators,
@@ -32,6 +33,7 @@ from kosmos_g_diffusers.control import (
 )
 from kosmos_g_diffusers.pipeline_kosmos_g import KosmosGPromptMixin
 from kosmos_g_diffusers.settings import ControlInput, GenerationSettings, InputImage, read_settings, write_png
+from kosmos_g_diffusers.small_model import load_sprites_controlnet
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "images"
 DETECTORS = [name for name, control in CONTROLS.items() if control.weights == ANNOTATORS]
@@ -528,9 +530,22 @@ def test_controlnet_that_cannot_be_loaded_is_named(empty_cache, tmp_path):
 # The commands ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def small_unet():
+    """The U-Net of the small model that ships."""
+    return UNet2DConditionModel.from_pretrained(SPRITES, subfolder="unet", torch_dtype=torch.float32)
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with the two example photos, and with two drawings of 64 x 64 pixels."""
+def folder(tmp_path, monkeypatch, small_unet):
+    """A working folder with the two example photos, and with two drawings of 64 x 64 pixels.
+
+    The small model has a ControlNet of random weights for every control; the one that ships is for canny alone.
+    """
+    monkeypatch.setattr(
+        "kosmos_g_diffusers.generation.load_sprites_controlnet",
+        lambda name, dtype: build_random_controlnet(small_unet, sum(map(ord, name)), 4),
+    )
     for name in ("cat.jpg", "coffee.jpg"):
         (tmp_path / name).write_bytes((PHOTOS / name).read_bytes())
     monkeypatch.chdir(tmp_path)
@@ -638,14 +653,22 @@ def test_several_controls_act_together_each_with_its_own_strength(folder):
     assert pixels("again.png") == pixels("out.png")
 
 
-def test_controlnet_of_a_folder_is_used_and_recorded(folder, pipe):
-    build_random_controlnet(pipe.unet, seed=5).save_pretrained("net")
+def test_controlnet_of_a_folder_is_used_and_recorded(folder, small_unet):
+    build_random_controlnet(small_unet, 5, vae_scale_factor=4).save_pretrained("net")
     generate(*A_HAT, "--control", "drawing:a.png")
     assert generate(*A_HAT, "--control", "drawing:a.png", "--controlnet", "net", "--output", "net.png") == 0
     assert pixels("net.png") != pixels("out.png")
     assert read_settings("net.png").controls[0].controlnet == "net"
     assert generate("--from", "net.png", "--output", "again.png") == 0
     assert pixels("again.png") == pixels("net.png")
+
+
+def test_controlnet_that_ships_is_for_canny_alone(small_unet):
+    controlnet = load_sprites_controlnet("canny", torch.float16)
+    assert controlnet.dtype == torch.float16
+    assert controlnet.config.cross_attention_dim == small_unet.config.cross_attention_dim
+    with pytest.raises(ValueError, match="for canny alone, and 'depth' was asked for"):
+        load_sprites_controlnet("depth")
 
 
 def test_image_has_the_shape_of_the_picture_and_the_size_of_the_model_or_of_the_control_image(folder):
@@ -666,7 +689,7 @@ def test_mistakes_with_controls_are_explained(folder, capsys):
     drawing = ("--control", "drawing:a.png")
     assert "'drawing' is not of the form KIND:FILE" in error("--control", "drawing")
     assert "There is no control 'cany'. Known: canny" in error("--control", "cany:a.png")
-    assert "There is no picture at 'no.png'" in error("--control", "drawing:no.png")
+    assert "There is no file at 'no.png'" in error("--control", "drawing:no.png")
     assert "2 --control-scale and 1 --control" in error(
         *drawing, "--control-scale", "1", "--control-scale", "1"
     )

@@ -104,8 +104,7 @@ def test_every_image_carries_what_makes_it_alone(finished):
         7.5,
         "dpm",
     )
-    pipe = build_tiny_pipeline()
-    pipe.scheduler = engine.load_pipeline(settings).scheduler
+    pipe = engine.load_pipeline(settings)
     pipe.set_progress_bar_config(disable=True)
     again = pipe(
         settings.prompt,

@@ -1,28 +1,46 @@
+import importlib.util
 import re
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
+import torch
+
+from kosmos_g_diffusers.small_model import SPRITES_NOTE
+from kosmos_g_diffusers.sprites.reader import read
+from kosmos_g_diffusers.sprites.world import HELD_OUT_TRIPLES, Scene, is_held_out, make_rng, render
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEMOS = ("app_client.py", "common.py", "demo.py")  # what the others share, and what other tests run
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.name not in DEMOS)
-NEED_PEFT = ("few_steps", "lora")
+TILE = 256  # pixels: images of 64 are written four times as large
+FEW = ("--steps", "2")
 
 
 @pytest.fixture
-def run_example(monkeypatch):
+def examples_path(monkeypatch):
+    """Examples import each other, as with `python examples/x.py`, and anew in every test."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    yield
+    sys.modules.pop("common", None)
+
+
+@pytest.fixture
+def common(examples_path):
+    """The module that the examples share."""
+    return importlib.import_module("common")
+
+
+@pytest.fixture
+def run_example(examples_path, monkeypatch):
     """Function that runs an example in this process, with the given arguments."""
-    monkeypatch.syspath_prepend(EXAMPLES)  # as `python examples/x.py` does
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        try:
-            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-        finally:
-            sys.modules.pop("common", None)
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
     return run
 
@@ -34,37 +52,74 @@ def test_the_examples_are_those_that_were_promised():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_example_runs_as_its_first_command_says(name, run_example, tmp_path, capsys):
-    if name in NEED_PEFT:
+    if name == "lora":
         pytest.importorskip("peft")
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     commands = re.findall(r"^    (python .*)$", text, re.MULTILINE)
     assert commands == [f"python examples/{name}.py --tiny", f"python examples/{name}.py --model ./kosmos-g"]
     assert len(text.splitlines()) < 80
-    run_example(name, "--tiny", "--output", str(tmp_path / "out"))
+    run_example(name, "--tiny", *FEW, "--output", str(tmp_path / "out"))
     path = tmp_path / "out" / f"{name}.{'gif' if name == 'animate' else 'png'}"
     out = capsys.readouterr().out
-    assert str(path) in out and "random weights" in out
+    assert str(path) in out and SPRITES_NOTE in out
     with PIL.Image.open(path) as image:
-        assert image.width % 64 == 0 and image.height % 64 == 0
+        assert image.width % TILE == 0 and image.height % TILE == 0
         assert getattr(image, "n_frames", 1) == (16 if name == "animate" else 1)
         assert any(low != high for low, high in image.convert("RGB").getextrema())
 
 
 def tiles(path, count):
-    """The square pictures of a row that an example has written."""
-    image = PIL.Image.open(path)
-    return [image.crop((64 * index, 0, 64 * (index + 1), 64)).tobytes() for index in range(count)]
+    """The pictures of a row that an example has written, at the size in which they were drawn."""
+    row = PIL.Image.open(path)
+    assert row.size == (TILE * count, TILE)
+    pictures = [row.crop((TILE * index, 0, TILE * (index + 1), TILE)) for index in range(count)]
+    return [picture.resize((64, 64), PIL.Image.Resampling.NEAREST) for picture in pictures]
+
+
+def distinct(path, count):
+    return len({picture.tobytes() for picture in tiles(path, count)})
 
 
 def test_three_ways_to_write_a_prompt_give_one_picture(run_example, tmp_path):
-    run_example("interleaved_prompt", "--tiny", "--steps", "2", "--output", str(tmp_path))
-    assert len(set(tiles(tmp_path / "interleaved_prompt.png", 3))) == 1
+    run_example("interleaved_prompt", "--tiny", *FEW, "--output", str(tmp_path))
+    assert distinct(tmp_path / "interleaved_prompt.png", 3) == 1
 
 
-def test_lora_of_the_example_changes_the_picture(run_example, tmp_path):
+def test_lora_of_the_example_changes_the_picture(run_example, tmp_path, capsys):
     pytest.importorskip("peft")
-    run_example("lora", "--tiny", "--steps", "2", "--output", str(tmp_path))
-    assert len(set(tiles(tmp_path / "lora.png", 2))) == 2
+    run_example("lora", "--tiny", *FEW, "--output", str(tmp_path))
+    assert distinct(tmp_path / "lora.png", 2) == 2
+    assert "The LoRA has random weights" in capsys.readouterr().out
+
+
+def test_hole_of_the_inpainted_sprite_is_beside_it_and_what_is_around_the_hole_stays(run_example, tmp_path):
+    run_example("inpaint", "--tiny", *FEW, "--output", str(tmp_path))
+    before, mask, after = tiles(tmp_path / "inpaint.png", 3)
+    (heart,) = read(before).sprites
+    assert heart.triple == ("heart", "red", "dotted")
+    before, mask, after = (np.asarray(picture, float) for picture in (before, mask, after))
+    cover = np.linalg.norm(before - before[0, 0], axis=-1) > 20
+    hole = mask[..., 0] > 127
+    assert hole.any() and not (cover & hole).any()
+    assert not np.array_equal(before[hole], after[hole])
+    # the VAE of the small model changes a picture a little
+    assert np.abs(before - after)[cover].mean() < 0.5 * np.abs(before - before[0, 0])[cover].mean()
+
+
+def test_edges_of_two_controlnets_lie_in_halves_of_the_picture(run_example, tmp_path):
+    if importlib.util.find_spec("controlnet_aux") is None:
+        pytest.skip("controlnet_aux is not installed (extra `control`)")
+    pytest.importorskip("cv2", reason="controlnet_aux needs opencv-python-headless")
+    run_example("multi_controlnet", "--tiny", *FEW, "--output", str(tmp_path))
+    star, heart, _ = (np.asarray(tile)[..., 0] > 127 for tile in tiles(tmp_path / "multi_controlnet.png", 3))
+    assert star[:, :32].any() and not star[:, 33:].any()
+    assert heart[:, 32:].any() and not heart[:, :31].any()
+
+
+def test_sprite_that_is_moved_stays_whole(common):
+    for name, right, down in (("plain_star", -17, -6), ("plain_heart", 17, 6), ("heart", -18, 0)):
+        picture = PIL.Image.open(EXAMPLES / "images" / f"{name}.png")
+        assert read(common.move(picture, right, down)) == read(picture)
 
 
 @pytest.mark.parametrize("name", ["controlnet", "multi_controlnet"])
@@ -75,10 +130,11 @@ def test_without_controlnet_aux_other_edges_stand_in_and_that_is_said(
         raise ImportError("controlnet_aux is not installed.")
 
     monkeypatch.setattr("kosmos_g_diffusers.control.control_image", is_missing)
-    run_example(name, "--tiny", "--steps", "2", "--output", str(tmp_path))
+    run_example(name, "--tiny", *FEW, "--output", str(tmp_path))
     assert "controlnet_aux is not installed. Here plain differences" in capsys.readouterr().out
-    edges = PIL.Image.open(tmp_path / f"{name}.png").crop((0, 0, 64, 64))
-    assert edges.convert("L").getextrema()[1] > 100
+    tile = tiles(tmp_path / f"{name}.png", 2 if name == "controlnet" else 3)[0]
+    edges = np.asarray(tile)[..., 0] > 127
+    assert 0 < edges.sum() < 64 * 64 / 8 and not edges[[0, -1]].any() and not edges[:, [0, -1]].any()
 
 
 def test_examples_ask_which_model_they_should_take(run_example, capsys):
@@ -87,30 +143,81 @@ def test_examples_ask_which_model_they_should_take(run_example, capsys):
     assert "--tiny --model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["text_to_image", "inpaint", "animate"])
+@pytest.mark.parametrize("name", ["text_to_image", "inpaint", "animate", "few_steps"])
 def test_example_takes_a_model_from_a_folder(name, run_example, tmp_path, monkeypatch, capsys, pipe):
-    from diffusers import MotionAdapter
+    from diffusers import MotionAdapter, StableDiffusionPipeline
 
     pipe.save_pretrained(tmp_path / "kosmos-g")
     sizes = {"motion_layers_per_block": 1, "motion_num_attention_heads": 4, "motion_norm_num_groups": 8}
     adapter = MotionAdapter(block_out_channels=(16, 32), **sizes)
     monkeypatch.setattr(MotionAdapter, "from_pretrained", lambda repo, **kwargs: adapter)
+    if name == "few_steps":
+        pytest.importorskip("peft")
+        random_lora = importlib.import_module("common").random_lora
+        load = StableDiffusionPipeline.load_lora_weights
+        monkeypatch.setattr(
+            StableDiffusionPipeline,
+            "load_lora_weights",
+            lambda pipe, repo, name=None, **kwargs: load(pipe, random_lora(pipe.unet), name, **kwargs),
+        )
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    arguments = ("--model", str(tmp_path / "kosmos-g"), "--steps", "2", "--output", str(tmp_path / "out"))
-    run_example(name, *arguments)
+    arguments = ("--model", str(tmp_path / "kosmos-g"), "--output", str(tmp_path / "out"))
+    run_example(name, *arguments, *FEW)
     assert [path.stem for path in (tmp_path / "out").iterdir()] == [name]
-    assert "random weights" not in capsys.readouterr().out
+    assert SPRITES_NOTE not in capsys.readouterr().out
 
 
-def test_demo_writes_images_and_says_that_the_model_is_random(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path / "out"), "--steps", "2"])
-    runpy.run_path(str(EXAMPLES / "demo.py"), run_name="__main__")
+def test_frames_of_the_small_model_are_drawings_of_their_own(common, build_pipe):
+    from diffusers import UNetMotionModel
+
+    unet = build_pipe().unet
+    motion = UNetMotionModel.from_unet2d(unet, common.resting_adapter(unet))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, 3, 8, 8, generator=generator)  # of three frames
+    states = torch.randn(1, 5, unet.config.cross_attention_dim, generator=generator)
+    with torch.no_grad():
+        together = motion(latents, 500, states.repeat_interleave(3, 0)).sample[0]
+        alone = unet(latents[0].transpose(0, 1), 500, states.expand(3, -1, -1)).sample
+    assert torch.allclose(together.transpose(0, 1), alone, atol=1e-5)
+
+
+def demo(run_example, tmp_path, *arguments):
+    """Run the demo; the files that it writes, by name."""
+    run_example("demo", "--output", str(tmp_path / "out"), "--steps", "1", *arguments)
+    return {path.name: path for path in (tmp_path / "out").iterdir()}
+
+
+def test_demo_writes_a_sheet_of_prompts_with_held_out_sprites_and_says_what_draws(
+    run_example, tmp_path, capsys
+):
+    files = demo(run_example, tmp_path)
     out = capsys.readouterr().out
-    names = ["demo.png", "demo_0.png", "demo_1.png", "demo_2.png", "demo_3.png"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    assert all(str(tmp_path / "out" / name) in out for name in names)
-    assert "random weights" in out
-    assert PIL.Image.open(tmp_path / "out" / "demo_0.png").size == (64, 64)
+    prompts = re.findall(r'^"(.*)"(.*)$', out, re.MULTILINE)
+    assert ("<i> on a mint background", " star.png") in prompts
+    assert sorted(files) == sorted(
+        ["demo.png", *(f"demo_{row}_{seed}.png" for row in range(len(prompts)) for seed in range(4))]
+    )
+    assert str(files["demo.png"]) in out and SPRITES_NOTE in out
+    assert all(prompt.count("<i>") == len(names.split()) for prompt, names in prompts)
+    named = [re.findall(r"a (?:large|small) (\w+) (\w+) (\w+)", prompt) for prompt, _ in prompts]
+    assert any(named)
+    for colour, pattern, shape in sum(named, []):
+        assert (shape, colour, pattern) in HELD_OUT_TRIPLES
+    assert PIL.Image.open(files["demo_0_0.png"]).size == (64, 64)
+    sheet = PIL.Image.open(files["demo.png"])
+    assert sheet.height >= 128 * len(prompts) and sheet.width >= 128 * 6
+    star = np.asarray(PIL.Image.open(EXAMPLES / "images" / "star.png").resize((128, 128), 0))
+    windows = np.asarray(sheet)[8:136]  # the first row shows the picture of its prompt
+    assert any((windows[:, left : left + 128] == star).all() for left in range(sheet.width - 128))
+
+
+def test_demo_draws_photos_with_a_model_from_a_folder(run_example, tmp_path, monkeypatch, capsys, pipe):
+    pipe.save_pretrained(tmp_path / "kosmos-g")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    files = demo(run_example, tmp_path, "--model", str(tmp_path / "kosmos-g"))
+    out = capsys.readouterr().out
+    assert '"<i> in the style of <i>" cat.jpg coffee.jpg' in out and SPRITES_NOTE not in out
+    assert sorted(files) == ["demo.png", *(f"demo_0_{seed}.png" for seed in range(4))]
 
 
 def test_photos_are_small_and_their_provenance_is_told():
@@ -119,3 +226,17 @@ def test_photos_are_small_and_their_provenance_is_told():
         assert photo.name in text
         assert photo.stat().st_size < 150_000
         assert PIL.Image.open(photo).mode == "RGB"
+
+
+def test_sprites_are_held_out_and_their_provenance_tells_how_to_draw_them_again():
+    text = (EXAMPLES / "images" / "PROVENANCE.txt").read_text()
+    told = dict(re.findall(r"^(\w+)\.png +(a .*)$", text, re.MULTILINE))
+    assert sorted(told) == sorted(path.stem for path in (EXAMPLES / "images").glob("*.png"))
+    for name, words in told.items():
+        caption, number = words.split(", number ")
+        picture = PIL.Image.open(EXAMPLES / "images" / f"{name}.png")
+        scene = read(picture)
+        assert scene.caption == caption
+        assert is_held_out(scene.sprites[0])
+        again = render(Scene(scene.sprites, scene.background), make_rng(name, number))
+        assert np.abs(np.asarray(picture, float) - np.asarray(again, float)).mean() < 1

@@ -110,12 +110,18 @@ def test_two_sprites_keep_to_their_halves():
 
 
 def test_recolouring_changes_the_colour_alone_and_keeps_the_part():
+    alone = 0
     for triple in TRIPLES:
         sprite = Sprite(*triple, "small")
         others = {replace(sprite, colour=colour) for colour in COLOURS} - {sprite}
         allowed = {other for other in others if is_held_out(other) == is_held_out(sprite)}
-        if allowed:  # a held-out sprite may be the only one of its shape and pattern
+        if allowed:
             assert {recolour(sprite, make_rng(triple, i)) for i in range(8)} <= allowed
+        else:
+            alone += 1
+            with pytest.raises(ValueError, match=f"no other held-out colour for {sprite}"):
+                recolour(sprite, make_rng(triple))
+    assert 0 < alone < len(HELD_OUT_TRIPLES) / 2
 
 
 def test_no_colour_of_a_sprite_is_near_a_background_or_another_colour():

@@ -8,7 +8,18 @@ import pytest
 from PIL import Image
 
 from kosmos_g_diffusers.sprites.source import KINDS, SpriteSource
-from kosmos_g_diffusers.sprites.world import BACKGROUNDS, COLOURS, HELD_OUT_TRIPLES, PATTERNS, SHAPES, SIZES
+from kosmos_g_diffusers.sprites.world import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT_TRIPLES,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    TRAINING_TRIPLES,
+    draw_colours_at_random,
+    draw_scene_at_random,
+    make_rng,
+)
 
 NAMES = [list(SIZES), list(COLOURS), PATTERNS, SHAPES]
 SPRITE = re.compile("a {} {} {} {}".format(*(f"({'|'.join(names)})" for names in NAMES)))
@@ -23,13 +34,31 @@ def pictures_of(sample):
     return [np.asarray(picture) for picture in (*pictures, sample.target) if picture is not None]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "captions"])  # these leave attributes out
+@pytest.mark.parametrize("kind", ["compositions", "edits"])  # the others leave attributes out
 def test_captions_say_every_sprite_and_none_is_held_out(kind):
     for index in range(300):
         sprites = SPRITE.findall(read(kind, index).caption)
         assert len(sprites) == 1 + (" and " in read(kind, index).caption)
         for size, colour, pattern, shape in sprites:
             assert (shape, colour, pattern) not in HELD_OUT_TRIPLES, size
+
+
+def test_pictures_of_any_colours_show_nothing_held_out():
+    named, n_any = [*COLOURS, *BACKGROUNDS], 0
+    for index in range(300):
+        rng = make_rng("any colours", index)
+        scene = draw_scene_at_random(rng)
+        paints, ground = draw_colours_at_random(scene, rng)
+        for sprite, paint in zip(scene.sprites, paints, strict=True):
+            distances = {name: np.linalg.norm(np.subtract(paint, colour)) for name, colour in COLOURS.items()}
+            assert (sprite.shape, min(distances, key=distances.get), sprite.pattern) in TRAINING_TRIPLES
+            assert np.linalg.norm(np.subtract(paint, ground)) > 60
+        picture, caption = read("pictures", index).prompt
+        # the corner is background
+        if picture.getpixel((0, 0)) not in BACKGROUNDS.values():
+            n_any += 1
+            assert not any(name in caption.split() for name in named)
+    assert 120 < n_any < 180
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,9 +1,13 @@
 import argparse
 import json
+import re
+import shlex
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 
+from kosmos_g_diffusers import cli
 from kosmos_g_diffusers.commands import train as command
 from kosmos_g_diffusers.training.config import STAGES, TrainConfig
 
@@ -71,6 +75,47 @@ def test_defaults_are_those_of_the_paper():
     assert (align.adam_beta1, align.adam_beta2, align.adam_epsilon) == (0.9, 0.98, 1e-6)
     assert (align.weight_decay, align.warmup_steps, align.max_grad_norm) == (0.01, 375, 2.0)
     assert (instruct.condition_dropout, instruct.entity_dropout) == (0.1, 0.5)
+
+
+# What is printed elsewhere ---------------------------------------------------------------------------------------
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples" / "recipes").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_recipes_are_settings(path):
+    stage = path.stem.rpartition("_")[2]
+    config = TrainConfig.from_toml(path, stage)
+    text = path.read_text(encoding="utf-8")
+    assert f"train {stage}" in text and f"--config examples/recipes/{path.name}" in text
+    if batch := re.search(r"# x (?:8 x )?(\d+) = ([\d,]+)", text):  # processes x passes x samples
+        processes = {"paper": 256, "one_node": 8, "one_gpu": 1}[path.stem.rpartition("_")[0]]
+        assert processes * config.batch_size * config.accumulation == int(batch[2].replace(",", ""))
+
+
+def commands(text):
+    """Commands of kosmos-g in a text, as lists of arguments; those that accelerate launches as well."""
+    text = re.sub(r"\\\n#?", " ", text)
+    for line in re.findall(r"^(?:#? *)(?:.*-m kosmos_g_diffusers|kosmos-g) (.+)$", text, re.MULTILINE):
+        yield shlex.split(line, comments=True)
+
+
+def test_recipes_that_are_named_exist_and_commands_parse():
+    """In the help, in the recipes and in the documentation."""
+    texts = [command.__doc__, (ROOT / "docs" / "training.md").read_text(encoding="utf-8")]
+    texts += [path.read_text(encoding="utf-8") for path in (ROOT / "examples" / "recipes").glob("*.toml")]
+    parser, seen = cli.build_parser(), []
+    for text in texts:
+        for name in re.findall(r"examples/recipes/[\w./]+", text):
+            assert (ROOT / name.rstrip(".")).exists(), name
+        for words in commands(text):
+            if "--help" not in words:
+                parser.parse_args(words)
+                seen.append(tuple(words[:2]))
+    assert {("train", stage) for stage in STAGES} < set(seen) and len(seen) > 15
 
 
 # Mistakes --------------------------------------------------------------------------------------------------------

@@ -1,13 +1,17 @@
 # ruff: noqa: F811  fixtures are imported, and used by the names of arguments
 """Runs on two processes, against one process with the doubled batch."""
 
+import os
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from training_runs import (  # noqa: F401  fixtures
+    ToySource,
     ToyStage,
     data,
     dataset,
@@ -48,6 +52,29 @@ def test_two_processes_learn_what_one_learns_from_the_doubled_batch(tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in together.items())
     with pytest.raises(ValueError, match="begun on 2 processes; this one has 1"):
         train(two, ToyStage(), dataset(two), progress_bar=False)
+
+
+def train_toy_until_a_signal(config):
+    state, source = PartialState(cpu=True), ToySource()
+    if state.process_index == 1:
+        read = source.read
+
+        def read_at_last(index, rng):
+            if list(Path(config.output).glob("log.jsonl")):  # the first step is done
+                os.kill(os.getpid(), signal.SIGTERM)
+            return read(index, rng)
+
+        source.read = read_at_last
+    data = dataset(config, state.process_index, 2, source=source)
+    train(config, ToyStage(), data, progress_bar=False)
+
+
+def test_signal_to_one_process_ends_both_with_one_checkpoint(tmp_path, capfd):
+    config = settings(tmp_path, steps=500, save_every=500)
+    assert run_processes(train_toy_until_a_signal, config) == [128 + signal.SIGTERM] * 2
+    (checkpoint,) = checkpoints.list_checkpoints(tmp_path)
+    assert checkpoints.read_progress(checkpoint)["step"] < 500
+    assert capfd.readouterr().err.count("Stopped by SIGTERM") == 1
 
 
 @pytest.mark.parametrize(

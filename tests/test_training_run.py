@@ -24,9 +24,10 @@ from training_runs import (  # noqa: F401  fixtures
     trained_weights,
 )
 
-from kosmos_g_diffusers import KosmosGPipeline, KosmosGTextEncoder, cli
+from kosmos_g_diffusers import KosmosGPipeline, KosmosGTextEncoder, KosmosGTokenizer, cli, convert_checkpoint
+from kosmos_g_diffusers.checkpoint import read_checkpoint
 from kosmos_g_diffusers.commands import train as command
-from kosmos_g_diffusers.training import TrainConfig, build_run, checkpoints, model_folder
+from kosmos_g_diffusers.training import TrainConfig, TrainingStopped, build_run, checkpoints, model_folder
 from kosmos_g_diffusers.training.adapters import load_adapter, merge_adapter
 from kosmos_g_diffusers.training.data import TooManyBadSamples
 from kosmos_g_diffusers.training.targets import load_target
@@ -120,7 +121,8 @@ def test_resumed_run_ends_with_the_same_bits(make_config, monkeypatch):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
 
-def test_sigterm_ends_the_command_with_a_checkpoint(make_config, monkeypatch, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_command_with_a_checkpoint(make_config, monkeypatch, tmp_path, number, capfd):
     config = make_config("align", steps=5000, save_every=5000)
     config.save(tmp_path / "settings.json")
     values = json.loads((tmp_path / "settings.json").read_text())
@@ -136,11 +138,17 @@ def test_sigterm_ends_the_command_with_a_checkpoint(make_config, monkeypatch, tm
     process.start()
     while not (tmp_path / "run" / "log.jsonl").exists():
         time.sleep(0.05)
-    process.terminate()
+    os.kill(process.pid, number)
     process.join(60)
-    assert process.exitcode == 128 + signal.SIGTERM
+    assert process.exitcode == 128 + number
     (checkpoint,) = checkpoints.list_checkpoints(config.output)
     assert 0 < checkpoints.read_progress(checkpoint)["step"] < 5000
+    said = capfd.readouterr()
+    assert (
+        f"Stopped by {number.name} at step" in said.err
+        and f"saved in {checkpoint}. The same command" in said.err
+    )
+    assert str(checkpoint) not in said.out.splitlines()  # the last line of a run that is done
     prompt_embeds(checkpoint)
 
 
@@ -225,10 +233,24 @@ def test_cached_run_learns_the_same(make_config, tmp_path):
 # Adapters --------------------------------------------------------------------------------------------------------
 
 
-def test_adapter_run(make_config, model):
-    config = make_config("instruct", lora_rank=4, lr=0.05, steps=4, save_every=2, keep_checkpoints=1)
-    said = []
-    checkpoint = train_stage(config, announce=said.append)
+def test_adapter_run(make_config, model, monkeypatch, capsys):
+    config = make_config("instruct", lora_rank=16, lr=0.05, steps=4, save_every=2, keep_checkpoints=1)
+    monkeypatch.setattr(cli, "COMMANDS", (command,))
+    arguments = [
+        "--model",
+        config.model,
+        "--data",
+        *config.data,
+        "--output",
+        config.output,
+        "--lora-rank",
+        "16",
+    ]
+    arguments += "--lr 0.05 --steps 4 --save-every 2 --keep-checkpoints 1".split()
+    arguments += "--batch-size 3 --warmup-steps 1 --workers 0 --log-every 1".split()
+    assert cli.main(["train", "instruct", *arguments]) == 0
+    checkpoint = checkpoints.checkpoint_folder(config.output, 4)
+    assert capsys.readouterr().out.splitlines()[-1] == str(checkpoint)
     assert sorted(os.listdir(checkpoint)) == ["adapter", "training_state"]
     before = prompt_embeds(model)
     pipe = KosmosGPipeline.from_pretrained(model)
@@ -238,6 +260,8 @@ def test_adapter_run(make_config, model):
     merge_adapter(pipe)
     merged = pipe.encode_prompt("a hat", do_classifier_free_guidance=False)[0]
     torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-4)
+    pipe.save_pretrained(checkpoint.parent.parent / "merged")
+    assert torch.equal(prompt_embeds(checkpoint.parent.parent / "merged"), merged)
     shutil.rmtree(checkpoint)
     assert train_stage(config) == checkpoint  # from nothing, or nearly: the seed decides
     pipe = KosmosGPipeline.from_pretrained(model)
@@ -251,6 +275,50 @@ def test_adapter_run_in_half_precision_with_sheets(make_config, prompts):
     )
     train_stage(config)
     assert PIL.Image.open(f"{config.output}/samples/step-00000002.png").size == (128, 64)
+
+
+# An official checkpoint ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def converted(reference, golden_encoder, tmp_path_factory):
+    """The golden alignment-stage checkpoint as `kosmos-g convert` writes it, with made-up pieces of the official number."""
+    place = tmp_path_factory.mktemp("converted")
+    pieces = [("▁", -1.0), *((f"▁{letter}", -2.0) for letter in "abcdefghijklmnopqrstuvwxyz")]
+    pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    pieces += [(f"▁piece{number}", -9.0) for number in range(63997 - len(pieces))]
+    KosmosGTokenizer.from_vocabulary(pieces).save_pretrained(place / "tokenizer")
+    return convert_checkpoint(
+        reference / "tiny_reference_checkpoint.pt",
+        place / "model",
+        tokenizer=place / "tokenizer",
+        base=reference / "tiny_stable_diffusion",
+        config=golden_encoder.config,
+    )
+
+
+def test_alignment_goes_on_from_an_official_checkpoint(make_config, converted, reference, tmp_path):
+    """Both AlignerNets are the checkpoint's, and N stays beside the model."""
+    config = make_config(
+        "align", model=str(converted), target=str(tmp_path / "clip"), steps=2, warmup_steps=1
+    )
+    save_clip(tmp_path / "clip", width=24)
+    run = build_run("align", config)
+    assert run.notes == []
+    weights, official = run.stage.state_dict(), read_checkpoint(reference / "tiny_reference_checkpoint.pt")
+    for ours, theirs in (
+        ("aligner_n.query_embeds", "aligner.decoder_query"),
+        ("aligner_n.output_projection.weight", "aligner.decoder_proj.output_projection.weight"),
+        ("text_encoder.aligner.query_embeds", "aligner.encoder_query"),
+    ):
+        assert torch.equal(weights[ours], official[theirs]), ours
+    checkpoint = train_stage(config)
+    kept, before = (load_file(place / "aligner_n/model.safetensors") for place in (checkpoint, converted))
+    assert kept.keys() == before.keys() and not torch.equal(kept["query_embeds"], before["query_embeds"])
+    again = build_run(
+        "align", make_config("align", "again", model=str(checkpoint))
+    )  # names no target: it is kept
+    assert torch.equal(again.stage.state_dict()["aligner_n.query_embeds"], kept["query_embeds"])
 
 
 # Another decoder -------------------------------------------------------------------------------------------------
@@ -394,9 +462,10 @@ def test_run_of_another_stage_is_refused(make_config, monkeypatch, capsys):
     assert "other settings: stage (was 'align', now 'instruct')" in capsys.readouterr().err
 
 
-def test_command_says_why_it_stopped(make_config, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [TooManyBadSamples, TrainingStopped])
+def test_command_says_why_it_stopped(make_config, monkeypatch, capsys, kind):
     def stops(*args, **kwargs):
-        raise TooManyBadSamples("5 of 100 samples\n  row: 5")
+        raise kind("5 of 100 samples\n  row: 5")
 
     monkeypatch.setattr("kosmos_g_diffusers.training.run.run_stage", stops)
     monkeypatch.setattr(cli, "COMMANDS", (command,))
@@ -404,6 +473,8 @@ def test_command_says_why_it_stopped(make_config, monkeypatch, capsys):
         cli.main(["train", "align"])
     assert stopped.value.code == 2
     assert "kosmos-g: stopped: 5 of 100 samples\n  row: 5" in capsys.readouterr().err
+    with pytest.raises(kind):
+        cli.main(["--traceback", "train", "align"])
 
 
 def test_model_on_the_hub(make_config, model, monkeypatch):

@@ -1,4 +1,4 @@
-"""A ControlNet for the small U-Net: canny edges decide where a sprite is and what shape it has."""
+"""A ControlNet for the small U-Net: canny edges decide where a sprite is."""
 
 from pathlib import Path
 

@@ -2,11 +2,12 @@
 
     python examples/sprites/train.py --output runs/sprites
 
-Phases that are done are skipped and a phase that was stopped goes on from its last checkpoint, so the same command
-resumes. --only names phases to run.
+Two phases run side by side where they do not need each other. Those that are done are skipped and one that was stopped goes
+on from its last checkpoint, so the same command resumes. --only names phases to run, one after the other.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -25,6 +26,7 @@ from base import (
 from controlnet import ControlNetStage, EdgesCollate
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from kosmos import build_text_encoder, build_tokenizer
+from lanes import run_lanes
 from transformers import CLIPTextModel
 
 from kosmos_g_diffusers import KosmosGPipeline, KosmosGProcessor, KosmosGTextEncoder
@@ -85,7 +87,7 @@ def train_pretrain(run):
     tokenizer = build_tokenizer()
     config = TrainConfig(
         output=str(run / "pretrain"),
-        steps=4000,
+        steps=8000,
         batch_size=64,
         lr=1.5e-3,
         warmup_steps=200,
@@ -93,7 +95,7 @@ def train_pretrain(run):
         **COMMON,
     )
     collate = PretrainCollate(KosmosGProcessor(tokenizer))
-    dataset = MixtureDataset([SpriteSource("pictures", 200_000)], collate, batch_size=config.batch_size)
+    dataset = MixtureDataset([SpriteSource("pictures", 400_000)], collate, batch_size=config.batch_size)
     train(config, PretrainStage(build_text_encoder(tokenizer), train_vision="all"), dataset)
 
 
@@ -102,7 +104,7 @@ def train_align(run):
     target = CLIPTextModel.from_pretrained(newest(run / "diffusion") / "text_encoder")
     config = TrainConfig(
         output=str(run / "align"),
-        steps=1500,
+        steps=900,
         batch_size=128,
         lr=1e-3,
         warmup_steps=100,
@@ -130,7 +132,11 @@ def train_instruct(run, name="instruct", start="align"):
     collate = InstructCollate(
         KosmosGProcessor(tokenizer), IMAGE_SIZE, vae_scale_factor=4, max_text_tokens=None, resize=False
     )
-    sources = [SpriteSource("compositions"), SpriteSource("edits"), SpriteSource("captions")]
+    sources = [
+        SpriteSource("compositions", entity_dropout=0.9),
+        SpriteSource("edits"),
+        SpriteSource("captions"),
+    ]
     dataset = MixtureDataset(sources, collate, batch_size=config.batch_size, weights=[3, 1.5, 1])
     train(config, InstructStage(encoder, unet, vae, build_scheduler()), dataset)
 
@@ -172,7 +178,16 @@ def write_model(run):
     for path in (partial, folder):
         shutil.rmtree(path, ignore_errors=True)
     pipeline.save_pretrained(partial)
+    for copy in partial.rglob("*.py"):
+        copy.unlink()  # of the package, in which this folder lies
+    shutil.copy(Path(__file__).with_name("CARD.md"), partial / "README.md")
     controlnet.half().save_pretrained(partial / "controlnet")
+    for path in partial.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes files that no other user may read
+    for path in partial.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # where the run lay
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     partial.rename(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB")
@@ -212,13 +227,19 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/sprites"))
-    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", nargs="+", choices=PHASES)
+    parser.add_argument("--threads", type=int, help="of a phase (default: the cores, shared by the phases)")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name in arguments.only:
+    cores = len(os.sched_getaffinity(0))
+    if arguments.only is None and cores > 1:
+        code = run_lanes(__file__, arguments.output, arguments.threads or cores // 2)
+        if code:
+            sys.exit(code)
+        arguments.only = ["model"]
+    torch.set_num_threads(arguments.threads or cores)
+    torch.manual_seed(0)
+    for name in arguments.only or PHASES:
         print(f"== {name}", flush=True)
         PHASES[name](arguments.output)
 

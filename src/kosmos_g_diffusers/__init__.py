@@ -12,6 +12,7 @@ from .pipeline_kosmos_g import (
     KosmosGPipeline,
 )
 from .processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
+from .small_model import SPRITES
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "KosmosGTextEncoder",
     "KosmosGTextEncoderConfig",
     "KosmosGTokenizer",
+    "SPRITES",
     "convert_checkpoint",
 ]

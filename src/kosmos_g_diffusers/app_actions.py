@@ -17,8 +17,8 @@ from .studio.store import MAX_FILES, open_picture
 
 BOARD_SIDE = 768  # pixels of a picture to be painted on
 BUILTIN_NOTE = (
-    "This small model has random weights and has learned nothing: expect colourful noise, which shows that everything "
-    "runs. Start the app with a model to get pictures."
+    "This small model knows nothing but sprites: one or two shapes in 64 pixels. Photos and other words mean nothing to it. "
+    "Start the app with a model (kosmos-g app --model) for more."
 )
 KNOBS = ("kind", "picture", "strokes", "ready", "scale", "start", "end")  # of a slot of the controls panel
 

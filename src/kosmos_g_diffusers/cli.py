@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from . import __version__
-from .commands import control, convert, generate, init
+from .commands import app, caption, compare, control, convert, data, evaluate, generate, init, train
 
-COMMANDS = (convert, init, generate, control)
+COMMANDS = (convert, init, generate, control, app, caption, data, train, evaluate, compare)
 
 
 def build_parser():

@@ -236,7 +236,7 @@ def load_annotator(name, weights=None, device="cpu"):
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         command = " ".join(["hf download", control.weights, *control.files])
         raise ValueError(
-            f"The weights of the control {name!r} cannot be loaded from {source!r} ({_reason(error)}). Pass a folder with its "
+            f"The weights of the control {name!r} cannot be loaded from {source!r} ({first_sentence(error)}). Pass a folder with its "
             f"files as weights, or run where there is a network: {command}"
         ) from error
 
@@ -413,16 +413,21 @@ def load_controlnet(source, dtype=torch.float32):
         return load(repo, **{DTYPE_KEYWORD: dtype})
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"The ControlNet {repo!r} cannot be loaded ({_reason(error)}). If it is on the Hub, run where there is a "
+            f"The ControlNet {repo!r} cannot be loaded ({first_sentence(error)}). If it is on the Hub, run where there is a "
             f"network: hf download {repo}"
         ) from error
 
 
-def build_random_controlnet(unet, seed=0):
-    """A ControlNet of random weights for a U-Net, to try the commands with; torch's random state is left as it was."""
+def build_random_controlnet(unet, seed=0, vae_scale_factor=8):
+    """A ControlNet of random weights for a U-Net, to try things with; torch's random state is left as it was.
+
+    Args:
+        vae_scale_factor: pixels of a control image to a side of a latent, 4 or 8.
+    """
+    widths = (16, 32, 96, 256)[: vae_scale_factor.bit_length()]  # the control image is halved between them
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
-        controlnet = ControlNetModel.from_unet(unet).eval()
+        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths).eval()
         with torch.no_grad():
             for parameter in controlnet.parameters():
                 if not parameter.any():  # an untrained ControlNet adds nothing: its last layers are zeros
@@ -434,6 +439,6 @@ def _text(size):
     return f"{size[0]} x {size[1]}"
 
 
-def _reason(error):
+def first_sentence(error):
     """The first sentence of what a library said."""
     return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__

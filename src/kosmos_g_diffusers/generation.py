@@ -1,18 +1,23 @@
 """From settings to images and files: what `kosmos-g generate` does once its flags are read, and `kosmos-g app`."""
 
+import pickle
+import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
 
-from .control import build_random_controlnet, control_image, load_controlnet, open_control
+from .control import control_image, first_sentence, load_controlnet, open_control
 from .pipeline_kosmos_g import DTYPE_KEYWORD, KosmosGControlNetPipeline, KosmosGPipeline
 from .schedulers import make_scheduler
 from .settings import grid_of, output_paths, write_png
-from .tiny import build_tiny_pipeline
+from .small_model import SPRITES, load_sprites_controlnet
 
 LORA_NAME = "lora"  # of the adapter in the U-Net
+UNET_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt")  # of files; a Hub id has none of them
 
 
 def default_device():
@@ -39,13 +44,13 @@ def load_pipeline(settings):
     dtype = getattr(torch, settings.dtype)
     pipe = load_model(settings.model, dtype)
     if settings.unet is not None:
-        pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, dtype))
+        pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, dtype, pipe.unet))
     if settings.lora is not None:
         add_lora(pipe, settings.lora, settings.lora_scale)
     for words in settings.image_words:
         pipe.load_image_words(words.find(Path(), "Run the command where it is."))
     if settings.controls:
-        controlnets = [load_control(settings, index, pipe.unet) for index in range(len(settings.controls))]
+        controlnets = [load_control(settings, index) for index in range(len(settings.controls))]
         pipe = with_controlnets(pipe, controlnets)
     if settings.scheduler is not None:
         pipe.scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
@@ -59,48 +64,88 @@ def load_pipeline(settings):
 
 
 def load_model(model, dtype):
-    """The pipeline of a folder or Hub id, on the CPU; None is the small model with random weights."""
-    if model is not None:
-        # Kosmos-G folders never hold pickle files; refuse to load any
-        return KosmosGPipeline.from_pretrained(model, use_safetensors=True, **{DTYPE_KEYWORD: dtype})
-    pipe = build_tiny_pipeline()
-    return pipe if dtype == pipe.dtype else pipe.to(dtype)
+    """The pipeline of a folder or Hub id, on the CPU; None is the small model that ships."""
+    # Kosmos-G folders never hold pickle files; refuse to load any
+    return KosmosGPipeline.from_pretrained(model or SPRITES, use_safetensors=True, **{DTYPE_KEYWORD: dtype})
 
 
-def load_unet(folder, dtype):
-    """A U-Net that takes the place of a model's: of a folder of its own, or of a Stable Diffusion folder.
+def load_unet(source, dtype, like):
+    """A U-Net that takes the place of a model's.
+
+    Args:
+        source: folder or Hub id of a U-Net or of a Stable Diffusion, in diffusers' format; or a single .safetensors or .ckpt
+            file, as fine-tunes are shared, a whole checkpoint or the U-Net alone.
+        like: the U-Net whose place it takes. A single file holds weights alone; the layers are those of this one.
 
     Raises:
-        ValueError: there is no such folder.
+        ValueError: there is no such U-Net, or it cannot be read.
     """
-    subfolder = "unet" if (Path(folder) / "unet").is_dir() else None
-    if not (Path(folder) / (subfolder or ".") / "config.json").is_file():
+    path = Path(source)
+    if not path.exists() and (
+        str(source).count("/") != 1 or path.is_absolute() or path.suffix in UNET_SUFFIXES
+    ):
         raise ValueError(
-            f"There is no U-Net in {str(folder)!r}. Pass a folder in diffusers' format, with a config.json."
+            f"There is no U-Net at {str(source)!r}. Pass a folder in diffusers' format, a .safetensors or .ckpt file, or a "
+            "Hub id."
         )
-    return UNet2DConditionModel.from_pretrained(
-        folder, subfolder=subfolder, use_safetensors=True, **{DTYPE_KEYWORD: dtype}
-    )
+    try:
+        if path.is_file():
+            with tempfile.TemporaryDirectory() as config:
+                like.save_config(config)
+                load = partial(UNet2DConditionModel.from_single_file, str(path), config=config)
+                unet = load(**{DTYPE_KEYWORD: dtype})
+            if any(parameter.is_meta for parameter in unet.parameters()):
+                raise ValueError("weights are missing in it")
+            return unet
+        load = partial(UNet2DConditionModel.from_pretrained, str(source), **{DTYPE_KEYWORD: dtype})
+        if path.is_dir():
+            return load(subfolder="unet" if (path / "unet").is_dir() else None)
+        try:
+            return load(subfolder="unet")
+        except OSError:  # a repository of a U-Net alone
+            return load()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        NotImplementedError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise ValueError(
+            f"The U-Net {str(source)!r} cannot be loaded ({first_sentence(error)}). Take one made for the same Stable "
+            "Diffusion, with 4 input channels; if it is on the Hub, run where there is a network."
+        ) from error
 
 
-def add_lora(pipe, path, scale):
-    """Let the LoRA of a file act on the U-Net of a pipeline.
+def add_lora(pipe, source, scale):
+    """Let a LoRA act on the U-Net of a pipeline.
+
+    Args:
+        source: a file, a folder or a Hub id.
 
     Raises:
-        ValueError: there is no such file, or it does not fit. Settings may come from a stranger's PNG, so nothing that
-            they name is looked for on the Hub.
+        ImportError: peft is not installed.
+        ValueError: there is no such LoRA, or it does not fit.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"There is no LoRA file at {str(path)!r}. Put it there, or download it first.")
-    pipe.load_lora_weights(path, adapter_name=LORA_NAME)
+    unreadable = (OSError, SafetensorError, pickle.UnpicklingError)
+    if not Path(source).exists():  # on the Hub, perhaps; offline, diffusers asks for an argument of its own
+        unreadable += (ValueError,)
+    try:
+        pipe.load_lora_weights(source, adapter_name=LORA_NAME)
+    except unreadable as error:
+        raise ValueError(
+            f"The LoRA {str(source)!r} cannot be loaded ({first_sentence(error)}). Pass a .safetensors file, or the Hub id "
+            "of one where there is a network."
+        ) from error
     pipe.set_adapters([LORA_NAME], [float(scale)])
 
 
-def load_control(settings, index, unet):
-    """The ControlNet of a control; for the small random model, which none was made for, a random one."""
+def load_control(settings, index):
+    """The ControlNet of a control; the small model that ships has one of its own."""
     control = settings.controls[index]
     if settings.model is None and control.controlnet is None:
-        return build_random_controlnet(unet, index)
+        return load_sprites_controlnet(control.name, getattr(torch, settings.dtype))
     return load_controlnet(control.controlnet or control.name, getattr(torch, settings.dtype))
 
 

@@ -69,7 +69,7 @@ class InputImage:
         """Raises ValueError if there is no file at `path`."""
         if not Path(path).is_file():
             raise ValueError(
-                f"There is no picture at {str(path)!r}. Pass the path of a file; download URLs first."
+                f"There is no file at {str(path)!r}. Pass the path of a file; download URLs first."
             )
         digest = hashlib.sha256()
         with open(path, "rb") as file:
@@ -88,7 +88,7 @@ class InputImage:
             if self.from_file(path).sha256 == self.sha256:
                 return path
         state = "has changed since" if found else "is not there"
-        raise ValueError(f"The input picture {self.path!r} {state}. {advice}")
+        raise ValueError(f"The input file {self.path!r} {state}. {advice}")
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ class GenerationSettings:
     images: tuple = ()  # an InputImage for each `<i>`, in reading order
     controls: tuple = ()  # a ControlInput for each ControlNet
     negative_prompt: str | None = None
-    model: str | None = None  # folder or Hub id; None is the small random model
-    unet: str | None = None  # folder of a U-Net in the place of the model's
-    lora: str | None = None  # file
+    model: str | None = None  # folder or Hub id; None is the small model that ships
+    unet: str | None = None  # folder, file or Hub id of a U-Net in the place of the model's
+    lora: str | None = None  # file, folder or Hub id
     lora_scale: float = 1.0  # of what the LoRA adds
     image_words: tuple = ()  # an InputImage for each file of image words that the prompt uses
     seed: int = 0  # image k of a run is made with seed + k

@@ -1,4 +1,4 @@
-"""A Kosmos-G pipeline of toy size with random weights, for tests and for trying the commands without a checkpoint."""
+"""A Kosmos-G pipeline of toy size with random weights, for tests."""
 
 import string
 
@@ -9,10 +9,6 @@ from .modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig
 from .pipeline_kosmos_g import KosmosGPipeline
 from .processing_kosmos_g import KosmosGTokenizer
 
-RANDOM_MODEL_NOTE = (
-    "Note: no model was given, so a small model with random weights draws. It has learned nothing: expect colourful "
-    "noise, which shows that everything runs. Convert a checkpoint (kosmos-g convert --help) and pass --model for pictures."
-)
 WORDS = "a an and as by eating furniture hat in is made of on painting style suit the wearing with".split()
 WIDTH = 32
 

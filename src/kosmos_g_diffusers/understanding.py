@@ -4,7 +4,7 @@ import torch
 
 from .modeling_kosmos_g import KosmosGTextEncoder
 from .processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
-from .tiny import build_tiny_pipeline
+from .small_model import SPRITES
 
 CAPTION_PROMPT = "An image of"  # what the paper of Kosmos-1 asks for captions with
 MAX_NEW_TOKENS = 64
@@ -80,16 +80,14 @@ def load_answerer(model, dtype, device):
     """The two parts of a saved pipeline that read; neither U-Net nor VAE is touched.
 
     Args:
-        model: folder or Hub id; None takes the small random model.
+        model: folder or Hub id; None takes the small model that ships.
         dtype: torch dtype of the weights.
         device: where they go.
 
     Raises:
         OSError: the model cannot be loaded.
     """
-    if model is None:
-        pipe = build_tiny_pipeline()
-        return Answerer(pipe.text_encoder.to(device, dtype), pipe.tokenizer)
+    model = model or SPRITES
     # Kosmos-G folders never hold pickle files; refuse to load any
     text_encoder = KosmosGTextEncoder.from_pretrained(
         model, subfolder="text_encoder", dtype=dtype, use_safetensors=True

@@ -31,7 +31,7 @@ def add_arguments(parser):
         action="append",
         default=[],
         metavar="DIR",
-        help="Kosmos-G folder; repeat it to offer several (default: a small random model, for trying out)",
+        help="Kosmos-G folder; repeat it to offer several (default: the small model that ships, of sprites)",
     )
     add("--lora-dir", metavar="DIR", help="folder of .safetensors files to offer as LoRAs")
     add("--unet-dir", metavar="DIR", help="folder of U-Net folders to offer in the place of the model's")

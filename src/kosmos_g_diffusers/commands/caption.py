@@ -17,7 +17,7 @@ import torch
 from ..generation import default_device
 from ..processing_kosmos_g import IMAGE_MARK
 from ..settings import DTYPES
-from ..tiny import RANDOM_MODEL_NOTE
+from ..small_model import SPRITES_NOTE
 from ..understanding import CAPTION_PROMPT, MAX_NEW_TOKENS, load_answerer
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser):
     add = parser.add_argument
     add("pictures", nargs="+", metavar="PICTURE", help="path or URL")
     add("--prompt", default=CAPTION_PROMPT, metavar="TEXT", help=f"(default: {CAPTION_PROMPT!r})")
-    add("--model", metavar="MODEL", help="folder or Hub id (default: a small random model, for trying out)")
+    add("--model", metavar="MODEL", help="folder or Hub id (default: the small model that ships, of sprites)")
     add(
         "--max-new-tokens",
         type=int,
@@ -63,4 +63,4 @@ def run(arguments):
         )
         print(text if marked or len(pictures) == 1 else f"{group[0]}: {text}")
     if arguments.model is None:
-        print(RANDOM_MODEL_NOTE, file=sys.stderr)
+        print(SPRITES_NOTE, file=sys.stderr)

@@ -26,7 +26,7 @@ from ..evaluation.scoring import FeatureJudge
 from ..generation import default_device
 from ..schedulers import SCHEDULERS
 from ..settings import DTYPES
-from ..tiny import RANDOM_MODEL_NOTE
+from ..small_model import SPRITES_NOTE
 
 DEFAULT_SCORERS = ("dino", "clip")  # of the paper
 
@@ -55,7 +55,7 @@ def run(arguments):
     }
     benchmark.run(arguments, options)
     if arguments.model is None:
-        print(RANDOM_MODEL_NOTE, file=sys.stderr)
+        print(SPRITES_NOTE, file=sys.stderr)
 
 
 def _run_plan(plan, judges, arguments, options):
@@ -73,7 +73,7 @@ def _print(report, arguments):
 
 def _add_common(parser, settings, batch_size):
     add = parser.add_argument
-    add("--model", metavar="MODEL", help="folder or Hub id (default: a small random model, for trying out)")
+    add("--model", metavar="MODEL", help="folder or Hub id (default: the small model that ships, of sprites)")
     add(
         "--output",
         required=True,

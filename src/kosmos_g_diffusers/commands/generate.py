@@ -11,6 +11,8 @@ examples:
       --steps 30 --guidance 6 --scheduler dpm --negative "blurry, low quality" --output jungle.png
   kosmos-g generate "<i>" --image dog.png --model ./kosmos-g --control canny:photo.png --control-scale 0.8 \\
       --control depth:@depth.png --control-scale 0.5
+  kosmos-g generate "<my-dog> in the snow" --image-words my-dog.safetensors --model ./kosmos-g \\
+      --unet anime.safetensors --lora watercolour.safetensors --lora-scale 0.8
   kosmos-g generate --from jungle_2.png --output again.png
   kosmos-g generate --from jungle_2.png --steps 100 --height 768 --output finer.png
   kosmos-g generate --from jungle_2.png --show
@@ -36,7 +38,7 @@ from ..settings import (
     package_versions,
     read_settings,
 )
-from ..tiny import RANDOM_MODEL_NOTE
+from ..small_model import SPRITES_NOTE
 
 
 def add_arguments(parser):
@@ -63,7 +65,18 @@ def add_arguments(parser):
     add("--control-scale", action="append", type=float, metavar="N", help="its weight (default: 1)")
     add("--control-start", action="append", type=float, metavar="SHARE", help="of the steps before it acts")
     add("--control-end", action="append", type=float, metavar="SHARE", help="of the steps when it ends")
-    add("--model", metavar="MODEL", help="folder or Hub id (default: a small random model, for trying out)")
+    add(
+        "--unet", metavar="MODEL", help="folder, file or Hub id of a fine-tune's U-Net (default: the model's)"
+    )
+    add("--lora", metavar="MODEL", help="file, folder or Hub id of a LoRA for the U-Net")
+    add("--lora-scale", type=float, metavar="N", help="its weight (default: 1)")
+    add(
+        "--image-words",
+        action="append",
+        metavar="FILE",
+        help="image words that the prompt uses (pipe.save_image_words, kosmos-g app); repeat it",
+    )
+    add("--model", metavar="MODEL", help="folder or Hub id (default: the small model that ships, of sprites)")
     add("--output", default="out.png", metavar="FILE", help="PNG to write (default: out.png)")
     add("--force", action="store_true", default=False, help="overwrite files that are there")
     add("--from", dest="source", default=None, metavar="FILE", help="take the settings of a PNG made here")
@@ -95,7 +108,7 @@ def run(arguments):
     for path in generate_files(settings, pictures, arguments.output, arguments.force, control_pictures):
         print(path)
     if settings.model is None:
-        print(RANDOM_MODEL_NOTE, file=sys.stderr)
+        print(SPRITES_NOTE, file=sys.stderr)
 
 
 def _read(arguments):
@@ -105,6 +118,8 @@ def _read(arguments):
     }
     pictures = given.get("images", [])
     given["images"] = tuple(InputImage.from_file(path) for path in pictures)
+    if "image_words" in given:
+        given["image_words"] = tuple(InputImage.from_file(path) for path in given["image_words"])
     if arguments["source"] is None:
         if "prompt" not in given:
             raise ValueError(
@@ -125,10 +140,16 @@ def _read(arguments):
         folder = Path(arguments["source"]).parent
         pictures = [picture.find(folder) for picture in recorded.images]
     # a PNG may come from a stranger: what it names is not downloaded unless the user says so
-    if "model" not in given and recorded.model is not None and not Path(recorded.model).is_dir():
-        raise ValueError(
-            f"The PNG names the model {recorded.model!r}, which is no folder here. Pass it with --model."
-        )
+    for name, label in (("model", "model"), ("unet", "U-Net"), ("lora", "LoRA")):
+        place = getattr(recorded, name)
+        if name not in given and place is not None and not Path(place).exists():
+            raise ValueError(
+                f"The PNG names the {label} {place!r}, which is not here. Pass it with --{name}."
+            )
+    if "image_words" not in given:
+        folder = Path(arguments["source"]).parent
+        found = [words.find(folder, "Pass --image-words anew.") for words in recorded.image_words]
+        given["image_words"] = tuple(InputImage.from_file(path) for path in found)
     given["controls"], control_pictures = _read_controls(arguments, recorded.controls)
     versions = package_versions()
     other = [

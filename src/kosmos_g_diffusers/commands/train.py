@@ -1,13 +1,15 @@
 """Train Kosmos-G, or go on with a run.
 
 Three stages follow each other. A checkpoint of one is a whole pipeline folder: what the next starts from, and what
-KosmosGPipeline.from_pretrained and kosmos-g generate read. Stopped by SIGTERM or Ctrl-C, a run saves first; killed, it
-goes on from its last checkpoint: the same command resumes. Settings come from --config, and flags beside it win.
+KosmosGPipeline.from_pretrained and kosmos-g generate read. The same command goes on with a run that ended early: after
+SIGTERM (exit code 143) or Ctrl-C (130) where it stopped, after worse from its last checkpoint. Settings come from --config,
+and flags beside it win.
 
 examples:
   kosmos-g train align --help
   kosmos-g train align --model ./kosmos-g-fresh --data tsv:captions:/data/laion --output runs/align --mixed-precision bf16
-  kosmos-g train instruct --config examples/recipes/instruct_one_node.toml --model runs/align/checkpoint-00300000
+  kosmos-g train instruct --config examples/recipes/one_gpu_instruct.toml --model runs/align/checkpoint-00100000 \\
+      --data shards:/data/compositions shards:/data/edits tsv:captions:/data/laion --output runs/instruct
   accelerate launch --num_processes 8 -m kosmos_g_diffusers train instruct --config run.toml
 """
 
@@ -76,17 +78,16 @@ def run(arguments):
         if error.name != "accelerate":
             raise
         raise ImportError("Training needs the package accelerate: pip install -U accelerate") from error
-    from ..training.checkpoints import checkpoint_folder
     from ..training.data import TooManyBadSamples
 
     try:
         checkpoint = run_stage(config.stage, config, announce=print)
     except (TrainingStopped, TooManyBadSamples) as error:
-        print(f"kosmos-g: stopped: {error}", file=sys.stderr)
+        if arguments.traceback:
+            raise
+        print(f"kosmos-g: stopped: {error}", file=sys.stderr)  # in lines: one for each cause of bad samples
         raise SystemExit(2) from error
     state = process_state()
     if state.is_main_process:
         print(checkpoint)
     state.destroy_process_group()
-    if checkpoint != checkpoint_folder(config.output, config.steps):
-        raise SystemExit(143)  # as a program that SIGTERM ended, so that a scheduler starts it again

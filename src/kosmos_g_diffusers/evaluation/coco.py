@@ -166,7 +166,7 @@ def _write_report(output, manifest, fid, n_photographs, network):
         )
     sheets = write_sheets(output, manifest, scores)
     write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
-    write_text(output / "report.md", reports._as_markdown(report, [], sheets, notes))
+    write_text(output / "report.md", reports.as_markdown(report, [], sheets, notes))
     return report
 
 

@@ -24,6 +24,7 @@ from ..generation import load_pipeline
 from ..pipeline_kosmos_g import KosmosGPipeline
 from ..processing_kosmos_g import open_image
 from ..settings import IMAGE_MARK, GenerationSettings, InputImage, read_settings, write_png
+from ..small_model import SPRITES
 from .manifest import FILE_NAME, Manifest, hash_folder
 
 COMPONENTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")  # what decides an image
@@ -56,10 +57,10 @@ def identify_model(model):
     """What tells a model from any other: its weights' SHA-256, or the revision on the Hub.
 
     Args:
-        model: folder, Hub id, or None for the small random model.
+        model: folder, Hub id, or None for the small model that ships.
     """
     if model is None:
-        return {"path": None, "name": "small random model"}
+        return {"path": None, "name": "sprites", "sha256": hash_folder(SPRITES, COMPONENTS)}
     if not Path(model).is_dir():
         snapshot = Path(KosmosGPipeline.download(model, use_safetensors=True))
         return {"path": model, "revision": snapshot.name}

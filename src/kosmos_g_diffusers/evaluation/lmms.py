@@ -24,7 +24,7 @@ class KosmosGForLmms(lmms):
     """The model that tasks ask.
 
     Args:
-        pretrained: folder or Hub id of a Kosmos-G pipeline; without it the small random model answers.
+        pretrained: folder or Hub id of a Kosmos-G pipeline; without it the small model that ships answers.
         template: of a prompt, `{}` stands for the task's question.
         dtype: of the weights; by the device without it.
         device: cpu, cuda, ...; each process takes its own under accelerate launch.

@@ -100,7 +100,7 @@ def write_report(folder, manifest, scores, scorers, published=None, notes=()):
     sheets = write_sheets(folder, manifest, scores)
     plots = [_plot(folder, report, metric) for metric in table_metrics(report["metrics"])]
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    write_text(folder / "report.md", _as_markdown(report, [path for path in plots if path], sheets, notes))
+    write_text(folder / "report.md", as_markdown(report, [path for path in plots if path], sheets, notes))
     return report
 
 
@@ -147,7 +147,7 @@ def scores_table(report):
     return table(["", f"this run ({LEVEL:.0%} interval)", *control, *published], rows)
 
 
-def _as_markdown(report, plots, sheets, notes):
+def as_markdown(report, plots, sheets, notes):
     counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
     model = report["model"]
     facts = {

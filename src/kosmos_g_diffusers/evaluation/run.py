@@ -68,7 +68,7 @@ def open_run(plan, output, *, model, settings, device, batch_size):
     """Write the manifest of a plan into a results folder, or check that the folder holds this very run.
 
     Args:
-        model: folder, Hub id, or None for the small random model.
+        model: folder, Hub id, or None for the small model that ships.
         settings: dict of steps, guidance, scheduler, height, width, dtype and seed.
         device: "cpu", "cuda", ...; with several processes each takes its own of that kind.
         batch_size: images at once. It changes images by rounding at most.

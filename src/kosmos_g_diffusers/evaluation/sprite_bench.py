@@ -8,11 +8,11 @@ import io
 from ..sprites.reader import read
 from ..sprites.source import draw_photo
 from ..sprites.world import (
-    HELD_OUT_TRIPLES,
     IMAGE_SIZE,
     Scene,
     draw_scene_at_random,
     make_rng,
+    other_colours,
     recolour,
     render,
 )
@@ -69,7 +69,7 @@ def _draw(kind, number, seed):
     """(prompt, words for all of it, pictures, truth) of one prompt; truth says what must be seen."""
     rng = make_rng("sprite bench", seed, kind, number)
     scene = draw_scene_at_random(rng, 2 if kind == "pair" else 1, held_out=True)
-    while kind == "edit" and not _has_other_colour(scene.sprites[0]):
+    while kind == "edit" and not other_colours(scene.sprites[0]):
         scene = draw_scene_at_random(rng, 1, held_out=True)
     photos = [draw_photo(sprite, rng) for sprite in scene.sprites]
     prompt = f"{' and '.join('<i>' for _ in photos)} on a {scene.background} background"
@@ -81,14 +81,6 @@ def _draw(kind, number, seed):
         prompt = f"<i>, {edited.sprites[0].colour}"
     truth = {"background": scene.background, "sprites": [list(sprite.triple) for sprite in scene.sprites]}
     return prompt, scene.caption, photos, truth
-
-
-def _has_other_colour(sprite):
-    """Whether the sprite is held out in a second colour as well, as most are."""
-    shape, colour, pattern = sprite.triple
-    return any(
-        (shape, pattern) == (triple[0], triple[2]) and colour != triple[1] for triple in HELD_OUT_TRIPLES
-    )
 
 
 def _shuffle(kind, truth, other):

@@ -23,7 +23,7 @@ from .world import (
     SUPERSAMPLING,
     Scene,
     Sprite,
-    _paint,
+    paint_sprite,
 )
 
 # distance in RGB from the backdrop of what is none of it; the world's colours keep 88 from its backgrounds
@@ -154,7 +154,9 @@ def _draw_outlines():
 def _draw_window(shape, pattern, radius):
     backdrop, paint = BACKGROUNDS["white"], COLOURS["green"]
     image = Image.new("RGB", (IMAGE_SIZE * SUPERSAMPLING,) * 2, backdrop)
-    _paint(image, Sprite(shape, "green", pattern, "large"), (IMAGE_SIZE / 2, IMAGE_SIZE / 2), radius)
+    paint_sprite(
+        image, Sprite(shape, "green", pattern, "large"), (IMAGE_SIZE / 2, IMAGE_SIZE / 2), radius, paint
+    )
     pixels = np.asarray(image.reduce(SUPERSAMPLING), dtype=np.float32)
     return _centre(*_unmix(pixels, np.array(backdrop), np.array(paint)))
 

@@ -8,6 +8,7 @@ from .world import (
     PATTERNS,
     SIZES,
     Scene,
+    draw_colours_at_random,
     draw_scene_at_random,
     is_held_out,
     make_rng,
@@ -16,6 +17,10 @@ from .world import (
 )
 
 GROUP = 1_000  # samples; each of them is a file of other sources
+ANY_COLOURS = 0.5  # share of the pictures of stage 1
+# shares of captions that are whole and that leave parts out; the rest names shapes alone. Shapes are hardest to see, and said
+# behind colour and pattern they are guessed from what triples there are: then none is right that is held out
+CAPTIONS = {"captions": (0.7, 0.3), "pictures": (0.3, 0.2)}
 KINDS = ("captions", "pictures", "compositions", "edits")
 
 
@@ -25,7 +30,9 @@ class SpriteSource:
     Args:
         kind: what the samples are.
             "captions": words alone; a part of them leaves attributes or the background out.
-            "pictures": a picture, then the caption that says all of it: what stage 1 learns to say.
+            "pictures": a picture, then such a caption: what stage 1 learns to say. Half of the pictures have any colours
+            instead of the named ones, and a caption without colours: else shapes are learned anew in each of the eight
+            colours, and not recognised in those in which they are held out.
             "compositions": one or two sprites, pictures in place of their words (or behind them, with probability
             1 - entity_dropout), on a background; now and then one of two stays in words.
             "edits": a picture, and a colour, pattern or size that the target has instead.
@@ -52,16 +59,29 @@ class SpriteSource:
         if self.kind == "edits":
             return self._edit(key, fixed)
         scene = draw_scene_at_random(fixed, self._n_sprites(index))
+        if self.kind == "pictures" and fixed.random() < ANY_COLOURS:
+            picture = render(scene, fixed, colours=draw_colours_at_random(scene, fixed))
+            caption = leave_colours_out(scene, rng)
+            return Sample(key, (picture, caption), None, caption)
         picture = render(scene, fixed)
-        if self.kind == "pictures":
-            return Sample(key, (picture, scene.caption), None, scene.caption)
-        if self.kind == "captions":
-            caption = shorten(scene, rng) if rng.random() < 0.3 else scene.caption
+        if self.kind in ("pictures", "captions"):
+            caption = self._caption(scene, rng)
+            if self.kind == "pictures":
+                return Sample(key, (picture, caption), None, caption)
             return Sample(key, (caption,), picture, caption)
         return Sample(key, self._compose(scene, fixed, rng), picture, scene.caption)
 
     def _n_sprites(self, index):
         return 1 if self.kind == "edits" else 1 + make_rng(self.name, index).randrange(2)
+
+    def _caption(self, scene, rng):
+        whole, shortened = CAPTIONS[self.kind]
+        chance = rng.random()
+        if chance < whole:
+            return scene.caption
+        if chance < whole + shortened:
+            return shorten(scene, rng)
+        return " and ".join(f"a {sprite.shape}" for sprite in scene.sprites)
 
     def _compose(self, scene, fixed, rng):
         """Prompt in reading order: pictures for sprites, then the background."""
@@ -101,6 +121,15 @@ class SpriteSource:
 def draw_photo(sprite, rng):
     """A picture of one sprite alone, on a background of its own: what stands for `<i>` in a prompt."""
     return render(Scene((sprite,), rng.choice(list(BACKGROUNDS))), rng)
+
+
+def leave_colours_out(scene, rng):
+    """A caption such as "a small striped star and a moon"."""
+    parts = []
+    for sprite in scene.sprites:
+        kept = [name for name in (sprite.size, sprite.pattern) if rng.random() < 0.3]
+        parts.append(" ".join(["a", *kept, sprite.shape]))
+    return " and ".join(parts)
 
 
 def shorten(scene, rng):

@@ -36,6 +36,7 @@ BACKGROUNDS = {
     "brown": (115, 80, 55),
 }
 INK = (20, 20, 20)
+CONTRAST = 70  # distance in RGB of colours that can be told apart
 SUPERSAMPLING = 4
 
 
@@ -70,7 +71,7 @@ class Scene:
 
 
 def is_held_out(sprite):
-    """Whether no training data may show or name the sprite's (shape, colour, pattern): 51 of the 256 triples.
+    """Whether no training data may show or name the sprite's (shape, colour, pattern): 52 of the 256 triples.
 
     They are spread evenly: each shape keeps every colour and every pattern, and each colour every pattern.
     """
@@ -103,19 +104,58 @@ def draw_scene_at_random(rng, n_sprites=None, held_out=False):
 
 
 def recolour(sprite, rng):
-    """The same sprite in another colour, again a training triple if it was one, else again a held-out one."""
-    held_out = is_held_out(sprite)
+    """The same sprite in another colour, again a training triple if it was one, else again a held-out one.
+
+    Raises:
+        ValueError: it is held out in this colour alone (see `other_colours`).
+    """
+    others = other_colours(sprite)
+    if not others:
+        raise ValueError(
+            f"There is no other held-out colour for {sprite}. Take a sprite that has other_colours."
+        )
+    return rng.choice(others)
+
+
+def other_colours(sprite):
+    """The sprite in every other colour that is a training triple, or held out, as the sprite itself is."""
     others = [replace(sprite, colour=colour) for colour in COLOURS if colour != sprite.colour]
-    return rng.choice([other for other in others if is_held_out(other) is held_out])
+    return [other for other in others if is_held_out(other) is is_held_out(sprite)]
 
 
-def render(scene, rng, image_size=IMAGE_SIZE):
+def draw_colours_at_random(scene, rng):
+    """Colours for a scene, out of all there are: what is no held-out triple in any of them.
+
+    Returns:
+        ((R, G, B) of each sprite, (R, G, B) of the background), 0 to 255, which differ as much as named colours do.
+    """
+    ground = tuple(rng.randrange(90, 256) for _ in range(3))
+    colours = []
+    for sprite in scene.sprites:
+        while True:
+            colour = tuple(rng.randrange(256) for _ in range(3))
+            nearest = min(COLOURS, key=lambda name: math.dist(COLOURS[name], colour))
+            if (
+                min(math.dist(colour, INK), math.dist(colour, ground)) > CONTRAST
+                and not is_held_out(replace(sprite, colour=nearest))
+            ):  # fmt: skip
+                break
+        colours.append(colour)
+    return tuple(colours), ground
+
+
+def render(scene, rng, image_size=IMAGE_SIZE, colours=None):
     """Draw a scene; rng (a random.Random) places the sprites and varies their size a little.
+
+    Args:
+        colours: of `draw_colours_at_random`, in place of those that the scene names.
 
     Returns:
         RGB image of image_size x image_size pixels.
     """
-    image = Image.new("RGB", (IMAGE_SIZE * SUPERSAMPLING,) * 2, BACKGROUNDS[scene.background])
+    named = tuple(COLOURS[sprite.colour] for sprite in scene.sprites), BACKGROUNDS[scene.background]
+    paints, ground = colours or named
+    image = Image.new("RGB", (IMAGE_SIZE * SUPERSAMPLING,) * 2, ground)
     half = IMAGE_SIZE / 2
     for index, sprite in enumerate(scene.sprites):
         radius = SIZES[sprite.size] * rng.uniform(0.95, 1.02)
@@ -123,7 +163,7 @@ def render(scene, rng, image_size=IMAGE_SIZE):
         left, right = (0, IMAGE_SIZE) if len(scene.sprites) == 1 else (index * half, (index + 1) * half)
         reach = min(right - left - 2 * radius, 2 * JITTER) / 2
         centre = (left + right) / 2 + rng.uniform(-reach, reach), half + rng.uniform(-JITTER, JITTER)
-        _paint(image, sprite, centre, radius)
+        paint_sprite(image, sprite, centre, radius, paints[index])
     image = image.reduce(SUPERSAMPLING)
     return (
         image
@@ -132,7 +172,8 @@ def render(scene, rng, image_size=IMAGE_SIZE):
     )
 
 
-def _paint(image, sprite, centre, radius):
+def paint_sprite(image, sprite, centre, radius, colour):
+    """Draw a sprite in (R, G, B) onto an image of SUPERSAMPLING times its size; centre and radius in pixels of the picture."""
     scale = SUPERSAMPLING
     side = math.ceil(2 * radius * scale) + 2
     silhouette, hole = Image.new("L", (side, side)), Image.new("L", (side, side))
@@ -142,7 +183,7 @@ def _paint(image, sprite, centre, radius):
     if sprite.pattern == "bordered":
         inner = silhouette.filter(ImageFilter.MinFilter(2 * round(2.0 * scale) + 1))
         ink = ImageChops.subtract(silhouette, inner)
-    body = Image.new("RGB", (side, side), COLOURS[sprite.colour])
+    body = Image.new("RGB", (side, side), colour)
     body.paste(INK, mask=ink)
     corner = tuple(round(coordinate * scale - side / 2) for coordinate in centre)
     image.paste(body, corner, ImageChops.subtract(silhouette, hole))

@@ -19,7 +19,7 @@ from .preview import LatentPreview
 
 logger = logging.getLogger(__name__)
 
-BUILTIN = "small random model"  # what there is without a folder; settings call it None
+BUILTIN = "sprites"  # what there is without a folder; settings call it None
 OWN = "the model's own"  # choice of U-Net and of scheduler
 NO_LORA = "none"
 CONTROLNETS_KEPT = 3  # in memory after a run
@@ -59,7 +59,7 @@ class Models:
         self.pipe = None
         self._model = self._unet = self._lora = None  # names of what is loaded
         self._own_unet = self._own_scheduler = None
-        self._controlnets = OrderedDict()  # (model, kind of control, place) -> ControlNet
+        self._controlnets = OrderedDict()  # kind of control -> ControlNet
 
     def is_builtin(self, name):
         """Whether this is the small model that needs no folder."""
@@ -130,7 +130,7 @@ class Models:
             if name == OWN:
                 unet = self._own_unet
             else:
-                unet = load_unet(self.unets[name], getattr(torch, self.dtype)).to(self.device)
+                unet = load_unet(self.unets[name], getattr(torch, self.dtype), self._own_unet).to(self.device)
             if unet.config.cross_attention_dim != self._own_unet.config.cross_attention_dim:
                 raise ValueError(
                     f"The U-Net {name!r} reads states of width {unet.config.cross_attention_dim}, the model gives "
@@ -146,10 +146,11 @@ class Models:
                 self._lora = NO_LORA
             if name != NO_LORA:
                 with at("lora"):
+                    path = self.loras[name]
                     try:
-                        add_lora(self.pipe, self.loras[name], scale)
-                    except (OSError, SafetensorError) as error:
-                        raise ValueError(f"The LoRA {name!r} cannot be read: {error}") from error
+                        add_lora(self.pipe, path, scale)
+                    except ValueError as error:  # visitors know it by its name
+                        raise ValueError(str(error).replace(str(path), name)) from error
                 self._lora = name
         elif name != NO_LORA:
             self.pipe.set_adapters([LORA_NAME], [float(scale)])
@@ -157,12 +158,10 @@ class Models:
     def _find_controlnets(self, settings):
         found = []
         for index, control in enumerate(settings.controls):
-            # the random ControlNets of the random model differ by their place
-            key = (control.name, index if self.is_builtin(self._model) else None)
-            if key not in self._controlnets:
-                self._controlnets[key] = load_control(settings, index, self._own_unet).to(self.device)
-            self._controlnets.move_to_end(key)
-            found.append(self._controlnets[key])
+            if control.name not in self._controlnets:
+                self._controlnets[control.name] = load_control(settings, index).to(self.device)
+            self._controlnets.move_to_end(control.name)
+            found.append(self._controlnets[control.name])
         while len(self._controlnets) > max(CONTROLNETS_KEPT, len(found)):
             self._controlnets.popitem(last=False)
         return found

@@ -7,8 +7,9 @@ batch of a number (see data/mixture.py). accelerate brings precision, processes,
 import json
 import random
 import signal
+import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,8 +45,8 @@ class TrainingStopped(RuntimeError):
 def train(config, stage, dataset, *, save_model=None, draw_samples=None, progress_bar=True):
     """Train a stage, or go on with the run in `config.output`.
 
-    SIGTERM and Ctrl-C save a checkpoint before the function returns; after anything worse the run goes on from the last
-    one. On a CPU a run that was resumed ends with the same bits.
+    SIGTERM and Ctrl-C do what they do elsewhere, end the program, but save a checkpoint first; after anything worse the
+    run goes on from the last one. On a CPU a run that was resumed ends with the same bits.
 
     Args:
         config: TrainConfig.
@@ -67,6 +68,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         TrainingStopped: a loss or gradient that is not finite.
         TooManyBadSamples: more unreadable samples than `config.max_bad_samples`.
         OSError: a checkpoint cannot be written; the last good one stays.
+        SystemExit, KeyboardInterrupt: after SIGTERM (with the code 143) and Ctrl-C, when a checkpoint is saved.
     """
     run = Path(config.output)
     checkpoints.check_settings(config)
@@ -113,17 +115,15 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
     skips = _Skips(config.max_bad_samples, accelerator)
     step = saver.resume(skips.counter)
     log = _Log(config, step, accelerator)
-    batches = iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=range(step * config.accumulation, config.steps * config.accumulation),
-            num_workers=config.workers,
-            worker_init_fn=_leave_signals_to_main,
-            # else it draws from the global random state
-            generator=torch.Generator().manual_seed(config.seed),
-            pin_memory=accelerator.device.type == "cuda",
-        )
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(step * config.accumulation, config.steps * config.accumulation),
+        num_workers=config.workers,
+        worker_init_fn=_leave_signals_to_main,
+        # else it draws from the global random state
+        generator=torch.Generator().manual_seed(config.seed),
+        pin_memory=accelerator.device.type == "cuda",
     )
     bar = tqdm(
         total=config.steps,
@@ -132,7 +132,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         disable=not (progress_bar and accelerator.is_main_process),
         dynamic_ncols=True,
     )
-    with bar, _StopSignal() as stop:
+    with bar, closing(_read(loader)) as batches, _StopSignal() as stop:
         while step < config.steps:
             passes, keys = [], []
             for _ in range(config.accumulation):
@@ -174,8 +174,8 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
                 ema.step(saver.trained_parameters())
             step += 1
             bar.update()
-            stopping = stop.agreed(accelerator)
-            saving = step % config.save_every == 0 or step == config.steps or stopping
+            signalled = stop.agreed(accelerator)
+            saving = step % config.save_every == 0 or step == config.steps or signalled
             if step % config.log_every == 0 or saving:
                 skips.count()
             if step % config.log_every == 0 or step == config.steps:
@@ -189,16 +189,21 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
                         path.parent.mkdir(exist_ok=True)
                         draw_samples(stage, path)
                         log.show(step, path)
-            if stopping:
-                accelerator.print(
-                    f"\nStopped at step {step:,} of {config.steps:,} and saved; the same command goes on from there."
-                )
+            if signalled:
                 break
     if skips.counter.counts:
         accelerator.print(skips.counter.summary())
     for tracker in accelerator.trackers:  # end_training would also leave the process group
         tracker.finish()
-    return checkpoints.list_checkpoints(run)[-1]
+    checkpoint = checkpoints.list_checkpoints(run)[-1]
+    if stop.signal:
+        accelerator.print(
+            f"Stopped by {signal.Signals(stop.signal).name} at step {step:,} of {config.steps:,}, saved in {checkpoint}. "
+            "The same command goes on from there.",
+            file=sys.stderr,
+        )
+        stop.take_effect()
+    return checkpoint
 
 
 class _Skips:
@@ -275,10 +280,13 @@ class _Log:
 
 
 class _StopSignal:
-    """SIGTERM and Ctrl-C, remembered until the step is done; a second Ctrl-C stops at once."""
+    """SIGTERM and Ctrl-C, remembered until the step is done; a second Ctrl-C stops at once.
+
+    `signal` is the number of what came, 0 if nothing did.
+    """
 
     def __enter__(self):
-        self.received = False
+        self.signal = 0
         self.before = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
@@ -288,7 +296,7 @@ class _StopSignal:
         return self
 
     def _receive(self, number, frame):
-        self.received = True
+        self.signal = int(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *error):
@@ -296,11 +304,17 @@ class _StopSignal:
             signal.signal(number, handler)
 
     def agreed(self, accelerator):
-        """Whether any process was told to stop: all have to save together."""
-        if accelerator.num_processes == 1:
-            return self.received
-        flag = torch.tensor(float(self.received), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum") > 0)
+        """Whether any process was told to stop: all save together, and all end as the one that was."""
+        if accelerator.num_processes > 1:
+            numbers = accelerator.gather(torch.tensor([self.signal], device=accelerator.device))
+            self.signal = int(numbers.max())
+        return self.signal > 0
+
+    def take_effect(self):
+        """End the program as the signal would have."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.signal)
 
 
 @contextmanager
@@ -354,6 +368,23 @@ def _check_finite(value, name, step, keys, saver):
         f"The {name} of step {step:,} is {value.item()}, made of the samples {', '.join(keys)}. {saver.last_good()} "
         "Look at these samples, or go on with a smaller lr or without half precision."
     )
+
+
+def _read(loader):
+    """Batches of a loader. Closing it ends its workers: they ignore signals, and would keep a program that fails from ending."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    except ValueError as error:
+        message = str(error)
+        if message.startswith(
+            "Caught ValueError in DataLoader worker"
+        ):  # and goes on with the worker's traceback
+            message = message.rpartition("\nValueError: ")[2].strip()
+        raise ValueError(message) from error
+    finally:
+        # it does so by itself once nothing holds it, but the traceback of an error does
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def _leave_signals_to_main(worker):

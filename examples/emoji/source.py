@@ -1,0 +1,77 @@
+"""Emoji as training data: a sample's picture follows from its number and is drawn when it is read."""
+
+from functools import lru_cache
+
+from pictures import GROUNDS, TURNS, article, say_looks, turn_hue, view
+
+from kosmos_g_diffusers.sprites.world import make_rng
+from kosmos_g_diffusers.training.data import IMAGE_LENGTH, Sample
+
+SIZE = 32  # of the pictures to draw
+PHOTO_SIZE = 64  # of the pictures in a prompt
+GROUP = 1_000
+KINDS = ("captions", "pictures", "compositions")
+NAME_DROPOUT = (
+    0.3  # probability that a caption says the category for the name: looks alone must be enough to draw by
+)
+
+
+class EmojiSource:
+    """Samples of the subjects given, a `Source` of training.data.
+
+    Args:
+        kind: what the samples are.
+            "captions": words and the picture they describe.
+            "pictures": a picture, then its caption: what stage 1 learns to say.
+            "compositions": a picture of the subject on some ground, and words for another ground; the target has the
+                subject there, at another place and size. Before the picture stand the subject's words, unless they are
+                dropped with probability `entity_dropout`.
+        subjects: see packages.load_subjects.
+        size: samples. Their pictures are fixed, so that work on them can be kept; words are varied at every reading.
+        draws: False leaves the target of captions out, for whom words or kept latents are enough.
+    """
+
+    def __init__(self, kind, subjects, size=40_000, entity_dropout=0.5, draws=True):
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}. Expected one of {', '.join(KINDS)}.")
+        self.kind, self.subjects, self.size = kind, subjects, size
+        self.entity_dropout, self.draws = entity_dropout, draws
+        self.name = f"emoji:{kind}"
+        self.groups = [GROUP] * (size // GROUP) + [size % GROUP] * (size % GROUP > 0)
+        # a picture is turned and described more often than it is needed for the first time
+        self._looks = lru_cache(maxsize=None)(self._draw_looks)
+
+    def __len__(self):
+        return self.size
+
+    def length(self, index):
+        return 40 + IMAGE_LENGTH * (self.kind != "captions")
+
+    def read(self, index, rng):
+        fixed = make_rng(self.name, index, "pictures")
+        number = fixed.randrange(len(self.subjects))
+        turn = 0 if fixed.random() < 0.5 else fixed.choice(TURNS[1:])
+        ground = fixed.choice(list(GROUNDS))
+        subject, (picture, looks) = self.subjects[number], self._looks(number, turn)
+        words = article(f"{looks} {subject.kind if rng.random() < NAME_DROPOUT else subject.name}")
+        caption, key = f"{words} {GROUNDS[ground]}", f"{self.name}:{index}"
+        if self.kind == "pictures":
+            return Sample(key, (view(picture, ground, PHOTO_SIZE, fixed), caption), None, caption)
+        if self.kind == "captions":
+            target = view(picture, ground, SIZE, fixed) if self.draws else None
+            return Sample(key, (caption,), target, caption)
+        target = view(picture, ground, SIZE, fixed)
+        photo = draw_photo(picture, fixed, other_than=ground)
+        before = () if rng.random() < self.entity_dropout else (words,)
+        return Sample(key, (*before, photo, GROUNDS[ground]), target, caption)
+
+    def _draw_looks(self, number, turn):
+        picture = self.subjects[number].picture
+        picture = turn_hue(picture, turn) if turn else picture
+        return picture, say_looks(picture)
+
+
+def draw_photo(picture, rng, other_than):
+    """What stands for `<i>` in a prompt: the subject on any ground but the one asked for."""
+    ground = rng.choice([name for name in GROUNDS if name != other_than])
+    return view(picture, ground, PHOTO_SIZE, rng)
