@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,14 @@ torch.set_num_threads(
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
 SENTENCEPIECE = Path(__file__).parents[2] / "shared" / "tokenizer" / "sentencepiece.bpe.model"
 CASES = {case["name"]: case for case in json.loads((REFERENCE / "cases.json").read_text(encoding="utf-8"))}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state():
+    """accelerate keeps the precision of the first run of a process, and refuses another."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state()
 
 
 # Golden data -----------------------------------------------------------------------------------------------------
