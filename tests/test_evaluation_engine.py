@@ -20,7 +20,7 @@ from evaluating import (
 )
 from without_package import fake_hub
 
-from kosmos_g_diffusers import KosmosGTextEncoder
+from kosmos_g_diffusers import KosmosGTextEncoder, generation
 from kosmos_g_diffusers.evaluation import engine, scoring
 from kosmos_g_diffusers.settings import read_settings
 from kosmos_g_diffusers.tiny import build_tiny_pipeline
@@ -40,6 +40,19 @@ def scorers(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_dreambench(tmp_path_factory.mktemp("dreambench"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy():
+    """A toy in the place of the small model: built, not loaded, as copies of this process load too, beside its threads."""
+    load_model = generation.load_model
+
+    def load(model, dtype):
+        return build_tiny_pipeline() if model is None else load_model(model, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "load_model", load)
+        yield
 
 
 @pytest.fixture(scope="module")
