@@ -3,6 +3,10 @@
     kosmos-g app
     python examples/app_client.py http://127.0.0.1:7860
 
+The small model that ships knows sprites alone. With kosmos-g app --model, give a photo and a prompt for it:
+
+    python examples/app_client.py --picture dog.jpg --prompt "<i> in the snow" --steps 30
+
 A client needs gradio_client alone (pip install gradio_client), not this package. client.view_api() lists every endpoint
 with its parameters; those that are not given here have the values that the page starts with.
 """
@@ -13,7 +17,7 @@ from pathlib import Path
 
 from gradio_client import Client, handle_file
 
-CAT = Path(__file__).parent / "images" / "cat.jpg"
+STAR = Path(__file__).parent / "images" / "star.png"
 
 
 def main():
@@ -23,7 +27,11 @@ def main():
     parser.add_argument(
         "--output", type=Path, default=Path("out"), help="folder to write into (default: out)"
     )
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps (default: 10)")
+    parser.add_argument(
+        "--picture", default=STAR, metavar="FILE", help="what <i> stands for (default: a star)"
+    )
+    parser.add_argument("--prompt", default="<i> on a mint background", help="with one <i>")
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps (default: 12)")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     auth = tuple(arguments.auth.split(":", 1)) if arguments.auth else None
@@ -31,8 +39,8 @@ def main():
 
     # a run tells how far it is while it lasts; client.predict would wait for its end
     job = client.submit(
-        prompt="<i> in the snow",
-        pictures=[handle_file(CAT)],
+        prompt=arguments.prompt,
+        pictures=[handle_file(arguments.picture)],
         num_images=2,
         steps=arguments.steps,
         surprise=False,
@@ -49,8 +57,8 @@ def main():
         print(path)
 
     # a picture becomes a word of this client's session
-    client.predict(name="my-cat", pictures=[handle_file(CAT)], api_name="/add_word")
-    images, _, _ = client.predict(prompt="<my-cat>, red", steps=arguments.steps, api_name="/generate")
+    client.predict(name="mine", pictures=[handle_file(arguments.picture)], api_name="/add_word")
+    images, _, _ = client.predict(prompt="<mine>, pink", steps=arguments.steps, api_name="/generate")
     print("with an image word:", images[0]["caption"])
 
 

@@ -1,16 +1,28 @@
 """The page in a real browser: headless Chromium against the running app."""
 
-import base64
-import io
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
 
 import PIL.Image
 import pytest
-from serving import CHROMIUM, FLAGS, PATIENCE, serving, slow_steps, slowness, wait_for
+from serving import (
+    PATIENCE,
+    chromium,
+    control_image_of,
+    drop,
+    run,
+    saved,
+    serving,
+    slow_steps,
+    slowness,
+    table,
+    wait_for,
+)
 
+from kosmos_g_diffusers.cli import main
 from kosmos_g_diffusers.control import control_image
 from kosmos_g_diffusers.settings import GenerationSettings, read_settings, write_png
 
@@ -27,13 +39,8 @@ def app(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright drives the browser")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture
@@ -49,23 +56,6 @@ def page(app, browser):
     wait_for(lambda: app.studio.worker._running is None)  # a page that is closed ends its run
 
 
-def drop(page, selector, *paths):
-    """Drop files as a hand does: with a DataTransfer, on the drop zone."""
-    files = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in map(Path, paths)]
-    transfer = page.evaluate_handle(
-        """files => {
-            const transfer = new DataTransfer()
-            for (const [name, text] of files) {
-                const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0))
-                transfer.items.add(new File([bytes], name, {type: name.endsWith("png") ? "image/png" : "image/jpeg"}))
-            }
-            return transfer
-        }""",
-        files,
-    )
-    page.dispatch_event(f"{selector} button:has(input[type=file])", "drop", {"dataTransfer": transfer})
-
-
 def ask(page, prompt, *pictures, steps=2, **numbers):
     page.fill(PROMPT, prompt)
     if pictures:
@@ -73,24 +63,6 @@ def ask(page, prompt, *pictures, steps=2, **numbers):
     page.wait_for_selector(f"#prompt-line:has-text('{prompt.count('<i>')} <i>, {len(pictures)} picture')")
     for name, value in {"steps": steps, **numbers}.items():
         page.fill(f"#{name} input", str(value))
-
-
-def run(page):
-    page.click("#run")
-    page.wait_for_selector("#progress:has-text('Done')")
-    page.wait_for_selector("#details table")
-
-
-def table(page):
-    """The settings that the page shows."""
-    rows = page.locator("#details tr").all()
-    return dict(row.inner_text().split("\t") for row in rows)
-
-
-def saved(page, index=0):
-    """An image of the gallery, as the browser gets it."""
-    source = page.locator("#images img").nth(index).get_attribute("src")
-    return page.request.get(source).body()
 
 
 def seed_of(page, seed):
@@ -151,13 +123,6 @@ def choose_control(page, kind):
     page.click("#controls >> text=Controls")
     page.click("#control_1_kind input")
     page.click(f"[role=option]:has-text('{kind}:')")
-
-
-def control_image_of(page):
-    page.click("#control_1_look")
-    page.wait_for_selector("#control_1_image img")
-    body = page.request.get(page.locator("#control_1_image img").first.get_attribute("src")).body()
-    return PIL.Image.open(io.BytesIO(body))
 
 
 def test_control_image_is_shown_before_a_run(page):
@@ -231,6 +196,16 @@ def saved_pixels(path):
     return PIL.Image.open(path).tobytes()
 
 
+def test_command_that_the_page_shows_makes_the_image_again(app, page, tmp_path):
+    ask(page, "<i>, red", CAT, guidance=4)
+    run(page)
+    command = shlex.split(table(page)["again"])
+    assert command[:3] == ["kosmos-g", "generate", "--from"] and command[-2:] == ["--output", "again.png"]
+    (tmp_path / "mine.png").write_bytes(saved(page))
+    assert main([*command[1:-1], str(tmp_path / "again.png")]) == 0  # in the output folder, as the tests are
+    assert saved_pixels(tmp_path / "again.png") == saved_pixels(tmp_path / "mine.png")
+
+
 def test_png_from_elsewhere_is_refused_by_its_field(page, tmp_path):
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     drop(page, "#restore", tmp_path / "plain.png")
@@ -287,7 +262,7 @@ def test_picture_becomes_a_word_of_this_session_alone(app, page, browser):
 
 
 def test_example_loads_with_one_click_and_draws(page):
-    page.click(".kg-example >> nth=0")
+    page.click(".kg-example >> nth=1")
     page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 pictures')")
     page.fill("#steps input", "1")
     run(page)

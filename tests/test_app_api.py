@@ -3,6 +3,7 @@
 import inspect
 import os
 import runpy
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -21,6 +22,7 @@ from kosmos_g_diffusers.control import CONTROLS, control_image
 from kosmos_g_diffusers.generation import generate_images
 from kosmos_g_diffusers.schedulers import make_scheduler
 from kosmos_g_diffusers.settings import GenerationSettings, read_settings
+from kosmos_g_diffusers.studio.render import again_command
 from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
 gradio_client = pytest.importorskip("gradio_client", reason="pip install 'kosmos-g-diffusers[app]'")
@@ -100,7 +102,8 @@ def pixels(path):
 
 
 def test_images_are_those_that_the_library_makes_from_their_settings(client):
-    paths, settings, progress = generate(client, "<i> and <i>", [CAT, COFFEE], num_images=2, scheduler="dpm")
+    fields = {"num_images": 2, "scheduler": "dpm", "guidance": 7.5}
+    paths, settings, progress = generate(client, "<i> and <i>", [CAT, COFFEE], **fields)
     assert [entry["seed"] for entry in settings] == [3, 4]
     assert "Done: 2 images" in progress
     wanted = GenerationSettings(
@@ -137,6 +140,15 @@ def test_kept_image_with_lora_and_words_is_made_again_where_its_lora_is(
     (place / "good.safetensors").symlink_to(given / "loras" / "good.safetensors")
     assert main(command) == 0  # the words are found from where the image is
     assert pixels(tmp_path / "again.png") == pixels(path)
+    shown = again_command(read_settings(path), Path("images") / Path(path).name)  # from the output folder
+    places = {
+        ".../tuned": given / "unets" / "tuned",
+        ".../good.safetensors": given / "loras" / "good.safetensors",
+    }
+    monkeypatch.chdir(app.folder)
+    again = [str(places.get(word, word)) for word in shlex.split(shown)[1:-1]]
+    assert main([*again, str(tmp_path / "shown.png")]) == 0
+    assert pixels(tmp_path / "shown.png") == pixels(path)
 
 
 def test_every_endpoint_is_documented(client):

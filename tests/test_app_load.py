@@ -1,6 +1,7 @@
 """Many clients at once for two minutes: everyone gets their own images, and the server's memory does not grow."""
 
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -17,14 +18,6 @@ gradio_client = pytest.importorskip("gradio_client", reason="pip install 'kosmos
 
 CLIENTS, SECONDS, WARM_UP = 20, 120, 40
 CAT = Path(__file__).parents[1] / "examples" / "images" / "cat.jpg"
-# the command itself, in a process whose memory is nobody else's
-SERVER = """
-import argparse, sys
-from kosmos_g_diffusers.commands import app
-parser = argparse.ArgumentParser()
-app.add_arguments(parser)
-app.run(parser.parse_args(sys.argv[1:]))
-"""
 
 
 def memory(process):
@@ -38,8 +31,16 @@ def server(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", SERVER, "--port", str(port), "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # the command itself, in a process whose memory is nobody else's
+    command = [sys.executable, "-m", "kosmos_g_diffusers", "app", "--port", str(port)]
+    command += ["--output", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # a background job of a shell ignores Ctrl-C, and hands that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     process.url = f"http://127.0.0.1:{port}"
 
     def answers():
@@ -49,8 +50,8 @@ def server(tmp_path):
 
     wait_for(answers, seconds=300)
     yield process
-    process.terminate()
-    process.wait(30)
+    process.send_signal(signal.SIGINT)  # Ctrl-C
+    assert process.wait(60) == 0
 
 
 def visit(url, number, until, made, refused, wrong, folder):

@@ -1,15 +1,18 @@
 """The parts of the app that need no page: queue, previews, fields, messages, files."""
 
 import threading
+from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
 
+from kosmos_g_diffusers import SPRITES
+from kosmos_g_diffusers.control import CONTROLS
 from kosmos_g_diffusers.settings import GenerationSettings, InputImage, write_png
 from kosmos_g_diffusers.studio import render
 from kosmos_g_diffusers.studio.drawing import Progress
-from kosmos_g_diffusers.studio.form import PRESETS, Form, count_line, read_form
+from kosmos_g_diffusers.studio.form import PRESETS, Form, count_line, defaults, presets, read_form
 from kosmos_g_diffusers.studio.messages import FieldError, at, clean
 from kosmos_g_diffusers.studio.models import Models
 from kosmos_g_diffusers.studio.preview import LatentPreview
@@ -184,9 +187,11 @@ def test_surprise_draws_a_seed_for_each_run():
     assert len(seeds) == 4
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_within_the_limits(preset):
-    assert read_form(Form("a hat", **PRESETS[preset]), Models(), {}).steps == PRESETS[preset]["steps"]
+@pytest.mark.parametrize("is_small", [True, False])
+def test_presets_and_what_the_page_starts_with_are_within_the_limits(is_small):
+    assert presets(is_small).keys() == PRESETS.keys()
+    for values in (*presets(is_small).values(), defaults(is_small)):
+        assert read_form(Form("a hat", **values), Models(), {}).steps == values["steps"]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +242,7 @@ def test_html_holds_every_text_as_text():
         render.model_state("failed", evil, evil),
         render.run_state(ticket),
         render.settings_table(
-            GenerationSettings(evil, negative_prompt=evil, model=evil, lora=evil, unet=evil)
+            GenerationSettings(evil, negative_prompt=evil, model=evil, lora=evil, unet=evil), Path(evil)
         ),
     ):
         assert "<script" not in html and "&lt;script&gt;" in html
@@ -289,6 +294,13 @@ def test_model_of_a_folder_draws_what_its_pipeline_draws(tmp_path, pipe, draw):
     prepared.set_progress_bar_config(disable=True)
     assert (draw(prepared, "a hat") == draw(pipe, "a hat")).all()
     assert models.state == "ready"
+
+
+def test_small_model_is_small_from_a_folder_too_and_has_canny_alone_where_none_is_given():
+    assert Models().controls("sprites") == ("canny",)
+    models = Models([SPRITES])  # its VAE halves twice, not three times
+    assert models.is_small("model") and not models.is_builtin("model")
+    assert models.controls("model") == tuple(CONTROLS)
 
 
 def test_model_that_cannot_be_loaded_is_told_without_its_place(tmp_path, pipe):

@@ -11,8 +11,9 @@ from .app_actions import KNOBS, Actions
 from .app_components import Files, Picture, Pictures, Upload, board
 from .control import CONTROLS
 from .schedulers import SCHEDULERS
+from .small_model import SPRITES_CONTROL
 from .studio.examples import photo_examples, sprite_examples
-from .studio.form import CONTROL_SLOTS, DEFAULTS, LIMITS, MAX_PROMPT, NO_CONTROL, PRESETS
+from .studio.form import CONTROL_SLOTS, LIMITS, MAX_PROMPT, NO_CONTROL, PRESETS, defaults
 from .studio.guard import Guard
 from .studio.models import NO_LORA, OWN
 from .studio.session import Session
@@ -22,6 +23,11 @@ STYLE = (Path(__file__).parent / "studio" / "page.css").read_text(encoding="utf-
 INTRODUCTION = (
     "# Kosmos-G\nWrite a prompt with `<i>` where a picture belongs, and drop the pictures, "
     f"up to {MAX_FILES}, in that order."
+)
+CONTROLS_HELP = "For `drawing` draw dark strokes; for `inpaint` paint over what is to be filled. Start and end are shares of the steps."
+SPRITES_CONTROLS = (
+    f"The small model has a ControlNet for `{SPRITES_CONTROL}` alone: edges of a sprite decide where it is drawn. With "
+    "`kosmos-g app --model` there are all kinds of `kosmos-g control --list`. Start and end are shares of the steps."
 )
 SHARED_SESSIONS = 500  # whose words and history are kept; gradio's own limit is 10,000
 QUICK = {"api_visibility": "private", "show_progress": "hidden", "queue": False}  # events of the page alone
@@ -79,13 +85,14 @@ class Page:
             with gr.Row(visible=models.is_small(models.default) is small) as group:
                 for example in examples:
                     button = gr.Button(example.prompt, size="sm", min_width=200, elem_classes="kg-example")
-                    files = [str(self.studio.store.keep_example(picture)) for picture in example.pictures]
+                    files = [str(self.studio.store.put_example(*picture)) for picture in example.pictures]
                     load = partial(lambda *values: values, example.prompt, files or None)
                     button.click(load, None, [self.prompt, self.pictures], **QUICK)
             self.example_groups.append(group)
 
     def _build_settings(self):
         models = self.studio.models
+        start = defaults(models.is_small(models.default))
 
         def row(*entries):
             with gr.Row():
@@ -96,14 +103,19 @@ class Page:
         with gr.Accordion("Settings", open=True, elem_id="settings"):
             self._add("negative_prompt", gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT))
             row(
-                ("num_images", gr.Number, DEFAULTS["num_images"], {"label": "Images"}),
-                ("steps", gr.Number, DEFAULTS["steps"], {"label": "Steps"}),
-                ("guidance", gr.Number, DEFAULTS["guidance"], {"label": "Guidance", "step": 0.5}),
+                ("num_images", gr.Number, start["num_images"], {"label": "Images"}),
+                ("steps", gr.Number, start["steps"], {"label": "Steps"}),
+                ("guidance", gr.Number, start["guidance"], {"label": "Guidance", "step": 0.5}),
             )
             row(
                 ("seed", gr.Number, 0, {"label": "Seed"}),
                 ("surprise", gr.Checkbox, True, {"label": "Surprise me: draw a seed"}),
-                ("scheduler", gr.Dropdown, OWN, {"label": "Scheduler", "choices": [OWN, *SCHEDULERS]}),
+                (
+                    "scheduler",
+                    gr.Dropdown,
+                    start["scheduler"],
+                    {"label": "Scheduler", "choices": [OWN, *SCHEDULERS]},
+                ),
             )
             row(
                 ("width", gr.Number, 0, {"label": "Width (0: own)", "step": 8}),
@@ -117,17 +129,15 @@ class Page:
             scale = {"label": "LoRA scale", "minimum": low, "maximum": high, "step": 0.05}
             row(
                 ("lora", gr.Dropdown, NO_LORA, {"label": "LoRA", "choices": list(models.loras)}),
-                ("lora_scale", gr.Slider, DEFAULTS["lora_scale"], scale),
+                ("lora_scale", gr.Slider, start["lora_scale"], scale),
             )
 
     def _build_controls(self):
         kinds = [(NO_CONTROL, NO_CONTROL)]
-        kinds += [(f"{kind}: {control.description}", kind) for kind, control in CONTROLS.items()]
+        models = self.studio.models
+        kinds += [(f"{kind}: {CONTROLS[kind].description}", kind) for kind in models.controls(models.default)]
         with gr.Accordion("Controls", open=False, elem_id="controls"):
-            gr.Markdown(
-                "For `drawing` draw dark strokes; for `inpaint` paint over what is to be filled. Start and end are shares "
-                "of the steps."
-            )
+            gr.Markdown(SPRITES_CONTROLS if models.is_builtin(models.default) else CONTROLS_HELP)
             self._add_message("controls")
             for slot in range(1, CONTROL_SLOTS + 1):
                 with gr.Tab(f"Control {slot}"):
@@ -182,6 +192,9 @@ class Page:
         self.progress = gr.HTML(label="Progress", elem_id="progress")
         look = {"object_fit": "contain", "format": "png", "interactive": False}
         look["buttons"] = ["download", "download_all", "fullscreen"]
+        models = self.studio.models
+        # 64 pixels are enlarged to be seen: as they are, not blurred
+        look["elem_classes"] = ["kg-sprites"] if models.is_builtin(models.default) else []
         self.images = Pictures(label="Images", columns=2, height=520, elem_id="images", **look)
         self.settings = gr.JSON(label="Settings of the images", visible=False)
         self.details = gr.HTML(elem_id="details")
@@ -197,21 +210,19 @@ class Page:
 
     def _connect(self):
         actions = self.actions = Actions(self.studio, list(self.messages))
-        timer = gr.Timer(1)
+        timer, model = gr.Timer(1), self.fields["model"]
         gr.on([self.blocks.load, timer.tick], actions.model_state, None, [self.state, timer], **QUICK)
         gr.on(
-            [self.prompt.change, self.pictures.change, self.words.change, self.blocks.load],
+            [entry.change for entry in (self.prompt, self.pictures, self.words, model)] + [self.blocks.load],
             actions.prompt_line,
-            [self.session, self.prompt, self.pictures],
+            [self.session, self.prompt, self.pictures, model],
             self.prompt_line,
             trigger_mode="always_last",
             **QUICK,
         )
         for button in self.presets:
-            values = PRESETS[button.value]
-            outputs = [self.fields[name] for name in values]
-            button.click(partial(list, values.values()), None, outputs, **QUICK)
-        model = self.fields["model"]
+            outputs = [self.fields[name] for name in PRESETS[button.value]]
+            button.click(partial(actions.preset, button.value), model, outputs, **QUICK)
         model.change(actions.example_groups, model, self.example_groups, **QUICK)
         self._connect_run(actions)
         self._connect_results(actions)
@@ -277,7 +288,7 @@ def serve(studio, controls=False, host="127.0.0.1", port=7860, share=False, auth
 
     Args:
         auth: (user, password), or None.
-        block: wait until the server ends.
+        block: print the address, and wait for Ctrl-C.
 
     Returns:
         gr.Blocks, with its address as `local_url`.
@@ -292,29 +303,40 @@ def serve(studio, controls=False, host="127.0.0.1", port=7860, share=False, auth
     blocks.queue(max_size=4 * studio.worker.capacity + 16, default_concurrency_limit=4)
     # no font is fetched: these are names of what the browser has
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    blocks.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        auth=auth,
-        theme=theme,
-        css=STYLE,
-        show_error=False,
-        max_file_size=MAX_BYTES,
-        state_session_capacity=SHARED_SESSIONS,
-        app_kwargs={
-            "middleware": [Middleware(Guard)],
-            "docs_url": None,
-            "redoc_url": None,
-            "openapi_url": None,
-        },
-        footer_links=["api"],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        prevent_thread_lock=not block,
-        quiet=not block,
-    )
+    try:
+        blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            auth=auth,
+            theme=theme,
+            css=STYLE,
+            show_error=False,
+            max_file_size=MAX_BYTES,
+            state_session_capacity=SHARED_SESSIONS,
+            app_kwargs={
+                "middleware": [Middleware(Guard)],
+                "docs_url": None,
+                "redoc_url": None,
+                "openapi_url": None,
+            },
+            footer_links=["api"],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            prevent_thread_lock=True,
+            quiet=True,  # its hints are for those who write apps
+        )
+    except OSError as error:
+        raise OSError(
+            f"The app cannot listen at {host}:{port}: another program does, or it is no address of this machine. Pass "
+            "another --port, or --host."
+        ) from error
+    if block:
+        print(f"Open {blocks.local_url} in a browser. Ctrl-C ends the app.", flush=True)
+        if blocks.share_url:
+            print(f"Anyone can reach {blocks.share_url}.", flush=True)
+        blocks.block_thread()
     return blocks

@@ -8,17 +8,22 @@ import os
 import gradio as gr
 
 from .settings import read_settings
+from .sprites.world import IMAGE_SIZE
 from .studio import render
-from .studio.form import CONTROL_SLOTS, NO_CONTROL, ControlForm, Form
+from .studio.form import CONTROL_SLOTS, NO_CONTROL, ControlForm, Form, presets
 from .studio.messages import FieldError, at
 from .studio.models import NO_LORA, OWN
 from .studio.preview import data_uri
-from .studio.store import MAX_FILES, open_picture
+from .studio.store import MAX_FILES, open_picture, picture_size
 
 BOARD_SIDE = 768  # pixels of a picture to be painted on
 BUILTIN_NOTE = (
     "This small model knows nothing but sprites: one or two shapes in 64 pixels. Photos and other words mean nothing to it. "
     "Start the app with a model (kosmos-g app --model) for more."
+)
+LARGE_NOTE = (
+    f"A picture is larger than the {IMAGE_SIZE} x {IMAGE_SIZE} pixels of a sprite. This small model knows nothing but "
+    "sprites: a photo means nothing to it."
 )
 KNOBS = ("kind", "picture", "strokes", "ready", "scale", "start", "end")  # of a slot of the controls panel
 
@@ -131,7 +136,7 @@ class Actions:
     def details(self, session):
         if session.chosen is None or not session.chosen.is_file():
             return ""
-        return render.settings_table(read_settings(session.chosen))
+        return render.settings_table(read_settings(session.chosen), session.chosen)
 
     # Results -----------------------------------------------------------------------------------------------------
 
@@ -176,10 +181,16 @@ class Actions:
                     for key in ("lora_scale", "num_images", "steps", "guidance", "seed")
                 },
             }
+            model = values["model"] if settings.model in models.models else models.default
             if settings.model is None and models.is_builtin(models.default):
                 values["model"] = models.default
+            offered = models.controls(model) if "control_1_kind" in names else ()
+            missing = sorted({control.name for control in settings.controls} - set(offered))
+            if missing:
+                notes.append(f"Controls that are not offered here: {', '.join(missing)}.")
             for slot in range(1, CONTROL_SLOTS + 1):
                 control = settings.controls[slot - 1] if slot <= len(settings.controls) else None
+                control = control if control and control.name in offered else None
                 picture = controls[slot - 1] if control else None
                 empty = {"kind": NO_CONTROL, "ready": False, "scale": 1.0, "start": 0.0, "end": 1.0}
                 for knob, value in empty.items():
@@ -249,8 +260,15 @@ class Actions:
         words = list(session.words)
         return gr.Dropdown(choices=words, value=chosen or (words[-1] if words else None))
 
-    def prompt_line(self, session, prompt, paths):
-        return render.prompt_line(prompt or "", paths or (), session.words)
+    def prompt_line(self, session, prompt, paths, model):
+        paths, models = paths or (), self.studio.models
+        sizes = [picture_size(path) for path in paths] if models.is_builtin(model or models.default) else ()
+        is_larger = any(size is not None and max(size) > IMAGE_SIZE for size in sizes)
+        return render.prompt_line(prompt or "", paths, session.words, LARGE_NOTE if is_larger else "")
+
+    def preset(self, name, model):
+        """Values of a preset that suit a model."""
+        return list(presets(self.studio.models.is_small(model or self.studio.models.default))[name].values())
 
     def example_groups(self, model):
         """Sprites for a small model, photos for any other."""

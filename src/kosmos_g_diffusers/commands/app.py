@@ -2,7 +2,8 @@
 
 The page takes prompts of words and pictures, settings, controls, LoRAs and image words, and shows each image while it
 is being drawn. Images are written to --output with their settings inside; kosmos-g generate --from IMAGE makes them
-again. Only this machine can reach the page unless --host or --share says otherwise; then give it a password.
+again. Without --model the small model that ships draws, which knows sprites alone: enough to try the page. Only this
+machine can reach the page unless --host or --share says otherwise; then give it a password. Ctrl-C ends it.
 
 examples:
   kosmos-g app
@@ -35,12 +36,16 @@ def add_arguments(parser):
     )
     add("--lora-dir", metavar="DIR", help="folder of .safetensors files to offer as LoRAs")
     add("--unet-dir", metavar="DIR", help="folder of U-Net folders to offer in the place of the model's")
-    add("--control", action="store_true", help="show the controls (kosmos-g control --list)")
+    add(
+        "--control",
+        action="store_true",
+        help="show the controls (kosmos-g control --list); the small model has canny",
+    )
     add(
         "--output", default="kosmos-g-app", metavar="DIR", help="folder to write into (default: kosmos-g-app)"
     )
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
-    add("--port", type=int, default=7860, metavar="N", help="(default: 7860)")
+    add("--port", type=int, default=7860, metavar="N", help="of the address (default: 7860)")
     add("--share", action="store_true", help="open a public address through gradio's servers")
     add("--auth", metavar="USER:PASSWORD", help="ask for a name and a password")
     add("--queue", type=int, default=CAPACITY, metavar="N", help=f"runs that may wait (default: {CAPACITY})")

@@ -11,29 +11,32 @@ PHOTOS = Path(__file__).parent / "pictures"  # CC0; PROVENANCE.txt there says wh
 @dataclass(frozen=True)
 class Example:
     prompt: str
-    pictures: tuple = ()  # PIL images, or paths of files of this package
+    pictures: tuple = ()  # (name of the file, PIL image or path of a file of this package) for each
 
 
-def _sprite(*names, background="white"):
-    return render(Scene((Sprite(*names),), background), make_rng(*names))
+def _sprite(colour, pattern, shape, background):
+    """A picture of one large sprite, and a name for it."""
+    name = f"{colour}-{pattern}-{shape}"
+    scene = Scene((Sprite(shape, colour, pattern, "large"),), background)
+    return f"{name}.png", render(scene, make_rng(name))
 
 
 def sprite_examples():
-    """The kinds of prompt that the small model was trained on."""
-    star, ring = _sprite("star", "red", "striped", "large"), _sprite("ring", "blue", "plain", "small")
-    heart = _sprite("heart", "pink", "dotted", "large", background="mint")
+    """The kinds of prompt that the small model was trained on, of sprites that it was never shown and never told of."""
+    star = _sprite("yellow", "striped", "star", "lavender")
+    heart = _sprite("red", "dotted", "heart", "grey")
     return (
-        Example("<i> and <i> on a mint background", (star, ring)),
-        Example("<i> on a brown background", (heart,)),
-        Example("<i> , green", (star,)),
+        Example("<i> on a mint background", (star,)),
+        Example("<i> and <i> on a white background", (star, heart)),
+        Example("<i>, pink", (star,)),
         Example("<i> and a small cyan plain moon on a beige background", (heart,)),
-        Example("a large purple bordered square on a grey background"),
+        Example("a large orange striped ring on a lavender background"),
     )
 
 
 def photo_examples():
     """The official demo's kinds of prompt: a place, another look, a style, an attribute, two pictures."""
-    cat, coffee = PHOTOS / "cat.jpg", PHOTOS / "coffee.jpg"
+    cat, coffee = ((name, PHOTOS / name) for name in ("cat.jpg", "coffee.jpg"))
     return (
         Example("<i> in the snow", (cat,)),
         Example("<i> wearing a red hat", (cat,)),

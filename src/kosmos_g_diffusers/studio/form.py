@@ -26,6 +26,11 @@ LIMITS = {
 LABELS = {"num_images": "number of images", "steps": "number of steps", "lora_scale": "LoRA scale"}
 MAX_PROMPT = 4_000  # characters
 DEFAULTS = {"num_images": 1, "steps": 30, "guidance": 7.5, "scheduler": OWN, "lora_scale": 1.0}
+SMALL_FAST = {
+    "steps": 12,
+    "guidance": 5.0,
+    "scheduler": "dpm",
+}  # what the small model's scores were drawn with
 PRESETS = {
     "fast": {"steps": 15, "guidance": 6.0, "scheduler": "dpm"},
     "paper": {"steps": 100, "guidance": 7.5, "scheduler": "dpm"},  # DreamBench: 100 steps of DPM-Solver
@@ -65,6 +70,16 @@ class Form:
     surprise: bool = True  # draw a seed
     scheduler: str = OWN
     controls: tuple = field(default_factory=tuple)  # ControlForm
+
+
+def defaults(is_small):
+    """What the page starts with, for a small model or another."""
+    return {**DEFAULTS, **SMALL_FAST} if is_small else DEFAULTS
+
+
+def presets(is_small):
+    """Values of fields, by the name of a preset."""
+    return {**PRESETS, "fast": SMALL_FAST} if is_small else PRESETS
 
 
 def read_form(form, models, words):

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from ..control import CONTROLS
 from ..generation import LORA_NAME, add_lora, load_control, load_model, load_unet, with_controlnets
 from ..schedulers import make_scheduler
+from ..small_model import SPRITES_CONTROL
 from .messages import FieldError, at
 from .preview import LatentPreview
 
@@ -71,10 +73,17 @@ class Models:
         if folder is None:
             return True
         try:
-            side = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]
-            return side * 8 <= SMALL_SIDE
+            unet, vae = (
+                json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+                for part in ("unet", "vae")
+            )
+            return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1) <= SMALL_SIDE
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def controls(self, name):
+        """Kinds of control that there are ControlNets for, with a model."""
+        return (SPRITES_CONTROL,) if self.is_builtin(name) else tuple(CONTROLS)
 
     def load(self, name):
         """Load a model in the place of the one that is loaded.

@@ -1,5 +1,6 @@
 """Pieces of the page as HTML. Every text that comes from somewhere is escaped here."""
 
+import shlex
 from functools import lru_cache
 from html import escape
 
@@ -23,8 +24,8 @@ def thumbnail(path):
     return data_uri(picture, side=0)
 
 
-def prompt_line(prompt, paths, words=()):
-    """The prompt with its pictures in their places, and below it what is missing."""
+def prompt_line(prompt, paths, words=(), note=""):
+    """The prompt with its pictures in their places, and below it what is missing, and a note about the pictures."""
     pieces, paths = [], list(paths)
     for index, text in enumerate(prompt.split(IMAGE_MARK)):
         if index:
@@ -38,7 +39,8 @@ def prompt_line(prompt, paths, words=()):
         pieces.append(f'<span class="kg-spare">not in the prompt: {"".join(spare)}</span>')
     line, complete = count_line(prompt, len(paths))
     kind = "kg-good" if complete else "kg-bad"
-    return f'<div class="kg-prompt">{"".join(pieces)}</div><div class="kg-count {kind}">{escape(line)}</div>'
+    html = f'<div class="kg-prompt">{"".join(pieces)}</div><div class="kg-count {kind}">{escape(line)}</div>'
+    return html + (f'<div class="kg-note">{escape(note)}</div>' if note else "")
 
 
 def _picture(path, number):
@@ -116,6 +118,7 @@ def described(settings):
         "U-Net": settings.unet,
         "LoRA": settings.lora,
         "LoRA scale": settings.lora_scale if settings.lora else None,
+        "image words": len(settings.image_words) or None,  # files; their names are in the prompt
         "controls": [
             f"{control.name}, strength {control.scale:g}, from {control.start:g} to {control.end:g}"
             for control in settings.controls
@@ -125,9 +128,22 @@ def described(settings):
     return {name: value for name, value in entries.items() if value is not None}
 
 
-def settings_table(settings):
+def again_command(settings, path):
+    """The command that makes an image again, in the output folder; "..." is where the folders of the app's flags lie."""
+    words = ["kosmos-g", "generate", "--from", path.as_posix()]
+    for name in ("model", "unet", "lora"):  # the PNG has no more than their names
+        if (chosen := getattr(settings, name)) is not None:
+            words += [f"--{name}", f".../{chosen}"]
+    return shlex.join([*words, "--output", "again.png"])
+
+
+def settings_table(settings, path=None):
+    """The settings of an image, and how to make it again from its path."""
     rows = []
-    for name, value in described(settings).items():
+    entries = described(settings)
+    if path is not None:
+        entries["again"] = again_command(settings, path)
+    for name, value in entries.items():
         text = "; ".join(value) if isinstance(value, list) else str(value)
         rows.append(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>")
     return f'<table class="kg-settings">{"".join(rows)}</table>'

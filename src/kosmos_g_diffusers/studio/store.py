@@ -60,6 +60,15 @@ def check_picture(path, field="pictures"):
     return kind
 
 
+def picture_size(path):
+    """(width, height) of a picture, without decoding it; None if it cannot be read."""
+    try:
+        with PIL.Image.open(path, formats=FORMATS) as picture:
+            return picture.size
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
+        return None
+
+
 def open_picture(path, field):
     """A picture that was checked -> RGB or RGBA PIL image, upright; FieldError if its file is cut short."""
     check_picture(path, field)
@@ -84,6 +93,16 @@ class Store:
             if time.time() - path.stat().st_mtime > UPLOADS_KEPT:
                 (shutil.rmtree if path.is_dir() else os.unlink)(path)
 
+    def put_example(self, name, picture):
+        """Write a picture, a path or a PIL image, among the uploads, under a name that visitors see; returns its path."""
+        path = self.folder / UPLOADS / "examples" / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(picture, PIL.Image.Image):
+            picture.save(path)
+        else:
+            shutil.copyfile(picture, path)
+        return path
+
     def new_image(self):
         """Path for an image that is about to be written."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(6)}.png"
@@ -105,12 +124,6 @@ class Store:
             return self._keep(part, ".png")
         finally:
             part.unlink(missing_ok=True)
-
-    def keep_example(self, picture):
-        """Path of a picture, a path or a PIL image, among the inputs."""
-        if isinstance(picture, PIL.Image.Image):
-            return self.find(self.keep_image(picture))
-        return self.find(self.keep_picture(picture, "pictures"))
 
     def keep_words(self, path):
         """The same for a file of image words."""

@@ -279,6 +279,8 @@ class Studio:
                 else "The settings of this file cannot be read. Drop a PNG that was made here.",
             ) from error
         notes = []
+        if settings.model is None and not self.models.is_builtin(self.models.default):
+            notes.append("It was made with the small model that ships, which is not offered here.")
         pictures = [self.store.find(picture) for picture in settings.images]
         controls = [self.store.find(control.picture) for control in settings.controls]
         lost = sum(found is None for found in (*pictures, *controls))
@@ -291,6 +293,8 @@ class Studio:
         ):
             if name is not None and name not in offered:
                 notes.append(f"Its {what} is not offered here.")
+        if any(control.controlnet for control in settings.controls):
+            notes.append("It was made with a ControlNet of its own, which is not offered here.")
         self._restore_words(session, settings, notes)
         return settings, [found for found in pictures if found], controls, notes
 

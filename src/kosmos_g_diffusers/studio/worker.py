@@ -7,6 +7,7 @@ from collections import deque
 
 logger = logging.getLogger(__name__)
 
+CLOSING = 10  # seconds that a run has for the step it is in
 RECENT = 8  # runs whose length is the estimate of the next one's
 
 
@@ -117,14 +118,14 @@ class Worker:
         ticket._end("cancelled")
 
     def close(self):
-        """Give up every run and end the thread."""
+        """Give up every run and end the thread; one that loads a model is not waited for."""
         with self._condition:
             self._closed = True
             tickets = [*self._waiting, *([self._running] if self._running else [])]
             self._condition.notify()
         for ticket in tickets:
             ticket.cancel()
-        self._thread.join()
+        self._thread.join(timeout=CLOSING)
 
     def _work(self):
         while True:
