@@ -3,8 +3,9 @@
     python benchmarks/train.py
 
 Trains the models of examples/sprites for some steps with the package's loop, each way in a process of its own, in turns.
-The plain loop is `train_plainly` below: no cache, no bucketing, no workers. The learning rate is 0, so that the losses of
-all ways are those of the same weights and can be compared. `full_size_training.py` looks at the released size.
+The plain loop is `train_plainly` below: no cache, no bucketing, no workers, PyTorch's own choice of an attention kernel. The
+learning rate is 0, so that the losses of all ways are those of the same weights and can be compared.
+`training_estimates.py --caches` looks at the released size.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from parts.arguments import parse
 from parts.measure import PeakMemory, gib, now, report, significant
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kosmos_g_diffusers import KosmosGProcessor
 from kosmos_g_diffusers.sprites.source import SpriteSource
@@ -44,18 +46,15 @@ WORKS = {
 LOSSES = {"pretrain": ("language",), "align": ("mse", "rec"), "instruct": ("denoising",)}
 PLAIN, LOOP, FILL, ALL = "plain loop", "package's loop", "caches, filling them", "all caches"
 BUCKET_WINDOW = 4
-WARM_UP, TAIL = (
-    2,
-    3,
-)  # steps before and behind those that are timed; in the last ones the workers have nothing to do
+WARM_UP, TAIL = 2, 3  # steps around those that are timed; in the last ones the workers have nothing to do
 
 
 def build(stage, bucket_window):
     """(stage module, collate, keyword arguments of MixtureDataset) of the sprite configuration, with fresh weights."""
+    torch.manual_seed(0)
     tokenizer = kosmos.build_tokenizer()
     encoder, processor = kosmos.build_text_encoder(tokenizer), KosmosGProcessor(tokenizer)
     clip_tokenizer, scheduler = base.build_clip_tokenizer(), base.build_scheduler()
-    torch.manual_seed(0)
     options = {"batch_size": BATCH_SIZES[stage], "bucket_window": bucket_window}
     if stage == "pretrain":
         # from a model whose tower is trained already; the example starts from nothing and trains all of it
@@ -117,7 +116,8 @@ def measure(stage_name, way, steps, workers, folder):
                 output=run, steps=total, batch_size=data["batch_size"], lr=0.0, workers=workers,
                 mixed_precision="bf16", max_grad_norm=1.0, log_every=1, save_every=total,
             )  # fmt: skip
-            train(config, stage, dataset, save_model=lambda *_: None, progress_bar=False)
+            with sdpa_kernel(SDPBackend.MATH):  # as the example; it says why
+                train(config, stage, dataset, save_model=lambda *_: None, progress_bar=False)
             lines = (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()
             losses = [sum(json.loads(line)[name] for name in LOSSES[stage_name]) for line in lines]
     if cache is not None:
@@ -167,9 +167,8 @@ def compare(stage, arguments, folder):
     for number in range(arguments.rounds):
         for way in reversed(ways) if number % 2 else ways:
             found[way].append(measure_apart(stage, way, arguments, folder))
-    assert not any(
-        count for way in single + [ALL] for run in found[way] for count in run["computed"].values()
-    )
+    for way in [*single, ALL]:
+        assert not any(count for run in found[way] for count in run["computed"].values()), (way, found[way])
     found = {PLAIN: found[PLAIN], LOOP: found[LOOP], FILL: [filling], **found}
     rows = []
     for way, runs in found.items():

