@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ import torch  # noqa: E402
 import transformers.utils.logging  # noqa: E402
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from kosmos_g_diffusers import (  # noqa: E402
     KosmosGTextEncoder,
@@ -38,9 +40,10 @@ from kosmos_g_diffusers.checkpoint_keys import aligner_n_weights, match_keys  # 
 from kosmos_g_diffusers.control import build_random_controlnet  # noqa: E402
 from kosmos_g_diffusers.tiny import build_tiny_pipeline  # noqa: E402
 
-torch.set_num_threads(
-    1
-)  # the models are tiny: threads would cost more than they bring, above all on a busy machine
+# the models are tiny: threads would cost more than they bring, above all on a busy machine
+torch.set_num_threads(1)
+# tqdm's own lock is shared with forked children, and stays locked for ever when a test kills the one that holds it
+tqdm.set_lock(threading.RLock())
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
 SENTENCEPIECE = Path(__file__).parents[2] / "shared" / "tokenizer" / "sentencepiece.bpe.model"
