@@ -88,11 +88,17 @@ def load_answerer(model, dtype, device):
         OSError: the model cannot be loaded.
     """
     model = model or SPRITES
-    # Kosmos-G folders never hold pickle files; refuse to load any
-    text_encoder = KosmosGTextEncoder.from_pretrained(
-        model, subfolder="text_encoder", dtype=dtype, use_safetensors=True
-    )
-    tokenizer = KosmosGTokenizer.from_pretrained(model, subfolder="tokenizer")
+    try:
+        # Kosmos-G folders never hold pickle files; refuse to load any
+        text_encoder = KosmosGTextEncoder.from_pretrained(
+            model, subfolder="text_encoder", dtype=dtype, use_safetensors=True
+        )
+        tokenizer = KosmosGTokenizer.from_pretrained(model, subfolder="tokenizer")
+    except OSError as error:
+        raise OSError(
+            f"The model {str(model)!r} cannot be loaded ({error}). Pass the folder that kosmos-g convert has written, or a Hub id "
+            "that can be fetched."
+        ) from error
     return Answerer(text_encoder.to(device).eval(), tokenizer)
 
 

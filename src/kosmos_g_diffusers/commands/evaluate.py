@@ -11,9 +11,12 @@ examples:
   kosmos-g evaluate coco --annotations captions_val2014.json --images val2014 --model ./kosmos-g --output runs/coco
   kosmos-g evaluate multi --data pairs --model ./kosmos-g --output runs/pairs
   kosmos-g evaluate dreambench-plus --data dreambench_plus/data --model ./kosmos-g --output runs/plus
-  kosmos-g evaluate sprites --model ./kosmos-g-sprites --output runs/sprites
+  kosmos-g evaluate sprites --output runs/sprites
+
+kosmos-g evaluate BENCHMARK --help says what a benchmark measures and which flags it has.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,7 +37,13 @@ DEFAULT_SCORERS = ("dino", "clip")  # of the paper
 def add_arguments(parser):
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     for name, benchmark in BENCHMARKS.items():
-        command = benchmarks.add_parser(name, help=benchmark.title, description=benchmark.title)
+        command = benchmarks.add_parser(
+            name,
+            help=benchmark.title,
+            description=f"{benchmark.title[0].upper()}{benchmark.title[1:]}.\n\n{benchmark.description.strip()}",
+            epilog=f"{GOES_ON}\nexamples:\n{benchmark.examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         benchmark.add_arguments(command)
         _add_common(command, benchmark.settings, benchmark.batch_size)
 
@@ -54,7 +63,7 @@ def run(arguments):
         "batch_size": arguments.batch_size,
     }
     benchmark.run(arguments, options)
-    if arguments.model is None:
+    if arguments.model is None and arguments.benchmark != "sprites":
         print(SPRITES_NOTE, file=sys.stderr)
 
 
@@ -144,14 +153,23 @@ def _add_dreambench(parser):
         default="paper",
         help="score against the one picture the model was given (paper, the default) or all of the subject (standard)",
     )
-    add("--subjects", type=lambda text: text.split(","), metavar="A,B", help="some of them (default: all 30)")
+    add("--subjects", type=_names, metavar="A,B", help="some of them (default: all 30)")
     add("--prompts", type=_numbers, metavar="N,N", help="some of them, from 0 to 24 (default: all 25)")
     _add_images(parser, dreambench.IMAGES_PER_PROMPT)
     _add_scorers(parser)
 
 
+def _names(text):
+    return [name.strip() for name in text.split(",")]
+
+
 def _numbers(text):
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of numbers; expected some such as 0,20"
+        ) from None
 
 
 def _run_dreambench(arguments, options):
@@ -244,6 +262,8 @@ def _add_plus(parser):
 def _run_plus(arguments, options):
     if arguments.judge_prompts and not arguments.judge:
         raise ValueError("--judge-prompts was given without --judge, the folder to write to. Pass both.")
+    if arguments.judge_prompts:  # before hours of work
+        dreambench_plus.read_instructions(arguments.judge_prompts)
     tasks = dreambench_plus.build_tasks(arguments.data, arguments.images_per_prompt, arguments.seed)
     plan = Plan("dreambench-plus", {}, tasks, arguments.data)
     if (
@@ -277,18 +297,90 @@ class Benchmark(NamedTuple):
     settings: dict  # likewise
     add_arguments: Callable  # of a parser: the flags that others have not
     run: Callable  # of the arguments, and of model, settings, device and batch size as `open_run` takes them
+    description: str  # for the help
+    examples: str
 
+
+GOES_ON = """A command that was stopped goes on where it was when it is repeated; report.md and sheets/index.html of --output are what to
+look at when it is done.
+"""
 
 BENCHMARKS = {
     "dreambench": Benchmark(
-        "30 subjects with 25 prompts each", 4, dreambench.SETTINGS, _add_dreambench, _run_dreambench
+        "30 subjects with 25 prompts each",
+        4,
+        dreambench.SETTINGS,
+        _add_dreambench,
+        _run_dreambench,
+        """
+A picture of a subject in new scenes, with the settings of the paper. DINO and CLIP-I tell whether it is the subject, CLIP-T
+whether it is the scene. Both protocols give the model the same picture: paper compares with that one, standard with every
+picture of the subject. The data folder has a folder of pictures for each subject, such as dog/02.jpg.
+""",
+        """  kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/dreambench
+  # a taste of it: two subjects, two prompts, one image each; scored without anything from a hub
+  kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/taste \\
+      --subjects dog,can --prompts 0,20 --images-per-prompt 1 --scorer efficientnet
+  # other weights of a scorer, from a folder
+  kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/offline \\
+      --scorer dino=./dino-vits16 --scorer clip=./clip-vit-base-patch32""",
     ),
-    "coco": Benchmark("FID-30k on MS-COCO", 8, coco.SETTINGS, _add_coco, _run_coco),
-    "multi": Benchmark("prompts of several subjects", 4, dreambench.SETTINGS, _add_multi, _run_multi),
+    "coco": Benchmark(
+        "FID-30k on MS-COCO",
+        8,
+        coco.SETTINGS,
+        _add_coco,
+        _run_coco,
+        """
+Images for captions of MS-COCO val2014, with the settings of the paper, and their distance to its photographs (FID, lower is
+better). --seed draws the captions, which are saved. With a smaller --count than 30,000 the FID is larger, and compares with no
+published one.
+""",
+        """  kosmos-g evaluate coco --annotations captions_val2014.json --images val2014 --model ./kosmos-g --output runs/coco
+  kosmos-g evaluate coco --annotations captions_val2014.json --images val2014 --model ./kosmos-g --output runs/coco-offline \\
+      --inception pt_inception-2015-12-05-6726825d.pth""",
+    ),
+    "multi": Benchmark(
+        "prompts of several subjects",
+        4,
+        dreambench.SETTINGS,
+        _add_multi,
+        _run_multi,
+        """
+Several pictures in one prompt: DINO and CLIP-I with each subject and with the worst of them, CLIP-T with the words. The data folder
+has the pictures and prompts.json:
+
+  [{"prompt": "<i> and <i> in the jungle", "images": ["dog/02.jpg", "can/01.jpg"], "text": "a dog and a can in the jungle"}]
+""",
+        "  kosmos-g evaluate multi --data pairs --model ./kosmos-g --output runs/pairs",
+    ),
     "dreambench-plus": Benchmark(
-        "DreamBench++, and its images for its judge", 4, dreambench_plus.SETTINGS, _add_plus, _run_plus
+        "DreamBench++, and its images for its judge",
+        4,
+        dreambench_plus.SETTINGS,
+        _add_plus,
+        _run_plus,
+        """
+The data of DreamBench++, scored by DINO and CLIP. Its judge is a hosted model, which is not called: --judge writes the images and
+questions that it is asked.
+""",
+        """  kosmos-g evaluate dreambench-plus --data dreambench_plus/data --model ./kosmos-g --output runs/plus
+  kosmos-g evaluate dreambench-plus --data dreambench_plus/data --model ./kosmos-g --output runs/plus \\
+      --judge judge --judge-prompts dreambench_plus/dreambench_plus/prompts""",
     ),
     "sprites": Benchmark(
-        "held-out sprites, read by rules", 50, sprite_bench.SETTINGS, _add_sprites, _run_sprites
+        "held-out sprites, read by rules",
+        50,
+        sprite_bench.SETTINGS,
+        _add_sprites,
+        _run_sprites,
+        """
+For models of the miniature world, such as the small one that ships: 500 prompts of each of four kinds (new background, two pictures,
+words alone, another colour), of sprites that no training has seen. Rules read shape, colour and pattern from the images. The control
+judges them by the pictures of other prompts. Needs no data and no network.
+""",
+        """  kosmos-g evaluate sprites --output runs/sprites
+  kosmos-g evaluate sprites --count 20 --output runs/sprites-quick
+  kosmos-g evaluate sprites --model runs/sprites-training/model --output runs/mine""",
     ),
 }

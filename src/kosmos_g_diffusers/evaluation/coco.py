@@ -25,8 +25,8 @@ from ..understanding import as_text
 from . import report as reports
 from .engine import generate, image_path
 from .manifest import Task, derive_seed, hash_bytes, hash_file, write_text
-from .run import Plan, open_run
-from .scoring import has_scores, read_scores, score
+from .run import Plan, check_conditions, load_judges, open_run
+from .scoring import read_scores, score
 from .sheets import write_sheets
 
 SETTINGS = {"steps": 250, "guidance": 3.0, "scheduler": "ddim"}
@@ -111,7 +111,8 @@ def evaluate(annotations, images, output, *, count, seed, inception=None, judges
         ValueError, OSError, ImportError: see the functions called here. Nothing that is there is overwritten.
     """
     output, images = Path(output), Path(images)
-    reports.load_matplotlib()  # these before hours of work
+    reports.load_matplotlib()  # this and all until the run is opened: before hours of work and before anything is written
+    check_conditions(options["settings"], options["device"], options["batch_size"])
     names, captions = read_annotations(annotations)
     captions = draw_captions(captions, count, seed)
     _check_photographs(images, names)
@@ -122,10 +123,8 @@ def evaluate(annotations, images, output, *, count, seed, inception=None, judges
         tasks=build_tasks(captions, seed),
         data=str(images),
     )
+    load_judges(judges, output)
     state, manifest = open_run(plan, output, **options)
-    for judge in judges:
-        if not has_scores(output, judge.name):
-            judge.load()
     if state.is_main_process:
         write_text(output / "captions.json", json.dumps(captions, indent=1) + "\n")
     generate(output, manifest, state, options["device"], repair)

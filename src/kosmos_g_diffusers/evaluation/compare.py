@@ -17,8 +17,9 @@ from .report import (
     table,
     table_metrics,
 )
+from .run import OWN_PICTURES
 from .scoring import read_scores
-from .sheets import LONGEST, figure, file_name, group_tasks, is_small, write_page
+from .sheets import LONGEST, file_name, group_by_prompt, group_tasks, show_images, show_inputs, write_page
 
 FILE_NAME = "compare.json"
 
@@ -159,21 +160,26 @@ def _check_comparable(first, second):
 
 
 def _write_sheets(output, runs):
-    (folder_a, first, scores_a), (folder_b, second, scores_b) = runs
-    other = {task.id: task for task in second.tasks}
+    folder_a, first, _ = runs[0]
+    folder_b = runs[1][0]
+    data = folder_a / OWN_PICTURES if first.data == OWN_PICTURES else Path(first.data)
     paths = []
     for name, tasks in group_tasks(first).items():
-        body = [f"<h1>{escape(name)}</h1><p>A: {escape(folder_a.name)}, B: {escape(folder_b.name)}</p>"]
+        body = [f"<h1>{escape(name)}</h1><p>A: {escape(str(folder_a))}<br>B: {escape(str(folder_b))}</p>"]
         if len(tasks) > LONGEST:
             body.append(f"<p>The first {LONGEST} of {len(tasks)} images.</p>")
-        for task in tasks[:LONGEST]:
-            pair = [
-                figure(output / "sheets", folder_a, task, scores_a[task.id], "A"),
-                figure(output / "sheets", folder_b, other[task.id], scores_b[task.id], "B"),
+        shown = None
+        for group in group_by_prompt(tasks[:LONGEST]):
+            pictures = group[0].pictures
+            if pictures != shown and all((data / path).is_file() for path in pictures):
+                body.append(show_inputs(data, pictures))  # once for prompts that follow each other
+            shown = pictures
+            body.append(f"<h3>{escape(group[0].prompt)}</h3>")
+            rows = [
+                show_images(output / "sheets", folder, group, scores, title)
+                for title, (folder, _, scores) in zip("AB", runs, strict=True)
             ]
-            body.append(
-                f"<h3>{escape(task.prompt)}</h3><div class='images{is_small(first)}'>{''.join(pair)}</div>"
-            )
+            body.append(f"<div class='pair'>{''.join(rows)}</div>")
         paths.append(f"sheets/{file_name(name)}.html")
         write_page(output / paths[-1], name, "\n".join(body))
     return paths

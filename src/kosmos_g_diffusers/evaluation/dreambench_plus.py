@@ -46,14 +46,19 @@ def build_tasks(data, images_per_prompt=IMAGES_PER_PROMPT, seed=0):
     if missing or not pictures:
         what = ", ".join(missing) or "images/<category>/<number>.jpg and captions/<category>/<number>.txt"
         raise ValueError(f"{str(data)!r} lacks {what}. Pass the data folder of DreamBench++.")
+    texts = {}
+    for name in pictures:
+        lines = [line.strip() for line in captions[name].read_text(encoding="utf-8").splitlines()]
+        texts[name] = [line for line in lines if line]
+    empty = [str(captions[name]) for name, lines in texts.items() if len(lines) < 2]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} files have no prompts: {', '.join(empty)}. Expected the subject in the first line, then a prompt a "
+            "line."
+        )
     tasks = []
     for name, picture in pictures.items():
-        lines = [line.strip() for line in captions[name].read_text(encoding="utf-8").splitlines()]
-        subject, *prompts = [line for line in lines if line] or [""]
-        if not prompts:
-            raise ValueError(
-                f"{captions[name]} has no prompts. Expected the subject in the first line, then a prompt a line."
-            )
+        subject, *prompts = texts[name]
         category = name.parent.name
         category = f"live_subject_{category}" if category in ("animal", "human") else category
         collection = f"{category}_{name.name}_{'_'.join(subject.lower().split())}"
@@ -116,7 +121,7 @@ def export(folder, data, output, instructions=None):
         raise ValueError(
             f"{len(missing)} images are not made yet, such as {missing[0]}. Finish the run first."
         )
-    texts = None if instructions is None else _read_instructions(Path(instructions))
+    texts = None if instructions is None else read_instructions(instructions)
     requests = []
     for task in manifest.tasks:
         name = f"{task.truth['collection']}/{task.truth['number']}_{task.truth['index']}"
@@ -138,8 +143,13 @@ def export(folder, data, output, instructions=None):
         write_text(output / "requests.jsonl", "".join(json.dumps(request) + "\n" for request in requests))
 
 
-def _read_instructions(folder):
-    paths = {kind: [folder / name for name in names] for kind, names in INSTRUCTIONS.items()}
+def read_instructions(folder):
+    """Kind of request -> what the user says, and what the judge is made to answer.
+
+    Raises:
+        ValueError: files are missing; all of them are named.
+    """
+    paths = {kind: [Path(folder) / name for name in names] for kind, names in INSTRUCTIONS.items()}
     missing = [str(path) for group in paths.values() for path in group if not path.is_file()]
     if missing:
         raise ValueError(

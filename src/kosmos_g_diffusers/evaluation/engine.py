@@ -58,12 +58,27 @@ def identify_model(model):
 
     Args:
         model: folder, Hub id, or None for the small model that ships.
+
+    Raises:
+        ValueError: the folder holds no model.
+        OSError: there is no such folder, and nothing of that name can be fetched from the Hub.
     """
     if model is None:
         return {"path": None, "name": "sprites", "sha256": hash_folder(SPRITES, COMPONENTS)}
     if not Path(model).is_dir():
-        snapshot = Path(KosmosGPipeline.download(model, use_safetensors=True))
+        try:
+            snapshot = Path(KosmosGPipeline.download(model, use_safetensors=True))
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"The model {str(model)!r} is no folder and cannot be fetched from the Hub ({error}). Pass the folder that "
+                "kosmos-g convert has written, a Hub id, or no --model for the small one that ships."
+            ) from error
         return {"path": model, "revision": snapshot.name}
+    if not (Path(model) / "model_index.json").is_file():
+        raise ValueError(
+            f"The folder {str(model)!r} holds no model: it has no model_index.json. Pass the folder that kosmos-g convert "
+            "has written."
+        )
     return {"path": str(model), "sha256": hash_folder(model, COMPONENTS)}
 
 

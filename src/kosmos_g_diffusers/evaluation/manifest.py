@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from ..processing_kosmos_g import open_image
 from ..settings import IMAGE_MARK
 
 FORMAT = "kosmos_g_evaluation_1"  # raise it when an older package would read a new manifest wrongly
@@ -122,10 +123,15 @@ class Manifest:
                 {key: value for key, value in flat.items() if not key.startswith("conditions.")}
                 for flat in (mine, theirs)
             )
-        different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        different = [
+            f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} now"
+            for key in {**mine, **theirs}
+            if mine.get(key) != theirs.get(key)
+        ]
+        different += _compare_tasks(self.tasks, other.tasks)
         if not different:
             return
-        shown = "; ".join(f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} now" for key in different[:6])
+        shown = "; ".join(different[:6])
         more = f"; and {len(different) - 6} more" if len(different) > 6 else ""
         raise ValueError(
             f"The results folder holds a run of other settings ({shown}{more}). Runs are never mixed: repeat those settings, "
@@ -134,14 +140,30 @@ class Manifest:
 
 
 def _flatten(manifest):
-    """Name -> value of everything that two runs can differ in."""
+    """Name -> value of everything but the images that two runs can differ in."""
     flat = {"benchmark": manifest.benchmark}
     for name in ("options", "model", "settings", "conditions", "pictures"):
         flat.update({f"{name}.{key}": value for key, value in getattr(manifest, name).items()})
     flat.pop("model.path", None)  # where the same weights lie does not matter
     flat["number of images"] = len(manifest.tasks)
-    flat.update({f"image {task.id}": asdict(task) for task in manifest.tasks})
     return json.loads(json.dumps(flat))  # as it is read back: lists for tuples
+
+
+def _compare_tasks(found, asked):
+    """What differs between the images of two runs, in a sentence; [] if nothing does."""
+    found, asked = (
+        {task.id: json.loads(json.dumps(asdict(task))) for task in tasks} for tasks in (found, asked)
+    )
+    different = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]
+    if not different:
+        return []
+    name = different[0]
+    if name not in found or name not in asked:
+        how = f"is only {'there' if name in found else 'now'}"
+    else:
+        key = next(key for key in found[name] if found[name][key] != asked[name][key])
+        how = f"has the {key} {found[name][key]!r} there, {asked[name][key]!r} now"
+    return [f"{len(different)} images differ, such as {name}, which {how}"]
 
 
 def derive_seed(base, *parts):
@@ -173,10 +195,10 @@ def hash_folder(folder, parts=(".",)):
 
 
 def hash_pictures(data, paths):
-    """Path from `data` -> SHA-256.
+    """Path from `data` -> SHA-256. All are opened as well: one that is damaged must show before hours of work.
 
     Raises:
-        ValueError: pictures are missing; all of them are named.
+        ValueError: pictures are missing or cannot be read; all of them are named.
     """
     paths = sorted(set(paths))
     missing = [path for path in paths if not (Path(data) / path).is_file()]
@@ -184,6 +206,14 @@ def hash_pictures(data, paths):
         raise ValueError(
             f"{len(missing)} pictures are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
         )
+    damaged = []
+    for path in paths:
+        try:
+            open_image(Path(data) / path, path)
+        except ValueError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise ValueError(f"{len(damaged)} pictures of {str(data)!r} are damaged. {' '.join(damaged)}")
     return {path: hash_file(Path(data) / path) for path in paths}
 
 

@@ -22,6 +22,10 @@ from .dreambench import SUBJECTS, list_pictures
 from .manifest import Task, derive_seed
 
 FILE_NAME = "prompts.json"
+EXAMPLE = (
+    'Expected a list such as [{"prompt": "<i> and <i> in the jungle", "images": ["dog/02.jpg", "can/01.jpg"], "text": '
+    '"a dog and a can in the jungle"}], with paths from the data folder; docs/evaluation.md says more.'
+)
 KEYS = {"prompt", "images", "text", "references"}
 UNO_KEYS = {"prompt", "image_paths", "image_tgt_path"}
 
@@ -42,11 +46,11 @@ def build_tasks(data, prompts=None, images_per_prompt=4, seed=0):
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"There is no file {str(path)!r}. docs/evaluation.md says what is in it.") from error
+        raise ValueError(f"There is no file {str(path)!r}. {EXAMPLE}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}). docs/evaluation.md says what is in it.") from error
+        raise ValueError(f"{path} is no JSON ({error}). {EXAMPLE}") from error
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path} holds no list of prompts. docs/evaluation.md says what is in it.")
+        raise ValueError(f"{path} holds no list of prompts. {EXAMPLE}")
     read = [_read_entry(data, path, number, entry) for number, entry in enumerate(entries)]
     missing = {name for _, pictures, _, references in read for name in (*pictures, *sum(references, ()))}
     missing = sorted(name for name in missing if not (data / name).exists())

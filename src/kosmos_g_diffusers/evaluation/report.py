@@ -8,11 +8,10 @@ import numpy as np
 
 from .engine import INSTALL, repeated_pictures
 from .manifest import write_text
-from .sheets import file_name, write_sheets
+from .sheets import CONTROL, file_name, write_sheets
 
 RESAMPLES = 10_000  # of the bootstrap
 LEVEL = 0.95
-CONTROL = ".shuffled."  # in the name of a metric that is the control of the one without it
 LEFT_OUT_OF_TABLES = ("_subject_", CONTROL)  # one subject of several: in report.json and the sheets
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..generation import default_device
 from ..settings import GenerationSettings, package_versions
 from .engine import generate, identify_model, join_processes, open_folder
 from .manifest import Manifest, hash_bytes, hash_pictures
@@ -50,11 +51,10 @@ def evaluate(plan, output, judges, *, repair=False, **options):
     Raises:
         ValueError, OSError, ImportError: see the functions called here. Nothing that is there is overwritten.
     """
-    load_matplotlib()  # before hours of work
+    load_matplotlib()  # this and the next two before hours of work, and before anything is written
+    check_conditions(options["settings"], options["device"], options["batch_size"])
+    load_judges(judges, output)
     state, manifest = open_run(plan, output, **options)
-    for judge in judges:
-        if not has_scores(output, judge.name):
-            judge.load()
     generate(output, manifest, state, options["device"], repair)
     for judge in judges:
         score(output, manifest, judge, state)
@@ -62,6 +62,22 @@ def evaluate(plan, output, judges, *, repair=False, **options):
         return None
     scores, scorers = read_scores(output, manifest)
     return write_report(output, manifest, scores, scorers, plan.published, plan.notes)
+
+
+def check_conditions(settings, device, batch_size):
+    """Raise a ValueError that says what is wrong with a setting, the device or the batch size."""
+    if batch_size < 1:
+        raise ValueError(f"The batch size is {batch_size}; expected 1 or more.")
+    GenerationSettings(prompt="", device=str(device), **settings)
+    if torch.device(device).type not in ("cpu", default_device()):
+        raise ValueError(f"The device {str(device)!r} is not there; {default_device()!r} is. Pass --device.")
+
+
+def load_judges(judges, output):
+    """Load what scores images, unless all its scores are there."""
+    for judge in judges:
+        if not has_scores(output, judge.name):
+            judge.load()
 
 
 def open_run(plan, output, *, model, settings, device, batch_size):
@@ -77,10 +93,6 @@ def open_run(plan, output, *, model, settings, device, batch_size):
         (accelerate's `PartialState`, the manifest with the conditions under which its images were begun).
     """
     output = Path(output)
-    if batch_size < 1:
-        raise ValueError(f"The batch size is {batch_size}; expected 1 or more.")
-    # raises what is wrong with a setting before anything is written
-    GenerationSettings(prompt="", device=str(device), **settings)
     state = join_processes(device)
     data = str(output / OWN_PICTURES if plan.data is None else plan.data)
     if state.is_main_process:

@@ -121,7 +121,10 @@ def read_scores(folder, manifest):
     """
     digests = {task.id: hash_file(image_path(folder, task)) for task in manifest.tasks}
     scores, identities = {name: {} for name in digests}, []
-    for path in sorted((Path(folder) / "scores").glob("*.jsonl")):
+    # in the order of the published tables, whatever was computed first
+    known = {name: place for place, name in enumerate(SCORERS)}
+    paths = (Path(folder) / "scores").glob("*.jsonl")
+    for path in sorted(paths, key=lambda path: (known.get(path.stem, len(known)), path.stem)):
         records = _read_records(path)
         if all(records.get(name, {}).get("sha256") == digest for name, digest in digests.items()):
             identities.append(_read_identity(path))

@@ -7,17 +7,22 @@ import re
 from html import escape
 from pathlib import Path
 
+import PIL.Image
+
 from ..processing_kosmos_g import open_image
 from .engine import image_path
 from .manifest import write_text
 
 LONGEST = 100  # images of a sheet; a longer one says how many are left out
 THUMBNAIL = 224  # pixels, longest side of an input picture
+SMALL = 128  # pixels, longest side of what is shown enlarged
+CONTROL = ".shuffled."  # in the name of a metric that is the control of the one without it
 STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1100px;padding:0 1em;color:#222}
 h1{font-size:1.4em}table{border-collapse:collapse}td,th{padding:4px 8px;text-align:left;vertical-align:top}
 .images{display:flex;flex-wrap:wrap;gap:10px;margin:6px 0 22px}figure{margin:0;width:240px}
 img{max-width:100%;image-rendering:auto;display:block;background:#eee}figcaption{font-size:12px;color:#555}
-.inputs figure{width:160px}.small img{width:128px;image-rendering:pixelated}.small figure{width:150px}"""
+.inputs figure{width:160px}figure.small{width:170px}.small img{width:128px;image-rendering:pixelated}
+.images b{flex:0 0 1.2em;color:#222}.pair{display:flex;flex-wrap:wrap;gap:0 30px}"""
 
 
 def write_sheets(folder, manifest, scores):
@@ -73,45 +78,64 @@ def _images_by_row(folder, manifest, tasks, scores):
     parts = []
     shared = len({task.pictures for task in tasks}) == 1
     if shared:
-        parts.append(_inputs(manifest, tasks[0].pictures))
-    rows = {}
-    for task in tasks:
-        rows.setdefault(task.prompt if shared else (task.prompt, task.pictures), []).append(task)
-    for group in rows.values():
+        parts.append(show_inputs(manifest.data, tasks[0].pictures))
+    for group in group_by_prompt(tasks):
         parts.append(f"<h3>{escape(group[0].prompt)}</h3>")
         if not shared:
-            parts.append(_inputs(manifest, group[0].pictures))
-        figures = [figure(folder / "sheets", folder, task, scores[task.id]) for task in group]
-        parts.append(f"<div class='images{is_small(manifest)}'>{''.join(figures)}</div>")
+            parts.append(show_inputs(manifest.data, group[0].pictures))
+        parts.append(show_images(folder / "sheets", folder, group, scores))
     return "\n".join(parts)
 
 
-def is_small(manifest):
-    """Style of pictures of few pixels, which are shown larger."""
-    return " small" if (manifest.settings["height"] or 512) <= 128 else ""
+def group_by_prompt(tasks):
+    """Lists of tasks of one prompt with the same pictures."""
+    groups = {}
+    for task in tasks:
+        groups.setdefault((task.prompt, task.pictures), []).append(task)
+    return list(groups.values())
 
 
-def figure(page_folder, folder, task, scores, title=""):
-    """An image of a run with its scores; the page finds it relative to itself."""
-    source = Path(os.path.relpath(image_path(folder, task), page_folder)).as_posix()
-    lines = [f"<b>{escape(title)}</b>"] if title else []
-    lines += [f"{escape(name)} {value:.3f}" for name, value in scores.items()]
-    return f"<figure><img src='{escape(source)}' alt='{escape(task.id)}' loading='lazy'><figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+def show_images(page_folder, folder, tasks, scores, title=""):
+    """A row of images of a run with their scores; the page finds them relative to itself."""
+    figures = []
+    for task in tasks:
+        path = image_path(folder, task)
+        source = Path(os.path.relpath(path, page_folder)).as_posix()
+        lines = [
+            f"{escape(name.removeprefix(f'{task.row}.'))} {value:.3f}"
+            for name, value in scores[task.id].items()
+            if CONTROL not in name
+        ]
+        with PIL.Image.open(path) as image:
+            size = image.size
+        figures.append(
+            f"<figure{_style(size)}><img src='{escape(source)}' alt='{escape(task.id)}' loading='lazy'>"
+            f"<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+        )
+    title = f"<b>{escape(title)}</b>" if title else ""
+    return f"<div class='images'>{title}{''.join(figures)}</div>"
 
 
-def _inputs(manifest, pictures):
-    figures = "".join(
-        f"<figure><img src='{_thumbnail(Path(manifest.data) / path)}' alt=''><figcaption>{escape(path)}</figcaption></figure>"
-        for path in pictures
-    )
-    return f"<div class='images inputs'>{figures}</div>"
+def show_inputs(data, pictures):
+    """A row of what a prompt shows, from the data folder."""
+    figures = "".join(_thumbnail(Path(data) / path, path) for path in pictures)
+    return f"<div class='images inputs'>{figures}</div>" if figures else ""
 
 
-def _thumbnail(path):
-    """A picture as a data address, so that the sheet needs no data folder."""
+def _thumbnail(path, name):
+    """A picture inside the page, which then needs no data folder."""
     picture = open_image(path, str(path))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    kind = "png" if max(picture.size) <= SMALL else "jpeg"
     file = io.BytesIO()
-    picture.save(file, format="PNG" if max(picture.size) <= 64 else "JPEG")
-    kind = "png" if max(picture.size) <= 64 else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+    picture.save(file, format=kind)
+    content = base64.b64encode(file.getvalue()).decode("ascii")
+    return (
+        f"<figure{_style(picture.size)}><img src='data:image/{kind};base64,{content}' alt=''>"
+        f"<figcaption>{escape(name)}</figcaption></figure>"
+    )
+
+
+def _style(size):
+    """Class of a picture of few pixels, which is shown larger."""
+    return " class='small'" if max(size) <= SMALL else ""
