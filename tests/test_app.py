@@ -87,6 +87,9 @@ def test_two_pictures_and_a_prompt_give_images_and_their_settings(app, page, tmp
         assert (settings.seed, settings.steps, len(settings.images)) == (5 + index, 2, 2)
     page.locator("#images button.thumbnail-item, #images .thumbnail-lg").nth(1).click()
     page.wait_for_selector("#details td:text-is('6')")
+    with page.expect_download() as download:  # of the image that was chosen
+        page.get_by_role("button", name="Download", exact=True).locator("visible=true").first.click()
+    assert read_settings(download.value.path()).seed == 6
 
 
 def test_page_says_what_is_missing_and_a_run_says_it_by_the_prompt(page):

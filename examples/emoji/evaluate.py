@@ -17,6 +17,7 @@ from packages import load_subjects, split
 from pictures import GROUNDS, PLAIN, TINTS, article, say_looks, view
 from PIL import Image, ImageDraw
 from source import SIZE, draw_photo
+from tqdm.auto import tqdm
 
 from kosmos_g_diffusers.sprites.world import make_rng
 
@@ -83,7 +84,7 @@ def draw(model, tasks, folder, steps, guidance_scale):
         if path.exists():
             continue
         drawn = []
-        for first in range(0, len(tasks), BATCH):
+        for first in tqdm(range(0, len(tasks), BATCH), desc=f"drawing, {condition}"):
             part = tasks[first : first + BATCH]
             images = None
             if condition == "picture":
@@ -128,7 +129,7 @@ def score(scorer, drawn, tasks, subjects, seed=0):
         for ground in grounds
     }
     results = {}
-    for condition, images in drawn.items():
+    for condition, images in tqdm(drawn.items(), desc="scoring"):
         for metric, features in scorer.features(images).items():
             rows = {"score": [], "above": [], "first": []}
             for task, feature in zip(tasks, features, strict=True):
