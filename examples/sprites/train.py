@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -161,9 +162,9 @@ def train_controlnet(run):
     train(config, ControlNetStage(unet, text_encoder, build_scheduler()), dataset)
 
 
-def write_model(run):
+def write_model(run, name="model", encoder_from="instruct"):
     """The folder that ships: a Kosmos-G pipeline in half precision, with the ControlNet beside it."""
-    encoder, tokenizer = load_encoder(run / "instruct")
+    encoder, tokenizer = load_encoder(run / encoder_from)
     pipeline = KosmosGPipeline(
         vae=AutoencoderKL.from_pretrained(newest(run / "vae") / "vae"),
         text_encoder=encoder.eval(),
@@ -175,21 +176,21 @@ def write_model(run):
         requires_safety_checker=False,
     ).to(torch.float16)
     controlnet = ControlNetModel.from_pretrained(newest(run / "controlnet") / "controlnet")
-    partial, folder = run / ".model.partial", run / "model"
-    for path in (partial, folder):
+    unfinished, folder = run / f".{name}.partial", run / name
+    for path in (unfinished, folder):
         shutil.rmtree(path, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    for copy in partial.rglob("*.py"):
+    pipeline.save_pretrained(unfinished)
+    for copy in unfinished.rglob("*.py"):
         copy.unlink()  # of the package, in which this folder lies
-    shutil.copy(Path(__file__).with_name("CARD.md"), partial / "README.md")
-    controlnet.half().save_pretrained(partial / "controlnet")
-    for path in partial.rglob("*.safetensors"):
+    shutil.copy(Path(__file__).with_name("CARD.md"), unfinished / "README.md")
+    controlnet.half().save_pretrained(unfinished / "controlnet")
+    for path in unfinished.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes files that no other user may read
-    for path in partial.rglob("config.json"):
+    for path in unfinished.rglob("config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)  # where the run lay
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    partial.rename(folder)
+    unfinished.rename(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB")
 
@@ -223,6 +224,13 @@ PHASES = {
     "controlnet": train_controlnet,
     "model": write_model,
 }
+CONTROLS = {  # what a stage is good for: models to be evaluated beside the one that ships
+    "instruct-unaligned": partial(train_instruct, name="instruct-unaligned", start="pretrain"),
+    "model-stage-2-skipped": partial(
+        write_model, name="model-stage-2-skipped", encoder_from="instruct-unaligned"
+    ),
+    "model-stage-3-skipped": partial(write_model, name="model-stage-3-skipped", encoder_from="align"),
+}
 
 
 def main():
@@ -230,7 +238,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/sprites"))
-    parser.add_argument("--only", nargs="+", choices=PHASES)
+    parser.add_argument(
+        "--only", nargs="+", choices=[*PHASES, *CONTROLS], metavar="PHASE", help=f"{', '.join(PHASES)}; "
+        f"or, for controls, {', '.join(CONTROLS)}",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, help="of a phase (default: the cores, shared by the phases)")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -244,7 +255,7 @@ def main():
     torch.manual_seed(0)
     for name in arguments.only or PHASES:
         print(f"== {name}", flush=True)
-        PHASES[name](arguments.output)
+        (PHASES | CONTROLS)[name](arguments.output)
 
 
 if __name__ == "__main__":
