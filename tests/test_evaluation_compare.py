@@ -80,9 +80,17 @@ def test_comparison_is_written_with_images_side_by_side(runs, tmp_path, capsys):
     sheet = (tmp_path / "out" / "sheets" / "pear.html").read_text()
     for run in ("first", "second"):
         assert f"../../{run}/images/pear/1.png" in sheet
-    assert "&lt;i&gt; &amp; &lt;b&gt;" in sheet and "<b> " not in sheet.replace("<b>A</b>", "")
+    # one row of each run under the prompt, below its picture
+    assert sheet.count("<h3>") == 1 and sheet.count("data:image/") == 1
+    order = [sheet.index(text) for text in ("data:image/", "<h3>", "<b>A</b>", "first/images", "<b>B</b>")]
+    assert order == sorted(order)
+    assert "&lt;i&gt; &amp; &lt;b&gt;" in sheet and "<b> " not in sheet
     assert (tmp_path / "out" / "plots" / "ripeness.png").is_file()
     compare(*runs, tmp_path / "out")  # its own results are written anew
+    for picture in (tmp_path / "data").iterdir():
+        picture.unlink()
+    compare(*runs, tmp_path / "out")  # runs may have been taken elsewhere, without their data
+    assert "data:image/" not in (tmp_path / "out" / "sheets" / "pear.html").read_text()
 
 
 def test_runs_of_different_images_are_refused(runs, tmp_path):
@@ -152,11 +160,11 @@ def test_bootstrap_interval_is_that_of_the_normal_approximation():
     assert bootstrap([0.5, 0.5]) == (0.5, 0.5)
 
 
-def test_means_weigh_units_alike(runs, tmp_path):
+def test_means_weigh_units_alike(runs):
     manifest = Manifest.read(runs[0])
     manifest = replace(manifest, tasks=manifest.tasks[:3])  # two images of one unit, one of another
     scores = {"apple/0": {"m": 0.0}, "apple/1": {"m": 0.0}, "pear/0": {"m": 1.0}}
-    report = write_report(tmp_path / "out", manifest, scores, [])
+    report = write_report(runs[0], manifest, scores, [])
     assert report["metrics"]["m"]["mean"] == 0.5
     assert mean_by(manifest.tasks, scores, lambda task: task.row) == {"<i>": {"m": 0.333333}}
 

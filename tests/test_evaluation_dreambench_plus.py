@@ -57,9 +57,10 @@ def test_what_is_missing_is_named_at_once(data):
         build_tasks(data / "nowhere")
 
 
-def test_caption_file_without_prompts_is_refused(data):
+def test_caption_files_without_prompts_are_named_at_once(data):
     (data / "captions" / "style" / "03.txt").write_text("Ukiyo-e\n")
-    with pytest.raises(ValueError, match="03.txt has no prompts"):
+    (data / "captions" / "animal" / "00.txt").write_text("")
+    with pytest.raises(ValueError, match="2 files have no prompts: .*00.txt, .*03.txt. Expected the subject"):
         build_tasks(data)
 
 
@@ -89,6 +90,9 @@ def test_run_is_exported_for_the_judge(data, tmp_path):
     (tmp_path / "prompts" / "user_prompt_text_full.txt").unlink()
     with pytest.raises(ValueError, match="user_prompt_text_full.txt are not there"):
         export(tmp_path / "run", data, tmp_path / "judge", tmp_path / "prompts")
+    with pytest.raises(ValueError, match="user_prompt_text_full.txt are not there"):
+        run_evaluate("dreambench-plus", *arguments[:-1], tmp_path / "new", *judge)
+    assert not (tmp_path / "new").exists()  # the command says so before any work
     (tmp_path / "run" / "images" / folder / "0_0.png").unlink()
     with pytest.raises(ValueError, match="1 images are not made yet"):
         export(tmp_path / "run", data, tmp_path / "judge")

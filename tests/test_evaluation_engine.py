@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import PIL.Image
@@ -21,7 +22,10 @@ from evaluating import (
 from without_package import fake_hub
 
 from kosmos_g_diffusers import KosmosGTextEncoder, generation
+from kosmos_g_diffusers.cli import build_parser
+from kosmos_g_diffusers.commands.evaluate import BENCHMARKS
 from kosmos_g_diffusers.evaluation import engine, scoring
+from kosmos_g_diffusers.evaluation.manifest import Manifest
 from kosmos_g_diffusers.settings import read_settings
 from kosmos_g_diffusers.tiny import build_tiny_pipeline
 
@@ -92,13 +96,13 @@ def test_report_counts_what_was_run_and_says_it(finished):
     report = json.loads((finished.folder / "report.json").read_text())
     expected = {"units": 3, "prompts": 6, "images": 24, "pictures": 3, "pictures encoded": 3}
     assert report["counts"] == expected
-    assert list(report["metrics"]) == ["clip_i", "clip_t", "dino"]
     assert set(report["by unit"]) == {"backpack", "can", "cat"}
     assert set(report["by prompt"]) == {"<i> in the jungle", "<i>, red"}
     assert report["settings"]["scheduler"] == "dpm" and report["settings"]["guidance"] == 7.5
     text = (finished.folder / "report.md").read_text()
     for part in ("0.694", "0.847", "0.287", "protocol paper", "this run is of others", "24 images"):
         assert part in text
+    assert list(report["metrics"]) == ["dino", "clip_i", "clip_t"]  # as the published tables have them
     sheet = (finished.folder / "sheets" / "cat.html").read_text()
     assert sheet.count("../images/cat/") == 8 and sheet.count("data:image/") == 1
     assert PIL.Image.open(finished.folder / "plots" / "dino.png").width > 100
@@ -193,6 +197,8 @@ def test_run_of_other_settings_is_refused_and_left_alone(run, copy):
         (["--seed", "1"], "settings.seed: 0 there, 1 now"),
         (["--protocol", "standard"], "options.protocol: 'paper' there, 'standard' now"),
         (["--images-per-prompt", "2"], "number of images: 24 there, 12 now"),
+        (["--prompts", "0,21"], "24 images differ, such as backpack/20_0, which is only there"),
+        (["--protocol", "standard", "--subjects", "can"], "which is only there"),
     ):
         with pytest.raises(ValueError, match="never mixed") as error:
             run(copy, *arguments)
@@ -277,8 +283,66 @@ def test_model_is_told_by_its_weights_and_not_by_its_place(tmp_path):
         }
 
 
+def test_images_of_other_references_are_told_by_what_differs(finished):
+    manifest = Manifest.read(finished.folder)
+    task = replace(manifest.tasks[0], references=(("can/00.jpg", "can/01.jpg"),))
+    with pytest.raises(ValueError, match="1 images differ, such as backpack/00_0, which has the references"):
+        manifest.check_same(replace(manifest, tasks=(task, *manifest.tasks[1:])), 0)
+
+
+def test_all_damaged_pictures_are_named_before_anything_is_written(data, scorers, tmp_path):
+    damaged = shutil.copytree(data, tmp_path / "damaged")
+    for name in ("can/00.jpg", "cat/00.jpg"):
+        (damaged / name).write_bytes(b"no picture")
+    arguments = ["--data", damaged, "--output", tmp_path / "run", *MINIATURE, *scorers]
+    with pytest.raises(ValueError, match="2 pictures of .* are damaged.*can/00.jpg.*cat/00.jpg"):
+        run_evaluate("dreambench", "--protocol", "standard", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_that_is_none_is_explained_before_anything_is_written(run, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(engine.KosmosGPipeline, "download", refuse)
+    with pytest.raises(OSError, match="'someone/nothing' is no folder and cannot be fetched.*no network"):
+        run(tmp_path / "run", "--model", "someone/nothing")
+    with pytest.raises(ValueError, match="holds no model: it has no model_index.json"):
+        run(tmp_path / "run", "--model", tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_scorer_that_cannot_be_fetched_leaves_no_folder_behind(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="--scorer dino=FOLDER.*--scorer efficientnet"):
+        run(tmp_path / "run", "--scorer", f"dino={tmp_path / 'empty'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_lists_may_have_spaces_and_must_be_numbers(run, finished, tmp_path, capsys):
+    run(tmp_path / "run", "--subjects", "backpack, can ,cat", "--prompts", "0, 20")
+    assert files_of(tmp_path / "run", *RESULTS) == files_of(finished.folder, *RESULTS)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", "--prompts", "a,b")
+    assert "'a,b' is no list of numbers; expected some such as 0,20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_help_of_every_benchmark_has_an_example_that_parses(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        run_evaluate(benchmark, "--help")
+    shown = capsys.readouterr().out
+    assert BENCHMARKS[benchmark].description.strip() in shown and "goes on where it was" in shown
+    lines = BENCHMARKS[benchmark].examples.replace("\\\n", " ").splitlines()
+    commands = [line.split()[1:] for line in lines if line.strip().startswith("kosmos-g")]
+    assert commands
+    for command in commands:
+        assert build_parser().parse_args(command).benchmark == benchmark
+
+
 def test_mistakes_are_explained_before_anything_is_written(run, tmp_path):
     for arguments, message in (
+        (["--device", "xpu:7"], "The device 'xpu:7' is not there"),
         (["--device", "gpu"], "device is 'gpu'"),
         (["--steps", "0"], "steps is 0"),
         (["--batch-size", "0"], "batch size is 0"),

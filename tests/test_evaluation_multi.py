@@ -78,7 +78,9 @@ def test_missing_pictures_are_named_at_once(data, write):
 
 
 def test_missing_or_broken_file_of_prompts_is_explained(data):
-    with pytest.raises(ValueError, match="There is no file .*prompts.json"):
+    with pytest.raises(
+        ValueError, match='There is no file .*prompts.json.*Expected a list such as .*"images"'
+    ):
         build_tasks(data)
     (data / "prompts.json").write_text("[")
     with pytest.raises(ValueError, match="is no JSON"):

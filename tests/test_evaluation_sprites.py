@@ -1,6 +1,7 @@
 import io
 import json
 
+import numpy as np
 import PIL.Image
 import pytest
 from evaluating import files_of, run_evaluate
@@ -9,7 +10,16 @@ from kosmos_g_diffusers.evaluation import sprite_bench
 from kosmos_g_diffusers.evaluation.sprite_bench import ReaderJudge, build_tasks, judge
 from kosmos_g_diffusers.settings import read_settings
 from kosmos_g_diffusers.sprites.reader import read
-from kosmos_g_diffusers.sprites.world import Scene, Sprite, is_held_out, make_rng, render
+from kosmos_g_diffusers.sprites.world import (
+    Scene,
+    Sprite,
+    draw_scene_at_random,
+    is_held_out,
+    make_rng,
+    other_colours,
+    recolour,
+    render,
+)
 
 COUNT = 40
 
@@ -65,6 +75,34 @@ def test_right_pictures_score_one_and_shuffled_ones_next_to_chance(bench):
         assert 0 < means[metric] < 0.3
     assert means["background.shuffled.all"] < 0.15 and means["pair.shuffled.both"] < 0.1
     assert not any(metric.startswith("text.shuffled") for metric in means)
+
+
+def turn_hue(image, degrees):
+    """The whole picture in other hues, as no colour of the world may have."""
+    hsv = np.asarray(image.convert("HSV")).astype(int)
+    hsv[..., 0] = (hsv[..., 0] + round(degrees * 256 / 360)) % 256
+    return PIL.Image.fromarray(hsv.astype("uint8"), "HSV").convert("RGB")
+
+
+def test_reader_tells_the_colour_and_keeps_the_shape_when_the_hue_is_shifted():
+    rng = make_rng("hue")
+    scenes = [draw_scene_at_random(rng, 1, held_out=True) for _ in range(200)]
+    scenes = [scene for scene in scenes if other_colours(scene.sprites[0])]
+    images = [render(scene, rng) for scene in scenes]
+    recoloured = [Scene((recolour(scene.sprites[0], rng),), scene.background) for scene in scenes]
+
+    def judge_all(images):
+        """Shares of shapes, colours and patterns that are those of `scenes`."""
+        truths = [{"background": scene.background, "sprites": [scene.sprites[0].triple]} for scene in scenes]
+        found = [judge("background", read(image), truth) for image, truth in zip(images, truths, strict=True)]
+        return [np.mean([one[name] for one in found]) for name in ("shape", "colour", "pattern")]
+
+    # the table of docs/evaluation.md
+    assert judge_all(images) == [1, 1, 1]
+    assert judge_all([render(scene, rng) for scene in recoloured]) == [1, 0, 1]
+    for degrees, colour, pattern in ((30, 0.48, 0.99), (60, 0.10, 0.84), (180, 0.02, 0.92)):
+        shares = judge_all([turn_hue(image, degrees) for image in images])
+        assert shares == pytest.approx([1, colour, pattern], abs=0.02)
 
 
 RED_STAR, BLUE_RING = Sprite("star", "red", "plain", "large"), Sprite("ring", "blue", "dotted", "small")
@@ -137,6 +175,8 @@ def test_command_runs_offline_without_a_model_and_goes_on(tmp_path):
         f"../../pictures/pair_0001_{n}.png" for n in (0, 1)
     ]
     text = (tmp_path / "run" / "report.md").read_text()
+    sheet = (tmp_path / "run" / "sheets" / "pair.html").read_text()
+    assert "both in order " in sheet and "shuffled" not in sheet and sheet.count("class='small'") == 9
     assert "| background.shape |" in text and "control: pictures shuffled" in text
     before = files_of(tmp_path / "run", "images", "scores", "report.json", "report.md", "sheets")
     (tmp_path / "run" / "images" / "pair" / "0001.png").unlink()

@@ -189,19 +189,22 @@ def _load_clip(name, source, device):
 
 def _load_model(name, source, device, model_class, model_type, **kwargs):
     """A model in float32, every weight of it from `source`."""
+    unloadable = f"The weights of the scorer {name!r} cannot be loaded from {source!r}"
     try:
         found = AutoConfig.from_pretrained(source).model_type
-        if found != model_type:
-            raise ValueError(
-                f"{source!r} holds a model of type {found!r}; the scorer {name!r} needs {model_type!r}."
-            )
+    except (OSError, ValueError) as error:  # ValueError: a folder of something else, or an empty one
+        raise OSError(f"{unloadable} ({error}). {OFFLINE.format(name=name)}") from error
+    if found != model_type:
+        raise ValueError(
+            f"{source!r} holds a model of type {found!r}; the scorer {name!r} needs {model_type!r}. Pass the folder or Hub id "
+            f"of such a model, or none for {SCORERS[name][1]}."
+        )
+    try:
         model, info = model_class.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **kwargs
         )
     except OSError as error:
-        raise OSError(
-            f"The weights of the scorer {name!r} cannot be loaded from {source!r} ({error}). {OFFLINE.format(name=name)}"
-        ) from error
+        raise OSError(f"{unloadable} ({error}). {OFFLINE.format(name=name)}") from error
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would draw them at random
         raise ValueError(
