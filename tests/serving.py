@@ -140,6 +140,19 @@ def chromium():
         started.close()
 
 
+@contextmanager
+def visiting(browser, app):
+    """The page of a new visitor, ready to be used."""
+    opened = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    opened.set_default_timeout(1000 * PATIENCE * slowness())
+    opened.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
+    opened.goto(app.url)
+    opened.wait_for_selector("text=Ready.")
+    yield opened
+    opened.close()
+    wait_for(lambda: app.studio.worker._running is None)  # a page that is closed ends its run
+
+
 def drop(page, selector, *paths):
     """Drop files as a hand does: with a DataTransfer, on the drop zone."""
     files = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in map(Path, paths)]

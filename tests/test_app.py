@@ -19,6 +19,7 @@ from serving import (
     slow_steps,
     slowness,
     table,
+    visiting,
     wait_for,
 )
 
@@ -45,15 +46,8 @@ def browser():
 
 @pytest.fixture
 def page(app, browser):
-    """The page of a new visitor, ready to be used."""
-    opened = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
-    opened.set_default_timeout(1000 * PATIENCE)
-    opened.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
-    opened.goto(app.url)
-    opened.wait_for_selector("text=Ready.")
-    yield opened
-    opened.close()
-    wait_for(lambda: app.studio.worker._running is None)  # a page that is closed ends its run
+    with visiting(browser, app) as opened:
+        yield opened
 
 
 def ask(page, prompt, *pictures, steps=2, **numbers):

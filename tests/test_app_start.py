@@ -15,8 +15,8 @@ from serving import (
     run,
     saved,
     serving,
-    slowness,
     table,
+    visiting,
     wait_for,
 )
 
@@ -48,12 +48,8 @@ def browser():
 
 @pytest.fixture
 def page(app, browser):
-    opened = browser.new_page(viewport={"width": 1280, "height": 900})
-    opened.set_default_timeout(60_000 * slowness())
-    opened.goto(app.url)
-    opened.wait_for_selector("text=Ready.")
-    yield opened
-    opened.close()
+    with visiting(browser, app) as opened:
+        yield opened
 
 
 def numbers(page):

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import ControlNetModel
 from PIL import Image
 from tqdm.auto import tqdm
 
 from kosmos_g_diffusers import SPRITES, KosmosGControlNetPipeline, KosmosGPipeline
 from kosmos_g_diffusers.control import control_image, load_annotator
-from kosmos_g_diffusers.small_model import load_sprites_controlnet
+from kosmos_g_diffusers.schedulers import make_scheduler
 from kosmos_g_diffusers.sprites.reader import CONTRAST, read
 from kosmos_g_diffusers.sprites.source import draw_photo
 from kosmos_g_diffusers.sprites.world import (
@@ -121,15 +121,16 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=SPRITES, help="folder (default: the small model that ships)")
+    parser.add_argument("--model", default=SPRITES, help="folder with a controlnet/ (default: the small one)")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=200, help="prompts (default: 200)")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 0.5, 0.0], help="of the edges")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     pipe = KosmosGPipeline.from_pretrained(arguments.model)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe = KosmosGControlNetPipeline.from_pipe(pipe, controlnet=load_sprites_controlnet("canny"))
+    pipe.scheduler = make_scheduler("dpm", pipe.scheduler.config)
+    controlnet = ControlNetModel.from_pretrained(arguments.model, subfolder="controlnet").float()
+    pipe = KosmosGControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
     pipe.set_progress_bar_config(disable=True)
     tasks = draw_tasks(arguments.count, arguments.seed)
     drawn = [draw(pipe, tasks, scale, arguments.seed) for scale in arguments.scales]

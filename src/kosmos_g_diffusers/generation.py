@@ -25,6 +25,12 @@ def default_device():
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
+def check_device(device):
+    """ValueError if this machine has no such device."""
+    if torch.device(device).type not in ("cpu", default_device()):
+        raise ValueError(f"The device {str(device)!r} is not there; {default_device()!r} is. Pass --device.")
+
+
 def load_pipeline(settings):
     """Load the model that the settings name, on their device, with their scheduler.
 
@@ -33,10 +39,7 @@ def load_pipeline(settings):
         OSError: the model cannot be loaded.
     """
     device = torch.device(settings.device)
-    if device.type not in ("cpu", default_device()):
-        raise ValueError(
-            f"The device {settings.device!r} is not there; {default_device()!r} is. Pass --device."
-        )
+    check_device(device)
     if settings.offload != "none" and device.type == "cpu":
         raise ValueError(
             f"Offload {settings.offload!r} saves memory of an accelerator, and the device is the CPU."

@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from ..generation import default_device
+from ..generation import check_device, default_device
 from ..processing_kosmos_g import IMAGE_MARK
 from ..settings import DTYPES
 from ..small_model import SPRITES_NOTE
@@ -47,8 +47,7 @@ def add_arguments(parser):
 def run(arguments):
     device = arguments.device or default_device()
     dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "float16")
-    if torch.device(device).type not in ("cpu", default_device()):
-        raise ValueError(f"The device {device!r} is not there; {default_device()!r} is. Pass --device.")
+    check_device(device)
     if arguments.num_beams < 1:
         raise ValueError(f"--num-beams is {arguments.num_beams}; expected 1 or more.")
     answer = load_answerer(arguments.model, getattr(torch, dtype), device)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..generation import default_device
+from ..generation import check_device
 from ..settings import GenerationSettings, package_versions
 from .engine import generate, identify_model, join_processes, open_folder
 from .manifest import Manifest, hash_bytes, hash_pictures
@@ -69,8 +69,7 @@ def check_conditions(settings, device, batch_size):
     if batch_size < 1:
         raise ValueError(f"The batch size is {batch_size}; expected 1 or more.")
     GenerationSettings(prompt="", device=str(device), **settings)
-    if torch.device(device).type not in ("cpu", default_device()):
-        raise ValueError(f"The device {str(device)!r} is not there; {default_device()!r} is. Pass --device.")
+    check_device(device)
 
 
 def load_judges(judges, output):
