@@ -59,16 +59,18 @@ def test_phases_run_side_by_side_and_wait_for_what_they_need(run_lanes):
     code, order = run_lanes(SECONDS_diffusion=1.5)
     assert code == 0
     place = {line: number for number, line in enumerate(order)}
-    assert len(place) == 12
+    assert len(place) == 14
     assert place["begins pretrain"] < place["ends vae"] or place["begins vae"] < place["ends pretrain"]
-    assert place["ends pretrain"] < place["ends diffusion"] < place["begins align"] < place["begins instruct"]
+    assert place["ends pretrain"] < place["begins pretrain-varied"] < place["ends pretrain-varied"]
+    ready = max(place["ends pretrain-varied"], place["ends diffusion"])
+    assert ready < place["begins align"] < place["begins instruct"]
     assert place["ends diffusion"] < place["begins controlnet"]
 
 
 def test_failure_of_a_phase_ends_the_run_with_its_code(run_lanes, capsys):
     code, order = run_lanes(CODE_diffusion=3)
     assert code == 3
-    assert "ends pretrain" in order and "begins align" not in order and "begins controlnet" not in order
+    assert "ends vae" in order and "begins align" not in order and "begins controlnet" not in order
     assert "diffusion ended with code 3" in capsys.readouterr().err
 
 

@@ -23,6 +23,7 @@ from kosmos_g_diffusers.sprites.world import (
     TRAINING_TRIPLES,
     Scene,
     Sprite,
+    _erode,
     draw_scene_at_random,
     draw_sprite_at_random,
     is_held_out,
@@ -89,6 +90,12 @@ def test_same_rng_same_picture_and_another_rng_another():
     first, again, other = (render(scene, make_rng("place", i)) for i in (0, 0, 1))
     assert first.size == (IMAGE_SIZE, IMAGE_SIZE) and first.mode == "RGB"
     assert first == again and first != other
+
+
+@pytest.mark.parametrize("reach", [1, 8, 40])
+def test_borders_are_eroded_as_pil_does(reach):
+    mask = Image.fromarray(np.random.default_rng(0).integers(0, 256, (31, 29), dtype=np.uint8))
+    assert _erode(mask, reach).tobytes() == mask.filter(ImageFilter.MinFilter(2 * reach + 1)).tobytes()
 
 
 def test_picture_of_another_size_is_the_same_picture():

@@ -34,7 +34,7 @@ def pictures_of(sample):
     return [np.asarray(picture) for picture in (*pictures, sample.target) if picture is not None]
 
 
-@pytest.mark.parametrize("kind", ["compositions", "edits"])  # the others leave attributes out
+@pytest.mark.parametrize("kind", ["pictures", "compositions", "edits"])  # the others leave attributes out
 def test_captions_say_every_sprite_and_none_is_held_out(kind):
     for index in range(300):
         sprites = SPRITE.findall(read(kind, index).caption)
@@ -53,7 +53,7 @@ def test_pictures_of_any_colours_show_nothing_held_out():
             distances = {name: np.linalg.norm(np.subtract(paint, colour)) for name, colour in COLOURS.items()}
             assert (sprite.shape, min(distances, key=distances.get), sprite.pattern) in TRAINING_TRIPLES
             assert np.linalg.norm(np.subtract(paint, ground)) > 60
-        picture, caption = read("pictures", index).prompt
+        picture, caption = read("varied pictures", index).prompt
         # the corner is background
         if picture.getpixel((0, 0)) not in BACKGROUNDS.values():
             n_any += 1
@@ -114,5 +114,5 @@ def test_an_edit_names_what_its_target_has():
 
 
 def test_another_kind_is_refused():
-    with pytest.raises(ValueError, match="'films'.*captions, pictures, compositions, edits"):
+    with pytest.raises(ValueError, match="'films'.*captions, pictures, varied pictures, compositions, edits"):
         SpriteSource("films")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-LANES = (("vae", "diffusion", "controlnet"), ("pretrain", "align", "instruct"))
+LANES = (("vae", "diffusion", "controlnet"), ("pretrain", "pretrain-varied", "align", "instruct"))
 NEEDS = {"align": "diffusion"}  # a phase of the other lane
 
 

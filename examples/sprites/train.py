@@ -87,22 +87,32 @@ def train_diffusion(run):
 
 def train_pretrain(run):
     tokenizer = build_tokenizer()
+    train_to_caption(run / "pretrain", build_text_encoder(tokenizer), tokenizer, "pictures", 4000, 1.5e-3)
+
+
+def train_pretrain_varied(run):
+    """Goes on with captions that are harder to guess, which from the beginning teach shapes slowly."""
+    encoder, tokenizer = load_encoder(run / "pretrain")
+    train_to_caption(run / "pretrain-varied", encoder, tokenizer, "varied pictures", 8000, 1.2e-3)
+
+
+def train_to_caption(output, encoder, tokenizer, kind, steps, lr):
     config = TrainConfig(
-        output=str(run / "pretrain"),
-        steps=8000,
+        output=str(output),
+        steps=steps,
         batch_size=64,
-        lr=1.5e-3,
+        lr=lr,
         warmup_steps=200,
         train_vision="all",
         **COMMON,
     )
     collate = PretrainCollate(KosmosGProcessor(tokenizer))
-    dataset = MixtureDataset([SpriteSource("pictures", 400_000)], collate, batch_size=config.batch_size)
-    train(config, PretrainStage(build_text_encoder(tokenizer), train_vision="all"), dataset)
+    dataset = MixtureDataset([SpriteSource(kind, 400_000)], collate, batch_size=config.batch_size)
+    train(config, PretrainStage(encoder, train_vision="all"), dataset)
 
 
 def train_align(run):
-    encoder, tokenizer = load_encoder(run / "pretrain")
+    encoder, tokenizer = load_encoder(run / "pretrain-varied")
     target = CLIPTextModel.from_pretrained(newest(run / "diffusion") / "text_encoder")
     config = TrainConfig(
         output=str(run / "align"),
@@ -139,7 +149,7 @@ def train_instruct(run, name="instruct", start="align"):
         SpriteSource("edits"),
         SpriteSource("captions"),
     ]
-    dataset = MixtureDataset(sources, collate, batch_size=config.batch_size, weights=[3, 1.5, 1])
+    dataset = MixtureDataset(sources, collate, batch_size=config.batch_size, weights=[2, 3, 1])
     train(config, InstructStage(encoder, unet, vae, build_scheduler()), dataset)
 
 
@@ -219,13 +229,14 @@ PHASES = {
     "vae": train_vae,
     "diffusion": train_diffusion,
     "pretrain": train_pretrain,
+    "pretrain-varied": train_pretrain_varied,
     "align": train_align,
     "instruct": train_instruct,
     "controlnet": train_controlnet,
     "model": write_model,
 }
 CONTROLS = {  # what a stage is good for: models to be evaluated beside the one that ships
-    "instruct-unaligned": partial(train_instruct, name="instruct-unaligned", start="pretrain"),
+    "instruct-unaligned": partial(train_instruct, name="instruct-unaligned", start="pretrain-varied"),
     "model-stage-2-skipped": partial(
         write_model, name="model-stage-2-skipped", encoder_from="instruct-unaligned"
     ),

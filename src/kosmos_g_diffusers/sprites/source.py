@@ -20,8 +20,8 @@ GROUP = 1_000  # samples; each of them is a file of other sources
 ANY_COLOURS = 0.5  # share of the pictures of stage 1
 # shares of captions that are whole and that leave parts out; the rest names shapes alone. Shapes are hardest to see, and said
 # behind colour and pattern they are guessed from what triples there are: then none is right that is held out
-CAPTIONS = {"captions": (0.7, 0.3), "pictures": (0.3, 0.2)}
-KINDS = ("captions", "pictures", "compositions", "edits")
+CAPTIONS = {"captions": (0.7, 0.3), "pictures": (1.0, 0.0), "varied pictures": (0.3, 0.2)}
+KINDS = (*CAPTIONS, "compositions", "edits")
 
 
 class SpriteSource:
@@ -30,9 +30,10 @@ class SpriteSource:
     Args:
         kind: what the samples are.
             "captions": words alone; a part of them leaves attributes or the background out.
-            "pictures": a picture, then such a caption: what stage 1 learns to say. Half of the pictures have any colours
-            instead of the named ones, and a caption without colours: else shapes are learned anew in each of the eight
-            colours, and not recognised in those in which they are held out.
+            "pictures": a picture, then the caption that says all of it: what stage 1 learns to say first.
+            "varied pictures": a picture, then a caption that may leave parts out or name shapes alone: what it learns to
+            say next. Half of the pictures have any colours instead of the named ones, and a caption without colours: else
+            shapes are learned anew in each of the eight colours, and not recognised in those in which they are held out.
             "compositions": one or two sprites, pictures in place of their words (or behind them, with probability
             1 - entity_dropout), on a background; now and then one of two stays in words.
             "edits": a picture, and a colour, pattern or size that the target has instead.
@@ -59,16 +60,16 @@ class SpriteSource:
         if self.kind == "edits":
             return self._edit(key, fixed)
         scene = draw_scene_at_random(fixed, self._n_sprites(index))
-        if self.kind == "pictures" and fixed.random() < ANY_COLOURS:
+        if self.kind == "varied pictures" and fixed.random() < ANY_COLOURS:
             picture = render(scene, fixed, colours=draw_colours_at_random(scene, fixed))
             caption = leave_colours_out(scene, rng)
             return Sample(key, (picture, caption), None, caption)
         picture = render(scene, fixed)
-        if self.kind in ("pictures", "captions"):
+        if self.kind in CAPTIONS:
             caption = self._caption(scene, rng)
-            if self.kind == "pictures":
-                return Sample(key, (picture, caption), None, caption)
-            return Sample(key, (caption,), picture, caption)
+            if self.kind == "captions":
+                return Sample(key, (caption,), picture, caption)
+            return Sample(key, (picture, caption), None, caption)
         return Sample(key, self._compose(scene, fixed, rng), picture, scene.caption)
 
     def _n_sprites(self, index):

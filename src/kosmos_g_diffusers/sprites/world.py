@@ -9,7 +9,8 @@ import random
 from dataclasses import dataclass, replace
 from itertools import product
 
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw
 
 IMAGE_SIZE = 64  # pixels, height and width
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon")
@@ -181,8 +182,7 @@ def paint_sprite(image, sprite, centre, radius, colour):
     ink = Image.new("L", (side, side))
     _draw_pattern(ImageDraw.Draw(ink), silhouette, sprite.pattern, scale)
     if sprite.pattern == "bordered":
-        inner = silhouette.filter(ImageFilter.MinFilter(2 * round(2.0 * scale) + 1))
-        ink = ImageChops.subtract(silhouette, inner)
+        ink = ImageChops.subtract(silhouette, _erode(silhouette, round(2.0 * scale)))
     body = Image.new("RGB", (side, side), colour)
     body.paste(INK, mask=ink)
     corner = tuple(round(coordinate * scale - side / 2) for coordinate in centre)
@@ -259,6 +259,16 @@ def _draw_pattern(draw, silhouette, pattern, scale):
             x = side / 2 + (column + 0.5 * (row % 2)) * period
             y = side / 2 + row * 0.87 * period
             draw.ellipse([x - reach, y - reach, x + reach, y + reach], fill=255)
+
+
+def _erode(mask, reach):
+    """Each pixel the darkest of the square around it; as PIL's MinFilter, which takes eight times as long for a wide one."""
+    pixels = np.asarray(mask)
+    for axis in (0, 1):
+        padding = [(reach, reach) if axis == other else (0, 0) for other in (0, 1)]
+        padded = np.pad(pixels, padding, mode="edge")
+        pixels = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis).min(axis=-1)
+    return Image.fromarray(pixels)
 
 
 def make_rng(*parts):
