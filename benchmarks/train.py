@@ -59,7 +59,7 @@ def build(stage, bucket_window):
     if stage == "pretrain":
         # from a model whose tower is trained already; the example starts from nothing and trains all of it
         module, collate = PretrainStage(encoder, train_vision="last"), PretrainCollate(processor)
-        return module, collate, {"sources": [SpriteSource("pictures", 200_000)], **options}
+        return module, collate, {"sources": [SpriteSource("varied pictures", 200_000)], **options}
     diffusion = base.DiffusionStage(clip_tokenizer, scheduler)
     if stage == "align":
         module = AlignStage(encoder, build_fresh(AlignerNetN, encoder.config, 1), diffusion.text_encoder)

@@ -70,7 +70,7 @@ def test_phases_run_side_by_side_and_wait_for_what_they_need(run_lanes):
 def test_failure_of_a_phase_ends_the_run_with_its_code(run_lanes, capsys):
     code, order = run_lanes(CODE_diffusion=3)
     assert code == 3
-    assert "ends vae" in order and "begins align" not in order and "begins controlnet" not in order
+    assert "ends pretrain" in order and "begins align" not in order and "begins controlnet" not in order
     assert "diffusion ended with code 3" in capsys.readouterr().err
 
 

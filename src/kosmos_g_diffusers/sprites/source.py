@@ -17,7 +17,7 @@ from .world import (
 )
 
 GROUP = 1_000  # samples; each of them is a file of other sources
-ANY_COLOURS = 0.5  # share of the pictures of stage 1
+ANY_COLOURS = 0.5  # share of the varied pictures
 # shares of captions that are whole and that leave parts out; the rest names shapes alone. Shapes are hardest to see, and said
 # behind colour and pattern they are guessed from what triples there are: then none is right that is held out
 CAPTIONS = {"captions": (0.7, 0.3), "pictures": (1.0, 0.0), "varied pictures": (0.3, 0.2)}
