@@ -67,8 +67,7 @@ def build(stage, bucket_window):
         return module, collate, {"sources": [SpriteSource("captions")], **options}
     module = InstructStage(encoder, diffusion.unet, base.VaeStage().vae, scheduler)
     collate = InstructCollate(processor, IMAGE_SIZE, vae_scale_factor=4, max_text_tokens=None, resize=False)
-    sources = [SpriteSource(kind) for kind in ("compositions", "edits", "captions")]
-    return module, collate, {"sources": sources, "weights": [3, 1.5, 1], **options}
+    return module, collate, kosmos.build_instruct_mixture() | options
 
 
 def train_plainly(stage, dataset, steps):

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from serving import wait_for
 
-from kosmos_g_diffusers.sprites.world import BACKGROUNDS, COLOURS, Scene, Sprite, paint_sprite
+from kosmos_g_diffusers.sprites.world import BACKGROUNDS, COLOURS, Scene, Sprite, make_rng, paint_sprite
 
 SPRITES = Path(__file__).parents[1] / "examples" / "sprites"
 SCRIPT = """
@@ -23,7 +24,9 @@ say("begins")
 (run / phase).mkdir()
 (run / phase / "config.json").write_text(json.dumps({"steps": 4}))
 (run / phase / "log.jsonl").write_text(json.dumps({"step": 2}) + "\\n")
-time.sleep(float(os.environ.get("SECONDS_" + phase, 0)))
+awaited, end = os.environ.get("AWAITS_" + phase, ""), time.monotonic() + 60
+while awaited and awaited not in (run / "order.txt").read_text() and time.monotonic() < end:
+    time.sleep(0.02)
 say("ends")
 sys.exit(int(os.environ.get("CODE_" + phase, 0)))
 """
@@ -56,27 +59,41 @@ def run_lanes(tmp_path, monkeypatch):
 
 
 def test_phases_run_side_by_side_and_wait_for_what_they_need(run_lanes):
-    code, order = run_lanes(SECONDS_diffusion=1.5)
+    code, order = run_lanes(AWAITS_vae="begins pretrain", AWAITS_diffusion="ends pretrain-varied")
     assert code == 0
     place = {line: number for number, line in enumerate(order)}
-    assert len(place) == 14
-    assert place["begins pretrain"] < place["ends vae"] or place["begins vae"] < place["ends pretrain"]
+    assert len(place) == 2 * sum(map(len, load("lanes").LANES))
+    assert place["begins pretrain"] < place["ends vae"]
     assert place["ends pretrain"] < place["begins pretrain-varied"] < place["ends pretrain-varied"]
-    ready = max(place["ends pretrain-varied"], place["ends diffusion"])
-    assert ready < place["begins align"] < place["begins instruct"]
+    assert place["ends diffusion"] < place["begins align"] < place["begins instruct"]
+    assert place["ends instruct"] < place["begins instruct-asked"]
     assert place["ends diffusion"] < place["begins controlnet"]
 
 
-def test_failure_of_a_phase_ends_the_run_with_its_code(run_lanes, capsys):
-    code, order = run_lanes(CODE_diffusion=3)
+def test_failure_of_a_phase_stops_the_other_lane_and_is_the_code_of_the_run(run_lanes, capsys):
+    code, order = run_lanes(AWAITS_pretrain="never", AWAITS_vae="begins pretrain", CODE_diffusion=3)
     assert code == 3
-    assert "ends pretrain" in order and "begins align" not in order and "begins controlnet" not in order
+    assert sorted(order) == [
+        "begins diffusion",
+        "begins pretrain",
+        "begins vae",
+        "ends diffusion",
+        "ends vae",
+    ]
     assert "diffusion ended with code 3" in capsys.readouterr().err
 
 
-def test_signal_reaches_the_phases(run_lanes):
-    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    code, order = run_lanes(SECONDS_vae=60, SECONDS_pretrain=60)
+def test_signal_reaches_the_phases(run_lanes, tmp_path):
+    def interrupt():
+        wait_for(
+            lambda: (
+                (tmp_path / "order.txt").is_file() and len((tmp_path / "order.txt").read_text().split()) == 4
+            )
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    code, order = run_lanes(AWAITS_vae="never", AWAITS_pretrain="never")
     assert code not in (0, None)
     assert sorted(order) == ["begins pretrain", "begins vae"]
 
@@ -109,3 +126,17 @@ def test_true_drawings_along_edges_are_right_and_others_are_not():
 
 def test_nothing_has_no_place():
     assert load("read_controlnet").find_place(Image.new("RGB", (64, 64), "white")) is None
+
+
+def test_captions_are_judged_by_what_the_pictures_show():
+    script = load("read_captions")
+    scenes = [script.draw_scene_at_random(make_rng("said", number), 1 + number % 2) for number in range(20)]
+    captions = [scene.caption for scene in scenes]
+    assert set(script.judge(scenes, captions).values()) == {1.0}
+    sprites = (Sprite("circle", "red", "plain", "large"), Sprite("ring", "blue", "dotted", "small"))
+    said = "a large red plain star and a small blue dotted ring on a white background"
+    assert script.judge([Scene(sprites, "mint")], [said]) == {
+        "shape": 0.0, "colour": 1.0, "pattern": 1.0, "size": 1.0, "background": 0.0, "the whole caption": 0.0
+    }  # fmt: skip
+    assert not any(script.judge([Scene(sprites[:1], "mint")], [said]).values())  # more than there is
+    assert not any(script.judge([Scene(sprites, "mint")], [""]).values())

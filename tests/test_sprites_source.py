@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kosmos_g_diffusers import SPRITES, KosmosGProcessor, KosmosGTokenizer
 from kosmos_g_diffusers.sprites.source import KINDS, SpriteSource
 from kosmos_g_diffusers.sprites.world import (
     BACKGROUNDS,
@@ -20,6 +21,8 @@ from kosmos_g_diffusers.sprites.world import (
     draw_scene_at_random,
     make_rng,
 )
+from kosmos_g_diffusers.training.data import PretrainCollate
+from kosmos_g_diffusers.understanding import CAPTION_PROMPT
 
 NAMES = [list(SIZES), list(COLOURS), PATTERNS, SHAPES]
 SPRITE = re.compile("a {} {} {} {}".format(*(f"({'|'.join(names)})" for names in NAMES)))
@@ -59,6 +62,17 @@ def test_pictures_of_any_colours_show_nothing_held_out():
             n_any += 1
             assert not any(name in caption.split() for name in named)
     assert 120 < n_any < 180
+
+
+def test_captions_that_are_asked_for_begin_with_what_the_command_asks():
+    processor = KosmosGProcessor(KosmosGTokenizer.from_pretrained(SPRITES, subfolder="tokenizer"))
+    for index in range(5):
+        sample = read("asked pictures", index)
+        picture, words = sample.prompt
+        asked = processor(f"<i> {CAPTION_PROMPT}", [picture])["input_ids"][0].tolist()
+        ids = PretrainCollate(processor).prepare(sample, None)["ids"]
+        assert ids[: len(asked)] == asked and len(ids) > len(asked)
+        assert processor.tokenizer.decode(ids[len(asked) :]).strip() == sample.caption
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,5 +128,7 @@ def test_an_edit_names_what_its_target_has():
 
 
 def test_another_kind_is_refused():
-    with pytest.raises(ValueError, match="'films'.*captions, pictures, varied pictures, compositions, edits"):
+    with pytest.raises(
+        ValueError, match="'films'.*captions, pictures, varied pictures, asked pictures, compositions, edits"
+    ):
         SpriteSource("films")

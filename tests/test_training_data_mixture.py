@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from kosmos_g_diffusers.training.data import BadSample, FilteredSample, MixtureDataset, Sample
+from kosmos_g_diffusers.training.data import BadSample, FilteredSample, MixtureDataset, Sample, add_share
 from kosmos_g_diffusers.training.data.order import EndlessOrder
 
 
@@ -42,8 +42,8 @@ class Collate:
         return {"rows": torch.tensor(rows, dtype=torch.float64)}
 
 
-def mixture(sources, **options):
-    return MixtureDataset(sources, Collate(), **({"batch_size": 4, "seed": 3} | options))
+def mixture(sources, collate=None, **options):
+    return MixtureDataset(sources, collate or Collate(), **({"batch_size": 4, "seed": 3} | options))
 
 
 def rows(dataset, steps):
@@ -159,6 +159,25 @@ def test_sources_are_drawn_by_weight_and_one_a_batch():
     assert drawn["b"] == pytest.approx(200, abs=40)
 
 
+def test_further_sources_get_their_share_and_leave_the_others_theirs():
+    assert add_share([3, 3, 1], 0.5, 1) == [3, 3, 1, 7]
+    weights = add_share([2.0, 6.0], 0.2, 2)
+    assert [weight / sum(weights) for weight in weights] == pytest.approx([0.2, 0.6, 0.1, 0.1])
+
+
+def test_each_source_may_have_a_collate_of_its_own():
+    class Doubling(Collate):
+        def prepare(self, sample, generator):
+            index, *numbers = super().prepare(sample, generator)
+            return 2 * index + 1000, *numbers
+
+    sources = [Numbers([50], "a"), Numbers([50], "b")]
+    plain, own = mixture(sources), mixture(sources, [Collate(), Doubling()])
+    for step in range(20):
+        indices, given = plain[step]["rows"][:, 0], own[step]["rows"][:, 0]
+        assert torch.equal(given, indices if plain[step]["source"] == "a" else 2 * indices + 1000)
+
+
 def test_mixing_takes_no_sample_of_a_source_away():
     sources = [Numbers([30], "a"), Numbers([42], "b")]
     dataset = mixture(sources, batch_size=6)
@@ -224,6 +243,7 @@ def test_a_source_without_a_usable_sample_is_named():
         ([Numbers([0], "void")], {}, "'void' holds no samples"),
         ([Numbers([3])], {"weights": [1, 2]}, "2 weights were given for 1 sources"),
         ([Numbers([3]), Numbers([3])], {"weights": [1, 0]}, "Expected positive numbers"),
+        ([Numbers([3])], {"collate": [Collate(), Collate()]}, "2 collates were given for 1 sources"),
         ([Numbers([3])], {"weights": [float("nan")]}, "Expected positive numbers"),
         ([Numbers([3])], {"batch_size": 0}, "batch_size=0"),
         ([Numbers([3])], {"bucket_window": 0}, "bucket_window=0"),

@@ -77,12 +77,17 @@ def test_signal_to_one_process_ends_both_with_one_checkpoint(tmp_path, capfd):
     assert capfd.readouterr().err.count("Stopped by SIGTERM") == 1
 
 
+WORDS = {"words_share": 0.4, "words_weight": 1.0, "accumulation": 2}
+
+
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [("pretrain", {}), ("align", {}), ("instruct", {}), ("instruct", {"lora_rank": 2})],
-    ids=["pretrain", "align", "instruct", "adapters"],
+    [("pretrain", {}), ("align", {}), ("instruct", {}), ("instruct", {"lora_rank": 2}), ("instruct", WORDS)],
+    ids=["pretrain", "align", "instruct", "adapters", "words"],
 )
-def test_two_processes_train_every_stage_as_one(make_config, stage, changes):
+def test_two_processes_train_every_stage_as_one(make_config, data, stage, changes):
+    if changes is WORDS:
+        changes = {**WORDS, "words": [f"shards:{data}"]}
     changes = {"steps": 20, "lr": 2e-3, "warmup_steps": 2, "bucket_window": 4, **changes}
     two = make_config(stage, "two", batch_size=2, **changes)
     assert run_processes(train_stage, two) == [0, 0]

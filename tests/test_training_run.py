@@ -219,13 +219,17 @@ def test_half_precision(make_config, stage):
     assert np.allclose(*losses, rtol=0.03) and losses[0] != losses[1]
 
 
-def test_cached_run_learns_the_same(make_config, tmp_path):
-    plain = trained_weights(train_stage(make_config("instruct", "plain")))
+@pytest.mark.parametrize("words", [False, True])
+def test_cached_run_learns_the_same(make_config, data, tmp_path, words):
+    changes = {"words": [f"shards:{data}"], "words_share": 0.5, "steps": 6} if words else {}
+    plain = make_config("instruct", "plain", **changes)
+    expected_weights = trained_weights(train_stage(plain))
+    assert {"language" in line for line in read_log(plain.output)} == ({False, True} if words else {False})
     for output in ("first", "second"):
-        config = make_config("instruct", output, cache=str(tmp_path / "frozen"))
+        config = make_config("instruct", output, cache=str(tmp_path / "frozen"), **changes)
         said = []
         cached = trained_weights(train_stage(config, announce=said.append))
-        for name, expected in plain.items():
+        for name, expected in expected_weights.items():
             torch.testing.assert_close(cached[name], expected, atol=1e-5, rtol=0)
     assert " 0 computed" in said[-1]
 
@@ -409,6 +413,8 @@ def test_target_of_text_encoder_alone_keeps_the_decoder(make_config, model, tmp_
         ("instruct", {"target": "x"}, "target is 'x', which only the stage align has"),
         ("align", {"lora_rank": 4}, "lora_rank is 4, which only the stage instruct has"),
         ("pretrain", {"resolution": 64}, "resolution is 64, which only the stage instruct has"),
+        ("align", {"words": ["shards:x"]}, "words is .*, which only the stage instruct has"),
+        ("instruct", {"words": ["shards:/nowhere"]}, "nowhere"),
         ("instruct", {"resolution": 63}, "resolution=63 was given. Expected a multiple"),
         ("align", {"sample_every": 5}, "no prompts to draw. Pass --sample-prompts FILE"),
         ("align", {"sample_every": 5, "sample_prompts": "/nowhere.json"}, "cannot be read as JSON"),

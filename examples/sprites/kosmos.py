@@ -6,6 +6,7 @@ import torch
 from base import MAX_WORDS, TEXT_WIDTH, WORDS
 
 from kosmos_g_diffusers import KosmosGTextEncoder, KosmosGTextEncoderConfig, KosmosGTokenizer
+from kosmos_g_diffusers.sprites.source import SpriteSource
 from kosmos_g_diffusers.sprites.world import IMAGE_SIZE
 from kosmos_g_diffusers.training.fresh_weights import reset_weights
 
@@ -57,3 +58,13 @@ def build_text_encoder(tokenizer, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the vision tower, which `reset_weights` leaves alone
         return reset_weights(KosmosGTextEncoder(config), seed)
+
+
+def build_instruct_mixture():
+    """Sources and weights of stage 3, as `MixtureDataset` takes them."""
+    sources = [
+        SpriteSource("compositions", entity_dropout=0.9),
+        SpriteSource("edits"),
+        SpriteSource("captions"),
+    ]
+    return {"sources": sources, "weights": [3, 3, 1]}

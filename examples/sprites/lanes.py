@@ -10,14 +10,18 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-LANES = (("vae", "diffusion", "controlnet"), ("pretrain", "pretrain-varied", "align", "instruct"))
+LANES = (
+    ("vae", "diffusion", "controlnet"),
+    ("pretrain", "pretrain-varied", "align", "instruct", "instruct-asked"),
+)
 NEEDS = {"align": "diffusion"}  # a phase of the other lane
 
 
 def run_lanes(script, run, threads):
     """Run every phase of LANES in a process of its own, two at a time; bars show how far they are.
 
-    What a phase prints goes to <run>/<phase>.log. SIGTERM and Ctrl-C reach the phases, which save and stop.
+    What a phase prints goes to <run>/<phase>.log. SIGTERM and Ctrl-C reach the phases, which save and stop; so does the
+    failure of the phase beside them.
 
     Returns:
         The exit code of the first phase that failed or was stopped; 0 if all are done.
@@ -45,6 +49,8 @@ def run_lanes(script, run, threads):
                 ]
                 child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
                 children.append(child)
+                if stopped.is_set():  # by a signal that came before it was among the children
+                    child.terminate()
                 code = child.wait()
             if code:
                 codes.append(code)
@@ -69,10 +75,10 @@ def run_lanes(script, run, threads):
         for thread in threads_of_lanes:
             thread.join(1)
         _show(run, done, bars)
+        if stopped.is_set():
+            stop()  # the other lane too, if a phase has failed
     for bar in bars.values():
         bar.close()
-    if stopped.is_set():
-        stop()  # the other lane, if one has failed
     return codes[0] if codes else 143 if stopped.is_set() else 0
 
 
@@ -82,7 +88,9 @@ def _show(run, done, bars):
         log, config = (Path(run) / phase / name for name in ("log.jsonl", "config.json"))
         if not log.is_file() or not config.is_file():
             continue
-        lines = log.read_text(encoding="utf-8").splitlines()
+        lines = (
+            log.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+        )  # the last may be half written
         steps = json.loads(config.read_text(encoding="utf-8"))["steps"]
         if phase not in bars:
             bars[phase] = tqdm(desc=phase, total=steps, unit="step", position=len(bars))

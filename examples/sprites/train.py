@@ -26,7 +26,7 @@ from base import (
 )
 from controlnet import ControlNetStage, EdgesCollate
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from kosmos import build_text_encoder, build_tokenizer
+from kosmos import build_instruct_mixture, build_text_encoder, build_tokenizer
 from lanes import run_lanes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel
@@ -37,7 +37,13 @@ from kosmos_g_diffusers.sprites.world import IMAGE_SIZE
 from kosmos_g_diffusers.training.aligner_n import AlignerNetN
 from kosmos_g_diffusers.training.checkpoints import checkpoint_folder, list_checkpoints
 from kosmos_g_diffusers.training.config import TrainConfig
-from kosmos_g_diffusers.training.data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate
+from kosmos_g_diffusers.training.data import (
+    AlignCollate,
+    InstructCollate,
+    MixtureDataset,
+    PretrainCollate,
+    add_share,
+)
 from kosmos_g_diffusers.training.fresh_weights import build_fresh
 from kosmos_g_diffusers.training.loop import train as train_or_stop
 from kosmos_g_diffusers.training.stages import AlignStage, InstructStage, PretrainStage
@@ -130,27 +136,37 @@ def train_align(run):
 
 def train_instruct(run, name="instruct", start="align"):
     encoder, tokenizer = load_encoder(run / start)
+    # 5,000 steps to draw, and the rest so that it goes on to speak
+    train_to_draw(run, name, encoder, tokenizer, "varied pictures", 1 / 8, 0.1, steps=5700, lr=5e-4)
+
+
+def train_instruct_asked(run, name="instruct-asked", start="instruct"):
+    """Goes on with as many captions as drawings, which are now asked for as `kosmos-g caption` asks."""
+    encoder, tokenizer = load_encoder(run / start)
+    train_to_draw(run, name, encoder, tokenizer, "asked pictures", 1 / 2, 0.3, steps=800, lr=3e-4)
+
+
+def train_to_draw(run, name, encoder, tokenizer, words, words_share, words_weight, steps, lr):
     unet = UNet2DConditionModel.from_pretrained(newest(run / "diffusion") / "unet")
     vae = AutoencoderKL.from_pretrained(newest(run / "vae") / "vae")
     config = TrainConfig(
         output=str(run / name),
-        steps=4000,
+        steps=steps,
         batch_size=48,
-        lr=5e-4,
+        lr=lr,
         warmup_steps=200,
         ema_decay=0.998,
         **COMMON,
     )
-    collate = InstructCollate(
-        KosmosGProcessor(tokenizer), IMAGE_SIZE, vae_scale_factor=4, max_text_tokens=None, resize=False
+    processor, mixture = KosmosGProcessor(tokenizer), build_instruct_mixture()
+    drawn = InstructCollate(processor, IMAGE_SIZE, vae_scale_factor=4, max_text_tokens=None, resize=False)
+    dataset = MixtureDataset(
+        [*mixture["sources"], SpriteSource(words, 400_000)],
+        [drawn] * len(mixture["sources"]) + [PretrainCollate(processor)],
+        batch_size=config.batch_size,
+        weights=add_share(mixture["weights"], words_share, 1),
     )
-    sources = [
-        SpriteSource("compositions", entity_dropout=0.9),
-        SpriteSource("edits"),
-        SpriteSource("captions"),
-    ]
-    dataset = MixtureDataset(sources, collate, batch_size=config.batch_size, weights=[2, 3, 1])
-    train(config, InstructStage(encoder, unet, vae, build_scheduler()), dataset)
+    train(config, InstructStage(encoder, unet, vae, build_scheduler(), words_weight=words_weight), dataset)
 
 
 def train_controlnet(run):
@@ -172,7 +188,7 @@ def train_controlnet(run):
     train(config, ControlNetStage(unet, text_encoder, build_scheduler()), dataset)
 
 
-def write_model(run, name="model", encoder_from="instruct"):
+def write_model(run, name="model", encoder_from="instruct-asked"):
     """The folder that ships: a Kosmos-G pipeline in half precision, with the ControlNet beside it."""
     encoder, tokenizer = load_encoder(run / encoder_from)
     pipeline = KosmosGPipeline(
@@ -232,13 +248,17 @@ PHASES = {
     "pretrain-varied": train_pretrain_varied,
     "align": train_align,
     "instruct": train_instruct,
+    "instruct-asked": train_instruct_asked,
     "controlnet": train_controlnet,
     "model": write_model,
 }
 CONTROLS = {  # what a stage is good for: models to be evaluated beside the one that ships
     "instruct-unaligned": partial(train_instruct, name="instruct-unaligned", start="pretrain-varied"),
+    "instruct-asked-unaligned": partial(
+        train_instruct_asked, name="instruct-asked-unaligned", start="instruct-unaligned"
+    ),
     "model-stage-2-skipped": partial(
-        write_model, name="model-stage-2-skipped", encoder_from="instruct-unaligned"
+        write_model, name="model-stage-2-skipped", encoder_from="instruct-asked-unaligned"
     ),
     "model-stage-3-skipped": partial(write_model, name="model-stage-3-skipped", encoder_from="align"),
 }

@@ -10,7 +10,7 @@ from .pipeline_kosmos_g import DTYPE_KEYWORD
 SPRITES = str(Path(__file__).parent / "sprites" / "model")  # trained by examples/sprites
 SPRITES_CONTROL = "canny"  # the control that its ControlNet was trained for
 SPRITES_NOTE = (
-    "Note: no model was given, so the small model that ships draws. It knows nothing but sprites: 64 pixel pictures of one "
+    "Note: no model was given, so the small model that ships is taken. It knows nothing but sprites: 64 pixel pictures of one "
     'or two shapes, and prompts such as "<i> on a mint background" or "a large red striped star on a white background". '
     "Photos and other words mean nothing to it. Convert a checkpoint (kosmos-g convert --help) and pass --model for more."
 )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from ..training.data import IMAGE_LENGTH, Sample
+from ..understanding import CAPTION_PROMPT
 from .world import (
     BACKGROUNDS,
     PATTERNS,
@@ -20,7 +21,12 @@ GROUP = 1_000  # samples; each of them is a file of other sources
 ANY_COLOURS = 0.5  # share of the varied pictures
 # shares of captions that are whole and that leave parts out; the rest names shapes alone. Shapes are hardest to see, and said
 # behind colour and pattern they are guessed from what triples there are: then none is right that is held out
-CAPTIONS = {"captions": (0.7, 0.3), "pictures": (1.0, 0.0), "varied pictures": (0.3, 0.2)}
+CAPTIONS = {
+    "captions": (0.7, 0.3),
+    "pictures": (1.0, 0.0),
+    "varied pictures": (0.3, 0.2),
+    "asked pictures": (1.0, 0.0),
+}
 KINDS = (*CAPTIONS, "compositions", "edits")
 
 
@@ -34,6 +40,7 @@ class SpriteSource:
             "varied pictures": a picture, then a caption that may leave parts out or name shapes alone: what it learns to
             say next. Half of the pictures have any colours instead of the named ones, and a caption without colours: else
             shapes are learned anew in each of the eight colours, and not recognised in those in which they are held out.
+            "asked pictures": a picture, "An image of" and the caption that says all: how `kosmos-g caption` asks.
             "compositions": one or two sprites, pictures in place of their words (or behind them, with probability
             1 - entity_dropout), on a background; now and then one of two stays in words.
             "edits": a picture, and a colour, pattern or size that the target has instead.
@@ -69,6 +76,8 @@ class SpriteSource:
             caption = self._caption(scene, rng)
             if self.kind == "captions":
                 return Sample(key, (caption,), picture, caption)
+            if self.kind == "asked pictures":
+                return Sample(key, (picture, f"{CAPTION_PROMPT} {caption}"), None, caption)
             return Sample(key, (picture, caption), None, caption)
         return Sample(key, self._compose(scene, fixed, rng), picture, scene.caption)
 

@@ -22,11 +22,12 @@ def agree_on_batches(batches, stage, accelerator):
         stage: the stage, which knows the id of padding.
         accelerator: accelerate.Accelerator.
     """
-    if "labels" in batches[0]:
-        counts = [batch["labels"].ne(-100).sum() for batch in batches]
+    labelled = [batch for batch in batches if "labels" in batch]  # the same passes in all processes
+    if labelled:
+        counts = [batch["labels"].ne(-100).sum() for batch in labelled]
         total = accelerator.reduce(torch.stack(counts).sum(), "sum").clamp(min=1)
-        for batch in batches:
-            batch["n_labels"] = total / (accelerator.num_processes * len(batches))
+        for batch in labelled:
+            batch["n_labels"] = total / (accelerator.num_processes * len(labelled))
     elif isinstance(stage, AlignStage) and accelerator.num_processes > 1:
         lengths = [batch["input_ids"].shape[1] for batch in batches]
         longest = accelerator.gather(torch.tensor([lengths], device=accelerator.device)).amax(0)

@@ -94,14 +94,14 @@ class FrozenCache:
             self.stores[work.name] = TensorStore(path, dtype, keep_free=keep_free)
         self.found = dict.fromkeys(self.stores, 0)
         self.computed = dict.fromkeys(self.stores, 0)
+        stage.register_forward_pre_hook(lambda stage, inputs: (self.complete(*inputs),))
 
     def attach(self, collate):
-        """Let the stage compute and keep what batches lack, before each forward pass. Returns the collate to read with.
+        """A collate that brings what is kept; what its batches lack the stage computes before its forward pass, and keeps.
 
         Args:
             collate: of the stage's batches; see data/collate.py.
         """
-        self.stage.register_forward_pre_hook(lambda stage, inputs: (self.complete(*inputs),))
         return CachedCollate(
             collate, [(work.name, work.inputs, self.stores[work.name]) for work in self.works]
         )

@@ -38,6 +38,11 @@ class TrainConfig:
     data_weights: tuple[float, ...] = knob(
         (), "how often each of them is drawn (default: all alike)", value="WEIGHT"
     )
+    words: tuple[str, ...] = knob(
+        (), "instruct: sources of stage 1 to go on with, so that the model keeps its words", value="SOURCE"
+    )
+    words_share: float = knob(0.1, "instruct: share of the batches that come from --words")
+    words_weight: float = knob(0.1, "instruct: factor of the loss of these batches")
     target: str = knob(
         "",
         "align: Stable Diffusion whose text encoder is imitated, folder or Hub id (default: the model's own)",
@@ -101,10 +106,11 @@ class TrainConfig:
             self._check_range(name, 0)
         for name in ("resolution", "max_text_tokens", "min_side"):
             self._check_range(name, 0)
-        for name in ("lr", "adam_epsilon", "weight_decay", "max_grad_norm"):
+        for name in ("lr", "adam_epsilon", "weight_decay", "max_grad_norm", "words_weight"):
             self._check_range(name, 0)
         for name in ("entity_dropout", "background_probability", "max_bad_samples", "condition_dropout"):
             self._check_range(name, 0, 1)
+        self._check_range("words_share", 0.001, 0.999)
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self._check_range(name, 0, 0.999999)
         for entry in fields(self):

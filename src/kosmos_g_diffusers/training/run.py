@@ -14,7 +14,7 @@ from ..processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
 from . import adapters, checkpoints
 from .aligner_n import AlignerNetN
 from .config import STAGES
-from .data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate, build_source
+from .data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate, add_share, build_source
 from .fresh_weights import build_fresh
 from .loop import DTYPES, train
 from .model_folder import (
@@ -117,7 +117,7 @@ def build_run(name, config, sources=None):
     checkpoints.check_settings(config)
     folder = locate_model(config.model)
     state = process_state()
-    sources = _build_sources(config) if sources is None else list(sources)
+    sources = _build_sources(config, config.data) if sources is None else list(sources)
     text_encoder = KosmosGTextEncoder.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
     tokenizer = KosmosGTokenizer.from_pretrained(folder, subfolder="tokenizer")
     sizes = text_encoder.config
@@ -127,17 +127,25 @@ def build_run(name, config, sources=None):
             checkpoints.begin_run(config)
         build = {"pretrain": _pretrain, "align": _align, "instruct": _instruct}[name]
         stage, collate, notes = build(config, folder, text_encoder, processor)
+    collates, weights = [collate] * len(sources), list(config.data_weights) or [1.0] * len(sources)
+    if config.words and len(weights) == len(sources):  # else the mixture says what does not fit
+        words = _build_sources(config, config.words)
+        weights = add_share(weights, config.words_share, len(words))
+        sources = [*sources, *words]
+        collates += [PretrainCollate(processor)] * len(words)
+        named = ", ".join(source.name for source in words)
+        notes.append(f"words: {config.words_share:.0%} of the batches are of {named}, learned as in stage 1")
     cache = None
     if config.cache:
         from .cache import FrozenCache
 
         cache = FrozenCache(config.cache, stage, config.mixed_precision)
-        collate = cache.attach(collate)
+        collates = [cache.attach(each) for each in collates]
     dataset = MixtureDataset(
         sources,
-        collate,
+        collates,
         batch_size=config.batch_size,
-        weights=config.data_weights or None,
+        weights=weights,
         seed=config.seed,
         process_index=state.process_index,
         num_processes=state.num_processes,
@@ -221,7 +229,7 @@ def _instruct(config, folder, text_encoder, processor):
     unet, vae = _load_decoder(folder)
     scheduler = load_scheduler(folder)
     train_vision = "none" if config.lora_rank else config.train_vision
-    stage = InstructStage(text_encoder, unet, vae, scheduler, train_vision)
+    stage = InstructStage(text_encoder, unet, vae, scheduler, train_vision, config.words_weight)
     if config.lora_rank:
         half = DTYPES[config.mixed_precision]
         adapters.add_adapter(
@@ -260,7 +268,12 @@ def _check_config(name, config):
         raise ValueError(f"{name!r} is no stage. Expected one of {', '.join(STAGES)}.")
     if config.stage not in ("", name):
         raise ValueError(f"These settings are for the stage {config.stage!r}, not for {name!r}.")
-    for setting, stage in (("target", "align"), ("lora_rank", "instruct"), ("resolution", "instruct")):
+    for setting, stage in (
+        ("target", "align"),
+        ("lora_rank", "instruct"),
+        ("resolution", "instruct"),
+        ("words", "instruct"),
+    ):
         if getattr(config, setting) and name != stage:
             raise ValueError(
                 f"{setting} is {getattr(config, setting)!r}, which only the stage {stage} has. Leave it out of {name}."
@@ -272,8 +285,8 @@ def _check_config(name, config):
     return config.replace(stage=name)
 
 
-def _build_sources(config):
-    if not config.data:
+def _build_sources(config, lines):
+    if not lines:
         raise ValueError(
             "No data was given. Pass --data with one or more sources, such as --data tsv:captions:/data/laion; "
             "docs/data.md has the forms."
@@ -285,7 +298,7 @@ def _build_sources(config):
             background=config.background_probability,
             min_side=config.min_side,
         )
-        for line in config.data
+        for line in lines
     ]
 
 

@@ -140,6 +140,11 @@ class Stage(nn.Module):
             )
         return encoder.get_language_hidden_states(input_ids, self._image_embeds(batch), slots)
 
+    def _language_loss(self, language_states, batch):
+        """(B, L, D) -> scalar; the head is the embedding."""
+        embedding = self.text_encoder.get_input_embeddings().weight
+        return language_loss(language_states, embedding, batch["labels"], batch.get("n_labels"))
+
     def _condition(self, language_states, attention_mask):
         """(B, L, D) and (B, L) -> (B, K, A), through AlignerNet M."""
         aligner = self.text_encoder.aligner
@@ -174,9 +179,7 @@ class PretrainStage(Stage):
         Returns:
             dict of `language`, a scalar.
         """
-        states = self._language_states(batch)
-        embedding = self.text_encoder.get_input_embeddings().weight
-        return {"language": language_loss(states, embedding, batch["labels"], batch.get("n_labels"))}
+        return {"language": self._language_loss(self._language_states(batch), batch)}
 
 
 class AlignStage(Stage):
@@ -244,19 +247,22 @@ class AlignStage(Stage):
 class InstructStage(Stage):
     """Stage 3, instruction tuning: the frozen U-Net says how good the condition is (score distillation, sec. 2.3).
 
-    Trains AlignerNet M, the language model with its embedding, the resampler and the end of the vision tower.
+    Trains AlignerNet M, the language model with its embedding, the resampler and the end of the vision tower. That spoils
+    what the language model says; batches of stage 1 among the others keep it (not in the paper).
 
     Args:
         text_encoder: KosmosGTextEncoder.
         unet, vae: of the Stable Diffusion that draws; frozen. Gradients go through the U-Net to the condition.
         scheduler: any of diffusers' whose configuration says how noise is added and what the U-Net predicts.
         train_vision: see `Stage`.
+        words_weight: factor of the loss of stage 1's batches. Well-trained words have far larger gradients than
+            pictures; unweighted, these are hardly learned beside them.
 
     Raises:
         ValueError: a U-Net that reads another condition or other latents, or predicts neither noise nor velocity.
     """
 
-    def __init__(self, text_encoder, unet, vae, scheduler, train_vision="last"):
+    def __init__(self, text_encoder, unet, vae, scheduler, train_vision="last", words_weight=0.1):
         width, read = text_encoder.config.aligner_hidden_size, unet.config.cross_attention_dim
         if width != read:
             raise ValueError(
@@ -277,6 +283,7 @@ class InstructStage(Stage):
         super().__init__(text_encoder, trained, train_vision, [unet, vae])
         # the schedulers that draw add noise in ways of their own; this one knows the training's
         self.noise_scheduler = DDPMScheduler.from_config(scheduler.config)
+        self.words_weight = words_weight
 
     def gradient_checkpointing_enable(self):
         super().gradient_checkpointing_enable()
@@ -298,11 +305,13 @@ class InstructStage(Stage):
                 `target_pixel_values` (B, 3, H, W) in [-1, 1], or `latent_parameters` (B, 8, h, w), which were computed
                 once; the random numbers of the step: `latent_noise` (B, 4, h, w) of the VAE's sample, `noise`
                 (B, 4, h, w), `timesteps` (B,) int64, and `drop_condition` (B,) bool, True for samples that are drawn
-                without their prompt.
+                without their prompt. Or one of stage 1, see `PretrainStage`, with `attention_mask`.
 
         Returns:
-            dict of `denoising`, a scalar.
+            dict of `denoising`, a scalar; of stage 1's batches of `language`, times `words_weight`.
         """
+        if "timesteps" not in batch:
+            return self._words(batch)
         unet, vae = self._frozen
         parameters = batch.get("latent_parameters")
         if parameters is None:
@@ -317,6 +326,13 @@ class InstructStage(Stage):
         condition = self._condition_or_null(batch)
         prediction = unet(noisy.to(unet.dtype), timesteps, condition.to(unet.dtype)).sample
         return {"denoising": denoising_loss(prediction, target)}
+
+    def _words(self, batch):
+        states = self._language_states(batch)
+        loss = self._language_loss(states, batch)
+        # the AlignerNet's gradients are zero, and all weights are used
+        unused = 0.0 * self._condition(states[:1], batch["attention_mask"][:1]).float().sum()
+        return {"language": self.words_weight * loss + unused}
 
     def _condition_or_null(self, batch):
         """(B, K, A): the condition of each prompt, that of `<s>` alone where `drop_condition` is set (kosmosg.py:315).

@@ -2,7 +2,7 @@
 
 from .collate import AlignCollate, InstructCollate, PretrainCollate, preprocess_target
 from .hub_datasets import HubDatasetSource
-from .mixture import MixtureDataset
+from .mixture import MixtureDataset, add_share
 from .sample import IMAGE_LENGTH, BadSample, FilteredSample, Sample, Source
 from .shard_writer import ShardWriter, write_shard_index
 from .shards import ShardSource
@@ -26,6 +26,7 @@ __all__ = [
     "Source",
     "TooManyBadSamples",
     "TsvSource",
+    "add_share",
     "build_source",
     "preprocess_target",
     "write_shard_index",

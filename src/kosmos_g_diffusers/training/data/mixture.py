@@ -35,7 +35,7 @@ class MixtureDataset(torch.utils.data.Dataset):
     Args:
         sources: see `Source`.
         collate: object with `prepare(sample, generator)` -> row, which may raise BadSample and draws the random numbers
-            of training, and `__call__(rows)` -> dict of tensors. See collate.py.
+            of training, and `__call__(rows)` -> dict of tensors. See collate.py. Or a list of them, one for each source.
         batch_size: samples of this process (B).
         weights: how often each source is drawn, in any unit; None draws all alike.
         seed: of the order, the mixing, and every random number of a sample.
@@ -47,7 +47,7 @@ class MixtureDataset(torch.utils.data.Dataset):
     count of what had to be replaced) and `skipped_messages` (a pair of cause and text for each of them).
 
     Raises:
-        ValueError: no sources, an empty one, weights that do not fit them, sizes below 1.
+        ValueError: no sources, an empty one, weights or collates that do not fit them, sizes below 1.
     """
 
     def __init__(
@@ -63,10 +63,15 @@ class MixtureDataset(torch.utils.data.Dataset):
         bucket_window=1,
         shuffle_window=65_536,
     ):
-        self.sources, self.collate = list(sources), collate
+        self.sources = list(sources)
+        self.collates = list(collate) if isinstance(collate, (list, tuple)) else [collate] * len(self.sources)
         self.batch_size, self.seed, self.bucket_window = batch_size, int(seed), bucket_window
         self.process_index, self.num_processes = process_index, num_processes
         self.weights = _check_weights(self.sources, weights)
+        if len(self.collates) != len(self.sources):
+            raise ValueError(
+                f"{len(self.collates)} collates were given for {len(self.sources)} sources. Pass one for each, or one for all."
+            )
         for name, value in (
             ("batch_size", batch_size),
             ("num_processes", num_processes),
@@ -101,7 +106,7 @@ class MixtureDataset(torch.utils.data.Dataset):
             key, row = self._prepare(source, position, skipped)
             keys.append(key)
             rows.append(row)
-        result = self.collate(rows)
+        result = self.collates[source](rows)
         causes = [FILTERED * isinstance(error, FilteredSample) + error.cause for error in skipped]
         result["source"] = self.sources[source].name
         result["keys"] = keys
@@ -159,7 +164,7 @@ class MixtureDataset(torch.utils.data.Dataset):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "training", number, position))
             try:
                 sample = source.read(index, rng)
-                return sample.key, self.collate.prepare(sample, generator)
+                return sample.key, self.collates[number].prepare(sample, generator)
             except BadSample as error:
                 skipped.append(error)
                 first_error = first_error or error
@@ -168,6 +173,11 @@ class MixtureDataset(torch.utils.data.Dataset):
                     f"{MOST_ATTEMPTS} samples in a row of source {source.name!r} ({len(source):,} samples) cannot be "
                     f"used; the first: {first_error}. Mend the data or take the source out of the mixture."
                 )
+
+
+def add_share(weights, share, count):
+    """Weights with those of `count` more sources behind them, which together get `share` (0 to 1) of the batches."""
+    return [*weights, *[share / (1 - share) * sum(weights) / count] * count]
 
 
 def _check_weights(sources, weights):
