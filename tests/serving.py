@@ -153,6 +153,17 @@ def visiting(browser, app):
     wait_for(lambda: app.studio.worker._running is None)  # a page that is closed ends its run
 
 
+def unfold(page, title):
+    """Open a folded part of the page, whose components gradio makes only then: what is typed meanwhile is lost."""
+    page.click(title)
+    page.evaluate(
+        """() => new Promise(done => {
+            const later = callback => requestIdleCallback(callback, {timeout: 5000})
+            later(() => later(done))
+        })"""
+    )
+
+
 def drop(page, selector, *paths):
     """Drop files as a hand does: with a DataTransfer, on the drop zone."""
     files = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in map(Path, paths)]

@@ -5,7 +5,7 @@ import os
 import runpy
 import shlex
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import PIL.Image
@@ -278,6 +278,7 @@ def test_image_word_means_its_picture_in_its_session_and_in_a_file(connect, clie
     assert "already" in fails(client, "/add_word", name="my-cat", pictures=cat)
     assert "words: " in fails(client, "/add_word", name="<b>", pictures=[])
     assert "words: " in fails(client, "/add_word", name="2 cats!", pictures=cat)
+    assert "words: Give the word a name" in fails(client, "/add_word", name=" ", pictures=cat)
     word = generate(client, "<my-cat> in the snow")[0][0]
     picture = generate(client, "<i> in the snow", [CAT])[0][0]
     difference = [abs(a - b) for a, b in zip(pixels(word), pixels(picture), strict=True)]
@@ -307,7 +308,7 @@ def test_full_queue_is_told_and_cancel_works_in_it(app, connect):
     with slow_steps(app.studio, 0.1):
         jobs = []
         for index, client in enumerate(clients[:3]):  # one runs, two wait: the capacity of this app
-            jobs.append(client.submit(prompt="a hat", steps=100, api_name="/generate"))
+            jobs.append(client.submit(prompt="a hat", steps=250, api_name="/generate"))
             wait_for(lambda count=index: len(app.studio.worker._waiting) == count)
             wait_for(lambda: app.studio.worker._running is not None)
         assert "The queue is full: 2 runs are waiting" in fails(clients[3], prompt="a hat", **STEPS)
@@ -322,7 +323,7 @@ def test_full_queue_is_told_and_cancel_works_in_it(app, connect):
 
 
 def test_images_that_were_finished_before_a_cancel_are_kept(app, client):
-    with slow_steps(app.studio, 0.1) as steps:
+    with slow_steps(app.studio, 0.3) as steps:
         job = client.submit(prompt="a hat", steps=4, num_images=8, api_name="/generate")
         wait_for(lambda: len(steps) > 9)
         client.predict(api_name="/cancel")
@@ -332,20 +333,16 @@ def test_images_that_were_finished_before_a_cancel_are_kept(app, client):
 
 
 def test_clients_at_once_get_their_own_images(connect):
-    made = {}
+    """As many as this app takes: one that runs and two that wait."""
 
-    def work(seed):
+    def draw(seed):
         paths, settings, _ = generate(connect(), f"hat {seed}", seed=seed)
-        made[seed] = (read_settings(paths[0]), settings[0])
+        png = read_settings(paths[0])
+        return png.seed, png.prompt, settings[0]["seed"]
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in (11, 12, 13)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert {seed: (png.seed, png.prompt, told["seed"]) for seed, (png, told) in made.items()} == {
-        seed: (seed, f"hat {seed}", seed) for seed in (11, 12, 13)
-    }
+    seeds = (11, 12, 13)
+    with ThreadPoolExecutor(len(seeds)) as clients:
+        assert list(clients.map(draw, seeds)) == [(seed, f"hat {seed}", seed) for seed in seeds]
 
 
 def test_example_client_runs(app, tmp_path, monkeypatch, capsys):

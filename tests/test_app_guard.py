@@ -299,7 +299,7 @@ def test_app_listens_on_this_machine_alone(app):
 
 
 def test_page_that_is_closed_ends_its_run(app, http):
-    with slow_steps(app.studio, 0.1):
+    with slow_steps(app.studio, 0.2) as steps:
         config = http.get("/config").json()
         run = next(entry for entry in config["dependencies"] if entry["api_name"] == "generate")
         components = {entry["id"]: entry for entry in config["components"]}
@@ -311,6 +311,7 @@ def test_page_that_is_closed_ends_its_run(app, http):
         with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "closing"}) as stream:
             next(line for line in stream.iter_lines() if "Step 2" in line)
         wait_for(lambda: app.studio.worker._running is None, seconds=30)
+        assert len(steps) < 100
 
 
 def test_password_is_asked_for(tmp_path):

@@ -16,6 +16,7 @@ from serving import (
     saved,
     serving,
     table,
+    unfold,
     visiting,
     wait_for,
 )
@@ -119,7 +120,7 @@ def test_examples_are_of_sprites_that_were_held_out():
 
 def test_canny_alone_is_offered_and_decides_where_a_sprite_is(page):
     pytest.importorskip("cv2", reason="canny needs the extra control")
-    page.click("#controls >> text=Controls")
+    unfold(page, "#controls >> text=Controls")
     page.wait_for_selector("#controls >> text=ControlNet for canny alone")  # the panel takes its time to open
     page.click("#control_1_kind input")
     kinds = page.locator("[role=option]").all_inner_texts()
@@ -146,7 +147,7 @@ def test_restored_control_that_is_not_offered_is_told(page, tmp_path):
     drop(page, "#restore", tmp_path / "depth.png")
     page.wait_for_selector("#restore-message:has-text('Controls that are not offered here: depth.')")
     assert "a ControlNet of its own" in page.inner_text("#restore-message")
-    page.click("#controls >> text=Controls")
+    unfold(page, "#controls >> text=Controls")
     assert page.input_value("#control_1_kind input") == "none"
 
 

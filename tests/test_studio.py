@@ -66,6 +66,17 @@ def test_runs_come_in_order_and_know_their_place(worker, gate):
     assert [ticket.state for ticket in (first, *others)] == ["done"] * 3
 
 
+def test_place_of_the_run_that_is_about_to_begin_is_not_taken_from_the_queue(worker):
+    done = []
+    for _ in range(2):  # before its first run, and after a run that has ended
+        with worker._condition:  # the thread cannot look at the queue meanwhile
+            tickets = [worker.submit(lambda ticket: done.append(ticket)) for _ in range(3)]
+            with pytest.raises(QueueFull, match="3 runs are waiting"):
+                worker.submit(print)
+        assert all(ticket.ended.wait(10) for ticket in tickets)
+    assert len(done) == 6
+
+
 def test_cancelled_run_leaves_the_queue_at_once_and_the_worker_soon(worker, gate):
     started = threading.Event()
     first = worker.submit(hold(started, gate))

@@ -175,6 +175,8 @@ class Studio:
         word = f"<{name.strip().strip('<>').lower()}>"
         if not paths:
             raise FieldError("words", "Drop the picture that the word is to mean.")
+        if word == "<>":
+            raise FieldError("words", "Give the word a name, such as my-dog.")
         if len(paths) > MAX_FILES:
             raise FieldError("words", f"A word may mean {MAX_FILES} pictures, and {len(paths)} were given.")
         self._check_room(session, [word])

@@ -89,7 +89,9 @@ class Worker:
             QueueFull: there is no place.
         """
         with self._condition:
-            if self._closed or len(self._waiting) >= self.capacity:
+            # with nothing running, the first that waits is about to run
+            room = self.capacity + (not self._is_busy())
+            if self._closed or len(self._waiting) >= room:
                 raise QueueFull(
                     f"The queue is full: {len(self._waiting)} runs are waiting. Try again in a minute."
                 )
@@ -107,7 +109,7 @@ class Worker:
         with self._condition:
             if not self._durations or ticket not in self._waiting:
                 return None
-            before = self._waiting.index(ticket) + (self._running is not None)
+            before = self._waiting.index(ticket) + self._is_busy()
             return before * sum(self._durations) / len(self._durations)
 
     def forget(self, ticket):
@@ -116,6 +118,9 @@ class Worker:
                 return
             self._waiting.remove(ticket)
         ticket._end("cancelled")
+
+    def _is_busy(self):
+        return self._running is not None and not self._running.ended.is_set()
 
     def close(self):
         """Give up every run and end the thread; one that loads a model is not waited for."""
