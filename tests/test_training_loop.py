@@ -212,7 +212,7 @@ def _child(config, pause=0.005, **kwargs):
 
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     """Half of the time goes into saving, so that some hit it."""
-    changes = {"steps": 200, "save_every": 2, "ema_decay": 0.9}
+    changes = {"steps": 400, "save_every": 2, "ema_decay": 0.9}
     whole = run(settings(tmp_path / "whole", **changes))
     assert kill_at_random(tmp_path / "killed", kills=20, seed=20, **changes) == 20
     assert same(weights(whole), weights(checkpoints.list_checkpoints(tmp_path / "killed")[-1]))
@@ -247,7 +247,7 @@ def test_kill_while_saving_or_removing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_first_and_says_where(tmp_path, number, capfd):
     config = settings(tmp_path / "run", steps=100, save_every=1000, workers=1)
-    child = FORK.Process(target=_child, args=(config, 0.01))
+    child = FORK.Process(target=_child, args=(config, 0.05))  # 20 seconds, of which one is waited for
     child.start()
     while not (tmp_path / "run" / "log.jsonl").exists():
         time.sleep(0.02)

@@ -486,7 +486,7 @@ class KosmosGPromptMixin:
                 "blend takes a list with (prompt, weight) or (prompt, weight, images) for each prompt."
             )
         prompts = [(*entry, None)[:3] for entry in prompts]
-        weights = torch.tensor([float(weight) for _, weight, _ in prompts])
+        weights = torch.tensor([float(weight) for _, weight, _ in prompts], dtype=torch.float64)
         if not prompts or not weights.isfinite().all() or weights.sum().abs() < 1e-6:
             raise ValueError(
                 f"blend was given {len(prompts)} prompts with the weights {weights.tolist()}. Expected at least one, and "
@@ -501,8 +501,9 @@ class KosmosGPromptMixin:
                 "list of strings is a batch."
             )
         condition, _ = self.encode_prompt(batch, do_classifier_free_guidance=False)
-        weights = (weights / weights.sum()).to(condition.device)
-        return torch.einsum("i,ikd->kd", weights, condition.float())[None].to(condition.dtype)
+        dtype = torch.promote_types(condition.dtype, torch.float32)
+        weights = (weights / weights.sum()).to(dtype).to(condition.device)
+        return torch.einsum("i,ikd->kd", weights, condition.to(dtype))[None].to(condition.dtype)
 
     @torch.no_grad()
     def encode_with_clip(self, prompt, text_encoder, tokenizer):
