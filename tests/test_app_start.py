@@ -20,6 +20,7 @@ from serving import (
     visiting,
     wait_for,
 )
+from tqdm import TMonitor
 
 from kosmos_g_diffusers import generation
 from kosmos_g_diffusers.cli import main
@@ -211,7 +212,7 @@ def place(tmp_path, monkeypatch):
 
 
 def test_command_opens_the_page_and_ctrl_c_ends_it(place, tmp_path, monkeypatch, capsys):
-    block, answers, before = gradio.Blocks.block_thread, [], threading.active_count()
+    block, answers, before = gradio.Blocks.block_thread, [], set(threading.enumerate())
 
     def look_then_interrupt(blocks):
         answers.append(urllib.request.urlopen(blocks.local_url).status)
@@ -224,7 +225,8 @@ def test_command_opens_the_page_and_ctrl_c_ends_it(place, tmp_path, monkeypatch,
     printed = capsys.readouterr()
     assert f"Open http://127.0.0.1:{place[2]}/ in a browser. Ctrl-C ends the app." in printed.out
     assert "Traceback" not in printed.err and "share=True" not in printed.out
-    wait_for(lambda: threading.active_count() <= before)  # the server's threads and the workers
+    # the server's threads and the workers; tqdm's belongs to the process
+    wait_for(lambda: all(isinstance(thread, TMonitor) for thread in {*threading.enumerate()} - before))
 
 
 def test_port_that_is_taken_is_told(place, capsys):
