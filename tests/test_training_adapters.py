@@ -26,6 +26,11 @@ def encode(pipe, photos):
         )[0]
 
 
+def assert_same(given, expected):
+    """Not to the bit: on some CPUs a matrix product depends on where in memory its factors lie."""
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)
+
+
 @pytest.fixture
 def adapter(build_pipe, tmp_path):
     """Folder of an adapter that changes much."""
@@ -55,7 +60,7 @@ def test_removed_adapter_leaves_exactly_what_was(pipe, photos, adapter, snapshot
     before, was = encode(pipe, photos), snapshot(pipe.text_encoder)
     load_adapter(pipe, adapter)
     remove_adapter(pipe)
-    assert torch.equal(encode(pipe, photos), before)
+    assert_same(encode(pipe, photos), before)
     now = snapshot(pipe.text_encoder)
     assert now["modules"] == was["modules"] and now["config"] == was["config"]
     assert now["weights"].keys() == was["weights"].keys()
@@ -72,14 +77,14 @@ def test_merged_equals_unmerged_and_can_be_saved(pipe, photos, adapter, tmp_path
     merged = encode(pipe, photos)
     pipe.save_pretrained(tmp_path / "merged")
     loaded = KosmosGPipeline.from_pretrained(tmp_path / "merged")
-    assert torch.equal(encode(loaded, photos), merged)
+    assert_same(encode(loaded, photos), merged)
 
 
 def test_peft_reads_the_folder_itself(pipe, build_pipe, photos, adapter):
     load_adapter(pipe, adapter)
     other = build_pipe()
     other.text_encoder = peft.PeftModel.from_pretrained(other.text_encoder, adapter).base_model.model
-    assert torch.equal(encode(other, photos), encode(pipe, photos))
+    assert_same(encode(other, photos), encode(pipe, photos))
 
 
 def test_fresh_adapter_changes_nothing_and_trains_linear_layers_alone(pipe, photos):
@@ -91,7 +96,7 @@ def test_fresh_adapter_changes_nothing_and_trains_linear_layers_alone(pipe, phot
         if isinstance(module, torch.nn.Linear) and name.startswith(("language_model", "aligner"))
     }
     add_adapter(encoder, 4)
-    assert torch.equal(encode(pipe, photos), before)
+    assert_same(encode(pipe, photos), before)
     assert torch.equal(torch.get_rng_state(), state)
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     assert trained == {f"{name}.lora_{half}.default.weight" for name in linear for half in "AB"}
