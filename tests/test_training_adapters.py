@@ -26,9 +26,16 @@ def encode(pipe, photos):
         )[0]
 
 
+def encode_exactly(pipe, photos):
+    """In double precision: what rounding does differs from CPU to CPU, and on some from call to call."""
+    pipe.to(torch.float64)
+    condition = encode(pipe, photos)
+    pipe.to(torch.float32)
+    return condition
+
+
 def assert_same(given, expected):
-    """Not to the bit: on some CPUs a matrix product depends on where in memory its factors lie."""
-    torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(given, expected, atol=1e-9, rtol=0)
 
 
 @pytest.fixture
@@ -57,10 +64,10 @@ def test_loaded_adapter_acts_and_leaves_the_weights(pipe, photos, adapter):
 
 
 def test_removed_adapter_leaves_exactly_what_was(pipe, photos, adapter, snapshot):
-    before, was = encode(pipe, photos), snapshot(pipe.text_encoder)
+    before, was = encode_exactly(pipe, photos), snapshot(pipe.text_encoder)
     load_adapter(pipe, adapter)
     remove_adapter(pipe)
-    assert_same(encode(pipe, photos), before)
+    assert_same(encode_exactly(pipe, photos), before)
     now = snapshot(pipe.text_encoder)
     assert now["modules"] == was["modules"] and now["config"] == was["config"]
     assert now["weights"].keys() == was["weights"].keys()
@@ -68,35 +75,33 @@ def test_removed_adapter_leaves_exactly_what_was(pipe, photos, adapter, snapshot
 
 
 def test_merged_equals_unmerged_and_can_be_saved(pipe, photos, adapter, tmp_path):
-    pipe.to(torch.float64)
     load_adapter(pipe, adapter)
-    unmerged = encode(pipe, photos)
+    unmerged = encode_exactly(pipe, photos)
     merge_adapter(pipe)
-    torch.testing.assert_close(encode(pipe, photos), unmerged, atol=1e-9, rtol=0)
-    pipe.to(torch.float32)
-    merged = encode(pipe, photos)
+    merged = encode_exactly(pipe, photos)
+    torch.testing.assert_close(merged, unmerged, atol=1e-5, rtol=0)  # the sum of the weights was rounded
     pipe.save_pretrained(tmp_path / "merged")
     loaded = KosmosGPipeline.from_pretrained(tmp_path / "merged")
-    assert_same(encode(loaded, photos), merged)
+    assert_same(encode_exactly(loaded, photos), merged)
 
 
 def test_peft_reads_the_folder_itself(pipe, build_pipe, photos, adapter):
     load_adapter(pipe, adapter)
     other = build_pipe()
     other.text_encoder = peft.PeftModel.from_pretrained(other.text_encoder, adapter).base_model.model
-    assert_same(encode(other, photos), encode(pipe, photos))
+    assert_same(encode_exactly(other, photos), encode_exactly(pipe, photos))
 
 
 def test_fresh_adapter_changes_nothing_and_trains_linear_layers_alone(pipe, photos):
     encoder = pipe.text_encoder
-    before, state = encode(pipe, photos), torch.get_rng_state()
+    before, state = encode_exactly(pipe, photos), torch.get_rng_state()
     linear = {
         name
         for name, module in encoder.named_modules()
         if isinstance(module, torch.nn.Linear) and name.startswith(("language_model", "aligner"))
     }
     add_adapter(encoder, 4)
-    assert_same(encode(pipe, photos), before)
+    assert_same(encode_exactly(pipe, photos), before)
     assert torch.equal(torch.get_rng_state(), state)
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     assert trained == {f"{name}.lora_{half}.default.weight" for name in linear for half in "AB"}
