@@ -79,7 +79,7 @@ def test_merged_equals_unmerged_and_can_be_saved(pipe, photos, adapter, tmp_path
     unmerged = encode_exactly(pipe, photos)
     merge_adapter(pipe)
     merged = encode_exactly(pipe, photos)
-    torch.testing.assert_close(merged, unmerged, atol=1e-5, rtol=0)  # the sum of the weights was rounded
+    torch.testing.assert_close(merged, unmerged, atol=2e-5, rtol=0)  # the sum of the weights was rounded
     pipe.save_pretrained(tmp_path / "merged")
     loaded = KosmosGPipeline.from_pretrained(tmp_path / "merged")
     assert_same(encode_exactly(loaded, photos), merged)
