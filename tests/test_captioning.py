@@ -150,7 +150,8 @@ def test_saved_and_loaded_by_transformers_it_is_the_same(model, photos, tmp_path
         "input_ids": batch["input_ids"],
         "image_embeds_position_mask": batch["image_token_mask"],
     }
-    torch.testing.assert_close(loaded.eval()(**inputs).logits, causal(**inputs).logits, rtol=0, atol=1e-4)
+    # float32: the mask of transformers' Kosmos-2 overflows in float64
+    torch.testing.assert_close(loaded.eval()(**inputs).logits, causal(**inputs).logits, rtol=0, atol=2e-5)
 
 
 # Answers ---------------------------------------------------------------------------------------------------------------
