@@ -11,16 +11,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 
 import gradio
 from parts.arguments import parse
-from parts.measure import now, ratio, report, spread, time_in_turns
-from playwright.sync_api import sync_playwright
+from parts.measure import ratio, report, spread, time_in_turns
+from playwright.sync_api import Error, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 LOADING = 120  # seconds for the start of the app and its model
 AIM = "<= 3 s"
+EMPTY = "an empty page of gradio"
 
 
 def free_port():
@@ -39,14 +41,15 @@ def visit(browser, url, selector):
 
 
 def wait_until_loaded(browser, url, app):
-    page, end = browser.new_page(), now() + LOADING
-    while app.poll() is None and now() < end:
+    page, end = browser.new_page(), time.monotonic() + LOADING
+    while app.poll() is None and time.monotonic() < end:
         try:
             page.goto(url)
             page.wait_for_selector("text=Ready.", timeout=1000 * LOADING)
-        except Exception as error:  # noqa: BLE001  it does not listen yet
+        except Error as error:
             if "ERR_CONNECTION" not in str(error):
                 raise
+            # it does not listen yet
             page.wait_for_timeout(200)
         else:
             return page.close()
@@ -57,12 +60,15 @@ def main():
     parser = argparse.ArgumentParser(description="Seconds until the page of kosmos-g app can be used.")
     parser.add_argument("--rounds", type=int, default=20, help="visits to each page (default: 20)")
     arguments = parse(parser)
+    if arguments.cpu_time:
+        parser.error("--cpu-time counts this process alone, and the page is made by others. Leave it out.")
     if CHROMIUM is None:
         print("Chromium is not installed: apt-get install chromium. Nothing was measured.")
         return
-    with gradio.Blocks() as empty:
+    with gradio.Blocks(analytics_enabled=False) as empty:
         gradio.Button("Run", elem_id="run")
-    empty.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True)
+    theme = gradio.themes.Soft(font=["system-ui"], font_mono=["monospace"])  # fetches no fonts, as the app's
+    empty.launch(server_port=free_port(), theme=theme, prevent_thread_lock=True, quiet=True)
     port = free_port()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         command = [sys.executable, "-m", "kosmos_g_diffusers", "app", "--port", str(port), "--output", folder]
@@ -74,16 +80,18 @@ def main():
             pages = {
                 "the app": lambda: visit(browser, url, "#run:enabled"),
                 "the app, model's state told": lambda: visit(browser, url, "text=Ready."),
-                "an empty page of gradio": lambda: visit(browser, empty.local_url, "#run:enabled"),
+                EMPTY: lambda: visit(browser, empty.local_url, "#run:enabled"),
             }
             seconds = time_in_turns(pages, 2 if arguments.tiny else arguments.rounds)
         finally:
             app.terminate()
             app.wait()
             empty.close(verbose=False)
-    plain = seconds["an empty page of gradio"]
-    rows = [[name, spread(found), spread(ratio(found, plain)), AIM] for name, found in seconds.items()]
-    rows[-1][-1] = ""
+    rows = []
+    for name, found in seconds.items():
+        median, lowest, highest = ratio(found, seconds[EMPTY])
+        aim = "" if name == EMPTY else AIM
+        rows.append([name, spread(found), f"{median:.2f} ({lowest:.2f} to {highest:.2f})", aim])
     columns = ["page", "seconds", "of an empty page", "aim"]
     report("Seconds until the page can be used", columns, rows, {"seconds": seconds}, arguments.json)
 

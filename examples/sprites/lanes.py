@@ -54,12 +54,14 @@ def run_lanes(script, run, threads):
                 code = child.wait()
             if code:
                 codes.append(code)
-                stopped.set()
+                stop()  # the other lane too
                 print(f"{phase} ended with code {code}; {log.name} says why.", file=sys.stderr)
                 return
             done[phase].set()
 
     def stop(*_):
+        if stopped.is_set():
+            return  # a phase is told once, and may be saving
         stopped.set()
         for child in children:
             if child.poll() is None:
@@ -75,8 +77,6 @@ def run_lanes(script, run, threads):
         for thread in threads_of_lanes:
             thread.join(1)
         _show(run, done, bars)
-        if stopped.is_set():
-            stop()  # the other lane too, if a phase has failed
     for bar in bars.values():
         bar.close()
     return codes[0] if codes else 143 if stopped.is_set() else 0
@@ -88,9 +88,8 @@ def _show(run, done, bars):
         log, config = (Path(run) / phase / name for name in ("log.jsonl", "config.json"))
         if not log.is_file() or not config.is_file():
             continue
-        lines = (
-            log.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-        )  # the last may be half written
+        whole, _, _ = log.read_text(encoding="utf-8").rpartition("\n")  # the last line may be half written
+        lines = whole.splitlines()
         steps = json.loads(config.read_text(encoding="utf-8"))["steps"]
         if phase not in bars:
             bars[phase] = tqdm(desc=phase, total=steps, unit="step", position=len(bars))
