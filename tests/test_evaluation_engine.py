@@ -11,6 +11,7 @@ import pytest
 import torch
 from evaluating import (
     MINIATURE,
+    assert_same_files,
     die_at_call,
     draw_picture,
     files_of,
@@ -157,7 +158,7 @@ def test_run_that_is_killed_twice_gives_the_identical_report(run, finished, tmp_
     assert run_in_child(score_and_die) == -9
     assert len(list((folder / "images").rglob("*.png"))) == 24 and not (folder / "report.json").exists()
     run(folder)
-    assert files_of(folder, *RESULTS) == files_of(finished.folder, *RESULTS)
+    assert_same_files(files_of(folder, *RESULTS), files_of(finished.folder, *RESULTS))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="accelerate starts copies of this process")
@@ -168,7 +169,7 @@ def test_two_processes_give_the_identical_report(run, finished, tmp_path):
         accelerate.debug_launcher(run, (folder,), num_processes=2)
     finally:
         accelerate.PartialState._reset_state()
-    assert files_of(folder, *RESULTS) == files_of(finished.folder, *RESULTS)
+    assert_same_files(files_of(folder, *RESULTS), files_of(finished.folder, *RESULTS))
 
 
 def test_batch_size_changes_images_by_rounding_at_most(run, finished, tmp_path):
@@ -243,7 +244,7 @@ def test_damaged_images_are_named_and_made_again_with_repair(run, copy, finished
     # what a kill in the middle of a write leaves, by a process of the same number
     broken.with_name(f".{broken.name}.{os.getpid()}.part").write_bytes(b"half")
     run(copy, "--repair")
-    assert files_of(copy, *RESULTS) == files_of(finished.folder, *RESULTS)
+    assert_same_files(files_of(copy, *RESULTS), files_of(finished.folder, *RESULTS))
 
 
 def test_image_of_other_settings_is_named_and_kept(run, copy):
@@ -258,7 +259,7 @@ def test_further_scorer_joins_the_report(run, copy, scorers, finished):
     run(copy, *scorers[2:])
     assert set(json.loads((copy / "report.json").read_text())["metrics"]) == {"clip_i", "clip_t"}
     run(copy, *scorers[:2])
-    assert files_of(copy, *RESULTS) == files_of(finished.folder, *RESULTS)
+    assert_same_files(files_of(copy, *RESULTS), files_of(finished.folder, *RESULTS))
 
 
 def test_scores_of_other_weights_are_not_mixed(run, copy, tmp_path):
@@ -321,7 +322,7 @@ def test_scorer_that_cannot_be_fetched_leaves_no_folder_behind(run, tmp_path):
 
 def test_lists_may_have_spaces_and_must_be_numbers(run, finished, tmp_path, capsys):
     run(tmp_path / "run", "--subjects", "backpack, can ,cat", "--prompts", "0, 20")
-    assert files_of(tmp_path / "run", *RESULTS) == files_of(finished.folder, *RESULTS)
+    assert_same_files(files_of(tmp_path / "run", *RESULTS), files_of(finished.folder, *RESULTS))
     with pytest.raises(SystemExit):
         run(tmp_path / "run", "--prompts", "a,b")
     assert "'a,b' is no list of numbers; expected some such as 0,20" in capsys.readouterr().err
