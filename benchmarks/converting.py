@@ -30,7 +30,13 @@ from parts.models import (
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kosmos_g_diffusers import KosmosGTextEncoderConfig, convert_checkpoint
-from kosmos_g_diffusers.checkpoint_keys import EMBEDDING, KEY_MAP, TIED, aligner_n_weights, official_name
+from kosmos_g_diffusers.conversion.keys import (
+    EMBEDDING,
+    KEY_MAP,
+    TIED,
+    aligner_n_weights,
+    official_name,
+)
 
 FIELDS = {"resident": "VmRSS", "anonymous": "RssAnon"}
 # the target of the alignment loss, which checkpoints of that stage hold and the conversion leaves behind

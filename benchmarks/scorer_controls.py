@@ -18,7 +18,7 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-from kosmos_g_diffusers.evaluation.scorers import SCORERS, load_scorer
+from kosmos_g_diffusers.evaluation.features import SCORERS, load_scorer
 
 SIDE = 256
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "grass", "gravel", "brick")

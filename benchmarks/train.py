@@ -23,13 +23,13 @@ from parts.measure import PeakMemory, gib, now, report, significant
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kosmos_g_diffusers import KosmosGProcessor
+from kosmos_g_diffusers.conversion.initial_weights import build_fresh
+from kosmos_g_diffusers.data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate
+from kosmos_g_diffusers.modeling_aligner_n import AlignerNetN
 from kosmos_g_diffusers.sprites.source import SpriteSource
 from kosmos_g_diffusers.sprites.world import IMAGE_SIZE
-from kosmos_g_diffusers.training.aligner_n import AlignerNetN
 from kosmos_g_diffusers.training.cache import FrozenCache
 from kosmos_g_diffusers.training.config import TrainConfig
-from kosmos_g_diffusers.training.data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate
-from kosmos_g_diffusers.training.fresh_weights import build_fresh
 from kosmos_g_diffusers.training.loop import train
 from kosmos_g_diffusers.training.stages import AlignStage, InstructStage, PretrainStage
 

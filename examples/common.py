@@ -10,9 +10,9 @@ from diffusers.utils import convert_state_dict_to_diffusers, export_to_gif, make
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from kosmos_g_diffusers import SPRITES
-from kosmos_g_diffusers.control import control_image
-from kosmos_g_diffusers.generation import default_device
-from kosmos_g_diffusers.small_model import SPRITES_NOTE
+from kosmos_g_diffusers.control.controls import control_image
+from kosmos_g_diffusers.generation.generate import default_device
+from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
 
 IMAGES = Path(__file__).parent / "images"
 STEPS, STEPS_TINY = 30, 20

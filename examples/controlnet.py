@@ -14,8 +14,8 @@ from common import IMAGES, canny_edges, move, parse_arguments, save, subjects
 from PIL import Image, ImageOps
 
 from kosmos_g_diffusers import KosmosGControlNetPipeline, KosmosGPipeline
-from kosmos_g_diffusers.control import load_controlnet
-from kosmos_g_diffusers.small_model import load_sprites_controlnet
+from kosmos_g_diffusers.control.controls import load_controlnet
+from kosmos_g_diffusers.sprites.pretrained import load_sprites_controlnet
 
 arguments = parse_arguments(__doc__)
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)

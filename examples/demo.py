@@ -16,7 +16,7 @@ from common import GUIDANCE, GUIDANCE_TINY, IMAGES, STEPS, STEPS_TINY
 from PIL import Image, ImageDraw, ImageOps
 
 from kosmos_g_diffusers import SPRITES, KosmosGPipeline
-from kosmos_g_diffusers.small_model import SPRITES_NOTE
+from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
 
 PHOTO_PROMPTS = [("<i> in the style of <i>", ["cat.jpg", "coffee.jpg"])]
 SPRITE_PROMPTS = [  # none of these sprites was shown or named to the small model while it learned

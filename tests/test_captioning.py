@@ -9,9 +9,9 @@ from PIL import Image
 from transformers import Kosmos2ForConditionalGeneration
 
 from kosmos_g_diffusers import KosmosGProcessor
+from kosmos_g_diffusers.captioning import Answerer
 from kosmos_g_diffusers.commands import caption
 from kosmos_g_diffusers.sprites.reader import read
-from kosmos_g_diffusers.understanding import Answerer
 
 
 def run_caption(*arguments):

@@ -10,8 +10,8 @@ import torch
 
 from kosmos_g_diffusers import SPRITES, commands
 from kosmos_g_diffusers.cli import COMMANDS, build_parser, main
-from kosmos_g_diffusers.schedulers import SCHEDULERS, make_scheduler
-from kosmos_g_diffusers.settings import GenerationSettings, read_settings, write_png
+from kosmos_g_diffusers.generation.schedulers import SCHEDULERS, make_scheduler
+from kosmos_g_diffusers.generation.settings import GenerationSettings, read_settings, write_png
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "images"
 PROMPT = ["<i> in the style of <i>", "--image", "cat.jpg", "--image", "coffee.jpg"]
@@ -132,7 +132,9 @@ def test_show_cannot_steer_the_terminal(folder, capsys):
 def test_files_are_overwritten_only_with_force(folder, capsys, monkeypatch):
     Path("out_1.png").write_bytes(b"mine")
     with monkeypatch.context() as patch:
-        patch.setattr("kosmos_g_diffusers.generation.load_pipeline", None)  # refused before it is called
+        patch.setattr(
+            "kosmos_g_diffusers.generation.generate.load_pipeline", None
+        )  # refused before it is called
         assert "out_1.png would be overwritten" in fails(capsys, "generate", *PROMPT, "--num-images", "2")
     assert Path("out_1.png").read_bytes() == b"mine"
     assert not Path("out_0.png").exists()
@@ -170,7 +172,7 @@ def test_mistakes_give_one_line_and_no_file(folder, capsys, monkeypatch, argumen
 
 
 def test_device_that_is_not_there_is_named(folder, capsys, monkeypatch):
-    monkeypatch.setattr("kosmos_g_diffusers.generation.default_device", lambda: "cpu")
+    monkeypatch.setattr("kosmos_g_diffusers.generation.generate.default_device", lambda: "cpu")
     assert "'cuda' is not there; 'cpu' is" in fails(capsys, "generate", "a hat", "--device", "cuda")
 
 

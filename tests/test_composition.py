@@ -12,7 +12,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from composing import assert_all_differ, borrow, generate
 from diffusers import (
     AnimateDiffPipeline,
     MotionAdapter,
@@ -27,6 +26,7 @@ from diffusers import (
     T2IAdapter,
 )
 from safetensors.torch import save_file
+from support.composing import assert_all_differ, borrow, generate
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from kosmos_g_diffusers import (
@@ -357,7 +357,7 @@ def test_every_row_of_the_documentation_names_a_test_that_is_there():
     rows = [row for row in rows if row != "tested by"]
     assert len(rows) > 30
     for row in rows:
-        names = re.findall(r"`(\w+)\.py::(\w+)`", row)
+        names = re.findall(r"`([\w/]+)\.py::(\w+)`", row)
         assert names, row
         for file, test in names:
             assert f"def {test}(" in (folder / f"{file}.py").read_text(encoding="utf-8"), row

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from composing import borrow
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -15,6 +14,7 @@ from diffusers import (
 )
 from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import save_file
+from support.composing import borrow
 
 from kosmos_g_diffusers import KosmosGImg2ImgPipeline, KosmosGPipeline, pipeline_kosmos_g
 

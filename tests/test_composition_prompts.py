@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from composing import borrow
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
+from support.composing import borrow
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from kosmos_g_diffusers import KosmosGPipeline

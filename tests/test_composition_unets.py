@@ -4,7 +4,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from composing import assert_all_differ, borrow, generate, name_in_a_single_file
 from diffusers import (
     ControlNetModel,
     LCMScheduler,
@@ -14,6 +13,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
+from support.composing import assert_all_differ, borrow, generate, name_in_a_single_file
 
 from kosmos_g_diffusers import KosmosGControlNetPipeline, KosmosGInpaintPipeline, KosmosGPipeline
 

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 
-from kosmos_g_diffusers.small_model import SPRITES_NOTE
+from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
 from kosmos_g_diffusers.sprites.reader import read
 from kosmos_g_diffusers.sprites.world import HELD_OUT_TRIPLES, Scene, is_held_out, make_rng, render
 
@@ -129,7 +129,7 @@ def test_without_controlnet_aux_other_edges_stand_in_and_that_is_said(
     def is_missing(*args, **kwargs):
         raise ImportError("controlnet_aux is not installed.")
 
-    monkeypatch.setattr("kosmos_g_diffusers.control.control_image", is_missing)
+    monkeypatch.setattr("kosmos_g_diffusers.control.controls.control_image", is_missing)
     run_example(name, "--tiny", *FEW, "--output", str(tmp_path))
     assert "controlnet_aux is not installed. Here plain differences" in capsys.readouterr().out
     tile = tiles(tmp_path / f"{name}.png", 2 if name == "controlnet" else 3)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from serving import wait_for
+from support.app import wait_for
 
 from kosmos_g_diffusers.sprites.world import BACKGROUNDS, COLOURS, Scene, Sprite, make_rng, paint_sprite
 

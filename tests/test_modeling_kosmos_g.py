@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Kosmos2Config, Kosmos2Model
 
 from kosmos_g_diffusers import KosmosGTextEncoder, KosmosGTextEncoderConfig
-from kosmos_g_diffusers.checkpoint import read_checkpoint
+from kosmos_g_diffusers.conversion.checkpoint import read_checkpoint
 
 TOLERANCE = 5e-5  # the official code's own rounding in float32 is up to 1e-5 (fixtures/reference/README.md)
 
@@ -158,7 +158,7 @@ def test_half_precision_pixels_give_the_official_condition(golden_encoder, load_
 
 
 def test_final_stage_checkpoint_gives_the_official_condition(golden_encoder, load_case, reference):
-    from kosmos_g_diffusers.checkpoint_keys import match_keys
+    from kosmos_g_diffusers.conversion.keys import match_keys
 
     case = load_case("two_images_suit")
     expected = load_file(reference / "final_stage_fp16_checkpoint_case.safetensors")

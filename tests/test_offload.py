@@ -10,10 +10,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from composing import borrow
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines import pipeline_utils
 from diffusers.quantizers import PipelineQuantizationConfig
+from support.composing import borrow
 
 from kosmos_g_diffusers import KosmosGControlNetPipeline, KosmosGPipeline, KosmosGTextEncoder
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import without_package
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import load_file
+from support import without_package
+from support.without_package import assert_same, fake_hub, results
 from transformers import CLIPConfig, CLIPImageProcessor
-from without_package import assert_same, fake_hub, results
 
 import kosmos_g_diffusers
 from kosmos_g_diffusers import (

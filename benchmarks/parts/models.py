@@ -13,7 +13,7 @@ from kosmos_g_diffusers import (
     KosmosGTextEncoderConfig,
     KosmosGTokenizer,
 )
-from kosmos_g_diffusers.tiny import build_tiny_pipeline
+from kosmos_g_diffusers.testing import build_tiny_pipeline
 
 PHOTOS = [Path(__file__).parents[2] / "examples" / "images" / name for name in ("cat.jpg", "coffee.jpg")]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -230,7 +230,7 @@ def main():
     drawn = {condition: _read_strip(folder / f"{condition}.png") for condition in CONDITIONS}
     draw_sheet(tasks, drawn, subjects, folder / "sheet.png")
     print(folder / "sheet.png")
-    from kosmos_g_diffusers.evaluation.scorers import load_scorer
+    from kosmos_g_diffusers.evaluation.features import load_scorer
 
     results = score(load_scorer("efficientnet"), drawn | draw_ceilings(vae, tasks, subjects), tasks, subjects)
     lines = summarise(results, len(subjects))

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from kosmos_g_diffusers import KosmosGTokenizer
-from kosmos_g_diffusers.training.data import preprocess_target
+from kosmos_g_diffusers.data import preprocess_target
 
 FACTOR = 4  # 32 px pictures become 8 x 8 latents: a quarter of the U-Net's work on the sprites' 16 x 16
 CHANNELS = 8  # twice Stable Diffusion's, for so small latents

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kosmos_g_diffusers.training.data.cache_folder import written_atomically
+from kosmos_g_diffusers.files import written_atomically
 
 PICTURES, NAMES = "@lobehub/fluent-emoji-3d", "@iconify-json/noto"
 # package -> version, and the hash of its tarball as the registry has it

@@ -4,8 +4,8 @@ from functools import lru_cache
 
 from pictures import GROUNDS, TURNS, article, say_looks, turn_hue, view
 
+from kosmos_g_diffusers.data import IMAGE_LENGTH, Sample
 from kosmos_g_diffusers.sprites.world import make_rng
-from kosmos_g_diffusers.training.data import IMAGE_LENGTH, Sample
 
 SIZE = 32  # of the pictures to draw
 PHOTO_SIZE = 64  # of the pictures in a prompt

@@ -37,11 +37,11 @@ from source import SIZE, EmojiSource
 from transformers import CLIPTextModel
 
 from kosmos_g_diffusers import KosmosGPipeline, KosmosGProcessor, KosmosGTextEncoder
-from kosmos_g_diffusers.training.aligner_n import AlignerNetN
+from kosmos_g_diffusers.conversion.initial_weights import build_fresh
+from kosmos_g_diffusers.data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate
+from kosmos_g_diffusers.modeling_aligner_n import AlignerNetN
 from kosmos_g_diffusers.training.checkpoints import checkpoint_folder, list_checkpoints
 from kosmos_g_diffusers.training.config import TrainConfig
-from kosmos_g_diffusers.training.data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate
-from kosmos_g_diffusers.training.fresh_weights import build_fresh
 from kosmos_g_diffusers.training.loop import train as train_or_stop
 from kosmos_g_diffusers.training.stages import AlignStage, InstructStage, PretrainStage
 

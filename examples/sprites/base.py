@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from kosmos_g_diffusers.data import preprocess_target
 from kosmos_g_diffusers.sprites.source import SpriteSource
 from kosmos_g_diffusers.sprites.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, PATTERNS, SHAPES, SIZES
-from kosmos_g_diffusers.training.data import preprocess_target
 
 LATENT_NOISE = 0.05  # deviation of the VAE's posterior, in units of its latents
 WORDS = (*SHAPES, *COLOURS, *PATTERNS, *SIZES, *BACKGROUNDS, "a", "an", "and", "on", "background", ",")

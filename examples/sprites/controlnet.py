@@ -8,9 +8,9 @@ from diffusers import ControlNetModel
 from torch import nn
 from torch.nn import functional as F
 
-from kosmos_g_diffusers.control import control_image, load_annotator
+from kosmos_g_diffusers.control.controls import control_image, load_annotator
+from kosmos_g_diffusers.data import preprocess_target
 from kosmos_g_diffusers.sprites.world import IMAGE_SIZE
-from kosmos_g_diffusers.training.data import preprocess_target
 
 
 class EdgesCollate:

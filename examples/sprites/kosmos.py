@@ -6,9 +6,9 @@ import torch
 from base import MAX_WORDS, TEXT_WIDTH, WORDS
 
 from kosmos_g_diffusers import KosmosGTextEncoder, KosmosGTextEncoderConfig, KosmosGTokenizer
+from kosmos_g_diffusers.conversion.initial_weights import reset_weights
 from kosmos_g_diffusers.sprites.source import SpriteSource
 from kosmos_g_diffusers.sprites.world import IMAGE_SIZE
-from kosmos_g_diffusers.training.fresh_weights import reset_weights
 
 WIDTH = 192  # of the language model and the vision tower
 QUERIES = 16  # states of a picture

@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from kosmos_g_diffusers import SPRITES
+from kosmos_g_diffusers.captioning import CAPTION_PROMPT, load_answerer
 from kosmos_g_diffusers.sprites.world import (
     COLOURS,
     PATTERNS,
@@ -22,7 +23,6 @@ from kosmos_g_diffusers.sprites.world import (
     make_rng,
     render,
 )
-from kosmos_g_diffusers.understanding import CAPTION_PROMPT, load_answerer
 
 ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "pattern": PATTERNS, "size": SIZES}
 

@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from kosmos_g_diffusers import SPRITES, KosmosGControlNetPipeline, KosmosGPipeline
-from kosmos_g_diffusers.control import control_image, load_annotator
-from kosmos_g_diffusers.schedulers import make_scheduler
+from kosmos_g_diffusers.control.controls import control_image, load_annotator
+from kosmos_g_diffusers.generation.schedulers import make_scheduler
 from kosmos_g_diffusers.sprites.reader import CONTRAST, read
 from kosmos_g_diffusers.sprites.source import draw_photo
 from kosmos_g_diffusers.sprites.world import (

@@ -32,19 +32,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel
 
 from kosmos_g_diffusers import KosmosGPipeline, KosmosGProcessor, KosmosGTextEncoder
-from kosmos_g_diffusers.sprites.source import SpriteSource
-from kosmos_g_diffusers.sprites.world import IMAGE_SIZE
-from kosmos_g_diffusers.training.aligner_n import AlignerNetN
-from kosmos_g_diffusers.training.checkpoints import checkpoint_folder, list_checkpoints
-from kosmos_g_diffusers.training.config import TrainConfig
-from kosmos_g_diffusers.training.data import (
+from kosmos_g_diffusers.conversion.initial_weights import build_fresh
+from kosmos_g_diffusers.data import (
     AlignCollate,
     InstructCollate,
     MixtureDataset,
     PretrainCollate,
     add_share,
 )
-from kosmos_g_diffusers.training.fresh_weights import build_fresh
+from kosmos_g_diffusers.modeling_aligner_n import AlignerNetN
+from kosmos_g_diffusers.sprites.source import SpriteSource
+from kosmos_g_diffusers.sprites.world import IMAGE_SIZE
+from kosmos_g_diffusers.training.checkpoints import checkpoint_folder, list_checkpoints
+from kosmos_g_diffusers.training.config import TrainConfig
 from kosmos_g_diffusers.training.loop import train as train_or_stop
 from kosmos_g_diffusers.training.stages import AlignStage, InstructStage, PretrainStage
 

@@ -1,7 +1,7 @@
 """Kosmos-G for diffusers: prompts of words and pictures for everything made for Stable Diffusion 1.5."""
 
-from . import hub  # noqa: F401  gives the pipelines their model card
-from .conversion import convert_checkpoint
+from . import model_card as hub  # noqa: F401  gives the pipelines their model card
+from .conversion.official import convert_checkpoint
 from .modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig
 from .pipeline_kosmos_g import (
     KosmosGControlNetImg2ImgPipeline,
@@ -12,7 +12,7 @@ from .pipeline_kosmos_g import (
     KosmosGPipeline,
 )
 from .processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
-from .small_model import SPRITES
+from .sprites.pretrained import SPRITES
 
 __version__ = "0.1.0"
 __all__ = [

@@ -16,11 +16,11 @@ import os
 import sys
 from pathlib import Path
 
-from ..generation import default_device
-from ..settings import DTYPES
-from ..studio.models import Models
-from ..studio.store import Store
-from ..studio.studio import CAPACITY, Studio
+from ..app.logic import CAPACITY, Studio
+from ..generation.generate import default_device
+from ..generation.settings import DTYPES
+from ..serving.models import Models
+from ..serving.store import Store
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -67,7 +67,7 @@ def run(arguments):
     if arguments.queue < 1:
         raise ValueError(f"--queue is {arguments.queue}; expected 1 or more.")
     try:
-        from ..app import serve
+        from ..app.page import serve
     except ImportError as error:
         raise ImportError(
             f"The app needs gradio ({error}). Run: pip install 'kosmos-g-diffusers[app]'"

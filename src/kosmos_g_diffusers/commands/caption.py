@@ -14,11 +14,11 @@ import sys
 
 import torch
 
-from ..generation import check_device, default_device
+from ..captioning import CAPTION_PROMPT, MAX_NEW_TOKENS, load_answerer
+from ..generation.generate import check_device, default_device
+from ..generation.settings import DTYPES
 from ..processing_kosmos_g import IMAGE_MARK
-from ..settings import DTYPES
-from ..small_model import SPRITES_NOTE
-from ..understanding import CAPTION_PROMPT, MAX_NEW_TOKENS, load_answerer
+from ..sprites.pretrained import SPRITES_NOTE
 
 
 def add_arguments(parser):

@@ -15,7 +15,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ..control import CONTROLS, control_image, control_preview
+from ..control.controls import CONTROLS, control_image, control_preview
 
 
 def add_arguments(parser):

@@ -13,8 +13,8 @@ then, in Python:
 
 import torch
 
-from ..conversion import convert_checkpoint
-from ..settings import DTYPES
+from ..conversion.official import convert_checkpoint
+from ..generation.settings import DTYPES
 
 
 def add_arguments(parser):

@@ -23,10 +23,10 @@ from dataclasses import fields
 
 import torch
 
-from ..data_making import ComposeSettings, EditSettings, compose, instructpix2pix, write_contact_sheet
-from ..data_making.instructpix2pix import COLUMNS
-from ..generation import default_device
-from ..settings import DTYPES
+from ..data.making import ComposeSettings, EditSettings, compose, instructpix2pix, write_contact_sheet
+from ..data.making.instructpix2pix import COLUMNS
+from ..generation.generate import default_device
+from ..generation.settings import DTYPES
 
 
 def add_arguments(parser):

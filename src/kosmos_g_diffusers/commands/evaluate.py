@@ -21,15 +21,16 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..evaluation import coco, dreambench, dreambench_plus, multi, sprite_bench
+from ..evaluation.benchmarks import coco, dreambench, dreambench_plus, multi
+from ..evaluation.benchmarks import sprites as sprite_bench
+from ..evaluation.features import SCORERS
 from ..evaluation.report import scores_table
 from ..evaluation.run import Plan, evaluate
-from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import FeatureJudge
-from ..generation import default_device
-from ..schedulers import SCHEDULERS
-from ..settings import DTYPES
-from ..small_model import SPRITES_NOTE
+from ..generation.generate import default_device
+from ..generation.schedulers import SCHEDULERS
+from ..generation.settings import DTYPES
+from ..sprites.pretrained import SPRITES_NOTE
 
 DEFAULT_SCORERS = ("dino", "clip")  # of the paper
 

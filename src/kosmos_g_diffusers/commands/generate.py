@@ -25,9 +25,9 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from ..generation import default_device, generate_files
-from ..schedulers import SCHEDULERS
-from ..settings import (
+from ..generation.generate import default_device, generate_files
+from ..generation.schedulers import SCHEDULERS
+from ..generation.settings import (
     CONTROL_KNOBS,
     DTYPES,
     IMAGE_MARK,
@@ -38,7 +38,7 @@ from ..settings import (
     package_versions,
     read_settings,
 )
-from ..small_model import SPRITES_NOTE
+from ..sprites.pretrained import SPRITES_NOTE
 
 
 def add_arguments(parser):

@@ -9,8 +9,8 @@ examples:
   kosmos-g train align --help
 """
 
-from ..initialization import initialize
-from ..settings import DTYPES
+from ..conversion.kosmos2 import initialize
+from ..generation.settings import DTYPES
 
 
 def add_arguments(parser):

@@ -78,7 +78,7 @@ def run(arguments):
         if error.name != "accelerate":
             raise
         raise ImportError("Training needs the package accelerate: pip install -U accelerate") from error
-    from ..training.data import TooManyBadSamples
+    from ..data import TooManyBadSamples
 
     try:
         checkpoint = run_stage(config.stage, config, announce=print)

@@ -4,7 +4,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from .engine import image_path
+from .images import image_path
 from .manifest import Manifest, write_text
 from .report import (
     LEVEL,

@@ -11,7 +11,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from ..understanding import MAX_NEW_TOKENS, as_text, load_answerer
+from ..captioning import MAX_NEW_TOKENS, as_text, load_answerer
 
 IMAGE_TOKEN = "<image>"  # where a task puts a picture among the words
 TEMPLATE = "Question: {} Answer:"  # as Kosmos-1's paper asks (sec. 4.2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .engine import INSTALL, repeated_pictures
+from .images import INSTALL, repeated_pictures
 from .manifest import write_text
 from .sheets import CONTROL, file_name, write_sheets
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from ..generation import check_device
-from ..settings import GenerationSettings, package_versions
-from .engine import generate, identify_model, join_processes, open_folder
+from ..generation.generate import check_device
+from ..generation.settings import GenerationSettings, package_versions
+from .images import generate, identify_model, join_processes, open_folder
 from .manifest import Manifest, hash_bytes, hash_pictures
 from .report import load_matplotlib, write_report
 from .scoring import has_scores, read_scores, score

@@ -8,9 +8,9 @@ import PIL.Image
 from tqdm.auto import tqdm
 
 from ..processing_kosmos_g import open_image
-from .engine import image_path
+from .features import SCORERS, load_scorer
+from .images import image_path
 from .manifest import hash_file, hash_folder, write_text
-from .scorers import SCORERS, load_scorer
 
 BATCH = 32  # images that a scorer sees at once
 

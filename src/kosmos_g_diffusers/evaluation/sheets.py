@@ -10,7 +10,7 @@ from pathlib import Path
 import PIL.Image
 
 from ..processing_kosmos_g import open_image
-from .engine import image_path
+from .images import image_path
 from .manifest import write_text
 
 LONGEST = 100  # images of a sheet; a longer one says how many are left out

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from ..training.data import IMAGE_LENGTH, Sample
-from ..understanding import CAPTION_PROMPT
+from ..captioning import CAPTION_PROMPT
+from ..data import IMAGE_LENGTH, Sample
 from .world import (
     BACKGROUNDS,
     PATTERNS,

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .data.cache_folder import written_atomically
+from ..files import written_atomically
 
 KEY_BYTES = 16
 KEEP_FREE = 10 * 2**30

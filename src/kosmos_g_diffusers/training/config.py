@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from .data.cache_folder import written_atomically
+from ..files import written_atomically
 
 STAGES = ("pretrain", "align", "instruct")
 

@@ -28,10 +28,10 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..data import SkipCounter
+from ..files import written_atomically
 from . import checkpoints
 from .agreement import agree_on_batches
-from .data import SkipCounter
-from .data.cache_folder import written_atomically
 from .saver import Saver
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

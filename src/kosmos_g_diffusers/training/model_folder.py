@@ -10,9 +10,9 @@ import diffusers
 from diffusers import DDIMScheduler
 from huggingface_hub import snapshot_download
 
+from ..conversion.target import MODEL_FOLDER, TOKENIZER_FOLDER
 from ..pipeline_kosmos_g import KosmosGPipeline
 from . import adapters, checkpoints
-from .targets import MODEL_FOLDER, TOKENIZER_FOLDER
 
 INDEX, CARD = "model_index.json", "README.md"
 # what draws, beside the text encoder and its tokenizer

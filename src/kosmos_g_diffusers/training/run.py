@@ -9,13 +9,14 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from ..conversion.initial_weights import build_fresh
+from ..conversion.target import MODEL_FOLDER, load_target
+from ..data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate, add_share, build_source
+from ..modeling_aligner_n import AlignerNetN
 from ..modeling_kosmos_g import AlignerNet, KosmosGTextEncoder
 from ..processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
 from . import adapters, checkpoints
-from .aligner_n import AlignerNetN
 from .config import STAGES
-from .data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate, add_share, build_source
-from .fresh_weights import build_fresh
 from .loop import DTYPES, train
 from .model_folder import (
     DECODER_FOLDER,
@@ -27,7 +28,6 @@ from .model_folder import (
 )
 from .samples import SampleSheet
 from .stages import AlignStage, InstructStage, PretrainStage
-from .targets import MODEL_FOLDER, load_target
 
 MAX_TEXT_TOKENS = {"pretrain": None, "align": 85, "instruct": 128}  # of the official loaders
 

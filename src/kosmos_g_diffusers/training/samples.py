@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
+from ..files import written_atomically
+from ..generation.settings import grid_of
 from ..pipeline_kosmos_g import KosmosGPipeline
-from ..settings import grid_of
-from .data.cache_folder import written_atomically
 
 STEPS = 20  # of DPM-Solver, denoising steps
 GUIDANCE = 7.5

@@ -1,0 +1,55 @@
+"""gradio's components with what this page needs of them: no path of the server goes out, no address is fetched."""
+
+import os
+from pathlib import Path
+
+import gradio as gr
+
+BOARD = """<div class="kg-board"><canvas></canvas>
+<label>Brush <input type="range" min="1" max="40" value="8"></label><button type="button">Clear</button></div>"""
+
+
+class OwnFiles:
+    """Mixed into a component: its files are named from the output folder, where the server runs."""
+
+    def get_block_name(self):
+        """gradio's frontend knows its own components alone: this is the one that the class derives from."""
+        return next(
+            base for base in type(self).__mro__ if base.__module__.startswith("gradio.")
+        ).__name__.lower()
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path):
+        if url_or_file_path is not None and "://" in str(url_or_file_path):
+            raise gr.Error("Upload the picture; addresses are not opened here.", print_exception=False)
+        path = await super().async_move_resource_to_block_cache(url_or_file_path)
+        return None if path is None else os.path.relpath(path)
+
+    def move_resource_to_block_cache(self, url_or_file_path):
+        path = super().move_resource_to_block_cache(url_or_file_path)
+        return None if path is None else os.path.relpath(path)
+
+
+class Files(OwnFiles, gr.File):
+    pass
+
+
+class Upload(OwnFiles, gr.UploadButton):
+    pass
+
+
+class Picture(OwnFiles, gr.Image):
+    pass
+
+
+class Pictures(OwnFiles, gr.Gallery):
+    pass
+
+
+def board(label, **options):
+    """A picture to paint on: gr.HTML whose property `picture` is a data: URI, and its value the strokes, likewise.
+
+    gr.ImageEditor draws with WebGL, which browsers without a graphics card do not have, and keeps every drawing that was
+    ever begun in the server's memory.
+    """
+    script = (Path(__file__).parent / "static" / "board.js").read_text(encoding="utf-8")
+    return gr.HTML("", label=label, html_template=BOARD, js_on_load=script, picture="", **options)

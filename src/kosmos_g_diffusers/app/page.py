@@ -1,0 +1,342 @@
+"""The page of `kosmos-g app`: where things stand, and what calls what. `app_actions` and `studio` do the work."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from ..control.controls import CONTROLS
+from ..generation.schedulers import SCHEDULERS
+from ..serving.models import NO_LORA, OWN
+from ..serving.session import Session
+from ..serving.store import IMAGES, MAX_BYTES, MAX_FILES, UPLOADS
+from ..sprites.pretrained import SPRITES_CONTROL
+from .actions import KNOBS, Actions
+from .components import Files, Picture, Pictures, Upload, board
+from .examples import photo_examples, sprite_examples
+from .form import CONTROL_SLOTS, LIMITS, MAX_PROMPT, NO_CONTROL, PRESETS, defaults
+from .guard import Guard
+
+STYLE = (Path(__file__).parent / "static" / "page.css").read_text(encoding="utf-8")
+INTRODUCTION = (
+    "# Kosmos-G\nWrite a prompt with `<i>` where a picture belongs, and drop the pictures, "
+    f"up to {MAX_FILES}, in that order."
+)
+CONTROLS_HELP = "For `drawing` draw dark strokes; for `inpaint` paint over what is to be filled. Start and end are shares of the steps."
+SPRITES_CONTROLS = (
+    f"The small model has a ControlNet for `{SPRITES_CONTROL}` alone: edges of a sprite decide where it is drawn. With "
+    "`kosmos-g app --model` there are all kinds of `kosmos-g control --list`. Start and end are shares of the steps."
+)
+SHARED_SESSIONS = 500  # whose words and history are kept; gradio's own limit is 10,000
+QUICK = {"api_visibility": "private", "show_progress": "hidden", "queue": False}  # events of the page alone
+
+
+class Page:
+    """gr.Blocks of a Studio. Fields are components by the name that the API has for them."""
+
+    def __init__(self, studio, controls=False):
+        self.studio, self.fields, self.messages, self.previews = studio, {}, {}, []
+        title = {"title": "Kosmos-G", "analytics_enabled": False}
+        with gr.Blocks(delete_cache=(3600, 86400), **title) as self.blocks:
+            self.session = gr.State(Session())
+            gr.Markdown(INTRODUCTION)
+            self.state = gr.HTML(elem_id="model-state")
+            with gr.Row(elem_id="layout"):
+                with gr.Column(scale=3, min_width=300):
+                    self._build_prompt()
+                    self._build_settings()
+                    if controls:
+                        self._build_controls()
+                    self._build_words()
+                with gr.Column(scale=2, min_width=300):
+                    self._build_results()
+            self._connect()
+
+    # Where things stand ------------------------------------------------------------------------------------------
+
+    def _add(self, name, component):
+        """A field, and the place of its message below it."""
+        self.fields[name] = component
+        self._add_message(name)
+        return component
+
+    def _add_message(self, name):
+        self.messages[name] = gr.HTML(visible=False, elem_id=f"{name}-message")
+
+    def _build_prompt(self):
+        text = {"max_length": MAX_PROMPT, "elem_id": "prompt", "lines": 2}
+        self.prompt = self._add(
+            "prompt", gr.Textbox("", label="Prompt", placeholder="<i> in the suit of <i>", **text)
+        )
+        self.prompt_line = gr.HTML(elem_id="prompt-line")
+        label = "Pictures, in the order of <i>"
+        several = {"file_count": "multiple", "file_types": ["image"], "height": 170, "allow_reordering": True}
+        self.pictures = self._add("pictures", Files(label=label, elem_id="pictures", **several))
+        with gr.Row():
+            self.run = gr.Button("Run", variant="primary", elem_id="run")
+            self.cancel = gr.Button("Cancel", elem_id="cancel")
+            size = {"size": "sm", "min_width": 90}
+            self.presets = [gr.Button(name, elem_id=f"preset-{name}", **size) for name in PRESETS]
+        self._add_message("run")
+        self.example_groups, models = [], self.studio.models
+        for small, examples in ((True, sprite_examples()), (False, photo_examples())):
+            with gr.Row(visible=models.is_small(models.default) is small) as group:
+                for example in examples:
+                    button = gr.Button(example.prompt, size="sm", min_width=200, elem_classes="kg-example")
+                    files = [str(self.studio.store.put_example(*picture)) for picture in example.pictures]
+                    load = partial(lambda *values: values, example.prompt, files or None)
+                    button.click(load, None, [self.prompt, self.pictures], **QUICK)
+            self.example_groups.append(group)
+
+    def _build_settings(self):
+        models = self.studio.models
+        start = defaults(models.is_small(models.default))
+
+        def row(*entries):
+            with gr.Row():
+                for name, kind, value, options in entries:
+                    with gr.Column(min_width=130):
+                        self._add(name, kind(value=value, elem_id=name, **options))
+
+        with gr.Accordion("Settings", open=True, elem_id="settings"):
+            self._add("negative_prompt", gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT))
+            row(
+                ("num_images", gr.Number, start["num_images"], {"label": "Images"}),
+                ("steps", gr.Number, start["steps"], {"label": "Steps"}),
+                ("guidance", gr.Number, start["guidance"], {"label": "Guidance", "step": 0.5}),
+            )
+            row(
+                ("seed", gr.Number, 0, {"label": "Seed"}),
+                ("surprise", gr.Checkbox, True, {"label": "Surprise me: draw a seed"}),
+                (
+                    "scheduler",
+                    gr.Dropdown,
+                    start["scheduler"],
+                    {"label": "Scheduler", "choices": [OWN, *SCHEDULERS]},
+                ),
+            )
+            row(
+                ("width", gr.Number, 0, {"label": "Width (0: own)", "step": 8}),
+                ("height", gr.Number, 0, {"label": "Height (0: own)", "step": 8}),
+            )
+            row(
+                ("model", gr.Dropdown, models.default, {"label": "Model", "choices": list(models.models)}),
+                ("unet", gr.Dropdown, OWN, {"label": "U-Net", "choices": list(models.unets)}),
+            )
+            low, high = LIMITS["lora_scale"]
+            scale = {"label": "LoRA scale", "minimum": low, "maximum": high, "step": 0.05}
+            row(
+                ("lora", gr.Dropdown, NO_LORA, {"label": "LoRA", "choices": list(models.loras)}),
+                ("lora_scale", gr.Slider, start["lora_scale"], scale),
+            )
+
+    def _build_controls(self):
+        kinds = [(NO_CONTROL, NO_CONTROL)]
+        models = self.studio.models
+        kinds += [(f"{kind}: {CONTROLS[kind].description}", kind) for kind in models.controls(models.default)]
+        with gr.Accordion("Controls", open=False, elem_id="controls"):
+            gr.Markdown(SPRITES_CONTROLS if models.is_builtin(models.default) else CONTROLS_HELP)
+            self._add_message("controls")
+            for slot in range(1, CONTROL_SLOTS + 1):
+                with gr.Tab(f"Control {slot}"):
+                    self._build_control(slot, kinds)
+
+    def _build_control(self, slot, kinds):
+        def slider(label, high, value):
+            return gr.Slider(0, high, value=value, step=0.05, label=label, min_width=120)
+
+        name = f"control_{slot}"
+        kind = gr.Dropdown(kinds, value=NO_CONTROL, label="Kind", elem_id=f"{name}_kind")
+        with gr.Row():
+            picture = {"sources": ("upload", "clipboard"), "type": "filepath", "image_mode": None}
+            size = {"height": 240, "min_width": 200, "buttons": ["download", "fullscreen"]}
+            picture = Picture(label="Picture", elem_id=f"{name}_picture", **picture, **size)
+            image = Picture(
+                label="Control image", format="png", interactive=False, elem_id=f"{name}_image", **size
+            )
+        with gr.Accordion("Draw, or paint on the picture", open=False, elem_id=f"{name}_drawing"):
+            strokes = board("Strokes", elem_id=f"{name}_strokes")
+        ready = gr.Checkbox(False, label="The picture is the control image already")
+        with gr.Row():
+            scale = slider("Strength", 2, 1.0)
+            start, end = (
+                slider("Start, share of the steps", 1, 0.0),
+                slider("End, share of the steps", 1, 1.0),
+            )
+        look = gr.Button("Show the control image", size="sm", elem_id=f"{name}_look")
+        self._add_message(name)
+        components = (kind, picture, strokes, ready, scale, start, end)
+        self.fields.update({f"{name}_{knob}": part for knob, part in zip(KNOBS, components, strict=True)})
+        self.previews.append((look, image))
+
+    def _build_words(self):
+        with gr.Accordion("Image words", open=False, elem_id="image-words"):
+            gr.Markdown("Give pictures a name and use it in prompts: `<my-dog> in the snow`.")
+            several = {"file_count": "multiple", "file_types": ["image"], "height": 170}
+            with gr.Row():
+                self.word_name = gr.Textbox("", label="Name", placeholder="my-dog", elem_id="word-name")
+                self.word_pictures = Files(label="Its pictures", elem_id="word-pictures", **several)
+            self.word_add = gr.Button("Make it a word", size="sm", elem_id="word-add")
+            with gr.Row():
+                self.words = gr.Dropdown([], label="Words of this session", elem_id="words")
+                self.word_forget = gr.Button("Forget this word", size="sm")
+            with gr.Row():
+                self.words_save = gr.Button("Save all to a file", size="sm", elem_id="words-save")
+                self.words_load = Upload("Load a file", size="sm", file_types=[".safetensors"])
+            self.words_file = Files(label="Saved words", interactive=False)
+            self._add_message("words")
+
+    def _build_results(self):
+        self.progress = gr.HTML(label="Progress", elem_id="progress")
+        look = {"object_fit": "contain", "format": "png", "interactive": False}
+        look["buttons"] = ["download", "download_all", "fullscreen"]
+        models = self.studio.models
+        # 64 pixels are enlarged to be seen: as they are, not blurred
+        look["elem_classes"] = ["kg-sprites"] if models.is_builtin(models.default) else []
+        self.images = Pictures(label="Images", columns=2, height=520, elem_id="images", **look)
+        self.settings = gr.JSON(label="Settings of the images", visible=False)
+        self.details = gr.HTML(elem_id="details")
+        self.use = gr.Button("Use the chosen image as input", size="sm", elem_id="use")
+        label = "Drop a PNG for its settings"
+        self.restored = Files(label=label, file_types=[".png"], height=160, elem_id="restore")
+        self._add_message("restore")
+        with gr.Accordion("History of this session", open=False, elem_id="past"):
+            look.update(columns=4, height=300, allow_preview=False, elem_id="history")
+            self.history = Pictures(label="Images, the newest first", **look)
+
+    # What calls what -----------------------------------------------------------------------------------------------
+
+    def _connect(self):
+        actions = self.actions = Actions(self.studio, list(self.messages))
+        timer, model = gr.Timer(1), self.fields["model"]
+        gr.on([self.blocks.load, timer.tick], actions.model_state, None, [self.state, timer], **QUICK)
+        gr.on(
+            [entry.change for entry in (self.prompt, self.pictures, self.words, model)] + [self.blocks.load],
+            actions.prompt_line,
+            [self.session, self.prompt, self.pictures, model],
+            self.prompt_line,
+            trigger_mode="always_last",
+            **QUICK,
+        )
+        for button in self.presets:
+            outputs = [self.fields[name] for name in PRESETS[button.value]]
+            button.click(partial(actions.preset, button.value), model, outputs, **QUICK)
+        model.change(actions.example_groups, model, self.example_groups, **QUICK)
+        self._connect_run(actions)
+        self._connect_results(actions)
+        self._connect_words(actions)
+
+    def _connect_run(self, actions):
+        run = self._endpoint(
+            self.run.click,
+            "generate",
+            actions.generating(self.fields),
+            self.fields,
+            [self.images, self.settings, self.progress],
+            concurrency_limit=None,  # the studio has a queue of its own, with places to tell
+            trigger_mode="once",
+        )
+        run.success(actions.after_run, self.session, [self.history, self.details], **QUICK)
+        run.failure(actions.after_failure, self.session, [self.history, self.progress], **QUICK)
+        self.cancel.click(actions.cancel, self.session, self.progress, api_name="cancel", queue=False)
+        for slot, (look, image) in enumerate(self.previews, 1):
+            fields = {name: self.fields[name] for name in ("width", "height")}
+            fields.update({knob: self.fields[f"control_{slot}_{knob}"] for knob in KNOBS[:4]})
+            picture, strokes = fields["picture"], fields["strokes"]
+            picture.change(actions.board, picture, strokes, **QUICK)
+            handler = actions.previewing(slot)
+            self._endpoint(look.click, f"preview_control_{slot}", handler, fields, image)
+
+    def _connect_results(self, actions):
+        self.images.select(actions.choose, self.session, self.details, **QUICK)
+        self.history.select(actions.choose_from_history, self.session, self.details, **QUICK)
+        failed = {"fn": actions.show_error, "inputs": self.session, "outputs": [*self.messages.values()]}
+        used = self.use.click(actions.use_as_input, [self.session, self.pictures], self.pictures, **QUICK)
+        used.failure(**failed, **QUICK)
+        outputs = [*self.fields.values(), self.messages["restore"], self.words]
+        restore = partial(actions.restore, names=list(self.fields))
+        back = self.restored.upload(restore, [self.session, self.restored], outputs, **QUICK)
+        back.failure(**failed, **QUICK)
+        for end in (back.success, back.failure):
+            end(lambda: None, None, self.restored, **QUICK)  # ready for the next
+
+    def _connect_words(self, actions):
+        model = {"model": self.fields["model"]}
+        given = {**model, "name": self.word_name, "pictures": self.word_pictures}
+        self._endpoint(self.word_add.click, "add_word", actions.add_word, given, self.words)
+        self._endpoint(self.words_save.click, "save_words", actions.save_words, model, self.words_file)
+        file = {**model, "file": self.words_load}
+        self._endpoint(self.words_load.upload, "load_words", actions.load_words, file, self.words)
+        inputs = [self.session, self.words]
+        self.word_forget.click(actions.forget_word, inputs, self.words, api_name="forget_word")
+
+    def _endpoint(self, event, name, function, inputs, outputs, **options):
+        """An event that the API has too. A failure's message goes to its field; a new try takes old messages away."""
+        messages = list(self.messages.values())
+        event(self.actions.clear_messages, None, messages, **QUICK)
+        inputs = {"session": self.session, **inputs}
+        options = {"api_name": name, "show_progress": "hidden", "concurrency_id": name, **options}
+        done = event(function, inputs_kwargs=inputs, outputs=outputs, **options)
+        done.failure(self.actions.show_error, self.session, messages, **QUICK)
+        return done
+
+
+def serve(studio, controls=False, host="127.0.0.1", port=7860, share=False, auth=None, block=True):
+    """Start the page of a studio. The current folder must be the studio's output folder: files are named from there.
+
+    Args:
+        auth: (user, password), or None.
+        block: print the address, and wait for Ctrl-C.
+
+    Returns:
+        gr.Blocks, with its address as `local_url`.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = (
+        UPLOADS  # relative, so that no page learns where the server keeps its files
+    )
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # gradio goes through all of them after every event
+    gr.set_static_paths([IMAGES])  # served from where they are; other files would be copied first
+    blocks = Page(studio, controls).blocks
+    blocks.queue(max_size=4 * studio.worker.capacity + 16, default_concurrency_limit=4)
+    # no font is fetched: these are names of what the browser has
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    try:
+        blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            auth=auth,
+            theme=theme,
+            css=STYLE,
+            show_error=False,
+            max_file_size=MAX_BYTES,
+            state_session_capacity=SHARED_SESSIONS,
+            app_kwargs={
+                "middleware": [Middleware(Guard)],
+                "docs_url": None,
+                "redoc_url": None,
+                "openapi_url": None,
+            },
+            footer_links=["api"],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            prevent_thread_lock=True,
+            quiet=True,  # its hints are for those who write apps
+        )
+    except OSError as error:
+        raise OSError(
+            f"The app cannot listen at {host}:{port}: another program does, or it is no address of this machine. Pass "
+            "another --port, or --host."
+        ) from error
+    if block:
+        print(f"Open {blocks.local_url} in a browser. Ctrl-C ends the app.", flush=True)
+        if blocks.share_url:
+            print(f"Anyone can reach {blocks.share_url}.", flush=True)
+        blocks.block_thread()
+    return blocks

@@ -1,0 +1,444 @@
+"""Control images: from a picture and the name of a control to what a ControlNet of Stable Diffusion 1.5 reads.
+
+CONTROLS is the table. Nothing is imported or fetched before it is used. Images are RGB, [0, 255].
+"""
+
+import functools
+import math
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from diffusers import ControlNetModel
+from diffusers.utils import logging
+
+from ..pipeline_kosmos_g import DTYPE_KEYWORD
+from ..processing_kosmos_g import open_image
+from . import annotators
+
+logger = logging.get_logger(__name__)
+
+ANNOTATORS = "lllyasviel/Annotators"  # Hub id of the weights that controlnet_aux reads
+SIDE_MULTIPLE = 8  # image pixels along a side of a latent pixel
+MAX_SIDE_RATIO = 8  # a thinner picture, scaled to a short side of 512, would have many millions of pixels
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A knob of an annotator; its type is that of its default."""
+
+    default: bool | int | float
+    help: str
+    keyword: str | None = None  # of the annotator's call; None is the parameter's own name
+    low: float = -math.inf
+    high: float = math.inf
+
+    def check(self, control, name, value):
+        kind = type(self.default)
+        accepted = (float, int) if kind is float else kind
+        if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+            raise TypeError(
+                f"{name} of the control {control!r} is of type {type(value).__name__}; expected {kind.__name__}."
+            )
+        if not self.low <= value <= self.high:  # also for NaN
+            raise ValueError(
+                f"{name} of the control {control!r} is {value}; expected a number from {self.low} to {self.high}."
+            )
+
+
+@dataclass(frozen=True)
+class Control:
+    """A row of CONTROLS: how a control image is made, and who reads it."""
+
+    description: str
+    controlnet: str  # Hub id, for Stable Diffusion 1.5
+    annotator: object = None  # "module.Class" of controlnet_aux, or a loader; None is the picture itself
+    weights: str | None = None  # Hub id of the annotator's weights; None: nothing to fetch
+    files: tuple = ()  # those it reads of that repo; () is all
+    parameters: dict = field(default_factory=dict)
+    arguments: dict = field(default_factory=dict)  # of every call of the annotator
+    needs_mask: bool = False
+
+
+# The table ------------------------------------------------------------------------------------------------------
+
+RESOLUTION = Parameter(512, "shorter side of what the annotator looks at, in pixels", low=64, high=2048)
+SAFE = Parameter(False, "quantise the edges, which blurs out fine detail")
+
+# Annotators and defaults are those of the official demo (kosmos-g/controlnet/), where it has the control; its inpainting
+# ControlNet control_v11e_sd15_inpaint is not on the Hub.
+CONTROLS = {
+    "canny": Control(
+        "hard edges",
+        "lllyasviel/control_v11p_sd15_canny",
+        "canny.CannyDetector",
+        parameters={
+            "low": Parameter(100, "gradient down to which an edge goes on", "low_threshold", 0, 2000),
+            "high": Parameter(200, "gradient from which an edge begins", "high_threshold", 0, 2000),
+        },
+    ),
+    "depth": Control(
+        "near is light, far is dark (DPT)",
+        "lllyasviel/control_v11f1p_sd15_depth",
+        annotators.load_depth,
+        "Intel/dpt-large",
+    ),
+    "hed": Control(
+        "soft edges, rich in detail (HED)",
+        "lllyasviel/control_v11p_sd15_softedge",
+        "hed.HEDdetector",
+        ANNOTATORS,
+        ("ControlNetHED.pth",),
+        {"resolution": RESOLUTION, "safe": SAFE},
+    ),
+    "softedge": Control(
+        "soft edges (PidiNet)",
+        "lllyasviel/control_v11p_sd15_softedge",
+        "pidi.PidiNetDetector",
+        ANNOTATORS,
+        ("table5_pidinet.pth",),
+        {"resolution": RESOLUTION, "safe": SAFE},
+    ),
+    "lineart": Control(
+        "lines as an artist draws them",
+        "lllyasviel/control_v11p_sd15_lineart",
+        "lineart.LineartDetector",
+        ANNOTATORS,
+        ("sk_model.pth", "sk_model2.pth"),
+        {"resolution": RESOLUTION, "coarse": Parameter(False, "fewer, rougher lines")},
+    ),
+    "lineart_standard": Control(
+        "dark lines, found without a network",
+        "lllyasviel/control_v11p_sd15_lineart",
+        annotators.load_lineart_standard,
+        parameters={
+            "sigma": Parameter(6.0, "blur that lines stand out from, in pixels", "guassian_sigma", 0.1, 100),
+            "intensity": Parameter(8, "contrast that counts as a line", "intensity_threshold", 0, 255),
+        },
+    ),
+    "lineart_anime": Control(
+        "lines of an anime drawing",
+        "lllyasviel/control_v11p_sd15s2_lineart_anime",
+        "lineart_anime.LineartAnimeDetector",
+        ANNOTATORS,
+        ("netG.pth",),
+        {"resolution": RESOLUTION},
+    ),
+    "mlsd": Control(
+        "straight lines, of rooms and buildings",
+        "lllyasviel/control_v11p_sd15_mlsd",
+        "mlsd.MLSDdetector",
+        ANNOTATORS,
+        ("mlsd_large_512_fp32.pth",),
+        {
+            "resolution": RESOLUTION,
+            "score": Parameter(0.1, "certainty from which a line counts", "thr_v", 0.01, 2),
+            "distance": Parameter(0.1, "length from which a line counts", "thr_d", 0.01, 20),
+        },
+    ),
+    "normal": Control(
+        "directions of surfaces (NormalBae)",
+        "lllyasviel/control_v11p_sd15_normalbae",
+        "normalbae.NormalBaeDetector",
+        ANNOTATORS,
+        ("scannet.pt",),
+        {"resolution": RESOLUTION},
+    ),
+    "openpose": Control(
+        "poses of people (OpenPose: no commercial use)",
+        "lllyasviel/control_v11p_sd15_openpose",
+        "open_pose.OpenposeDetector",
+        ANNOTATORS,
+        ("body_pose_model.pth", "hand_pose_model.pth", "facenet.pth"),
+        {
+            "resolution": RESOLUTION,
+            "hands": Parameter(True, "draw hands", "include_hand"),
+            "face": Parameter(True, "draw faces", "include_face"),
+        },
+    ),
+    "scribble": Control(
+        "rough strokes along the edges (HED)",
+        "lllyasviel/control_v11p_sd15_scribble",
+        "hed.HEDdetector",
+        ANNOTATORS,
+        ("ControlNetHED.pth",),
+        {"resolution": RESOLUTION},
+        {"scribble": True},
+    ),
+    "drawing": Control(
+        "dark strokes that you drew on white",
+        "lllyasviel/control_v11p_sd15_scribble",
+        annotators.load_drawing,
+    ),
+    "segmentation": Control(
+        "kinds of things in the colours of ADE20K (UPerNet)",
+        "lllyasviel/control_v11p_sd15_seg",
+        annotators.load_segmentation,
+        "openmmlab/upernet-convnext-small",
+    ),
+    "shuffle": Control(
+        "colours and textures, the shapes warped",
+        "lllyasviel/control_v11e_sd15_shuffle",
+        annotators.load_shuffle,
+        parameters={
+            "seed": Parameter(0, "of the warp", low=0, high=2**32 - 1),
+            "scale": Parameter(256, "size of the waves, in pixels", "f", 8, 4096),
+        },
+    ),
+    "ip2p": Control("the picture itself, changed as the prompt says", "lllyasviel/control_v11e_sd15_ip2p"),
+    "tile": Control("the picture itself, its details drawn anew", "lllyasviel/control_v11f1e_sd15_tile"),
+    "inpaint": Control(
+        "the picture, filled where a mask is white", "lllyasviel/control_v11p_sd15_inpaint", needs_mask=True
+    ),
+}
+
+
+def find_control(name):
+    """The row of CONTROLS; ValueError lists the known names."""
+    if name not in CONTROLS:
+        raise ValueError(f"There is no control {name!r}. Known: {', '.join(CONTROLS)}.")
+    return CONTROLS[name]
+
+
+# Control images -------------------------------------------------------------------------------------------------
+
+
+def load_annotator(name, weights=None, device="cpu"):
+    """Load what makes the control image `name`, for several calls of `control_image`.
+
+    Args:
+        weights: folder with the files of `CONTROLS[name].files`, or another Hub id; None is `CONTROLS[name].weights`.
+
+    Returns:
+        A function (RGB PIL image, keywords of the annotator) -> PIL image; None where the picture itself is the control.
+
+    Raises:
+        ValueError: an unknown name, or weights that cannot be fetched or read.
+        ImportError: controlnet_aux, or something that it needs, is not installed.
+    """
+    control = find_control(name)
+    if weights is not None and control.weights is None:
+        raise ValueError(f"The control {name!r} reads no weights, and {str(weights)!r} was given.")
+    if control.annotator is None:
+        return None
+    load = control.annotator
+    if isinstance(load, str):
+        load = functools.partial(annotators.load_detector, load)
+    source = control.weights if weights is None else str(weights)
+    try:
+        return load(source, device)
+    except ImportError:
+        raise
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        command = " ".join(["hf download", control.weights, *control.files])
+        raise ValueError(
+            f"The weights of the control {name!r} cannot be loaded from {source!r} ({first_sentence(error)}). Pass a folder with its "
+            f"files as weights, or run where there is a network: {command}"
+        ) from error
+
+
+def control_image(
+    name,
+    image,
+    *,
+    mask=None,
+    height=None,
+    width=None,
+    short_side=None,
+    annotator=None,
+    weights=None,
+    device="cpu",
+    **parameters,
+):
+    """Make the control image `name` of a picture.
+
+    It has the picture's own size, both sides rounded down to multiples of 8 as diffusers rounds, or the size that
+    `control_size` makes of the picture, `height`, `width` and `short_side`. The picture is resized to it, never cropped.
+
+    Args:
+        name: of CONTROLS.
+        image: PIL image, path, URL, array or tensor, as for `open_image`.
+        mask: for inpaint; a picture of the same size, white where something new belongs.
+        annotator: from `load_annotator(name)`; None loads it for this call, with `weights` and `device`.
+        parameters: those of `CONTROLS[name].parameters`.
+
+    Returns:
+        An RGB PIL image. For inpaint a float32 tensor (1, 3, height, width) in [0, 1], with -1 in the holes, which no
+        PIL image can hold; `control_preview` makes one of it. The pipelines take both.
+
+    Raises:
+        ValueError, TypeError: an unknown name or parameter, a value out of range, a picture, mask or size that cannot be
+            used, or weights that cannot be loaded.
+        ImportError: the extra `control` is not installed.
+    """
+    control = find_control(name)
+    unknown = sorted(set(parameters) - set(control.parameters))
+    if unknown:
+        raise ValueError(
+            f"The control {name!r} has no parameter {', '.join(unknown)}. It has: {', '.join(control.parameters) or 'none'}."
+        )
+    arguments = dict(control.arguments)
+    for key, parameter in control.parameters.items():
+        value = parameters.get(key, parameter.default)
+        parameter.check(name, key, value)
+        arguments[parameter.keyword or key] = value
+    if control.needs_mask and mask is None:
+        raise ValueError(
+            f"The control {name!r} needs a mask: a picture that is white where it is to be filled."
+        )
+    if mask is not None and not control.needs_mask:
+        raise ValueError(f"The control {name!r} takes no mask, and one was given.")
+    picture = open_image(image, f"The picture of the control {name!r}")
+    if mask is not None:
+        mask = open_image(mask, f"The mask of the control {name!r}")
+        if mask.size != picture.size:
+            raise ValueError(
+                f"The mask of the control {name!r} is {_text(mask.size)} pixels, its picture {_text(picture.size)}. Pass a "
+                "mask of the picture's size."
+            )
+    height, width = control_size(picture, height, width, short_side)
+    picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    if mask is not None:
+        return _with_holes(picture, mask.convert("L").resize((width, height), PIL.Image.Resampling.NEAREST))
+    if control.annotator is None:
+        return picture
+    if annotator is None:
+        annotator = load_annotator(name, weights, device)
+    result = annotator(picture, **arguments).convert("RGB")
+    if result.size != (width, height):
+        result = result.resize((width, height), PIL.Image.Resampling.BILINEAR)
+    if all(low == high for low, high in result.getextrema()):
+        logger.warning(f"The control {name!r} found nothing: the control image is a single colour.")
+    return result
+
+
+def control_size(picture, height=None, width=None, short_side=None):
+    """Size for the control image of a PIL image -> (height, width), multiples of 8, of the picture's shape.
+
+    Args:
+        height, width: of the image to be made; what is not given follows from the other.
+        short_side: without both, pixels of the shorter side; None takes the picture's own.
+
+    Raises:
+        ValueError: the size is no multiple of 8 or of another shape than the picture, or the picture is too small or too
+            thin.
+    """
+    sides = (picture.height, picture.width)
+    if min(sides) < SIDE_MULTIPLE or max(sides) > MAX_SIDE_RATIO * min(sides):
+        raise ValueError(
+            f"A picture of {_text(picture.size)} pixels makes no control image. Pass one with sides of at least "
+            f"{SIDE_MULTIPLE} pixels, the longer at most {MAX_SIDE_RATIO} times the shorter."
+        )
+    given = (height, width)
+    for side in (*given, short_side):
+        if side is not None and (side < SIDE_MULTIPLE or side % SIDE_MULTIPLE):
+            raise ValueError(
+                f"A side of {side} pixels was asked for; expected a multiple of {SIDE_MULTIPLE}."
+            )
+    if given == (None, None):
+        scale = (min(sides) if short_side is None else short_side) / min(sides)
+    else:
+        scale = next(side / own for side, own in zip(given, sides, strict=True) if side is not None)
+    exact = [own * scale for own in sides]
+    fitting = [max(1, math.floor(side / SIDE_MULTIPLE + 1e-6)) * SIDE_MULTIPLE for side in exact]
+    for index, side in enumerate(given):
+        if side is not None and abs(side - exact[index]) >= SIDE_MULTIPLE:
+            raise ValueError(
+                f"An image of {width} x {height} pixels was asked for, and the picture of the control, {_text(picture.size)}, "
+                f"has another shape: {fitting[1]} x {fitting[0]} fits. Ask for that, or crop the picture."
+            )
+    return tuple(own if side is None else side for side, own in zip(given, fitting, strict=True))
+
+
+def open_control(name, image):
+    """A control image that is ready, as `control_image` returns it; for inpaint its transparent pixels are the holes.
+
+    Raises:
+        ValueError: an unknown name, a picture that cannot be read, sides that are no multiples of 8, or no holes.
+    """
+    control = find_control(name)
+    picture = open_image(image, f"The control image for {name!r}")
+    if picture.width % SIDE_MULTIPLE or picture.height % SIDE_MULTIPLE:
+        raise ValueError(
+            f"The control image for {name!r} is {_text(picture.size)} pixels; expected multiples of {SIDE_MULTIPLE}. Make it "
+            f"with: kosmos-g control {name} PICTURE"
+        )
+    if not control.needs_mask:
+        return picture
+    with PIL.Image.open(image) as opened:
+        alpha = PIL.ImageOps.exif_transpose(opened.convert("RGBA")).getchannel("A")
+    if alpha.getextrema()[0] > 127:
+        raise ValueError(
+            f"The control image for {name!r} has no transparent pixels, and those are what is filled. Make it with: "
+            f"kosmos-g control {name} PICTURE --mask MASK"
+        )
+    return _with_holes(opened.convert("RGB"), PIL.ImageOps.invert(alpha))
+
+
+def control_preview(control):
+    """What `control_image` returned -> PIL image to look at or to save as PNG; the holes of inpaint are transparent."""
+    if isinstance(control, PIL.Image.Image):
+        return control
+    holes = (control[0] < 0).all(dim=0)
+    rgba = torch.cat([control[0].clamp(min=0), (~holes)[None].float()])
+    return PIL.Image.fromarray((rgba * 255).round().byte().permute(1, 2, 0).numpy(), "RGBA")
+
+
+def _with_holes(picture, mask):
+    """RGB and L image of one size -> (1, 3, H, W) in [0, 1], -1 where the mask is light."""
+    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    return torch.where(torch.from_numpy(np.array(mask)) > 127, -1.0, values)
+
+
+# ControlNets ----------------------------------------------------------------------------------------------------
+
+
+def load_controlnet(source, dtype=torch.float32):
+    """Load the ControlNet of a control of the table, or of a folder, a .safetensors file or a Hub id.
+
+    Raises:
+        ValueError: an unknown name, or a ControlNet that cannot be fetched or read.
+    """
+    repo = CONTROLS[source].controlnet if source in CONTROLS else str(source)
+    if repo == source and not Path(source).exists() and repo.count("/") != 1:
+        raise ValueError(
+            f"{source!r} is no folder, no Hub id and no control. Known controls: {', '.join(CONTROLS)}."
+        )
+    load = ControlNetModel.from_single_file if Path(repo).is_file() else ControlNetModel.from_pretrained
+    try:
+        return load(repo, **{DTYPE_KEYWORD: dtype})
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"The ControlNet {repo!r} cannot be loaded ({first_sentence(error)}). If it is on the Hub, run where there is a "
+            f"network: hf download {repo}"
+        ) from error
+
+
+def build_random_controlnet(unet, seed=0, vae_scale_factor=8):
+    """A ControlNet of random weights for a U-Net, to try things with; torch's random state is left as it was.
+
+    Args:
+        vae_scale_factor: pixels of a control image to a side of a latent, 4 or 8.
+    """
+    widths = (16, 32, 96, 256)[: vae_scale_factor.bit_length()]  # the control image is halved between them
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
+        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths).eval()
+        with torch.no_grad():
+            for parameter in controlnet.parameters():
+                if not parameter.any():  # an untrained ControlNet adds nothing: its last layers are zeros
+                    parameter.normal_(std=0.5)
+    return controlnet
+
+
+def _text(size):
+    return f"{size[0]} x {size[1]}"
+
+
+def first_sentence(error):
+    """The first sentence of what a library said."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__

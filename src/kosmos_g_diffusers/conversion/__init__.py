@@ -1,0 +1,5 @@
+"""From released weights to a folder that diffusers loads: an official checkpoint, or Kosmos-2 and a Stable Diffusion."""
+
+from .official import convert_checkpoint
+
+__all__ = ["convert_checkpoint"]

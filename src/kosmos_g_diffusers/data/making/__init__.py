@@ -1,0 +1,22 @@
+"""Making training data: edits from InstructPix2Pix, compositions from pictures alone. docs/making-data.md shows how."""
+
+from .captioner import Captioner
+from .compose import Composer, ComposeSettings, compose
+from .contact_sheet import write_contact_sheet
+from .cutouts import Segmenter, cut_out
+from .entities import EntityFinder, parse_entities
+from .instructpix2pix import EditSettings, instructpix2pix
+
+__all__ = [
+    "Captioner",
+    "ComposeSettings",
+    "Composer",
+    "EditSettings",
+    "EntityFinder",
+    "Segmenter",
+    "compose",
+    "cut_out",
+    "instructpix2pix",
+    "parse_entities",
+    "write_contact_sheet",
+]

@@ -1,0 +1,215 @@
+"""Compositions from pictures alone: caption, the things in it, each of them cut out (paper sec. 3, instruction data)."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.utils.data
+
+from ..sample import BadSample, FilteredSample
+from .captioner import Captioner
+from .cutouts import Segmenter, cut_out
+from .entities import EntityFinder, build_chat
+from .inputs import find_pictures, read_ahead, read_picture_file, shrink
+from .output_folder import Making
+
+CUTTING_SIDE = 1024  # pixels; larger pictures are shrunk to it before things are cut out of them
+
+
+@dataclass(frozen=True)
+class ComposeSettings:
+    """All that decides what becomes of a picture. Kept in the manifest; a run that goes on needs the same.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    model_caption: str = "Salesforce/blip2-opt-2.7b"  # folder or Hub id; as in the official preparation
+    model_entities: str = (
+        "Qwen/Qwen2.5-7B-Instruct"  # there mosaicml/mpt-7b-instruct, which has no chat template
+    )
+    model_segment: str = "CIDAS/clipseg-rd64-refined"  # as there
+    threshold: float = 0.3  # probability above which a pixel belongs to a thing; as there
+    min_area: float = 0.005  # share of the picture that a thing has to cover; there any
+    max_entities: int = 8  # a picture
+    size: int = 512  # pixels, sides of the picture to draw; things cut out are shrunk to it
+    min_side: int = 256  # pixels; pictures with a shorter side below it are skipped
+    caption_tokens: int = 32  # at most
+    entity_tokens: int = 64  # at most, of the language model's answer
+
+    def __post_init__(self):
+        ranges = {
+            "threshold": (0, 1),
+            "min_area": (0, 1),
+            "max_entities": (1, 64),  # training reads no more
+            "size": (8, CUTTING_SIDE),
+            "min_side": (1, 100_000),
+            "caption_tokens": (1, 1000),
+            "entity_tokens": (1, 10_000),
+        }
+        for name, (least, most) in ranges.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; expected a number from {least} to {most}."
+                )
+
+
+def compose(
+    images,
+    output,
+    settings=None,
+    *,
+    device="cpu",
+    dtype=torch.float32,
+    batch_size=8,
+    workers=2,
+    process_index=0,
+    num_processes=1,
+    samples_per_shard=1000,
+    sheet_samples=100,
+):
+    """Make compositions of the pictures in a folder, or go on doing so.
+
+    Args:
+        images: folder of pictures, read with all below it.
+        output: folder of shards, see `Making`.
+        settings: a `ComposeSettings`; None takes the defaults.
+        device, dtype: where and in what precision the models run.
+        batch_size: pictures a step, and (picture, thing) pairs that are segmented together.
+        workers: processes that decode pictures ahead; 0 decodes in this one.
+        process_index, num_processes, samples_per_shard: see `Making`.
+        sheet_samples: samples on the contact sheet; 0 writes none.
+
+    Returns:
+        dict: the manifest.
+
+    Raises:
+        ValueError: no pictures, nothing could be made of any, or as `Making` says.
+        OSError: a model cannot be loaded, or the disk is full.
+    """
+    settings = settings or ComposeSettings()
+    inputs = find_pictures(images, leave_out=output)
+    # the folder's own name: it may lie elsewhere tomorrow, and pictures are known by their path within it
+    recorded = {"images": Path(images).resolve().name, **asdict(settings), "question": build_chat("...")}
+    making = Making(
+        output,
+        "compose",
+        recorded,
+        process_index=process_index,
+        num_processes=num_processes,
+        samples_per_shard=samples_per_shard,
+    )
+    with making:
+        todo = making.todo(inputs)
+        if todo:
+            batches = read_ahead(SquarePictures(images, todo, settings.min_side), batch_size, workers)
+            composer = Composer(settings, device=device, dtype=dtype, batch_size=batch_size)
+            with making.progress(todo) as bar:
+                for batch in batches:
+                    _write(making, composer, batch)
+                    bar.update(len(batch))
+    return making.finish(sheet_samples)
+
+
+class SquarePictures(torch.utils.data.Dataset):
+    """(input, RGB PIL image) of each input: its centre, square; (input, BadSample) where there is none."""
+
+    def __init__(self, folder, inputs, min_side):
+        self.folder, self.inputs, self.min_side = Path(folder), inputs, min_side
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        item = self.inputs[index]
+        try:
+            picture = read_picture_file(self.folder / item.name, item.source)
+            side = min(picture.size)
+            if side < self.min_side:
+                size = f"{picture.width} x {picture.height}"
+                raise FilteredSample("small", f"{item.source} is {size}, less than {self.min_side} pixels")
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            return item, shrink(picture.crop((left, top, left + side, top + side)), CUTTING_SIDE)
+        except BadSample as problem:
+            return item, problem
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Attributes: as `ShardWriter.write_composition` takes them; `areas` are shares of the picture, of each entity."""
+
+    caption: str
+    target: object
+    entities: list
+    areas: list
+
+
+class Composer:
+    """The three models that make compositions.
+
+    Args:
+        settings: a `ComposeSettings`.
+        device, dtype, batch_size: as in `compose`.
+    """
+
+    def __init__(self, settings, *, device="cpu", dtype=torch.float32, batch_size=8):
+        self.settings, where = settings, {"device": device, "dtype": dtype}
+        self.captioner = Captioner(settings.model_caption, **where, max_new_tokens=settings.caption_tokens)
+        self.entity_finder = EntityFinder(
+            settings.model_entities,
+            **where,
+            max_new_tokens=settings.entity_tokens,
+            max_entities=settings.max_entities,
+        )
+        self.segmenter = Segmenter(settings.model_segment, **where, batch_size=batch_size)
+
+    def __call__(self, pictures):
+        """For each square RGB PIL image a `Composition`, or the BadSample that says why there is none."""
+        made = [None] * len(pictures)
+        captions = self.captioner(pictures)
+        found = self._find_entities(captions)
+        maps = self.segmenter(pictures, found)
+        for number, picture in enumerate(pictures):
+            made[number] = self._compose(picture, captions[number], found[number], maps[number])
+        return made
+
+    def _find_entities(self, captions):
+        spoken = [number for number, caption in enumerate(captions) if caption]
+        found = [[] for _ in captions]
+        if spoken:
+            answers = self.entity_finder([captions[number] for number in spoken])
+            for number, entities in zip(spoken, answers, strict=True):
+                found[number] = entities
+        return found
+
+    def _compose(self, picture, caption, names, maps):
+        if not caption:
+            return BadSample("caption", "the caption is empty")
+        if not names:
+            return BadSample("entities", f"no thing to cut out was found in the caption {caption!r}")
+        entities, areas, size = [], [], self.settings.size
+        for name, logits in zip(names, maps, strict=True):
+            cut = cut_out(picture, logits, self.settings.threshold, self.settings.min_area)
+            if cut is not None:
+                whole, cutout, area = cut
+                entities.append((name, shrink(whole, size), shrink(cutout, size)))
+                areas.append(round(area, 4))
+        if not entities:
+            return BadSample(
+                "cut-out", f"nothing large enough was found for {', '.join(names)} of {caption!r}"
+            )
+        return Composition(caption, picture.resize((size, size)), entities, areas)
+
+
+def _write(making, composer, batch):
+    """Compose the pictures of a batch and write them, in its order."""
+    pictures = [picture for _, picture in batch if not isinstance(picture, BadSample)]
+    made = iter(composer(pictures) if pictures else ())
+    for item, picture in batch:
+        result = picture if isinstance(picture, BadSample) else next(made)
+        if isinstance(result, BadSample):
+            message = result.message if result is picture else f"{item.source}: {result.message}"
+            making.skip(item, BadSample(result.cause, message))
+        else:
+            note = {"source": item.source, "areas": result.areas}
+            making.writer.write_composition(item.key, result.caption, result.target, result.entities, note)

@@ -1,0 +1,245 @@
+"""Edits from InstructPix2Pix: its original folder, or its data set on the Hub, as shards."""
+
+import random
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.utils.data
+
+from .. import HubDatasetSource
+from ..manifest import load_json_file
+from ..sample import BadSample
+from .inputs import Input, read_ahead, read_picture_file, shrink
+from .output_folder import Making
+
+# timbrooks/instructpix2pix-clip-filtered; what HubDatasetSource calls them -> there
+COLUMNS = {
+    "input": "original_prompt",
+    "source": "original_image",
+    "edit": "edit_prompt",
+    "image": "edited_image",
+    "caption": "edited_prompt",
+}
+SEED = re.compile(r"[A-Za-z0-9-]{1,64}")
+MOST_PAIRS = 64  # of an edit; training reads no more
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """What is read and how it is stored. Kept in the manifest; a run that goes on needs the same.
+
+    Raises:
+        ValueError: not one of folder and dataset, a column missing, or a size out of its range.
+    """
+
+    folder: str | None = None  # in the original layout, see `EditFolder`
+    dataset: str | None = None  # Hub id or folder of a `datasets` data set
+    split: str = "train"
+    revision: str | None = None
+    columns: tuple = tuple(COLUMNS.items())  # (use, column) pairs of the data set, see COLUMNS
+    size: int = (
+        512  # pixels of the shorter side, to which larger pictures are shrunk; as in the official preparation
+    )
+
+    def __post_init__(self):
+        if (self.folder is None) == (self.dataset is None):
+            given = "neither" if self.folder is None else "both"
+            raise ValueError(f"Of folder and dataset, {given} was given. Pass the one that holds the edits.")
+        missing = [use for use in ("edit", "source", "image") if not dict(self.columns).get(use)]
+        if missing:
+            raise ValueError(
+                f"No column was given for {', '.join(missing)}. An edit needs all of edit, source and image."
+            )
+        if not 8 <= self.size <= 8192:
+            raise ValueError(f"size is {self.size}; expected a number from 8 to 8192.")
+
+
+def instructpix2pix(
+    output,
+    settings,
+    *,
+    workers=2,
+    process_index=0,
+    num_processes=1,
+    samples_per_shard=1000,
+    sheet_samples=100,
+):
+    """Write InstructPix2Pix as shards of edits, or go on doing so.
+
+    Args:
+        output: folder of shards, see `Making`.
+        settings: an `EditSettings`.
+        workers: processes that decode pictures; 0 decodes in this one.
+        process_index, num_processes, samples_per_shard: see `Making`.
+        sheet_samples: samples on the contact sheet; 0 writes none.
+
+    Returns:
+        dict: the manifest.
+
+    Raises:
+        ValueError: nothing is found where it should be, or as `Making` says.
+        ImportError: the package datasets is not installed.
+    """
+    edits = EditFolder(settings.folder) if settings.dataset is None else EditDataset(settings)
+    recorded = asdict(settings)
+    if settings.folder is not None:  # its own name: it may lie elsewhere tomorrow
+        recorded = {"folder": Path(settings.folder).resolve().name, "size": settings.size}
+    making = Making(
+        output,
+        "instructpix2pix",
+        recorded,
+        process_index=process_index,
+        num_processes=num_processes,
+        samples_per_shard=samples_per_shard,
+    )
+    with making:
+        todo = making.todo(edits.inputs)
+        if todo:
+            with making.progress(todo) as bar:
+                for batch in read_ahead(Edits(edits, todo, settings.size), 8, workers):
+                    for item, edit in batch:
+                        _write(making, item, edit)
+                    bar.update(len(batch))
+    return making.finish(sheet_samples)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit, as `ShardWriter.write_edit` takes it; `problems` say which of its pairs could not be read."""
+
+    edit: str
+    pairs: list
+    words: str | None
+    caption: str | None
+    problems: tuple = ()
+
+
+class Edits(torch.utils.data.Dataset):
+    """(input, `Edit`) of each input, pictures shrunk; (input, BadSample) where there is none."""
+
+    def __init__(self, edits, inputs, size):
+        self.edits, self.inputs, self.size = edits, inputs, size
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        item = self.inputs[index]
+        try:
+            edit = self.edits.read(item)
+        except BadSample as problem:
+            return item, problem
+        pairs = [tuple(shrink(picture, self.size) for picture in pair) for pair in edit.pairs]
+        return item, Edit(edit.edit, pairs, edit.words, edit.caption, edit.problems)
+
+
+class EditFolder:
+    """The original layout: NAME/prompt.json, and of each seed NAME/SEED_0.jpg (before) and NAME/SEED_1.jpg (after).
+
+    `seeds.json` lists them: [[NAME, [SEED, ...]], ...]. Without it the folder is searched.
+
+    Raises:
+        ValueError: nothing is found, or seeds.json is no such list.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"There is no folder {folder}. Pass the folder that holds seeds.json.")
+        index = self.folder / "seeds.json"
+        self.seeds = self._read_seeds(index) if index.is_file() else self._find_seeds()
+        if not self.seeds:
+            raise ValueError(
+                f"There are no edits in {folder}. Expected NAME/prompt.json with pictures NAME/SEED_0.jpg and NAME/SEED_1.jpg."
+            )
+        self.inputs = [Input(name) for name in self.seeds]
+
+    def read(self, item):
+        """The `Edit` of an input. Raises BadSample."""
+        place = self.folder / item.name
+        try:
+            prompt = load_json_file(place / "prompt.json")
+        except (OSError, ValueError) as error:
+            raise BadSample("row", f"{item.source} has no prompt.json that can be read ({error})") from error
+        edit = prompt.get("edit") if isinstance(prompt, dict) else None
+        if not isinstance(edit, str) or not edit.strip():
+            raise BadSample("row", f"{item.source}/prompt.json has no text under 'edit'")
+        pairs, problems = [], []
+        for seed in self.seeds[item.name][:MOST_PAIRS]:
+            try:
+                pairs.append(
+                    tuple(
+                        read_picture_file(place / f"{seed}_{half}.jpg", f"{item.source}/{seed}_{half}.jpg")
+                        for half in (0, 1)
+                    )
+                )
+            except BadSample as problem:
+                problems.append(problem.message)
+        if not pairs:
+            raise BadSample("image", problems[0] if problems else f"{item.source} has no pictures")
+        words, caption = (_line(prompt.get(name)) for name in ("input", "output"))
+        return Edit(_line(edit), pairs, words, caption, tuple(problems))
+
+    def _read_seeds(self, index):
+        listed = load_json_file(index)
+        seeds = {}
+        for entry in listed if isinstance(listed, list) else [None]:
+            sound = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
+            # one folder down and no further: the list may come from anyone
+            sound = sound and isinstance(entry[0], str) and Path(entry[0]).name == entry[0] not in ("", "..")
+            if not sound or not all(SEED.fullmatch(str(seed)) for seed in entry[1]):
+                raise ValueError(
+                    f"{index} is no list of seeds: entry {str(entry)[:100]!r}. Expected [[NAME, [SEED, ...]], ...]. Delete it "
+                    "to have the folder searched."
+                )
+            seeds[entry[0]] = [str(seed) for seed in entry[1]]
+        return seeds
+
+    def _find_seeds(self):
+        seeds = {}
+        for place in sorted(self.folder.iterdir()):
+            found = (
+                sorted(path.name.removesuffix("_0.jpg") for path in place.glob("*_0.jpg"))
+                if place.is_dir()
+                else []
+            )
+            if found := [seed for seed in found if SEED.fullmatch(seed)]:
+                seeds[place.name] = found
+        return seeds
+
+
+class EditDataset:
+    """Rows of a Hugging Face data set, with one pair each.
+
+    Raises:
+        ImportError, ValueError: as `HubDatasetSource` does.
+    """
+
+    def __init__(self, settings):
+        self.rows = HubDatasetSource.load(
+            settings.dataset,
+            split=settings.split,
+            revision=settings.revision,
+            word_dropout=0,
+            **dict(settings.columns),
+        )
+        self.inputs = [Input(f"{settings.dataset}:{settings.split}:{row}") for row in range(len(self.rows))]
+
+    def read(self, item):
+        """The `Edit` of an input. Raises BadSample."""
+        sample = self.rows.read(int(item.name.rpartition(":")[2]), random.Random(0))
+        *words, before, edit = sample.prompt
+        return Edit(edit, [(before, sample.target)], words[0] if words else None, sample.caption)
+
+
+def _write(making, item, edit):
+    if isinstance(edit, BadSample):
+        return making.skip(item, edit)
+    note = {"source": item.source} | ({"left_out": list(edit.problems)} if edit.problems else {})
+    making.writer.write_edit(item.key, edit.edit, edit.pairs, edit.words, edit.caption, note)
+
+
+def _line(text):
+    """Text on one line, None if there is none."""
+    return " ".join(text.split()) or None if isinstance(text, str) else None

@@ -1,0 +1,252 @@
+"""The folder that samples are made into: what is done in it, what was skipped, and its files for people and training.
+
+FOLDER/part-000-000000.tar ...      shards of process 0, see `ShardWriter`
+FOLDER/part-000.skipped.jsonl       what process 0 could make nothing of, and why
+FOLDER/manifest.json                how all of it was made, and how much
+FOLDER/shards.json                  the shards and how many samples each holds
+FOLDER/contact-sheet.html           some samples to look at
+"""
+
+import json
+import logging
+import os
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import filelock
+from tqdm.auto import tqdm
+
+from ...files import written_atomically
+from ...generation.settings import package_versions
+from .. import BadSample, ShardWriter, write_shard_index
+from ..manifest import load_json_file
+from ..tar_index import index_tar
+from .contact_sheet import SHEET_NAME, write_contact_sheet
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1  # of the manifest
+EXAMPLES = 3  # messages kept for each cause
+MOST_SHOWN = 200  # characters of a setting in an error
+
+
+class Making:
+    """A share of the making of a folder: to be used in `with`, then `finish()`.
+
+    Every input ends either as a sample of a complete shard or as a line of a skipped file. Those two are all that a run
+    started again needs to go on: whatever is in neither is made, so nothing is lost and nothing made twice. The number
+    of processes may change from run to run, and inputs may be added.
+
+    Args:
+        folder: new, empty, or one that the same making was started in.
+        command: what makes it, for the manifest: "compose".
+        settings: dict of all that decides what is made; has to be the same in every run.
+        process_index, num_processes: which share of the inputs is ours. Processes need not know of each other.
+        samples_per_shard: a process that is killed loses at most the work on so many samples.
+
+    Raises:
+        ValueError: settings differ from those in the folder, shards are damaged or of unknown making, or another process
+            writes the same share.
+    """
+
+    def __init__(
+        self, folder, command, settings, *, process_index=0, num_processes=1, samples_per_shard=1000
+    ):
+        if not 0 <= process_index < num_processes:
+            raise ValueError(
+                f"Process {process_index} of {num_processes} was given. Expected an index from 0 to {num_processes - 1}."
+            )
+        if samples_per_shard < 1:
+            raise ValueError(f"{samples_per_shard} samples a shard were given. Expected at least 1.")
+        self.folder, self.command, self.settings = Path(folder), command, json.loads(json.dumps(settings))
+        self.process_index, self.num_processes = process_index, num_processes
+        self.samples_per_shard = samples_per_shard
+        self.prefix = f"part-{process_index:03d}"
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.folder / f".{self.prefix}.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise ValueError(
+                f"Another process is writing {self.prefix} in {self.folder}. Wait for it, or pass a --process-index of "
+                "its own to each."
+            ) from error
+        try:
+            with filelock.FileLock(self.folder / ".manifest.lock"):
+                self._check_manifest()
+            for part in self.folder.glob(f"{self.prefix}-*.part"):  # a run that was killed while writing
+                part.unlink()
+            self.done = self._read_done()
+            self.writer = ShardWriter(self.folder, self.prefix, self.samples_per_shard)
+            self._skips = open(self._skip_file(), "ab+")
+        except BaseException:
+            self._lock.release()
+            raise
+        if self._skips.tell() and self._ends_torn():
+            self._skips.write(b"\n")
+        return self
+
+    def __exit__(self, error_type, error, traceback):
+        try:
+            # after an error too: every sample that was handed over is whole, and took time to make
+            self.writer.close()
+        finally:
+            self._skips.close()
+            self._lock.release()
+
+    def todo(self, inputs):
+        """The inputs of this process that are not done yet, in order.
+
+        A key's hash says which process an input belongs to, so that it does not depend on what else is there when each
+        process looks.
+        """
+        ours = [
+            item
+            for item in inputs
+            if zlib.crc32(item.key.encode()) % self.num_processes == self.process_index
+        ]
+        todo = [item for item in ours if item.key not in self.done]
+        if len(todo) < len(ours):
+            logger.info("%s of %s are done", f"{len(ours) - len(todo):,}", f"{len(ours):,}")
+        return todo
+
+    def skip(self, item, problem):
+        """Note that nothing can be made of an input. It is not tried again."""
+        line = {"key": item.key, "source": item.source, "cause": problem.cause, "message": problem.message}
+        # backslashes for what is not ASCII: a message may hold what is no UTF-8
+        self._skips.write(json.dumps(line).encode() + b"\n")
+        self._skips.flush()
+
+    def progress(self, inputs):
+        """Progress bar over inputs, with the share of this process in its title."""
+        share = f" {self.process_index + 1}/{self.num_processes}" if self.num_processes > 1 else ""
+        return tqdm(total=len(inputs), desc=f"{self.command}{share}", unit="input")
+
+    def finish(self, sheet_samples):
+        """Write the list of shards, the contact sheet and the counts, of what all processes have made by now.
+
+        Every process does so at its end: the last one's files stay, and they are complete.
+
+        Returns:
+            dict: the manifest.
+
+        Raises:
+            ValueError: all inputs were skipped.
+        """
+        with filelock.FileLock(self.folder / ".manifest.lock"):
+            skipped = self._read_skipped()
+            if not any(self.folder.glob("*.tar")):
+                if self.num_processes == 1:
+                    raise ValueError(f"Nothing could be made of any input. {summarize(skipped)}")
+                logger.warning("No process has made a sample yet. %s", summarize(skipped))
+                return load_json_file(self.folder / MANIFEST_NAME)
+            index = load_json_file(write_shard_index(self.folder))
+            manifest = load_json_file(self.folder / MANIFEST_NAME)
+            manifest["shards"] = len(index["shardlist"])
+            manifest["samples"] = sum(shard["nsamples"] for shard in index["shardlist"])
+            manifest["skipped"] = dict(Counter(line["cause"] for line in skipped).most_common())
+            manifest["summary"] = summarize(skipped)
+            self._write_manifest(manifest)
+            if sheet_samples:
+                write_contact_sheet(self.folder, self.folder / SHEET_NAME, sheet_samples)
+        return manifest
+
+    # What is there ---------------------------------------------------------------------------------------------------
+
+    def _check_manifest(self):
+        path = self.folder / MANIFEST_NAME
+        if not path.is_file():
+            if any(self.folder.glob("*.tar")):
+                raise ValueError(
+                    f"{self.folder} holds shards but no {MANIFEST_NAME}: they were made by something else. Pass a new or "
+                    "empty folder."
+                )
+            return self._write_manifest(
+                {
+                    "format": FORMAT_VERSION,
+                    "command": self.command,
+                    "settings": self.settings,
+                    "versions": package_versions(),
+                }
+            )
+        manifest = load_json_file(path)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
+            raise ValueError(f"{path} is no manifest of format {FORMAT_VERSION}. Pass a new or empty folder.")
+        there, ours = manifest.get("settings"), self.settings
+        if manifest.get("command") != self.command or not isinstance(there, dict):
+            raise ValueError(
+                f"{self.folder} was made by {manifest.get('command')!r}, not {self.command!r}. Pass another folder."
+            )
+        names = sorted(name for name in ours | there if ours.get(name) != there.get(name))
+        if names:
+            differences = "; ".join(
+                f"{name} {_short(there.get(name))} there, {_short(ours.get(name))} now" for name in names
+            )
+            raise ValueError(
+                f"What is in {self.folder} was made with other settings: {differences}. Pass the same to go on, or another "
+                "folder to begin anew."
+            )
+
+    def _write_manifest(self, manifest):
+        with written_atomically(self.folder / MANIFEST_NAME) as file:
+            file.write(json.dumps(manifest, indent=1).encode())
+
+    def _read_done(self):
+        """Keys of all inputs that any process has finished."""
+        done = {line["key"] for line in self._read_skipped()}
+        shards = sorted(self.folder.glob("*.tar"))
+        for shard in tqdm(shards, "reading what is done", unit="shard", disable=len(shards) < 100):
+            try:
+                samples = index_tar(shard)
+                problem = next(
+                    (f"{sample.key} {sample.problem}" for sample in samples if sample.problem), None
+                )
+            except BadSample as error:
+                problem = error.message
+            if problem:
+                raise ValueError(
+                    f"The shard {shard} is damaged: {problem}. Delete it; what it held is then made again."
+                )
+            done.update(sample.key for sample in samples)
+        return done
+
+    def _read_skipped(self):
+        """Lines of all skipped files, one a key. A line that was cut off by a kill counts for nothing."""
+        lines = {}
+        for path in sorted(self.folder.glob("*.skipped.jsonl")):
+            with open(path, "rb") as file:
+                for text in file:
+                    try:
+                        line = json.loads(text)
+                        lines[line["key"]] = {name: str(line[name]) for name in ("key", "cause", "message")}
+                    except (ValueError, TypeError, KeyError, RecursionError):
+                        continue
+        return list(lines.values())
+
+    def _skip_file(self):
+        return self.folder / f"{self.prefix}.skipped.jsonl"
+
+    def _ends_torn(self):
+        self._skips.seek(-1, os.SEEK_END)
+        return self._skips.read(1) != b"\n"
+
+
+def summarize(skipped):
+    """How many inputs were skipped, by cause, with examples: text for people."""
+    if not skipped:
+        return "No input was skipped."
+    causes = Counter(line["cause"] for line in skipped)
+    parts = [f"{len(skipped):,} inputs were skipped."]
+    for cause, number in causes.most_common():
+        messages = [line["message"] for line in skipped if line["cause"] == cause][:EXAMPLES]
+        parts.append(f"{cause}: {number:,}, such as {'; '.join(messages)}.")
+    return " ".join(parts)
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

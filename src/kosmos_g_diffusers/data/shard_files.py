@@ -1,0 +1,262 @@
+"""The files of a set of shards: found, counted, fetched from afar, read."""
+
+import glob
+import json
+import logging
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from ..files import cache_path, default_cache_dir, written_atomically
+from .images import MOST_BYTES
+from .manifest import MOST_MANIFEST_BYTES, load_json_file
+from .sample import BadSample
+from .tar_index import index_tar
+
+logger = logging.getLogger(__name__)
+
+INDEX_NAME = "shards.json"
+URL = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # two letters at least: "C:" is a disk
+
+
+class ShardFiles:
+    """A list of shards that are local, or fetched whole and kept in a cache folder.
+
+    Args:
+        where: a .tar file, a pattern (/data/*.tar), a range (/data/part-{000..099}.tar), a folder, a shards.json; or any
+            URL that webdataset opens, with a range or of a shards.json.
+        cache_dir, cache_bytes: see `ShardSource`.
+
+    `shards.json` lists shards with their numbers of samples, as WebDataset's `wids` does: {"shardlist": [{"url": name,
+    "nsamples": n}, ...]}. It is looked for beside the shards. Without it, they are counted once, which takes a reading
+    of all headers, and for remote shards the fetching of everything.
+
+    Raises:
+        ValueError: no data found, or shards that shards.json names are missing (all are named).
+    """
+
+    def __init__(self, where, *, cache_dir=None, cache_bytes=None):
+        self.where, self.cache_bytes = str(where), cache_bytes
+        self.cache_dir = Path(default_cache_dir() if cache_dir is None else cache_dir)
+        self.remote = URL.match(self.where) is not None
+        self._samples = {}  # url -> number of samples, as far as shards.json tells
+        self.urls = self._find_remote() if self.remote else self._find_local()
+        if not self.urls:
+            raise ValueError(
+                f"No data found at {where}: there is no .tar file of that name or pattern, and no folder with .tar files "
+                f"or a {INDEX_NAME}. A range is written part-{{000..099}}.tar."
+            )
+        self.names = [_short(url) for url in self.urls]
+
+    def __len__(self):
+        return len(self.urls)
+
+    def count(self):
+        """Number of samples of each shard. One that cannot be read and is not in shards.json counts as one sample."""
+        missing = [number for number, url in enumerate(self.urls) if url not in self._samples]
+        for number in tqdm(missing, f"{self.where}: counting", disable=len(missing) < 2):
+            self._samples[self.urls[number]] = self._count(number)
+        return [self._samples[url] for url in self.urls]
+
+    def index(self, number):
+        """The samples of a shard, see `index_tar`. Raises BadSample ("shard")."""
+        return self._use(number, index_tar)
+
+    def read(self, number, offset, size):
+        """Bytes of a shard. Raises BadSample ("shard"; "image" when they are too many)."""
+        if size > MOST_BYTES:
+            raise BadSample(
+                "image", f"{self.names[number]} has a member of {size:,} bytes; {MOST_BYTES:,} are read"
+            )
+
+        def read_part(path):
+            # opened for each part: nothing is shared between processes, and nothing is left open
+            with open(path, "rb") as file:
+                file.seek(offset)
+                return file.read(size)
+
+        data = self._use(number, read_part)
+        if len(data) != size:
+            raise BadSample("shard", f"{self.names[number]} is cut off at byte {offset + len(data):,}")
+        return data
+
+    def _use(self, number, function):
+        """`function` of the path of a shard, which is fetched if need be."""
+        for attempt in range(2):
+            path = self._local_path(self.urls[number])
+            try:
+                return function(path)
+            except OSError as error:
+                # another process may just have deleted a fetched shard to make room: fetch it again
+                if not self.remote or attempt:
+                    raise BadSample("shard", f"{self.names[number]} cannot be read ({error})") from error
+
+    # Finding and counting ------------------------------------------------------------------------------------------
+
+    def _find_local(self):
+        path = Path(self.where).expanduser()
+        if path.is_dir() and (path / INDEX_NAME).is_file():
+            listed = self._read_index(path / INDEX_NAME)
+            return listed + sorted(str(file) for file in path.glob("*.tar") if str(file) not in listed)
+        if path.is_dir():
+            return sorted(map(str, path.glob("*.tar")))
+        if path.is_file() and path.suffix == ".json":
+            return self._read_index(path)
+        urls = []
+        for url in _expand_braces(self.where):
+            url = str(Path(url).expanduser())
+            urls += sorted(glob.glob(url, recursive=True)) if glob.has_magic(url) else [url]
+        missing = [url for url in urls if not os.path.isfile(url)]
+        if missing and len(urls) > 1:
+            raise ValueError(
+                f"{len(missing)} of the {len(urls)} shards of {self.where} are missing: {', '.join(missing)}."
+            )
+        if missing:
+            return []
+        for folder in {Path(url).parent for url in urls}:
+            if (folder / INDEX_NAME).is_file():
+                self._note_samples(load_json_file(folder / INDEX_NAME), folder / INDEX_NAME, str(folder))
+        return urls
+
+    def _find_remote(self):
+        base = self.where.rpartition("/")[0]
+        if self.where.endswith(".json"):
+            return self._note_samples(self._fetch_json(self.where), self.where, base)
+        index = f"{base}/{INDEX_NAME}"
+        if URL.match(self.where).group().lower() != "pipe:":
+            try:
+                self._note_samples(self._fetch_json(index), index, base)
+            except OSError as error:
+                logger.warning(
+                    "There is no %s (%s): the shards are fetched to count them.", index, _hide(index, error)
+                )
+        return _expand_braces(self.where)
+
+    def _read_index(self, path):
+        """The shards that a local shards.json lists."""
+        urls = self._note_samples(load_json_file(path), path, str(path.parent))
+        missing = [url for url in urls if not os.path.isfile(url)]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of the {len(urls)} shards that {path} names are missing: {', '.join(missing)}. Put them "
+                "there, or take them out of the list."
+            )
+        return urls
+
+    def _note_samples(self, index, path, base):
+        """Remember the counts of a shards.json and return its shards. Raises ValueError if it is none."""
+        shards = index.get("shardlist") if isinstance(index, dict) else None
+        if not isinstance(shards, list) or not all(
+            isinstance(shard, dict)
+            and isinstance(shard.get("url"), str)
+            and isinstance(shard.get("nsamples"), int)
+            and shard["nsamples"] >= 0
+            for shard in shards
+        ):
+            raise ValueError(
+                f'{path} is no list of shards. Expected {{"shardlist": [{{"url": "000.tar", "nsamples": 1000}}, ...]}}.'
+            )
+        # shards lie beside their list: of what it calls them, only the last part counts
+        urls = [os.path.join(base, os.path.basename(shard["url"])) for shard in shards]
+        self._samples.update(zip(urls, (shard["nsamples"] for shard in shards), strict=True))
+        return urls
+
+    def _count(self, number):
+        try:
+            stat = self._use(number, os.stat)
+            identity = (os.path.abspath(self.urls[number]), stat.st_size, stat.st_mtime_ns)
+            cached = cache_path(self.cache_dir, "counts", *identity, suffix=".json")
+            try:
+                return int(cached.read_text())
+            except (OSError, ValueError):
+                samples = len(self.index(number))
+        except BadSample as error:
+            logger.warning("%s", error.message)
+            return 1
+        try:
+            with written_atomically(cached) as file:
+                file.write(str(samples).encode())
+        except OSError as error:  # costs time only
+            logger.warning("Counts of samples are not kept in %s (%s).", self.cache_dir, error)
+        return samples
+
+    # Fetching ------------------------------------------------------------------------------------------------------
+
+    def _local_path(self, url):
+        if not self.remote:
+            return url
+        path = cache_path(self.cache_dir, "shards", url, suffix=".tar")
+        try:
+            os.utime(path)  # used now: the last to be deleted
+            return path
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # of many workers one fetches, the others wait for it
+            if not path.is_file():
+                try:
+                    # the stream is closed first, and that raises when the command behind it failed
+                    with written_atomically(path) as file, _open_url(url) as stream:
+                        shutil.copyfileobj(stream, file, 1024**2)
+                except OSError as error:
+                    raise BadSample(
+                        "shard", f"{_short(url)} cannot be fetched ({_hide(url, error)})"
+                    ) from error
+                self._make_room(path)
+        return path
+
+    def _make_room(self, keep):
+        if self.cache_bytes is None:
+            return
+        files = []
+        for file in keep.parent.glob("*.tar"):
+            with suppress(FileNotFoundError):  # other processes delete as well
+                stat = file.stat()
+                files.append((stat.st_mtime, stat.st_size, file))
+        total = sum(size for _, size, _ in files)
+        for _, size, file in sorted(files):
+            if total > self.cache_bytes and file != keep:
+                total -= size
+                file.unlink(missing_ok=True)
+
+    def _fetch_json(self, url):
+        with _open_url(url) as stream:
+            data = stream.read(MOST_MANIFEST_BYTES)
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{url} is not JSON ({error}). Expected a list of shards.") from error
+
+
+def _short(url):
+    """Folder and name: enough to find a shard again, without the secrets that a signed URL ends in."""
+    folder, _, name = url.partition("?")[0].rpartition("/")
+    return f"{folder.rpartition('/')[2]}/{name}" if folder else name
+
+
+def _hide(url, error):
+    return str(error).replace(url, _short(url))
+
+
+def _webdataset():
+    try:
+        import webdataset
+    except ImportError as error:
+        raise ImportError(
+            "Shards with a range or a URL need the package webdataset: pip install 'kosmos-g-diffusers[train]'"
+        ) from error
+    return webdataset
+
+
+def _open_url(url):
+    return _webdataset().gopen(url, "rb")
+
+
+def _expand_braces(where):
+    if "{" not in where:
+        return [where]
+    return _webdataset().shardlists.expand_urls(where)

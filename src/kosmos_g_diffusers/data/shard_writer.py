@@ -1,0 +1,157 @@
+"""Writes samples as WebDataset shards, in the layout of docs/data.md that `ShardSource` reads."""
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import PIL.Image
+
+from ..files import written_atomically
+from .recipes import check_caption
+from .shard_files import INDEX_NAME
+from .tar_index import index_tar
+
+KEY = re.compile(r"[A-Za-z0-9_-]+")  # no dot: it would begin the extension
+QUALITY = 95
+
+
+class ShardWriter:
+    """Writes shards of `samples_per_shard` samples: FOLDER/PREFIX-000000.tar, PREFIX-000001.tar, ...
+
+    A shard appears under its name only when it is complete. A writer of the same folder and prefix goes on behind the
+    last of them, so a maker that was stopped loses at most the samples of one shard: `written` says how many samples
+    are in complete shards. Processes that write beside each other take prefixes of their own. At the end one of them
+    calls `write_shard_index(folder)`.
+
+        with ShardWriter(folder, prefix="part-00") as writer:
+            writer.write_composition("000017", "a dog on the grass", picture, [("dog", whole, cutout)])
+
+    Args:
+        folder: where to; made if need be.
+        prefix: begins the names of the shards: letters, digits, `_` and `-`.
+        samples_per_shard: 1,000 as in the official files; more for small pictures.
+        quality: of the JPEGs that pictures are stored as. Cut-outs are PNG: their white edges stay white.
+
+    Every `write_*` takes a `key` (letters, digits, `_`, `-`; unique within a shard) and a `note`, a dict that is kept in
+    the JSON and not read by training: where the picture is from, its licence, what made the caption.
+    """
+
+    def __init__(self, folder, prefix="part", samples_per_shard=1000, quality=QUALITY):
+        _check_name("prefix", prefix)
+        self.folder, self.prefix, self.quality = Path(folder), prefix, quality
+        self.samples_per_shard = samples_per_shard
+        shards = sorted(self.folder.glob(f"{prefix}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"))
+        self.written = sum(len(index_tar(shard)) for shard in shards)
+        self._number = int(shards[-1].stem[-6:]) + 1 if shards else 0
+        self._pending = []  # members of the samples of the shard to come
+
+    def write_caption(self, key, caption, target=None, note=None):
+        """A caption and the picture that it describes."""
+        self._add(key, {"caption": check_caption(caption, key)}, {"target": target}, note)
+
+    def write_edit(self, key, edit, pairs, words=None, caption=None, note=None):
+        """An edit instruction with (before, after) pairs of pictures.
+
+        Args:
+            words: what the pictures before the edit show; None if unknown.
+            caption: what the pictures after it show; None if unknown.
+        """
+        record = {"edit": check_caption(edit, key), "input": words, "caption": caption}
+        pictures = {}
+        for number, (source, target) in enumerate(pairs):
+            pictures |= {f"{number}.source": source, f"{number}.target": target}
+        self._add(key, record, pictures, note)
+
+    def write_composition(self, key, caption, target, entities, note=None):
+        """A captioned picture and what it shows.
+
+        Args:
+            entities: (words, picture with its background, picture without) of each; one of the two may be None.
+        """
+        record = {"caption": check_caption(caption, key), "entities": [words for words, _, _ in entities]}
+        pictures = {"target": target}
+        for number, (_, whole, cutout) in enumerate(entities):
+            pictures |= {f"{number}": whole, f"{number}.cutout": cutout}
+        self._add(key, record, pictures, note)
+
+    def write_prompt(self, key, prompt, target=None, caption=None, note=None):
+        """Any prompt of strings and PIL images in reading order, such as a stretch of a document with pictures."""
+        parts, pictures = [], {}
+        for part in prompt:
+            if isinstance(part, PIL.Image.Image):
+                parts.append({"image": str(len(pictures))})
+                pictures[str(len(pictures))] = part
+            else:
+                parts.append(part)
+        self._add(key, {"prompt": parts, "caption": caption}, pictures | {"target": target}, note)
+
+    def close(self):
+        """Write the samples that do not fill a shard."""
+        if self._pending:
+            self._write_shard()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, error, traceback):
+        if error_type is None:  # of a maker that failed, only full shards stay
+            self.close()
+
+    def _add(self, key, record, pictures, note):
+        _check_name("key", key)
+        record = {name: value for name, value in {**record, "note": note}.items() if value is not None}
+        members = {"json": json.dumps(record, ensure_ascii=False).encode()}
+        for name, picture in pictures.items():
+            if picture is not None:
+                ending = "png" if name.endswith(".cutout") else "jpg"
+                members[f"{name}.{ending}"] = self._encode(picture, ending)
+        self._pending.append((key, members))
+        if len(self._pending) == self.samples_per_shard:
+            self._write_shard()
+
+    def _encode(self, picture, ending):
+        buffer = io.BytesIO()
+        if ending == "png":
+            picture.convert("RGB").save(buffer, "PNG")
+        else:
+            picture.convert("RGB").save(buffer, "JPEG", quality=self.quality)
+        return buffer.getvalue()
+
+    def _write_shard(self):
+        path = self.folder / f"{self.prefix}-{self._number:06d}.tar"
+        with written_atomically(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+            for key, members in self._pending:
+                for name, data in members.items():
+                    member = tarfile.TarInfo(f"{key}.{name}")  # time 0: the same samples give the same bytes
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        self.written += len(self._pending)
+        self._number += 1
+        self._pending = []
+
+
+def write_shard_index(folder):
+    """Count the samples of the shards in a folder and list them in its shards.json. Returns its path.
+
+    Raises:
+        ValueError: there are no shards.
+    """
+    folder = Path(folder)
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        raise ValueError(f"There are no .tar files in {folder} to list. Write shards there first.")
+    listed = [
+        {"url": shard.name, "nsamples": len(index_tar(shard)), "filesize": shard.stat().st_size}
+        for shard in shards
+    ]
+    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}
+    with written_atomically(folder / INDEX_NAME) as file:
+        file.write(json.dumps(index, indent=1).encode())
+    return folder / INDEX_NAME
+
+
+def _check_name(what, name):
+    if not KEY.fullmatch(name):
+        raise ValueError(f"The {what} {name!r} was given. Expected letters, digits, '_' and '-'.")

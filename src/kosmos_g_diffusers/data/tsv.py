@@ -1,0 +1,211 @@
+"""The official training data as it is: rows of text and base64 pictures between tabs."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..files import cache_path, default_cache_dir, written_atomically
+from .images import decode_base64_picture
+from .manifest import find_tsv_files
+from .recipes import (
+    BACKGROUND,
+    WORD_DROPOUT,
+    caption_sample,
+    check_caption,
+    composition_sample,
+    edit_sample,
+)
+from .sample import IMAGE_LENGTH, BadSample, FilteredSample
+
+logger = logging.getLogger(__name__)
+
+SCAN_BYTES = 16 * 1024**2
+TEXT_BYTES = 16 * 1024  # the words of a row come first: so much of it tells its length
+MOST_ROW_BYTES = 512 * 1024**2
+LAYOUTS = {
+    "captions": "at least 3: anything, caption, picture[, width, height, ...]",
+    "edits": "an even number, at least 4: input, edit, then (before, after) pictures of each seed",
+    "compositions": "3 and 2 for each tag: caption, tags between commas, picture, then each tag's cut-out with and "
+    "without its background",
+}
+
+
+class TsvSource:
+    """Rows of TSV files. See docs/data.md for the three layouts.
+
+    Args:
+        kind: "captions" (LAION), "edits" (InstructPix2Pix) or "compositions" (OpenImages).
+        where: see `find_tsv_files`.
+        name: for messages; None takes the kind.
+        word_dropout: probability that an edit loses its input caption, or a composition its entities' words.
+        background: probability that an entity is shown with its background.
+        min_side: captioned pictures whose width or height (columns 3 and 4) is smaller are left out; the official
+            loader takes 384 in stage 3. 0 keeps all.
+        cache_dir: where the beginnings of the lines are kept, which take a reading of every file to find.
+
+    Raises:
+        ValueError: no data found, files of a manifest missing, or the first row of a file with the wrong columns.
+    """
+
+    def __init__(
+        self,
+        kind,
+        where,
+        *,
+        name=None,
+        word_dropout=WORD_DROPOUT,
+        background=BACKGROUND,
+        min_side=0,
+        cache_dir=None,
+    ):
+        if kind not in LAYOUTS:
+            raise ValueError(f"TSV rows of kind {kind!r} were asked for. Known: {', '.join(LAYOUTS)}.")
+        self.kind, self.name = kind, name or kind
+        self.word_dropout, self.background, self.min_side = word_dropout, background, min_side
+        self.files = find_tsv_files(where)
+        for file in self.files:
+            self._check_first_row(file)
+        cache_dir = default_cache_dir() if cache_dir is None else cache_dir
+        hide = len(self.files) == 1
+        self.offsets = [
+            line_offsets(file, cache_dir) for file in tqdm(self.files, f"{self.name}: rows", disable=hide)
+        ]
+        self.groups = [len(offsets) - 1 for offsets in self.offsets]
+        self._ends = np.cumsum(self.groups)
+        if not len(self):
+            raise ValueError(f"No data found: the {len(self.files)} TSV files at {where} hold no rows.")
+
+    def __len__(self):
+        return int(self._ends[-1])
+
+    def length(self, index):
+        columns = self._read_row(index, TEXT_BYTES)[0]
+        if self.kind == "captions":
+            return len(columns[1]) if len(columns) > 1 else 0
+        if self.kind == "edits":
+            return len(b"".join(columns[:2])) + IMAGE_LENGTH
+        return len(columns[0]) + IMAGE_LENGTH * (columns[1].count(b",") + 1 if len(columns) > 1 else 0)
+
+    def read(self, index, rng):
+        columns, file, line = self._read_row(index)
+        key = f"{file.parent.name}/{file.name}:{line}"
+        problem = self._column_problem(columns, file, line)
+        if problem:
+            raise BadSample("row", problem)
+        return getattr(self, f"_read_{self.kind}")(columns, key, rng)
+
+    def _read_captions(self, columns, key, rng):
+        caption = check_caption(_text(columns[1], key), key)
+        sides = [int(side) for side in columns[3:5] if side.isdigit()]
+        if len(sides) == 2 and min(sides) < self.min_side:
+            raise FilteredSample(
+                "small", f"{key} is a picture of {sides[0]} x {sides[1]}, a side is under {self.min_side}"
+            )
+        return caption_sample(key, caption, decode_base64_picture(columns[2], key))
+
+    def _read_edits(self, columns, key, rng):
+        pair = 2 + 2 * rng.randrange((len(columns) - 2) // 2)
+        source, target = (decode_base64_picture(column, key) for column in columns[pair : pair + 2])
+        words, edit = (_text(column, key) for column in columns[:2])
+        return edit_sample(key, words, edit, source, target, None, rng, self.word_dropout)
+
+    def _read_compositions(self, columns, key, rng):
+        return composition_sample(
+            key,
+            _text(columns[0], key),
+            [tag.strip() for tag in _text(columns[1], key).split(",")],
+            lambda tag, whole: decode_base64_picture(columns[3 + 2 * tag + (not whole)], key),
+            decode_base64_picture(columns[2], key),
+            rng,
+            self.word_dropout,
+            self.background,
+        )
+
+    def _read_row(self, index, most=None):
+        """(columns as bytes, file, number of the line counted from 1) of row `index`, or of its first `most` bytes."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        row = index - int(self._ends[number]) + self.groups[number]
+        begin, end = (int(offset) for offset in self.offsets[number][row : row + 2])
+        file = self.files[number]
+        if most is None and end - begin > MOST_ROW_BYTES:
+            raise BadSample(
+                "row",
+                f"{file}, line {row + 1}, has {end - begin:,} bytes; at most {MOST_ROW_BYTES:,} are read",
+            )
+        try:
+            with open(file, "rb") as opened:
+                opened.seek(begin)
+                data = opened.read(end - begin if most is None else min(most, end - begin))
+        except OSError as error:
+            raise BadSample("shard", f"{file} cannot be read ({error})") from error
+        return data.rstrip(b"\r\n").split(b"\t"), file, row + 1
+
+    def _check_first_row(self, file):
+        """A wrong first row is a file of another kind, not a damaged row: say so before the training begins."""
+        with open(file, "rb") as opened:
+            row = opened.readline(MOST_ROW_BYTES)
+        problem = self._column_problem(row.rstrip(b"\r\n").split(b"\t"), file, 1) if row else None
+        if problem:
+            raise ValueError(
+                f"{problem}. Is this data of the kind {self.kind!r}? Known: {', '.join(LAYOUTS)}."
+            )
+
+    def _column_problem(self, columns, file, line):
+        """What is wrong with the number of columns, or None."""
+        seen = len(columns)
+        if self.kind == "captions":
+            right = seen >= 3
+        elif self.kind == "edits":
+            right = seen >= 4 and seen % 2 == 0
+        else:
+            right = seen > 3 and seen == 3 + 2 * (columns[1].count(b",") + 1)
+        if right:
+            return None
+        return f"{file}, line {line}, has {seen} columns. Expected {LAYOUTS[self.kind]}"
+
+
+def _text(column, key):
+    try:
+        return column.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSample("row", f"{key} has text that is not UTF-8 ({error})") from error
+
+
+def line_offsets(path, cache_dir):
+    """Where each line of a file begins, and the file's end: int64 array with one entry more than there are lines.
+
+    Kept in `cache_dir` under the file's path, size and time of change.
+    """
+    path = Path(path)
+    stat = path.stat()
+    cached = cache_path(
+        cache_dir, "lines", str(path.resolve()), stat.st_size, stat.st_mtime_ns, suffix=".npy"
+    )
+    try:
+        offsets = np.load(cached)
+        if offsets.ndim == 1 and offsets.dtype == np.int64 and 0 <= offsets[-1] <= stat.st_size:
+            return offsets
+    except (OSError, ValueError, EOFError, IndexError):  # not there yet, or damaged: found again
+        pass
+    offsets = [np.zeros(1, dtype=np.int64)]
+    with open(path, "rb") as file:
+        for begin in range(0, stat.st_size, SCAN_BYTES):
+            block = np.frombuffer(file.read(SCAN_BYTES), dtype=np.uint8)
+            offsets.append(np.flatnonzero(block == ord("\n")) + (begin + 1))
+        offsets = np.concatenate(offsets)
+        if offsets[-1] != stat.st_size:  # no newline behind the last line
+            offsets = np.append(offsets, stat.st_size)
+        while len(offsets) > 1 and offsets[-1] - offsets[-2] <= 2:  # empty lines at the end are no rows
+            file.seek(offsets[-2])
+            if file.read(2).strip(b"\r\n"):
+                break
+            offsets = offsets[:-1]
+    try:
+        with written_atomically(cached) as file:
+            np.save(file, offsets)
+    except OSError as error:  # a cache that cannot be written costs time only
+        logger.warning("The lines of %s are not kept in %s (%s).", path, os.fspath(cache_dir), error)
+    return offsets

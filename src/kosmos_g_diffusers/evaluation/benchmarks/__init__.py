@@ -1,0 +1,1 @@
+"""The benchmarks of `kosmos-g evaluate`, a module each."""

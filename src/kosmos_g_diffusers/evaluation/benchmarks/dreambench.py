@@ -1,0 +1,203 @@
+"""DreamBench: 30 subjects with 25 prompts each, as the Kosmos-G paper (sec. 4.2) and DreamBooth measure them.
+
+Subjects, classes and prompts are those of github.com/google/dreambooth, dataset/prompts_and_classes.txt; the picture of each
+subject is the one that microsoft/unilm keeps, kosmos-g/scripts/remove_dreambench_multiimg.sh. As in its
+eval/dreambench_prompts.py, the model reads `<i> in the jungle` and CLIP-T compares with "a dog in the jungle".
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ..manifest import Task, derive_seed
+
+PROTOCOLS = ("paper", "standard")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SETTINGS = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
+IMAGES_PER_PROMPT = 4
+
+
+class Subject(NamedTuple):
+    class_word: str
+    picture: str  # the one of the paper
+    live: bool = False
+
+
+SUBJECTS = {
+    "backpack": Subject("backpack", "02.jpg"),
+    "backpack_dog": Subject("backpack", "02.jpg"),
+    "bear_plushie": Subject("stuffed animal", "03.jpg"),
+    "berry_bowl": Subject("bowl", "02.jpg"),
+    "can": Subject("can", "01.jpg"),
+    "candle": Subject("candle", "02.jpg"),
+    "cat": Subject("cat", "04.jpg", live=True),
+    "cat2": Subject("cat", "02.jpg", live=True),
+    "clock": Subject("clock", "03.jpg"),
+    "colorful_sneaker": Subject("sneaker", "01.jpg"),
+    "dog": Subject("dog", "02.jpg", live=True),
+    "dog2": Subject("dog", "02.jpg", live=True),
+    "dog3": Subject("dog", "05.jpg", live=True),
+    "dog5": Subject("dog", "00.jpg", live=True),
+    "dog6": Subject("dog", "02.jpg", live=True),
+    "dog7": Subject("dog", "01.jpg", live=True),
+    "dog8": Subject("dog", "04.jpg", live=True),
+    "duck_toy": Subject("toy", "01.jpg"),
+    "fancy_boot": Subject("boot", "02.jpg"),
+    "grey_sloth_plushie": Subject("stuffed animal", "04.jpg"),
+    "monster_toy": Subject("toy", "04.jpg"),
+    "pink_sunglasses": Subject("glasses", "04.jpg"),
+    "poop_emoji": Subject("toy", "00.jpg"),
+    "rc_car": Subject("toy", "03.jpg"),
+    "red_cartoon": Subject("cartoon", "00.jpg"),
+    "robot_toy": Subject("toy", "00.jpg"),
+    "shiny_sneaker": Subject("sneaker", "01.jpg"),
+    "teapot": Subject("teapot", "04.jpg"),
+    "vase": Subject("vase", "02.jpg"),
+    "wolf_plushie": Subject("stuffed animal", "04.jpg"),
+}
+
+SCENES = (
+    "in the jungle",
+    "in the snow",
+    "on the beach",
+    "on a cobblestone street",
+    "on top of pink fabric",
+    "on top of a wooden floor",
+    "with a city in the background",
+    "with a mountain in the background",
+    "with a blue house in the background",
+    "on top of a purple rug in a forest",
+)
+OBJECT_SCENES = (
+    "with a wheat field in the background",
+    "with a tree and autumn leaves in the background",
+    "with the Eiffel Tower in the background",
+    "floating on top of water",
+    "floating in an ocean of milk",
+    "on top of green grass with sunflowers around it",
+    "on top of a mirror",
+    "on top of the sidewalk in a crowded street",
+    "on top of a dirt road",
+    "on top of a white rug",
+)
+LIVE_SCENES = (
+    "wearing a red hat",
+    "wearing a santa hat",
+    "wearing a rainbow scarf",
+    "wearing a black top hat and a monocle",
+    "in a chef outfit",
+    "in a firefighter outfit",
+    "in a police outfit",
+    "wearing pink glasses",
+    "wearing a yellow shirt",
+    "in a purple wizard outfit",
+)
+EDITS = ("red", "purple", "shiny", "wet", "cube shaped")
+N_PROMPTS = len(SCENES) + len(OBJECT_SCENES) + len(EDITS)
+
+PAPER_PUBLISHED = {
+    "Kosmos-G, its paper": {"dino": 0.694, "clip_i": 0.847, "clip_t": 0.287},
+}
+STANDARD_PUBLISHED = {
+    "Kosmos-G, open weights, an independent run": {"dino": 0.618, "clip_i": 0.822, "clip_t": 0.250},
+}
+PUBLISHED = {"paper": PAPER_PUBLISHED, "standard": STANDARD_PUBLISHED}
+
+
+def prompts_of(subject):
+    """25 (prompt with `<i>`, words for CLIP-T) of a name of SUBJECTS."""
+    word, _, live = SUBJECTS[subject]
+    scenes = SCENES + (LIVE_SCENES if live else OBJECT_SCENES)
+    return [
+        *((f"<i> {scene}", f"a {word} {scene}") for scene in scenes),
+        *((f"<i>, {edit}", f"a {edit} {word}") for edit in EDITS),
+    ]
+
+
+def build_tasks(data, protocol, subjects=None, prompts=None, images_per_prompt=IMAGES_PER_PROMPT, seed=0):
+    """The images of a run.
+
+    Args:
+        data: folder with a folder for each subject.
+        protocol: "paper" scores against the picture that the model was given, "standard" against every picture of the
+            subject. Both give it the same picture, so they make the same images.
+        subjects: names out of SUBJECTS; None takes all.
+        prompts: numbers of prompts, from 0 to 24; None takes all.
+        images_per_prompt: as it says.
+        seed: of the run.
+
+    Raises:
+        ValueError: no such protocol, subject or prompt, a folder whose class is not known, folders or pictures that are
+            missing: all of them are named.
+    """
+    data = Path(data)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"There is no protocol {protocol!r}. Known: {', '.join(PROTOCOLS)}.")
+    prompts = range(N_PROMPTS) if prompts is None else prompts
+    wrong = [number for number in prompts if not 0 <= number < N_PROMPTS]
+    if wrong:
+        raise ValueError(f"There are no prompts {wrong}. They are numbered from 0 to {N_PROMPTS - 1}.")
+    if images_per_prompt < 1:
+        raise ValueError(f"{images_per_prompt} images per prompt were asked for. Expected 1 or more.")
+    subjects = _check_subjects(data, subjects)
+    tasks = []
+    for subject in subjects:
+        given = f"{subject}/{SUBJECTS[subject].picture}"
+        references = list_pictures(data, subject) if protocol == "standard" else (given,)
+        rows = prompts_of(subject)
+        for number in prompts:
+            prompt, text = rows[number]
+            for index in range(images_per_prompt):
+                tasks.append(
+                    Task(
+                        id=f"{subject}/{number:02}_{index}",
+                        unit=subject,
+                        row=prompt,
+                        prompt=prompt,
+                        text=text,
+                        pictures=(given,),
+                        references=(references,),
+                        seed=derive_seed(seed, subject, prompt, index),
+                    )
+                )
+    return tuple(tasks)
+
+
+def list_pictures(data, folder):
+    """Paths from `data` of the pictures of a folder, in order of their names."""
+    names = sorted(
+        path.name for path in (Path(data) / folder).iterdir() if path.suffix.lower() in PICTURE_SUFFIXES
+    )
+    return tuple(f"{folder}/{name}" for name in names)
+
+
+def _check_subjects(data, subjects):
+    if not data.is_dir():
+        raise ValueError(
+            f"There is no folder {str(data)!r}. Pass the folder `dataset` of github.com/google/dreambooth."
+        )
+    if subjects is None:
+        strangers = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name[0] != ".")
+        advice = "Move these folders elsewhere, or name the subjects to run with --subjects."
+        subjects = list(SUBJECTS)
+    else:
+        strangers = subjects
+        advice = "Name subjects of the table."
+    strangers = [name for name in strangers if name not in SUBJECTS]
+    if strangers and (data / "dataset").is_dir():
+        raise ValueError(f"The subjects are not in {str(data)!r} but in its folder `dataset`: pass that.")
+    if strangers:
+        raise ValueError(
+            f"The class of {', '.join(strangers)} is not in DreamBench's table, which has {', '.join(SUBJECTS)}. {advice}"
+        )
+    missing = []
+    for subject in subjects:
+        if not (data / subject).is_dir():
+            missing.append(f"{subject}/")
+        elif not (data / subject / SUBJECTS[subject].picture).is_file():
+            missing.append(f"{subject}/{SUBJECTS[subject].picture}")
+    if missing:
+        raise ValueError(
+            f"{len(missing)} folders or pictures are not in {str(data)!r}: {', '.join(missing)}. Complete it from "
+            "github.com/google/dreambooth (folder `dataset`), or name the subjects that are there with --subjects."
+        )
+    return list(dict.fromkeys(subjects))

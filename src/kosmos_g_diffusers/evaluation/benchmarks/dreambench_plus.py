@@ -1,0 +1,178 @@
+"""DreamBench++ (github.com/yuangpeng/dreambench_plus): its data as input, and an exporter for its judge.
+
+Its data folder has `images/<category>/<number>.jpg` and, beside each, `captions/<category>/<number>.txt`: the subject in the
+first line, then a prompt a line. Its judge is a hosted model, which this package does not call. `export` writes what the
+judge's own scripts read, and, with the judge's instructions, the requests themselves.
+"""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+from ...generation.settings import IMAGE_MARK
+from ...processing_kosmos_g import open_image
+from ..images import image_path
+from ..manifest import Manifest, Task, derive_seed, write_text
+
+SETTINGS = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
+IMAGES_PER_PROMPT = 1  # as its own scripts make
+JUDGE_SIZE = (512, 512)  # what its scripts show the judge
+ARTICLES = ("a ", "an ", "the ")
+# kind of request -> files of its repository with the judge's instructions: what the user says, and what the judge is
+# made to answer
+INSTRUCTIONS = {
+    kind: (f"user_prompt_{kind}_full.txt", f"gpt_prompt_{kind}_full.txt")
+    for kind in ("subject", "style", "text")
+}
+
+
+def build_tasks(data, images_per_prompt=IMAGES_PER_PROMPT, seed=0):
+    """The images of a run. The picture takes the place of the subject's words, as Emu2's own runs of the benchmark do.
+
+    `a kitten sitting on a cloud` with the subject `kitten` is read as `<i> sitting on a cloud`: the article goes with it.
+    A prompt that does not name its subject, such as most of those for styles, gets the picture first.
+
+    Raises:
+        ValueError: folders, captions or pictures are missing; all of them are named.
+    """
+    data = Path(data)
+    pictures, captions = (
+        {path.relative_to(data / kind).with_suffix(""): path for path in sorted((data / kind).rglob(pattern))}
+        for kind, pattern in (("images", "*.jpg"), ("captions", "*.txt"))
+    )
+    missing = [f"captions/{name.as_posix()}.txt" for name in pictures if name not in captions]
+    missing += [f"images/{name.as_posix()}.jpg" for name in captions if name not in pictures]
+    if missing or not pictures:
+        what = ", ".join(missing) or "images/<category>/<number>.jpg and captions/<category>/<number>.txt"
+        raise ValueError(f"{str(data)!r} lacks {what}. Pass the data folder of DreamBench++.")
+    texts = {}
+    for name in pictures:
+        lines = [line.strip() for line in captions[name].read_text(encoding="utf-8").splitlines()]
+        texts[name] = [line for line in lines if line]
+    empty = [str(captions[name]) for name, lines in texts.items() if len(lines) < 2]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} files have no prompts: {', '.join(empty)}. Expected the subject in the first line, then a prompt a "
+            "line."
+        )
+    tasks = []
+    for name, picture in pictures.items():
+        subject, *prompts = texts[name]
+        category = name.parent.name
+        category = f"live_subject_{category}" if category in ("animal", "human") else category
+        collection = f"{category}_{name.name}_{'_'.join(subject.lower().split())}"
+        given = picture.relative_to(data).as_posix()
+        for number, text in enumerate(prompts):
+            for index in range(images_per_prompt):
+                prompt = place_picture(text, subject)
+                tasks.append(
+                    Task(
+                        id=f"{_as_id(collection)}/{number}_{index}",
+                        unit=collection,
+                        row=f"prompt {number}",
+                        prompt=prompt,
+                        text=text,
+                        pictures=(given,),
+                        references=((given,),),
+                        seed=derive_seed(seed, collection, prompt, index),
+                        truth={"collection": collection, "number": number, "index": index},
+                    )
+                )
+    return tuple(tasks)
+
+
+def place_picture(text, subject):
+    """Words with the subject's name -> prompt with `<i>` in its place, or before everything."""
+    place = text.lower().find(subject.lower()) if subject else -1
+    if place < 0:
+        return f"{IMAGE_MARK} {text}"
+    before, after = text[:place], text[place + len(subject) :]
+    for article in ARTICLES:
+        if before.lower().endswith(article) and (
+            len(before) == len(article) or not before[-len(article) - 1].isalnum()
+        ):
+            before = before[: -len(article)]
+            break
+    return f"{before}{IMAGE_MARK}{after}"
+
+
+def _as_id(text):
+    return "".join(letter if letter.isalnum() or letter in "_+-." else "-" for letter in text)
+
+
+def export(folder, data, output, instructions=None):
+    """Write a finished run for DreamBench++'s judge.
+
+    Args:
+        folder: of the run.
+        data: the data folder it was made from.
+        output: folder with `src_image`, `text` and `tgt_image` as its scripts read them (put its path into METHODS of
+            their constants.py).
+        instructions: its folder `dreambench_plus/prompts`. With it, `requests.jsonl` is written as well: a line for each
+            question, {"id": ..., "messages": [...]} as chat interfaces take them, pictures included.
+
+    Raises:
+        ValueError: images are missing, or instructions.
+    """
+    output, manifest = Path(output), Manifest.read(folder)
+    missing = [task.id for task in manifest.tasks if not image_path(folder, task).exists()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} images are not made yet, such as {missing[0]}. Finish the run first."
+        )
+    texts = None if instructions is None else read_instructions(instructions)
+    requests = []
+    for task in manifest.tasks:
+        name = f"{task.truth['collection']}/{task.truth['number']}_{task.truth['index']}"
+        source = open_image(Path(data) / task.pictures[0], task.pictures[0])
+        target = open_image(image_path(folder, task), task.id)
+        for kind, picture in (("src_image", source), ("tgt_image", target)):
+            path = output / kind / f"{name}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_as_jpeg(picture))
+        write_text(output / "text" / f"{name}.txt", task.text + "\n")
+        if texts is not None:
+            kind = "style" if task.truth["collection"].startswith("style_") else "subject"
+            source, target = (_as_content(picture.resize(JUDGE_SIZE)) for picture in (source, target))
+            requests.append(_request(f"{name}/concept", texts[kind], [source, target]))
+            words = {"type": "text", "text": task.text}
+            requests.append(_request(f"{name}/prompt", texts["text"], [words, target]))
+    write_text(output / "negative_prompt.txt", "")
+    if texts is not None:
+        write_text(output / "requests.jsonl", "".join(json.dumps(request) + "\n" for request in requests))
+
+
+def read_instructions(folder):
+    """Kind of request -> what the user says, and what the judge is made to answer.
+
+    Raises:
+        ValueError: files are missing; all of them are named.
+    """
+    paths = {kind: [Path(folder) / name for name in names] for kind, names in INSTRUCTIONS.items()}
+    missing = [str(path) for group in paths.values() for path in group if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"The judge's instructions {', '.join(missing)} are not there. Pass dreambench_plus/prompts of its repository."
+        )
+    return {
+        kind: [path.read_text(encoding="utf-8").strip() for path in group] for kind, group in paths.items()
+    }
+
+
+def _request(name, texts, content):
+    messages = [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)
+    ]
+    return {"id": name, "messages": [*messages, {"role": "user", "content": content}]}
+
+
+def _as_jpeg(picture):
+    file = io.BytesIO()
+    picture.save(file, format="JPEG", quality=95)
+    return file.getvalue()
+
+
+def _as_content(picture):
+    url = f"data:image/jpeg;base64,{base64.b64encode(_as_jpeg(picture)).decode('ascii')}"
+    return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}

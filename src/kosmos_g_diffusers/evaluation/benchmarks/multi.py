@@ -1,0 +1,146 @@
+"""Prompts of several subjects: each image is scored against every one of its subjects, and against words.
+
+The data folder holds pictures in folders of any names and `prompts.json`, a list of
+
+    {"prompt": "<i> and <i> in the jungle", "images": ["dog/02.jpg", "can/01.jpg"], "text": "a dog and a can in the jungle"}
+
+- `prompt`: what the model reads, with a `<i>` for each picture;
+- `images`: the pictures, from the data folder;
+- `text`: words that CLIP-T compares with; left out, nothing is compared with words;
+- `references` (may be left out): for each subject a list of pictures that it is scored against, or the name of a folder, all
+  of whose pictures are taken; by default the picture itself.
+
+Lists of the kind that UNO's evaluation uses, {"prompt": "a dog and a can in the jungle", "image_paths": [...]}, are read as
+well when the pictures lie in DreamBench's folders: "a dog" becomes `<i>`, and the prompt itself is the text.
+"""
+
+import json
+from pathlib import Path
+
+from ...generation.settings import IMAGE_MARK
+from ..manifest import Task, derive_seed
+from .dreambench import SUBJECTS, list_pictures
+
+FILE_NAME = "prompts.json"
+EXAMPLE = (
+    'Expected a list such as [{"prompt": "<i> and <i> in the jungle", "images": ["dog/02.jpg", "can/01.jpg"], "text": '
+    '"a dog and a can in the jungle"}], with paths from the data folder; docs/evaluation.md says more.'
+)
+KEYS = {"prompt", "images", "text", "references"}
+UNO_KEYS = {"prompt", "image_paths", "image_tgt_path"}
+
+
+def build_tasks(data, prompts=None, images_per_prompt=4, seed=0):
+    """The images of a run.
+
+    Args:
+        data: folder of the pictures.
+        prompts: JSON file of the format above; None takes `prompts.json` of the data folder.
+        images_per_prompt, seed: as for DreamBench.
+
+    Raises:
+        ValueError: the file is missing or of another format, or pictures are missing; all of them are named.
+    """
+    data = Path(data)
+    path = data / FILE_NAME if prompts is None else Path(prompts)
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file {str(path)!r}. {EXAMPLE}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}). {EXAMPLE}") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} holds no list of prompts. {EXAMPLE}")
+    read = [_read_entry(data, path, number, entry) for number, entry in enumerate(entries)]
+    missing = {name for _, pictures, _, references in read for name in (*pictures, *sum(references, ()))}
+    missing = sorted(name for name in missing if not (data / name).exists())
+    if missing:
+        raise ValueError(
+            f"{len(missing)} pictures are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
+        )
+    tasks = []
+    for number, (prompt, pictures, text, references) in enumerate(read):
+        unit = "+".join(dict.fromkeys(_subject(picture) for picture in pictures)) or "no picture"
+        for index in range(images_per_prompt):
+            tasks.append(
+                Task(
+                    id=f"{number:04}_{index}",
+                    unit=unit,
+                    row=prompt,
+                    prompt=prompt,
+                    text=text,
+                    pictures=pictures,
+                    references=references,
+                    seed=derive_seed(seed, *pictures, prompt, index),
+                )
+            )
+    return tuple(tasks)
+
+
+def _subject(picture):
+    """dog/02.jpg -> dog; dog.jpg -> dog."""
+    path = Path(picture)
+    return path.parent.name or path.stem
+
+
+def _read_entry(data, path, number, entry):
+    where = f"Entry {number} of {path}"
+    if isinstance(entry, dict) and {"prompt", "image_paths"} <= set(entry) <= UNO_KEYS:
+        entry = _from_uno(data, where, entry)
+    if not isinstance(entry, dict) or not {"prompt", "images"} <= set(entry) <= KEYS:
+        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f"{where} has {found}; expected prompt, images and perhaps text and references.")
+    prompt, pictures, text = entry["prompt"], entry["images"], entry.get("text")
+    if not isinstance(prompt, str) or not isinstance(text, str | None):
+        raise ValueError(f"{where}: prompt and text must be strings.")
+    if not _is_list_of_text(pictures) or prompt.count(IMAGE_MARK) != len(pictures):
+        raise ValueError(
+            f"{where}: its prompt has {prompt.count(IMAGE_MARK)} '<i>' marks and images is {pictures!r}. Give the path of one "
+            "picture for each '<i>', in reading order."
+        )
+    references = entry.get("references", [[picture] for picture in pictures])
+    if not isinstance(references, list) or len(references) != len(pictures):
+        raise ValueError(
+            f"{where}: references must be a list with an entry for each of {len(pictures)} pictures."
+        )
+    groups = []
+    for group in references:
+        if isinstance(group, str) and (data / group).is_dir():
+            group = list(list_pictures(data, group))
+        if not _is_list_of_text(group) or not group:
+            raise ValueError(
+                f"{where}: the references {group!r} are no list of pictures and no folder with pictures."
+            )
+        groups.append(tuple(group))
+    for name in (*pictures, *sum(groups, ())):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{where}: {name!r} leads out of the data folder.")
+    return prompt, tuple(pictures), text, tuple(groups)
+
+
+def _is_list_of_text(value):
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def _from_uno(data, where, entry):
+    """Replace "a dog" by `<i>` for each picture, by the class words of DreamBench's table."""
+    prompt, paths = entry["prompt"], entry["image_paths"]
+    if not isinstance(prompt, str) or not _is_list_of_text(paths):
+        raise ValueError(f"{where}: prompt must be a string and image_paths a list of paths.")
+    pictures, marked, start = [], prompt, 0
+    for path in paths:
+        subject, name = Path(path).parts[-2:] if len(Path(path).parts) > 1 else ("", path)
+        if subject not in SUBJECTS:
+            raise ValueError(
+                f"{where}: the class of {path!r} is not in DreamBench's table. Write prompts with <i> instead."
+            )
+        words = f"a {SUBJECTS[subject].class_word}"
+        place = marked.find(words, start)
+        if place < 0:
+            raise ValueError(
+                f"{where}: its prompt does not say {words!r} for {path!r}. Write prompts with <i> instead."
+            )
+        marked = marked[:place] + IMAGE_MARK + marked[place + len(words) :]
+        start = place + len(IMAGE_MARK)
+        pictures.append(f"{subject}/{name}")
+    return {"prompt": marked, "images": pictures, "text": prompt}

@@ -1,0 +1,159 @@
+"""The sprite bench: held-out sprites of the miniature world, drawn by a model and read by rules (sprites/reader.py).
+
+Every prompt shows or names (shape, colour, pattern) triples that no training data has, in the forms that training uses.
+"""
+
+import io
+
+from ...sprites.reader import read
+from ...sprites.source import draw_photo
+from ...sprites.world import (
+    IMAGE_SIZE,
+    Scene,
+    draw_scene_at_random,
+    make_rng,
+    other_colours,
+    recolour,
+    render,
+)
+from ..manifest import Task, derive_seed
+
+KINDS = ("background", "pair", "text", "edit")
+SETTINGS = {"steps": 12, "guidance": 5.0, "scheduler": "dpm", "height": IMAGE_SIZE, "width": IMAGE_SIZE}
+COUNT = 500  # prompts of each kind
+CONTROL = "shuffled"
+NOTE = (
+    "Each number is the share of prompts in which the reader sees it. The control judges the same images by the pictures of "
+    "other prompts: what a model would get that does not look at its pictures."
+)
+
+
+def build_tasks(count=COUNT, seed=0):
+    """Prompts of every kind, and their pictures.
+
+    Returns:
+        (tasks, path of each picture -> its PNG as bytes).
+    """
+    if count < 2:
+        raise ValueError(
+            f"{count} prompts of each kind were asked for. Expected 2 or more: the control shuffles them."
+        )
+    tasks, files = [], {}
+    for kind in KINDS:
+        # judged, as a control, by the truth of another prompt of the kind
+        others = list(range(count))
+        make_rng("sprite bench", seed, kind, CONTROL).shuffle(others)
+        other_of = dict(zip(others, [*others[1:], others[0]], strict=True))
+        scenes = [_draw(kind, number, seed) for number in range(count)]
+        for number, (prompt, text, pictures, truth) in enumerate(scenes):
+            paths = tuple(f"{kind}_{number:04}_{index}.png" for index in range(len(pictures)))
+            files.update({path: _as_png(picture) for path, picture in zip(paths, pictures, strict=True)})
+            control = _shuffle(kind, truth, scenes[other_of[number]][-1])
+            tasks.append(
+                Task(
+                    id=f"{kind}/{number:04}",
+                    unit=f"{kind}/{number:04}",
+                    row=kind,
+                    prompt=prompt,
+                    text=text,
+                    pictures=paths,
+                    references=(),
+                    seed=derive_seed(seed, kind, number, prompt),
+                    truth={"kind": kind, **truth, CONTROL: control},
+                )
+            )
+    return tuple(tasks), files
+
+
+def _draw(kind, number, seed):
+    """(prompt, words for all of it, pictures, truth) of one prompt; truth says what must be seen."""
+    rng = make_rng("sprite bench", seed, kind, number)
+    scene = draw_scene_at_random(rng, 2 if kind == "pair" else 1, held_out=True)
+    while kind == "edit" and not other_colours(scene.sprites[0]):
+        scene = draw_scene_at_random(rng, 1, held_out=True)
+    photos = [draw_photo(sprite, rng) for sprite in scene.sprites]
+    prompt = f"{' and '.join('<i>' for _ in photos)} on a {scene.background} background"
+    if kind == "text":
+        prompt, photos = scene.caption, []
+    elif kind == "edit":
+        edited = Scene((recolour(scene.sprites[0], rng),), scene.background)
+        photos, scene = [render(scene, rng)], edited
+        prompt = f"<i>, {edited.sprites[0].colour}"
+    truth = {"background": scene.background, "sprites": [list(sprite.triple) for sprite in scene.sprites]}
+    return prompt, scene.caption, photos, truth
+
+
+def _shuffle(kind, truth, other):
+    """What would be true if the pictures were those of `other` and the words stayed; None without pictures."""
+    if kind == "text":
+        return None
+    if kind == "edit":  # the new colour is a word, the background part of the picture
+        (_, colour, _), (shape, _, pattern) = truth["sprites"][0], other["sprites"][0]
+        return {"background": other["background"], "sprites": [[shape, colour, pattern]]}
+    return {"background": truth["background"], "sprites": other["sprites"]}
+
+
+def _as_png(picture):
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
+
+
+class ReaderJudge:
+    """Scores of 0 and 1: what the reader sees, against what the prompt asked for.
+
+    Metrics are `<kind>.<attribute>`, and `<kind>.shuffled.<attribute>` for the control: the same image judged by the pictures
+    of another prompt of the kind. It shows what a model would get that never looks at them.
+    """
+
+    name = "reader"
+    identity = {"scorer": "reader"}
+
+    def load(self):
+        """Nothing to load: rules alone."""
+
+    def score(self, tasks, images):
+        """A dict of scores for each task."""
+        results = []
+        for task, image in zip(tasks, images, strict=True):
+            scene, kind, truth = read(image), task.truth["kind"], task.truth
+            scores = {f"{kind}.{name}": value for name, value in judge(kind, scene, truth).items()}
+            if truth[CONTROL] is not None:
+                judged = judge(kind, scene, truth[CONTROL])
+                scores |= {f"{kind}.{CONTROL}.{name}": value for name, value in judged.items()}
+            results.append({name: float(value) for name, value in scores.items()})
+        return results
+
+
+def judge(kind, scene, truth):
+    """What of a truth a read `Scene` fulfils: attribute -> bool.
+
+    One sprite must be there where one was asked for, else none of its attributes counts. Of a pair, each subject counts if some
+    sprite has its shape and colour; both count if two sprites are there, one for each, in any order.
+    """
+    wanted = [tuple(triple) for triple in truth["sprites"]]
+    background = scene.background == truth["background"]
+    if kind == "pair":
+        seen = [sprite.triple[:2] for sprite in scene.sprites]
+        first, second = (triple[:2] for triple in wanted)
+        both = len(seen) == 2 and (seen == [first, second] or seen == [second, first])
+        return {
+            "first": first in seen,
+            "second": second in seen,
+            "both": both,
+            "both in order": seen == [first, second],
+            "background": background,
+        }
+    shape, colour, pattern = wanted[0]
+    seen = scene.sprites[0].triple if len(scene.sprites) == 1 else (None, None, None)
+    found = {
+        "shape": seen[0] == shape,
+        "colour": seen[1] == colour,
+        "pattern": seen[2] == pattern,
+        "background": background,
+    }
+    if kind == "edit":
+        found = {"new colour": found["colour"], "old shape": found["shape"], "old pattern": found["pattern"]}
+        found["background"] = background
+        return {**found, "new colour and old shape": found["new colour"] and found["old shape"]}
+    return {**found, "all": all(found.values())}

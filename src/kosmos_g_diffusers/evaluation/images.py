@@ -1,0 +1,287 @@
+"""The first pass over a manifest: its images, made by any number of processes, going on where a killed run was.
+
+A results folder:
+
+    manifest.jsonl          what is run (manifest.py)
+    words/                  pictures of several prompts, encoded once, as image words
+    images/<id>.png         with prompt, seed and settings inside (settings.py)
+    scores/<scorer>.jsonl   a line for each image (scoring.py)
+    report.json, report.md, plots/, sheets/    (report.py)
+
+Batches are the same in every process and after every kill, and a batch that is incomplete is computed whole. So what is
+written does not depend on who writes it: not even by the rounding with which some kernels tell batches apart.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import PIL.Image
+import torch
+from tqdm.auto import tqdm
+
+from ..generation.generate import load_pipeline
+from ..generation.settings import IMAGE_MARK, GenerationSettings, InputImage, read_settings, write_png
+from ..pipeline_kosmos_g import KosmosGPipeline
+from ..processing_kosmos_g import open_image
+from ..sprites.pretrained import SPRITES
+from .manifest import FILE_NAME, Manifest, hash_folder
+
+COMPONENTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")  # what decides an image
+INSTALL = "pip install 'kosmos-g-diffusers[eval]'"
+
+
+def join_processes(device):
+    """accelerate's `PartialState`: this process alone, or one of those that `accelerate launch` has started.
+
+    Raises:
+        ImportError: accelerate is not installed.
+    """
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise ImportError(f"Evaluation needs the package accelerate: {INSTALL}") from error
+    return PartialState(cpu=torch.device(device).type == "cpu")
+
+
+def gather(state, values):
+    """Lists of all processes, joined."""
+    if state.num_processes == 1:
+        return values
+    from accelerate.utils import gather_object
+
+    return gather_object(values)
+
+
+def identify_model(model):
+    """What tells a model from any other: its weights' SHA-256, or the revision on the Hub.
+
+    Args:
+        model: folder, Hub id, or None for the small model that ships.
+
+    Raises:
+        ValueError: the folder holds no model.
+        OSError: there is no such folder, and nothing of that name can be fetched from the Hub.
+    """
+    if model is None:
+        return {"path": None, "name": "sprites", "sha256": hash_folder(SPRITES, COMPONENTS)}
+    if not Path(model).is_dir():
+        try:
+            snapshot = Path(KosmosGPipeline.download(model, use_safetensors=True))
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"The model {str(model)!r} is no folder and cannot be fetched from the Hub ({error}). Pass the folder that "
+                "kosmos-g convert has written, a Hub id, or no --model for the small one that ships."
+            ) from error
+        return {"path": model, "revision": snapshot.name}
+    if not (Path(model) / "model_index.json").is_file():
+        raise ValueError(
+            f"The folder {str(model)!r} holds no model: it has no model_index.json. Pass the folder that kosmos-g convert "
+            "has written."
+        )
+    return {"path": str(model), "sha256": hash_folder(model, COMPONENTS)}
+
+
+def open_folder(folder, manifest):
+    """Write the manifest into a new results folder, or check that the folder holds this very run.
+
+    Raises:
+        ValueError: it holds a run of other settings, or something else.
+    """
+    folder = Path(folder)
+    if (folder / FILE_NAME).exists():
+        left = sum(not image_path(folder, task).exists() for task in manifest.tasks)
+        found = Manifest.read(folder)
+        found.check_same(manifest, left)
+        for part in folder.rglob(".*.part"):  # of a write that was killed
+            part.unlink()
+        return
+    if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
+        raise ValueError(
+            f"{str(folder)!r} is there and is no results folder. Pass another --output, or empty it."
+        )
+    manifest.write(folder)
+
+
+def image_path(folder, task):
+    return Path(folder) / "images" / f"{task.id}.png"
+
+
+# Images --------------------------------------------------------------------------------------------------------------
+
+
+def generate(folder, manifest, state, device, repair=False):
+    """Make the images that are not there.
+
+    Args:
+        folder: results folder that `open_folder` has accepted.
+        state: of `join_processes`.
+        device: where to, if this process is alone; several take one each of the kind that `state` knows.
+        repair: make images again that cannot be read.
+
+    Returns:
+        Number of images that this process has made.
+
+    Raises:
+        ValueError: images cannot be read, or have other settings; all of them are named.
+    """
+    folder = Path(folder)
+    _check_images(folder, manifest, state, repair)
+    batch_size = manifest.conditions["batch_size"]
+    missing = [not image_path(folder, task).exists() for task in manifest.tasks]
+    todo = [
+        tasks
+        for number, tasks in enumerate(manifest.chunks(batch_size))
+        if any(missing[number * batch_size : (number + 1) * batch_size])
+    ]
+    state.wait_for_everyone()  # nobody writes before all have looked
+    if not todo:
+        return 0
+    settings = _base_settings(manifest, device if state.num_processes == 1 else state.device)
+    pipe = load_pipeline(settings)
+    pipe.register_modules(safety_checker=None)  # it paints pictures black, and the paper's code has none
+    pipe.set_progress_bar_config(disable=True)
+    words = _prepare_words(pipe, folder, manifest, state)
+    made = 0
+    mine = todo[state.process_index :: state.num_processes]
+    for tasks in tqdm(mine, desc="batches of images", disable=not state.is_main_process):
+        for task, image in zip(tasks, _draw(pipe, manifest, tasks, words), strict=True):
+            path = image_path(folder, task)
+            if path.exists():
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_png(image, path, _settings_of(settings, folder, manifest, task, image))
+            made += 1
+    state.wait_for_everyone()
+    return made
+
+
+def repeated_pictures(manifest):
+    """Pictures that stand in several prompts: encoded once and for all, as image words."""
+    prompts = {}
+    for task in manifest.tasks:
+        for path in task.pictures:
+            prompts.setdefault(path, set()).add(task.prompt)
+    return [path for path, found in prompts.items() if len(found) > 1]
+
+
+def _prepare_words(pipe, folder, manifest, state):
+    """Encode repeated pictures, each in one process, and give them all to `pipe`; path -> image word."""
+    digests = {manifest.pictures[path]: path for path in repeated_pictures(manifest)}
+    files = {digest: folder / "words" / f"{digest[:16]}.safetensors" for digest in digests}
+    missing = [digest for digest, path in files.items() if not path.exists()]
+    state.wait_for_everyone()
+    if digests:
+        (folder / "words").mkdir(exist_ok=True)
+    for digest in missing[state.process_index :: state.num_processes]:
+        picture = open_image(Path(manifest.data) / digests[digest], digests[digest])
+        pipe.add_image_word(_word(digest), picture)
+        pipe.save_image_words(files[digest], [_word(digest)])
+    state.wait_for_everyone()
+    for digest, path in files.items():
+        if _word(digest) not in pipe.image_words:
+            try:
+                pipe.load_image_words(path)
+            except ValueError as error:
+                raise ValueError(f"{error} Delete {path}, and it is made again.") from error
+    return {path: _word(digest) for path, digest in manifest.pictures.items() if digest in digests}
+
+
+def _word(digest):
+    return f"<picture-{digest[:16]}>"
+
+
+def _draw(pipe, manifest, tasks, words):
+    """Images of one batch, each from a generator of its own."""
+    prompts, pictures = [], []
+    for task in tasks:
+        prompt, *rest = task.prompt.split(IMAGE_MARK)
+        paths = []
+        for path, stretch in zip(task.pictures, rest, strict=True):
+            prompt += words.get(path, IMAGE_MARK) + stretch
+            if path not in words:
+                paths.append(path)
+        prompts.append(prompt)
+        pictures.append([open_image(Path(manifest.data) / path, path) for path in paths])
+    settings = manifest.settings
+    return pipe(
+        prompts,
+        images=pictures,
+        height=settings["height"],
+        width=settings["width"],
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance"],
+        generator=[torch.Generator("cpu").manual_seed(task.seed) for task in tasks],
+    ).images
+
+
+def _base_settings(manifest, device):
+    settings = manifest.settings
+    return GenerationSettings(
+        prompt="",
+        model=manifest.model["path"],
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        scheduler=settings["scheduler"],
+        dtype=settings["dtype"],
+        device=str(device),
+        versions=manifest.conditions["versions"],
+    )
+
+
+def _settings_of(base, folder, manifest, task, image):
+    """What is written into the image, so that `kosmos-g generate --from` can make it alone."""
+    data, home = Path(manifest.data), image_path(folder, task).parent
+    pictures = tuple(
+        InputImage(
+            # pictures of the run itself are found from the image, wherever the run is taken
+            Path(os.path.relpath(data / path, home)).as_posix()
+            if data.parent == folder
+            else str(data / path),
+            manifest.pictures[path],
+        )
+        for path in task.pictures
+    )
+    return replace(
+        base,
+        prompt=task.prompt,
+        images=pictures,
+        seed=task.seed,
+        height=image.height,
+        width=image.width,
+        device=manifest.conditions["device"],  # not which one of them
+    )
+
+
+def _check_images(folder, manifest, state, repair):
+    """Look at every image that is there; with `repair`, delete those that cannot be read."""
+    damaged, foreign = [], []
+    for task in manifest.tasks[state.process_index :: state.num_processes]:
+        path = image_path(folder, task)
+        if not path.exists():
+            continue
+        try:
+            with PIL.Image.open(path, formats=["PNG"]) as image:
+                image.verify()  # check sums; it closes the file
+            with PIL.Image.open(path, formats=["PNG"]) as image:
+                image.load()
+            settings = read_settings(path)
+        except (OSError, SyntaxError, ValueError) as error:
+            damaged.append(f"{path} ({error})")
+            if repair:
+                path.unlink()
+            continue
+        expected = {name: manifest.settings[name] for name in ("steps", "guidance", "scheduler", "dtype")}
+        expected |= {"prompt": task.prompt, "seed": task.seed}
+        if any(getattr(settings, name) != value for name, value in expected.items()):
+            foreign.append(str(path))
+    damaged, foreign = gather(state, damaged), gather(state, foreign)
+    if foreign:
+        raise ValueError(
+            f"{len(foreign)} images were made with other settings: {', '.join(foreign)}. Runs are never mixed: delete these "
+            "files, or pass another --output."
+        )
+    if damaged and not repair:
+        raise ValueError(
+            f"{len(damaged)} images cannot be read: {', '.join(damaged)}. Pass --repair to make them again."
+        )

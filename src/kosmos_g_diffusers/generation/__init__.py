@@ -1,0 +1,1 @@
+"""From settings to images and files: what `kosmos-g generate` and the app draw with."""

@@ -1,0 +1,303 @@
+"""From settings to images and files: what `kosmos-g generate` does once its flags are read, and `kosmos-g app`."""
+
+import pickle
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+
+from ..control.controls import control_image, first_sentence, load_controlnet, open_control
+from ..pipeline_kosmos_g import DTYPE_KEYWORD, KosmosGControlNetPipeline, KosmosGPipeline
+from ..sprites.pretrained import SPRITES, load_sprites_controlnet
+from .schedulers import make_scheduler
+from .settings import grid_of, output_paths, write_png
+
+LORA_NAME = "lora"  # of the adapter in the U-Net
+UNET_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt")  # of files; a Hub id has none of them
+
+
+def default_device():
+    """The accelerator of this machine, or "cpu"."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def check_device(device):
+    """ValueError if this machine has no such device."""
+    if torch.device(device).type not in ("cpu", default_device()):
+        raise ValueError(f"The device {str(device)!r} is not there; {default_device()!r} is. Pass --device.")
+
+
+def load_pipeline(settings):
+    """Load the model that the settings name, on their device, with their scheduler.
+
+    Raises:
+        ValueError: the device is not there, or there is nothing to offload from.
+        OSError: the model cannot be loaded.
+    """
+    device = torch.device(settings.device)
+    check_device(device)
+    if settings.offload != "none" and device.type == "cpu":
+        raise ValueError(
+            f"Offload {settings.offload!r} saves memory of an accelerator, and the device is the CPU."
+        )
+    dtype = getattr(torch, settings.dtype)
+    pipe = load_model(settings.model, dtype)
+    if settings.unet is not None:
+        pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, dtype, pipe.unet))
+    if settings.lora is not None:
+        add_lora(pipe, settings.lora, settings.lora_scale)
+    for words in settings.image_words:
+        pipe.load_image_words(words.find(Path(), "Run the command where it is."))
+    if settings.controls:
+        controlnets = [load_control(settings, index) for index in range(len(settings.controls))]
+        pipe = with_controlnets(pipe, controlnets)
+    if settings.scheduler is not None:
+        pipe.scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
+    if settings.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif settings.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def load_model(model, dtype):
+    """The pipeline of a folder or Hub id, on the CPU; None is the small model that ships."""
+    # Kosmos-G folders never hold pickle files; refuse to load any
+    return KosmosGPipeline.from_pretrained(model or SPRITES, use_safetensors=True, **{DTYPE_KEYWORD: dtype})
+
+
+def load_unet(source, dtype, like):
+    """A U-Net that takes the place of a model's.
+
+    Args:
+        source: folder or Hub id of a U-Net or of a Stable Diffusion, in diffusers' format; or a single .safetensors or .ckpt
+            file, as fine-tunes are shared, a whole checkpoint or the U-Net alone.
+        like: the U-Net whose place it takes. A single file holds weights alone; the layers are those of this one.
+
+    Raises:
+        ValueError: there is no such U-Net, or it cannot be read.
+    """
+    path = Path(source)
+    if not path.exists() and (
+        str(source).count("/") != 1 or path.is_absolute() or path.suffix in UNET_SUFFIXES
+    ):
+        raise ValueError(
+            f"There is no U-Net at {str(source)!r}. Pass a folder in diffusers' format, a .safetensors or .ckpt file, or a "
+            "Hub id."
+        )
+    try:
+        if path.is_file():
+            with tempfile.TemporaryDirectory() as config:
+                like.save_config(config)
+                load = partial(UNet2DConditionModel.from_single_file, str(path), config=config)
+                unet = load(**{DTYPE_KEYWORD: dtype})
+            if any(parameter.is_meta for parameter in unet.parameters()):
+                raise ValueError("weights are missing in it")
+            return unet
+        load = partial(UNet2DConditionModel.from_pretrained, str(source), **{DTYPE_KEYWORD: dtype})
+        if path.is_dir():
+            return load(subfolder="unet" if (path / "unet").is_dir() else None)
+        try:
+            return load(subfolder="unet")
+        except OSError:  # a repository of a U-Net alone
+            return load()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        NotImplementedError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise ValueError(
+            f"The U-Net {str(source)!r} cannot be loaded ({first_sentence(error)}). Take one made for the same Stable "
+            "Diffusion, with 4 input channels; if it is on the Hub, run where there is a network."
+        ) from error
+
+
+def add_lora(pipe, source, scale):
+    """Let a LoRA act on the U-Net of a pipeline.
+
+    Args:
+        source: a file, a folder or a Hub id.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: there is no such LoRA, or it does not fit.
+    """
+    unreadable = (OSError, SafetensorError, pickle.UnpicklingError)
+    if not Path(source).exists():  # on the Hub, perhaps; offline, diffusers asks for an argument of its own
+        unreadable += (ValueError,)
+    try:
+        pipe.load_lora_weights(source, adapter_name=LORA_NAME)
+    except unreadable as error:
+        raise ValueError(
+            f"The LoRA {str(source)!r} cannot be loaded ({first_sentence(error)}). Pass a .safetensors file, or the Hub id "
+            "of one where there is a network."
+        ) from error
+    pipe.set_adapters([LORA_NAME], [float(scale)])
+
+
+def load_control(settings, index):
+    """The ControlNet of a control; the small model that ships has one of its own."""
+    control = settings.controls[index]
+    if settings.model is None and control.controlnet is None:
+        return load_sprites_controlnet(control.name, getattr(torch, settings.dtype))
+    return load_controlnet(control.controlnet or control.name, getattr(torch, settings.dtype))
+
+
+def with_controlnets(pipe, controlnets):
+    """The pipeline that draws under these ControlNets, with the components of `pipe`."""
+    controlnet = controlnets if len(controlnets) > 1 else controlnets[0]
+    return KosmosGControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
+
+
+def control_arguments(settings, pictures, short_side):
+    """What a ControlNet pipeline is called with for the controls of the settings.
+
+    The image gets the size that the settings ask for; else that of a control image that is ready; else the shape of the
+    first picture, its shorter side `short_side` pixels. Annotators run on the CPU, so that every device gets the same
+    control image.
+
+    Args:
+        pictures: for each control the path of its picture, or of the control image itself.
+
+    Raises:
+        ValueError: a picture or a control image does not fit that size; see also `control_image`.
+    """
+    controls = list(zip(settings.controls, pictures, strict=True))
+    images = [open_control(control.name, path) if control.ready else None for control, path in controls]
+    size = (settings.height, settings.width)
+    if size == (None, None):
+        size = next((_size_of(image) for image in images if image is not None), size)
+    for index, (control, path) in enumerate(controls):
+        if images[index] is None:
+            height, width = size
+            images[index] = control_image(
+                control.name, path, height=height, width=width, short_side=short_side
+            )
+        own = _size_of(images[index])
+        if any(side not in (None, own_side) for side, own_side in zip(size, own, strict=True)):
+            raise ValueError(
+                f"The control image {str(path)!r} has the height and width {own}, and an image of {size} is made. Pass "
+                "control images of one size, and --height and --width, if at all, of that size."
+            )
+        size = own
+    lists = {
+        "image": images,
+        "controlnet_conditioning_scale": [float(control.scale) for control, _ in controls],
+        "control_guidance_start": [float(control.start) for control, _ in controls],
+        "control_guidance_end": [float(control.end) for control, _ in controls],
+    }
+    if len(controls) == 1:  # a single ControlNet takes no lists
+        lists = {name: values[0] for name, values in lists.items()}
+    return {"height": size[0], "width": size[1], **lists}
+
+
+def _size_of(image):
+    """PIL image or tensor (1, 3, H, W) -> (H, W)."""
+    return tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else (image.height, image.width)
+
+
+def generate_images(pipe, settings, pictures, control_pictures=()):
+    """Make the images of a run, one after the other, and yield each with settings that make it alone.
+
+    Args:
+        pictures: what `images=` of the pipeline takes, one picture for each `<i>` of the prompt.
+        control_pictures: see `control_arguments`.
+    """
+    arguments = size_arguments(pipe, settings, control_pictures)
+    arguments.update(prompt_arguments(pipe, settings, pictures))
+    yield from draw_images(pipe, settings, arguments)
+
+
+def size_arguments(pipe, settings, control_pictures=()):
+    """What a pipeline is called with for the size of an image and its controls, if there are any."""
+    # diffusers ignores a height without a width, and the other way round
+    sides = pipe.unet.config.sample_size
+    height, width = (
+        side * pipe.vae_scale_factor for side in ((sides, sides) if isinstance(sides, int) else sides)
+    )
+    if settings.controls:
+        return control_arguments(settings, control_pictures, min(height, width))
+    return {"height": settings.height or height, "width": settings.width or width}
+
+
+def prompt_arguments(pipe, settings, pictures):
+    """What a pipeline is called with for the prompts of the settings, encoded."""
+    with torch.no_grad():
+        prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(
+            settings.prompt,
+            images=pictures,
+            negative_prompt=settings.negative_prompt,
+            do_classifier_free_guidance=settings.guidance > 1,
+        )
+    return {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+
+
+def draw_images(pipe, settings, arguments, callback_on_step_end=None):
+    """Call a pipeline for each image of a run, and yield the image with settings that make it alone.
+
+    Image k has a generator of its own, seeded with `settings.seed + k`, and a pipeline call of its own: in a batch
+    the same image would differ by rounding. So the settings that come with it give the same pixels again, bit for
+    bit, on the same machine with the same package versions.
+
+    Args:
+        arguments: of `size_arguments` and `prompt_arguments`, together.
+        callback_on_step_end: as diffusers calls it; None shows a progress bar on the terminal instead.
+    """
+    size = {name: arguments[name] for name in ("height", "width")}
+    for index in range(settings.num_images):
+        seed = settings.seed + index
+        pipe.set_progress_bar_config(
+            desc=f"image {index + 1} of {settings.num_images}, seed {seed}",
+            disable=callback_on_step_end is not None,
+        )
+        image = pipe(
+            **arguments,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            callback_on_step_end=callback_on_step_end,
+        ).images[0]
+        yield image, replace(settings, seed=seed, num_images=1, index=index, **size)
+
+
+def generate_files(settings, pictures, output, overwrite=False, control_pictures=()):
+    """Load the model, make the images and write them; yields each path once its file is whole.
+
+    Args:
+        pictures, control_pictures: as in `generate_images`.
+        output: a path ending in .png. One image goes there; several go to `<stem>_0.png`, `<stem>_1.png`, ..., and a
+            grid of them to `output`, with the settings of the whole run.
+        overwrite: replace files that are there.
+
+    Raises:
+        ValueError, OSError: see `load_pipeline` and the pipeline. Nothing is written then.
+        FileExistsError: a file of the run is there already. No model has been loaded then.
+    """
+    paths = output_paths(output, settings.num_images)
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise FileExistsError(
+            f"{', '.join(existing)} would be overwritten. Pass --force, or another --output."
+        )
+    if not paths[0].parent.is_dir():
+        raise ValueError(f"There is no folder {str(paths[0].parent)!r} to write into. Make it first.")
+    pipe = load_pipeline(settings)
+    images = []
+    made = generate_images(pipe, settings, pictures, control_pictures)
+    for (image, image_settings), path in zip(made, paths, strict=False):
+        write_png(image, path, image_settings, overwrite)
+        images.append(image)
+        yield path
+    if len(images) > 1:
+        run_settings = replace(settings, height=image.height, width=image.width, index=None)
+        write_png(grid_of(images), paths[-1], run_settings, overwrite)
+        yield paths[-1]

@@ -1,0 +1,114 @@
+"""One run on the worker's thread: from settings to PNGs, with what can be seen of it meanwhile."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..generation.generate import draw_images, prompt_arguments, size_arguments
+from ..generation.settings import write_png
+from .errors import at
+from .preview import data_uri
+from .store import open_picture
+
+PREVIEWS = 10  # of an image, at most
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. Replaced as a whole, never changed, so that other threads can read it."""
+
+    phase: str
+    step: int = 0  # of the whole run
+    steps: int = 0
+    images: tuple = ()  # paths of those that are written
+    num_images: int = 1
+    seconds_left: float | None = None
+    preview: str | None = None  # of the image being drawn, as a data: URI
+
+
+class Drawing:
+    """The job of a run: called with its ticket it returns the paths of the images.
+
+    Args:
+        models, store: of the app.
+        settings: whose model, U-Net and LoRA are names of what `models` offers.
+        pictures, control_pictures, words: paths of the files that the settings name, in their order.
+    """
+
+    def __init__(self, models, store, settings, pictures, control_pictures, words):
+        self.models, self.store, self.settings = models, store, settings
+        self.pictures, self.control_pictures, self.words = pictures, control_pictures, words
+
+    def __call__(self, ticket):
+        settings, paths = self.settings, []
+        ticket.progress = Progress("getting the model ready", num_images=settings.num_images)
+        pipe = self.models.prepare(settings)
+        try:
+            with self.models.image_words(self.words):
+                arguments = self._read_inputs(pipe)
+            ticket.check()
+            follow = _Follower(ticket, settings, self.models.preview, paths)
+            with at("run"):
+                for image, image_settings in draw_images(pipe, settings, arguments, follow):
+                    path = self.store.new_image()
+                    write_png(image, path, image_settings)
+                    paths.append(path)
+                    follow.image_is_done()
+        finally:
+            # a run that ends in the middle leaves diffusers' offloading hooks where they were
+            pipe.maybe_free_model_hooks()
+        return tuple(paths)
+
+    def _read_inputs(self, pipe):
+        with at("controls"):
+            arguments = size_arguments(pipe, self.settings, self.control_pictures)
+        # opened here, so that the library's errors name no file of the server
+        pictures = [open_picture(path, "pictures") for path in self.pictures]
+        with at("negative_prompt"):
+            pipe._processor()(pipe._parse_negative(self.settings.negative_prompt, None, 1))
+        with at("prompt"):
+            arguments.update(prompt_arguments(pipe, self.settings, pictures))
+        return arguments
+
+
+class _Follower:
+    """diffusers' callback at the end of each step: stops a run that was given up, and says how far it is.
+
+    An exception ends the pipeline at once. Its own `interrupt` would go through the steps that are left without drawing,
+    and then decode: seconds on a CPU, for an image that nobody wants.
+    """
+
+    def __init__(self, ticket, settings, preview, paths):
+        self.ticket, self.settings, self.preview, self.paths = ticket, settings, preview, paths
+        self.planned = settings.steps  # of an image; schedulers of second order take more
+        self.started, self.done, self.picture = time.monotonic(), 0, None
+        self._tell()
+
+    def __call__(self, pipe, step, timestep, tensors):
+        self.ticket.check()
+        self.planned = pipe.num_timesteps
+        self.done += 1
+        if step % max(1, self.planned // PREVIEWS) == 0:
+            with torch.no_grad():
+                self.picture = data_uri(self.preview(tensors["latents"]))
+        self._tell()
+        return {}
+
+    def image_is_done(self):
+        self.picture = None
+        self._tell()
+        self.ticket.check()
+
+    def _tell(self):
+        steps = self.planned * self.settings.num_images
+        elapsed = time.monotonic() - self.started
+        self.ticket.progress = Progress(
+            "drawing",
+            min(self.done, steps),
+            steps,
+            tuple(self.paths),
+            self.settings.num_images,
+            elapsed / self.done * (steps - self.done) if self.done else None,
+            self.picture,
+        )

@@ -1,0 +1,208 @@
+"""The models, U-Nets and LoRAs that the app offers, and the pipeline made of those that a run asks for.
+
+A client chooses by name out of what was found in the given folders when the app started; names are never paths.
+"""
+
+import contextlib
+import json
+import logging
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from ..control.controls import CONTROLS
+from ..generation.generate import LORA_NAME, add_lora, load_control, load_model, load_unet, with_controlnets
+from ..generation.schedulers import make_scheduler
+from ..sprites.pretrained import SPRITES_CONTROL
+from .errors import FieldError, at
+from .preview import LatentPreview
+
+logger = logging.getLogger(__name__)
+
+BUILTIN = "sprites"  # what there is without a folder; settings call it None
+OWN = "the model's own"  # choice of U-Net and of scheduler
+NO_LORA = "none"
+CONTROLNETS_KEPT = 3  # in memory after a run
+SMALL_SIDE = 128  # pixels; models that draw no more take sprites as examples, not photos
+
+
+class Models:
+    """What is offered, by name; and what is loaded, which only the thread that draws may touch.
+
+    Args:
+        model_folders: Kosmos-G folders; none of them means the small model that needs no folder.
+        lora_folder: of .safetensors files.
+        unet_folder: of folders in diffusers' format.
+        device, dtype: of every model; dtype as settings name it.
+
+    Raises:
+        ValueError: a folder that is not there.
+    """
+
+    def __init__(self, model_folders=(), lora_folder=None, unet_folder=None, device="cpu", dtype="float32"):
+        self.device, self.dtype = device, dtype
+        folders = [_folder(path, "model") for path in model_folders]
+        for folder in folders:
+            if not (folder / "model_index.json").is_file():
+                raise ValueError(
+                    f"There is no model in {str(folder)!r}. Pass a folder that kosmos-g convert wrote."
+                )
+        self.models = _by_name(folders) or {BUILTIN: None}
+        loras = sorted(_folder(lora_folder, "LoRA").glob("*.safetensors")) if lora_folder else []
+        self.loras = {NO_LORA: None, **_by_name(loras)}
+        unets = sorted(_folder(unet_folder, "U-Net").iterdir()) if unet_folder else []
+        self.unets = {OWN: None, **_by_name(folder for folder in unets if folder.is_dir())}
+        self.default = next(iter(self.models))
+        self.state = "waiting"  # then "loading", then "ready" or "failed"
+        self.problem = None  # why it failed
+        self.preview = None  # LatentPreview of the loaded VAE
+        self.pipe = None
+        self._model = self._unet = self._lora = None  # names of what is loaded
+        self._own_unet = self._own_scheduler = None
+        self._controlnets = OrderedDict()  # kind of control -> ControlNet
+
+    def is_builtin(self, name):
+        """Whether this is the small model that needs no folder."""
+        return self.models[name] is None
+
+    def is_small(self, name):
+        """Whether a model draws images so small that sprites suit it."""
+        folder = self.models[name]
+        if folder is None:
+            return True
+        try:
+            unet, vae = (
+                json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+                for part in ("unet", "vae")
+            )
+            return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1) <= SMALL_SIDE
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def controls(self, name):
+        """Kinds of control that there are ControlNets for, with a model."""
+        return (SPRITES_CONTROL,) if self.is_builtin(name) else tuple(CONTROLS)
+
+    def load(self, name):
+        """Load a model in the place of the one that is loaded.
+
+        Raises:
+            FieldError: it cannot be loaded; then none is.
+        """
+        if name == self._model:
+            return
+        self.state, self.pipe, self.preview, self._model = "loading", None, None, None
+        self._own_unet = self._own_scheduler = self._unet = self._lora = None
+        self._controlnets.clear()
+        try:
+            with at("model"):
+                try:
+                    pipe = load_model(self.models[name], getattr(torch, self.dtype))
+                except (OSError, SafetensorError) as error:  # files that are missing or damaged
+                    raise ValueError(f"The model {name!r} cannot be loaded: {error}") from error
+                pipe.to(self.device)
+                self.preview = LatentPreview(pipe.vae)
+        except FieldError as error:
+            self.state, self.problem = "failed", error.message
+            raise
+        self._own_unet, self._own_scheduler = pipe.unet, pipe.scheduler
+        self.pipe, self._model, self._unet, self._lora = pipe, name, OWN, NO_LORA
+        self.state = "ready"
+
+    def prepare(self, settings):
+        """The pipeline that draws these settings, whose model, U-Net and LoRA are names of what is offered.
+
+        Raises:
+            FieldError: something of it cannot be loaded or does not fit; the next run finds things as they were.
+        """
+        self.load(settings.model or self.default)
+        self._set_unet(settings.unet or OWN)
+        self._set_lora(settings.lora or NO_LORA, settings.lora_scale)
+        pipe = self.pipe
+        if settings.controls:
+            with at("controls"):
+                pipe = with_controlnets(pipe, self._find_controlnets(settings))
+                pipe._check_widths()
+        if settings.scheduler is None:
+            pipe.scheduler = self._own_scheduler
+        else:
+            pipe.scheduler = make_scheduler(settings.scheduler, self._own_scheduler.config)
+        return pipe
+
+    def _set_unet(self, name):
+        if name == self._unet:
+            return
+        self._set_lora(NO_LORA, 1.0)
+        with at("unet"):
+            if name == OWN:
+                unet = self._own_unet
+            else:
+                unet = load_unet(self.unets[name], getattr(torch, self.dtype), self._own_unet).to(self.device)
+            if unet.config.cross_attention_dim != self._own_unet.config.cross_attention_dim:
+                raise ValueError(
+                    f"The U-Net {name!r} reads states of width {unet.config.cross_attention_dim}, the model gives "
+                    f"{self._own_unet.config.cross_attention_dim}. Choose a U-Net made for the same Stable Diffusion."
+                )
+            self.pipe.register_modules(unet=unet)
+        self._unet = name
+
+    def _set_lora(self, name, scale):
+        if name != self._lora:
+            if self._lora != NO_LORA:
+                self.pipe.unload_lora_weights()
+                self._lora = NO_LORA
+            if name != NO_LORA:
+                with at("lora"):
+                    path = self.loras[name]
+                    try:
+                        add_lora(self.pipe, path, scale)
+                    except ValueError as error:  # visitors know it by its name
+                        raise ValueError(str(error).replace(str(path), name)) from error
+                self._lora = name
+        elif name != NO_LORA:
+            self.pipe.set_adapters([LORA_NAME], [float(scale)])
+
+    def _find_controlnets(self, settings):
+        found = []
+        for index, control in enumerate(settings.controls):
+            if control.name not in self._controlnets:
+                self._controlnets[control.name] = load_control(settings, index).to(self.device)
+            self._controlnets.move_to_end(control.name)
+            found.append(self._controlnets[control.name])
+        while len(self._controlnets) > max(CONTROLNETS_KEPT, len(found)):
+            self._controlnets.popitem(last=False)
+        return found
+
+    @contextlib.contextmanager
+    def image_words(self, paths):
+        """Image words of files, known to the loaded model as long as the block lasts: sessions must not share them."""
+        before = set(self.pipe.image_words)
+        try:
+            with at("words"):
+                for path in paths:
+                    self.pipe.load_image_words(path)
+            yield self.pipe
+        finally:
+            for word in set(self.pipe.image_words) - before:
+                self.pipe.remove_image_word(word)
+
+
+def _folder(path, what):
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {str(path)!r} to look for a {what} in. Pass one that is there.")
+    return folder.resolve()
+
+
+def _by_name(paths):
+    """Paths by their last part; where two are called the same, the second is `name (2)`."""
+    named = {}
+    for path in paths:
+        name, count = path.name, 1
+        while name in named:
+            count += 1
+            name = f"{path.name} ({count})"
+        named[name] = path
+    return named

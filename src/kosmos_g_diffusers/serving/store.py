@@ -1,0 +1,154 @@
+"""The output folder of the app: images, and the pictures and image words that they were made from.
+
+    images/20270131-235959-1f2e3d4c5b6a.png   what was made; the name cannot be guessed
+    inputs/<sha256>.png                       what it was made from, named by its contents
+    uploads/                                  of gradio; a day later they are deleted
+
+Settings name inputs by their path from an image, so that `kosmos-g generate --from` finds them too. A client names
+files by their contents alone: no string of a client is ever taken as a path.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+import PIL.Image
+import PIL.ImageOps
+
+from ..generation.settings import InputImage
+from .errors import FieldError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_BYTES = 20 * 2**20  # of a file
+MAX_PIXELS = 40_000_000  # of a picture, before it is decoded
+MAX_FILES = 10  # at once: pictures of a prompt, or of an image word
+WORDS_SUFFIX = ".safetensors"
+UPLOADS_KEPT = 86_400  # seconds; what a run used is among the inputs by then
+IMAGES, INPUTS, UPLOADS = "images", "inputs", "uploads"
+
+
+def check_picture(path, field="pictures"):
+    """Look at a picture, a path or an open file, without decoding it; returns its format.
+
+    Raises:
+        FieldError: no picture of a known format, or too large.
+    """
+    size = path.getbuffer().nbytes if hasattr(path, "getbuffer") else os.path.getsize(path)
+    if size > MAX_BYTES:
+        raise FieldError(
+            field, f"This file has {size / 2**20:.0f} MB; a picture may have {MAX_BYTES // 2**20} MB."
+        )
+    try:
+        with PIL.Image.open(path, formats=FORMATS) as picture:
+            pixels, kind = picture.width * picture.height, picture.format
+    except PIL.Image.DecompressionBombError:
+        raise FieldError(
+            field, f"This picture has too many pixels; it may have {MAX_PIXELS // 1_000_000} million pixels."
+        ) from None
+    except (OSError, ValueError, SyntaxError):
+        raise FieldError(
+            field, f"This file is no picture that can be read. Pass one of {', '.join(FORMATS)}."
+        ) from None
+    if pixels > MAX_PIXELS:
+        raise FieldError(
+            field,
+            f"This picture has {pixels / 1e6:.0f} million pixels; it may have {MAX_PIXELS // 1_000_000} million.",
+        )
+    return kind
+
+
+def picture_size(path):
+    """(width, height) of a picture, without decoding it; None if it cannot be read."""
+    try:
+        with PIL.Image.open(path, formats=FORMATS) as picture:
+            return picture.size
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
+        return None
+
+
+def open_picture(path, field):
+    """A picture that was checked -> RGB or RGBA PIL image, upright; FieldError if its file is cut short."""
+    check_picture(path, field)
+    if hasattr(path, "seek"):
+        path.seek(0)
+    try:
+        with PIL.Image.open(path, formats=FORMATS) as picture:
+            upright = PIL.ImageOps.exif_transpose(picture)
+            return upright.convert("RGBA" if "A" in upright.getbands() else "RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise FieldError(field, "This picture is damaged: its file ends too early.") from error
+
+
+class Store:
+    """Files of the app in `folder`, which is made when it is not there."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        for name in (IMAGES, INPUTS, UPLOADS):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        for path in (self.folder / UPLOADS).iterdir():
+            if time.time() - path.stat().st_mtime > UPLOADS_KEPT:
+                (shutil.rmtree if path.is_dir() else os.unlink)(path)
+
+    def put_example(self, name, picture):
+        """Write a picture, a path or a PIL image, among the uploads, under a name that visitors see; returns its path."""
+        path = self.folder / UPLOADS / "examples" / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(picture, PIL.Image.Image):
+            picture.save(path)
+        else:
+            shutil.copyfile(picture, path)
+        return path
+
+    def new_image(self):
+        """Path for an image that is about to be written."""
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(6)}.png"
+        return self.folder / IMAGES / name
+
+    def keep_picture(self, path, field):
+        """Keep an uploaded picture; returns it as settings name it.
+
+        Raises:
+            FieldError: see `check_picture`.
+        """
+        return self._keep(path, f".{check_picture(path, field).lower()}")
+
+    def keep_image(self, image):
+        """The same for a PIL image."""
+        part = self.folder / INPUTS / f".{secrets.token_hex(8)}.png"
+        try:
+            image.save(part)
+            return self._keep(part, ".png")
+        finally:
+            part.unlink(missing_ok=True)
+
+    def keep_words(self, path):
+        """The same for a file of image words."""
+        return self._keep(path, WORDS_SUFFIX)
+
+    def _keep(self, path, suffix):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        kept = self.folder / INPUTS / f"{digest}{suffix}"
+        if not kept.exists():
+            part = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}.part")
+            shutil.copyfile(path, part)
+            os.replace(part, kept)
+        return InputImage(f"../{INPUTS}/{kept.name}", digest)
+
+    def find(self, file):
+        """Path of what settings name, by its contents and not by the path they give; None if it is not here.
+
+        Args:
+            file: InputImage, whose `sha256` was checked to be hexadecimal digits when it was made.
+        """
+        return next((self.folder / INPUTS).glob(f"{file.sha256}.*"), None)
+
+    def image(self, name):
+        """Path of an image of `new_image` from its bare name; None for any other string."""
+        known = Path(name).name == name and name.endswith(".png") and not name.startswith(".")
+        path = self.folder / IMAGES / name
+        return path if known and path.is_file() else None

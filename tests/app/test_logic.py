@@ -1,0 +1,331 @@
+"""The parts of the app that need no page: queue, previews, fields, messages, files."""
+
+import threading
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from kosmos_g_diffusers import SPRITES
+from kosmos_g_diffusers.app import html as render
+from kosmos_g_diffusers.app.form import PRESETS, Form, count_line, defaults, presets, read_form
+from kosmos_g_diffusers.control.controls import CONTROLS
+from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage, write_png
+from kosmos_g_diffusers.serving.errors import FieldError, at, clean
+from kosmos_g_diffusers.serving.job import Progress
+from kosmos_g_diffusers.serving.models import Models
+from kosmos_g_diffusers.serving.preview import LatentPreview
+from kosmos_g_diffusers.serving.queue import QueueFull, Worker
+from kosmos_g_diffusers.serving.session import MAX_HISTORY, Session
+from kosmos_g_diffusers.serving.store import Store, check_picture, open_picture
+
+
+@pytest.fixture
+def worker():
+    made = Worker(capacity=2)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def gate():
+    """An event that jobs of a test wait for; open at the end, whatever happened."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def hold(started, gate):
+    """A job that waits for the gate, and can be stopped while it does."""
+
+    def job(ticket):
+        started.set()
+        while not gate.wait(0.01):
+            ticket.check()
+        return "made"
+
+    return job
+
+
+# Queue ---------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_come_in_order_and_know_their_place(worker, gate):
+    order, started = [], threading.Event()
+    first = worker.submit(hold(started, gate))
+    started.wait()
+    others = [worker.submit(lambda ticket, name=name: order.append(name)) for name in "ab"]
+    assert [ticket.place for ticket in (first, *others)] == [0, 1, 2]
+    with pytest.raises(QueueFull, match="2 runs are waiting"):
+        worker.submit(print)
+    gate.set()
+    for ticket in others:
+        ticket.ended.wait(10)
+    assert order == ["a", "b"] and first.result == "made"
+    assert [ticket.state for ticket in (first, *others)] == ["done"] * 3
+
+
+def test_place_of_the_run_that_is_about_to_begin_is_not_taken_from_the_queue(worker):
+    done = []
+    for _ in range(2):  # before its first run, and after a run that has ended
+        with worker._condition:  # the thread cannot look at the queue meanwhile
+            tickets = [worker.submit(lambda ticket: done.append(ticket)) for _ in range(3)]
+            with pytest.raises(QueueFull, match="3 runs are waiting"):
+                worker.submit(print)
+        assert all(ticket.ended.wait(10) for ticket in tickets)
+    assert len(done) == 6
+
+
+def test_cancelled_run_leaves_the_queue_at_once_and_the_worker_soon(worker, gate):
+    started = threading.Event()
+    first = worker.submit(hold(started, gate))
+    started.wait()
+    second, third = worker.submit(print), worker.submit(lambda ticket: "third")
+    second.cancel()
+    assert second.state == "cancelled" and third.place == 1
+    first.cancel()
+    assert third.ended.wait(10) and third.result == "third"
+    assert first.state == "cancelled" and first.error is None
+    third.cancel()
+    assert third.state == "done"
+
+
+def test_failed_run_does_not_end_the_worker(worker):
+    ticket = worker.submit(lambda ticket: 1 / 0)
+    ticket.ended.wait(10)
+    assert ticket.state == "failed" and isinstance(ticket.error, ZeroDivisionError)
+    again = worker.submit(lambda ticket: 5)
+    again.ended.wait(10)
+    assert again.result == 5
+
+
+def test_close_ends_what_runs_and_what_waits(gate):
+    worker, started = Worker(capacity=2), threading.Event()
+    running = worker.submit(hold(started, gate))
+    started.wait()
+    waiting = worker.submit(print)
+    worker.close()
+    assert (running.state, waiting.state) == ("cancelled", "cancelled")
+    with pytest.raises(QueueFull):
+        worker.submit(print)
+
+
+# Preview -------------------------------------------------------------------------------------------------------------
+
+
+def test_preview_is_close_to_what_the_vae_decodes(pipe):
+    preview = LatentPreview(pipe.vae)
+    generator = torch.Generator().manual_seed(5)  # latents that the fit has not seen
+    coarse = torch.randn(1, 4, 3, 4, generator=generator)
+    latents = torch.nn.functional.interpolate(coarse, (12, 16), mode="bicubic")
+    latents = latents / latents.std()
+    seen = preview(latents)
+    assert seen.size == (16, 12)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    wanted = torch.nn.functional.adaptive_avg_pool2d(decoded, (12, 16))[0].movedim(0, -1)
+    got = torch.tensor(list(seen.tobytes())).reshape(12, 16, 3) / 127.5 - 1
+    error, spread = (got - wanted).square().mean(), (wanted - wanted.mean((0, 1))).square().mean()
+    assert error < 0.8 * spread  # these random weights are far from linear; a trained VAE is nearer
+
+
+def test_preview_of_a_vae_that_is_linear_is_exact(pipe):
+    factors = torch.tensor([[0.3, 0.0, 0.1], [0.0, 0.2, 0.0], [0.1, 0.0, 0.0], [0.0, 0.0, 0.2]])
+
+    class Linear:
+        config, device, dtype = pipe.vae.config, "cpu", torch.float32
+
+        def decode(self, latents):
+            rgb = torch.einsum("bchw,cd->bdhw", latents * self.config.scaling_factor, factors) + 0.1
+            return type("Output", (), {"sample": rgb.repeat_interleave(8, 2).repeat_interleave(8, 3)})
+
+    preview = LatentPreview(Linear())
+    assert torch.allclose(preview.factors, torch.cat([factors, torch.full((1, 3), 0.1)]), atol=1e-5)
+
+
+# Fields --------------------------------------------------------------------------------------------------------------
+
+PICTURE = InputImage("../inputs/x.png", "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pictures", "line", "complete"),
+    [
+        ("<i> and <i>", 1, "2 <i>, 1 picture: one picture is missing", False),
+        ("<i> and <i>", 0, "2 <i>, 0 pictures: 2 pictures are missing", False),
+        ("a hat", 2, "0 <i>, 2 pictures: 2 <i> are missing", False),
+        ("<i>", 1, "1 <i>, 1 picture", True),
+        ("<i>" * 11, 11, "at most 10 are possible", False),
+    ],
+)
+def test_line_says_what_the_prompt_needs(prompt, pictures, line, complete):
+    text, is_complete = count_line(prompt, pictures)
+    assert line in text and is_complete is complete
+
+
+def test_form_becomes_settings_of_the_command_line():
+    form = Form(
+        "<i>, <my-dog>",
+        (PICTURE,),
+        "red",
+        steps=7,
+        seed=4,
+        surprise=False,
+        scheduler="dpm",
+        width=64,
+        height=64,
+    )
+    word = InputImage("../inputs/w.safetensors", "1" * 64)
+    settings = read_form(form, Models(), {"<my-dog>": word, "<other>": PICTURE})
+    same = GenerationSettings(
+        "<i>, <my-dog>",
+        images=(PICTURE,),
+        negative_prompt="red",
+        image_words=(word,),
+        steps=7,
+        seed=4,
+        scheduler="dpm",
+        width=64,
+        height=64,
+        versions=settings.versions,
+    )
+    assert settings == same == GenerationSettings.from_json(settings.to_json())
+
+
+def test_surprise_draws_a_seed_for_each_run():
+    seeds = {read_form(Form("a hat", seed=4), Models(), {}).seed for _ in range(4)}
+    assert len(seeds) == 4
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_presets_and_what_the_page_starts_with_are_within_the_limits(is_small):
+    assert presets(is_small).keys() == PRESETS.keys()
+    for values in (*presets(is_small).values(), defaults(is_small)):
+        assert read_form(Form("a hat", **values), Models(), {}).steps == values["steps"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("model", "x"), ("unet", "../x"), ("lora", "/x"), ("scheduler", "x")]
+)
+def test_only_what_is_offered_can_be_chosen(field, value):
+    with pytest.raises(FieldError, match="not offered") as caught:
+        read_form(Form("a hat", **{field: value}), Models(), {})
+    assert caught.value.field == field
+
+
+# Messages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cannot read '/home/me/a b/x.png' now", "cannot read '(a file of the server) b/x.png' now"),
+        ("no C:\\models\\x.bin", "no (a file of the server)"),
+        ("see file:///srv/data/x", "see (a file of the server)"),
+        ("Pass --image-size or --model.", "Pass image size or model."),
+        (
+            "the ControlNet 'lllyasviel/control_v11p' is absent",
+            "the ControlNet 'lllyasviel/control_v11p' is absent",
+        ),
+        ("shares from 0 to 1, 1/2 of them", "shares from 0 to 1, 1/2 of them"),
+    ],
+)
+def test_paths_are_taken_out_of_messages(text, shown):
+    assert clean(text) == shown
+
+
+def test_bug_is_logged_under_the_number_that_is_told(caplog):
+    with pytest.raises(FieldError) as caught, at("run"):
+        raise KeyError("/home/me/secret")
+    assert "secret" not in caught.value.message
+    number = caught.value.message.rstrip(".").rpartition(" ")[2]
+    assert number in caplog.text and "secret" in caplog.text
+
+
+def test_html_holds_every_text_as_text():
+    evil = "<script>alert(1)</script>\"'"
+    progress = Progress(evil, preview=None)
+    ticket = type("Ticket", (), {"state": "running", "progress": progress})
+    for html in (
+        render.prompt_line(evil, []),
+        render.message(evil),
+        render.model_state("failed", evil, evil),
+        render.run_state(ticket),
+        render.settings_table(
+            GenerationSettings(evil, negative_prompt=evil, model=evil, lora=evil, unet=evil), Path(evil)
+        ),
+    ):
+        assert "<script" not in html and "&lt;script&gt;" in html
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_store_keeps_a_picture_by_its_contents(tmp_path):
+    image = PIL.Image.new("RGB", (8, 8), "red")
+    image.save(tmp_path / "mine.png")
+    store = Store(tmp_path / "out")
+    kept = store.keep_picture(tmp_path / "mine.png", "pictures")
+    assert kept == store.keep_picture(tmp_path / "mine.png", "pictures")
+    assert store.find(kept).read_bytes() == (tmp_path / "mine.png").read_bytes()
+    path = store.new_image()
+    write_png(image, path, GenerationSettings("<i>", images=(kept,)))
+    assert kept.find(path.parent).samefile(store.find(kept))  # as `kosmos-g generate --from` looks for it
+    assert store.find(InputImage("/etc/passwd", "f" * 64)) is None
+    assert len(list((tmp_path / "out" / "inputs").iterdir())) == 1
+
+
+def test_damaged_picture_is_told(tmp_path):
+    PIL.Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    assert check_picture(tmp_path / "cut.png") == "PNG"
+    with pytest.raises(FieldError, match="damaged"):
+        open_picture(tmp_path / "cut.png", "pictures")
+
+
+def test_folders_give_the_names_that_are_offered(tmp_path):
+    for name in ("a.safetensors", "b.safetensors", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "unet").mkdir()
+    models = Models((), tmp_path, tmp_path)
+    assert list(models.loras) == ["none", "a.safetensors", "b.safetensors"]
+    assert list(models.unets) == ["the model's own", "unet"]
+    with pytest.raises(ValueError, match="no model in"):
+        Models([tmp_path])
+    with pytest.raises(ValueError, match="There is no folder"):
+        Models((), tmp_path / "missing")
+
+
+def test_model_of_a_folder_draws_what_its_pipeline_draws(tmp_path, pipe, draw):
+    pipe.save_pretrained(tmp_path / "mine")
+    models = Models([tmp_path / "mine"])
+    assert models.is_small("mine") and not models.is_builtin("mine")
+    prepared = models.prepare(GenerationSettings("a hat"))
+    prepared.set_progress_bar_config(disable=True)
+    assert (draw(prepared, "a hat") == draw(pipe, "a hat")).all()
+    assert models.state == "ready"
+
+
+def test_small_model_is_small_from_a_folder_too_and_has_canny_alone_where_none_is_given():
+    assert Models().controls("sprites") == ("canny",)
+    models = Models([SPRITES])  # its VAE halves twice, not three times
+    assert models.is_small("model") and not models.is_builtin("model")
+    assert models.controls("model") == tuple(CONTROLS)
+
+
+def test_model_that_cannot_be_loaded_is_told_without_its_place(tmp_path, pipe):
+    pipe.save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    models = Models([tmp_path / "mine"])
+    with pytest.raises(FieldError) as caught:
+        models.load("mine")
+    assert caught.value.field == "model" and models.state == "failed"
+    assert str(tmp_path) not in models.problem
+
+
+def test_history_has_an_end():
+    session = Session()
+    session.remember(range(MAX_HISTORY + 5))
+    session.remember(["newest"])
+    assert session.history[:2] == ["newest", MAX_HISTORY + 4] and len(session.history) == MAX_HISTORY

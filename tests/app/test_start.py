@@ -1,0 +1,243 @@
+"""The app as `kosmos-g app` starts it without flags: the small model that ships, its loading, the page that suits it, its end."""
+
+import os
+import signal
+import socket
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+from support.app import (
+    chromium,
+    control_image_of,
+    drop,
+    run,
+    saved,
+    serving,
+    table,
+    unfold,
+    visiting,
+    wait_for,
+)
+from tqdm import TMonitor
+
+from kosmos_g_diffusers.app.examples import sprite_examples
+from kosmos_g_diffusers.cli import main
+from kosmos_g_diffusers.control.controls import control_image
+from kosmos_g_diffusers.generation import generate as generation
+from kosmos_g_diffusers.generation.settings import (
+    ControlInput,
+    GenerationSettings,
+    InputImage,
+    read_settings,
+    write_png,
+)
+from kosmos_g_diffusers.sprites.reader import read
+from kosmos_g_diffusers.sprites.world import COLOURS, HELD_OUT_TRIPLES, SHAPES, Scene, make_rng, render
+
+gradio = pytest.importorskip("gradio", reason="the app needs gradio: pip install 'kosmos-g-diffusers[app]'")
+
+PICTURES = Path(__file__).parents[2] / "examples" / "images"
+CAT, STAR = PICTURES / "cat.jpg", PICTURES / "star.png"
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("sprites"), toy=False) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def page(app, browser):
+    with visiting(browser, app) as opened:
+        yield opened
+
+
+def numbers(page):
+    return [page.input_value(f"#{name} input") for name in ("steps", "guidance", "scheduler")]
+
+
+def test_page_says_that_the_model_knows_sprites_alone_and_starts_with_what_suits_it(page):
+    assert "This small model knows nothing but sprites" in page.inner_text("#model-state")
+    assert page.input_value("#model input") == "sprites"
+    assert numbers(page) == ["12", "5", "dpm"]
+    page.click("#preset-paper")
+    wait_for(lambda: numbers(page) == ["100", "7.5", "dpm"])
+    page.click("#preset-fast")
+    wait_for(lambda: numbers(page) == ["12", "5", "dpm"])
+
+
+def test_photo_is_told_to_mean_nothing_and_a_sprite_is_not(page):
+    drop(page, "#pictures", CAT)
+    page.wait_for_selector("#prompt-line .kg-note:has-text('a photo means nothing to it')")
+    page.fill("#prompt textarea", "<i>")
+    page.fill("#steps input", "1")
+    run(page)  # told, not refused
+    page.goto(page.url)
+    page.wait_for_selector("text=Ready.")
+    drop(page, "#pictures", STAR)
+    page.wait_for_selector("#prompt-line:has-text('0 <i>, 1 picture')")
+    assert page.locator(".kg-note").count() == 0
+
+
+def test_every_example_loads_with_one_click_and_is_drawn(page, tmp_path):
+    examples = sprite_examples()
+    buttons = page.locator(".kg-example:visible")
+    assert buttons.all_inner_texts() == [example.prompt for example in examples]
+    for index, example in enumerate(examples):
+        count = f"{example.prompt.count('<i>')} <i>, {len(example.pictures)} picture"
+        buttons.nth(index).click()
+        page.wait_for_function(
+            "text => document.querySelector('#prompt textarea').value == text", arg=example.prompt
+        )
+        page.wait_for_selector(f"#prompt-line:has-text('{count}')")
+        assert page.locator("#prompt-line img").count() == len(example.pictures)
+        assert page.locator("#prompt-line .kg-note").count() == 0
+        for name, _ in example.pictures:
+            page.wait_for_selector(f"#pictures :text('{name[:-4]}')")
+    run(page)
+    shown = table(page)
+    assert (shown["prompt"], shown["steps"], shown["width"]) == (examples[-1].prompt, "12", "64")
+    (tmp_path / "mine.png").write_bytes(saved(page))
+    assert read_settings(tmp_path / "mine.png").model is None
+
+
+def test_examples_are_of_sprites_that_were_held_out():
+    shown = set()
+    for example in sprite_examples():
+        words = example.prompt.replace(",", "").split()
+        named = [(shape, *words[place - 2 : place]) for place, shape in enumerate(words) if shape in SHAPES]
+        seen = [read(picture).sprites[0].triple for _, picture in example.pictures]
+        assert [f"{colour}-{pattern}-{shape}.png" for shape, colour, pattern in seen] == [
+            name for name, _ in example.pictures
+        ]
+        if words[-1] in COLOURS:  # what the sprite is to become
+            named.append((seen[0][0], words[-1], seen[0][2]))
+        assert {*named, *seen} <= {*HELD_OUT_TRIPLES}
+        shown |= {*named, *seen}
+    assert len(shown) == 5
+
+
+def test_canny_alone_is_offered_and_decides_where_a_sprite_is(page):
+    pytest.importorskip("cv2", reason="canny needs the extra control")
+    unfold(page, "#controls >> text=Controls")
+    page.wait_for_selector("#controls >> text=ControlNet for canny alone")  # the panel takes its time to open
+    page.click("#control_1_kind input")
+    kinds = page.locator("[role=option]").all_inner_texts()
+    assert [kind.replace("✓", "").strip().partition(":")[0] for kind in kinds] == ["none", "canny"]
+    page.click("[role=option]:has-text('canny:')")
+    page.set_input_files("#control_1_picture input[type=file]", STAR)
+    page.wait_for_selector("#control_1_picture img")
+    assert control_image_of(page).tobytes() == control_image("canny", STAR).tobytes()
+    page.fill("#prompt textarea", "a large yellow striped star on a lavender background")
+    run(page)
+    assert table(page)["controls"] == "canny, strength 1, from 0 to 1"
+
+
+def write_depth(path):
+    """A PNG that was made under a control of depth, with a ControlNet of its own."""
+    picture = InputImage.from_file(STAR)
+    control = ControlInput("depth", picture, controlnet="x")
+    settings = GenerationSettings("<i>", images=(picture,), controls=(control,))
+    write_png(render(Scene((), "mint"), make_rng(0)), path, settings)
+
+
+def test_restored_control_that_is_not_offered_is_told(page, tmp_path):
+    write_depth(tmp_path / "depth.png")
+    drop(page, "#restore", tmp_path / "depth.png")
+    page.wait_for_selector("#restore-message:has-text('Controls that are not offered here: depth.')")
+    assert "a ControlNet of its own" in page.inner_text("#restore-message")
+    unfold(page, "#controls >> text=Controls")
+    assert page.input_value("#control_1_kind input") == "none"
+
+
+def test_page_is_there_while_the_model_loads_and_says_how_that_ends(tmp_path, browser, monkeypatch):
+    gate, load = threading.Event(), generation.load_model
+
+    def slow(*args):
+        gate.wait(60)
+        return load(*args)
+
+    monkeypatch.setattr("kosmos_g_diffusers.serving.models.load_model", slow)
+    with serving(tmp_path, toy=False, wait=False, controls=False) as app:
+        opened = browser.new_page()
+        try:
+            opened.goto(app.url)
+            opened.wait_for_selector(
+                "#model-state:has-text('The model is loading. You can write your prompt')"
+            )
+            opened.click(".kg-example >> nth=0")
+            opened.wait_for_selector("#prompt-line:has-text('1 <i>, 1 picture')")
+            opened.fill("#steps input", "1")
+            opened.click("#run")  # waits for its turn behind the loading
+            opened.wait_for_selector("#progress:has-text('In the queue: place 1')")
+            gate.set()
+            opened.wait_for_selector("#model-state:has-text('Ready.')")
+            opened.wait_for_selector("#progress:has-text('Done')")
+            assert opened.locator("#controls").count() == 0  # without --control
+            write_depth(tmp_path / "depth.png")
+            drop(opened, "#restore", tmp_path / "depth.png")
+            opened.wait_for_selector("#restore-message:has-text('not offered here: depth')")
+        finally:
+            gate.set()
+            opened.close()
+
+
+def test_model_that_cannot_be_loaded_is_told_on_the_page(tmp_path, browser, monkeypatch):
+    def broken(*args):
+        raise OSError("no weights in /srv/models/secret")
+
+    monkeypatch.setattr("kosmos_g_diffusers.serving.models.load_model", broken)
+    with serving(tmp_path, toy=False, wait=False) as app:
+        opened = browser.new_page()
+        opened.goto(app.url)
+        opened.wait_for_selector("#model-state:has-text('The model could not be loaded.')")
+        assert "secret" not in opened.content()
+        opened.close()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Arguments for the command, whose changes of folder and environment end with the test."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "GRADIO_ANALYTICS_MAX_EVENTS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    yield ["app", "--port", str(port), "--output", "made"]
+    signal.signal(signal.SIGINT, before)
+
+
+def test_command_opens_the_page_and_ctrl_c_ends_it(place, tmp_path, monkeypatch, capsys):
+    block, answers, before = gradio.Blocks.block_thread, [], set(threading.enumerate())
+
+    def look_then_interrupt(blocks):
+        answers.append(urllib.request.urlopen(blocks.local_url).status)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        block(blocks)
+
+    monkeypatch.setattr(gradio.Blocks, "block_thread", look_then_interrupt)
+    assert main(place) == 0
+    assert answers == [200] and (tmp_path / "made" / "images").is_dir()
+    printed = capsys.readouterr()
+    assert f"Open http://127.0.0.1:{place[2]}/ in a browser. Ctrl-C ends the app." in printed.out
+    assert "Traceback" not in printed.err and "share=True" not in printed.out
+    # the server's threads and the workers; tqdm's belongs to the process
+    wait_for(lambda: all(isinstance(thread, TMonitor) for thread in {*threading.enumerate()} - before))
+
+
+def test_port_that_is_taken_is_told(place, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(place[2])))
+        taken.listen()
+        assert main(place) == 2
+    assert f"cannot listen at 127.0.0.1:{place[2]}" in capsys.readouterr().err

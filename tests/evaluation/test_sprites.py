@@ -1,0 +1,185 @@
+import io
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+from support.evaluating import files_of, run_evaluate
+
+from kosmos_g_diffusers.evaluation.benchmarks import sprites as sprite_bench
+from kosmos_g_diffusers.evaluation.benchmarks.sprites import ReaderJudge, build_tasks, judge
+from kosmos_g_diffusers.generation.settings import read_settings
+from kosmos_g_diffusers.sprites.reader import read
+from kosmos_g_diffusers.sprites.world import (
+    Scene,
+    Sprite,
+    draw_scene_at_random,
+    is_held_out,
+    make_rng,
+    other_colours,
+    recolour,
+    render,
+)
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return build_tasks(COUNT)
+
+
+def sprites_of(truth):
+    return tuple(Sprite(*triple, "large") for triple in truth["sprites"])
+
+
+def test_every_kind_has_its_prompts_and_pictures(bench):
+    tasks, files = bench
+    kinds = {kind: [task for task in tasks if task.truth["kind"] == kind] for kind in sprite_bench.KINDS}
+    assert {kind: len(found) for kind, found in kinds.items()} == dict.fromkeys(sprite_bench.KINDS, COUNT)
+    assert kinds["background"][0].prompt.startswith("<i> on a ") and kinds["pair"][0].prompt.startswith(
+        "<i> and <i> on a "
+    )
+    assert kinds["edit"][0].prompt.startswith("<i>, ")
+    assert all("<i>" not in task.prompt and task.prompt == task.text for task in kinds["text"])
+    assert set(files) == {path for task in tasks for path in task.pictures}
+
+
+def test_all_that_is_shown_or_asked_for_is_held_out(bench):
+    tasks, files = bench
+    for task in tasks:
+        assert all(is_held_out(sprite) for sprite in sprites_of(task.truth))
+    for content in list(files.values())[::9]:
+        assert all(map(is_held_out, read(PIL.Image.open(io.BytesIO(content))).sprites))
+
+
+def test_bench_is_the_same_every_time_and_another_with_another_seed(bench):
+    assert build_tasks(COUNT) == bench
+    assert build_tasks(COUNT, seed=1)[1] != bench[1]
+
+
+def test_right_pictures_score_one_and_shuffled_ones_next_to_chance(bench):
+    tasks, _ = bench
+    rng = make_rng("test")
+    images = [render(Scene(sprites_of(task.truth), task.truth["background"]), rng) for task in tasks]
+    totals = {}
+    for scores in ReaderJudge().score(tasks, images):
+        for metric, value in scores.items():
+            totals.setdefault(metric, []).append(value)
+    means = {metric: sum(values) / COUNT for metric, values in totals.items()}
+    assert {len(values) for values in totals.values()} == {COUNT}
+    for metric in ("background.all", "pair.both in order", "text.all", "edit.new colour and old shape"):
+        assert means[metric] > 0.95
+    # eight shapes and colours, four patterns
+    for metric in ("background.shuffled.shape", "background.shuffled.colour", "edit.shuffled.old shape"):
+        assert 0 < means[metric] < 0.3
+    assert means["background.shuffled.all"] < 0.15 and means["pair.shuffled.both"] < 0.1
+    assert not any(metric.startswith("text.shuffled") for metric in means)
+
+
+def turn_hue(image, degrees):
+    """The whole picture in other hues, as no colour of the world may have."""
+    hsv = np.asarray(image.convert("HSV")).astype(int)
+    hsv[..., 0] = (hsv[..., 0] + round(degrees * 256 / 360)) % 256
+    return PIL.Image.fromarray(hsv.astype("uint8"), "HSV").convert("RGB")
+
+
+def test_reader_tells_the_colour_and_keeps_the_shape_when_the_hue_is_shifted():
+    rng = make_rng("hue")
+    scenes = [draw_scene_at_random(rng, 1, held_out=True) for _ in range(200)]
+    scenes = [scene for scene in scenes if other_colours(scene.sprites[0])]
+    images = [render(scene, rng) for scene in scenes]
+    recoloured = [Scene((recolour(scene.sprites[0], rng),), scene.background) for scene in scenes]
+
+    def judge_all(images):
+        """Shares of shapes, colours and patterns that are those of `scenes`."""
+        truths = [{"background": scene.background, "sprites": [scene.sprites[0].triple]} for scene in scenes]
+        found = [judge("background", read(image), truth) for image, truth in zip(images, truths, strict=True)]
+        return [np.mean([one[name] for one in found]) for name in ("shape", "colour", "pattern")]
+
+    # the table of docs/evaluation.md
+    assert judge_all(images) == [1, 1, 1]
+    assert judge_all([render(scene, rng) for scene in recoloured]) == [1, 0, 1]
+    for degrees, colour, pattern in ((30, 0.48, 0.99), (60, 0.10, 0.84), (180, 0.02, 0.92)):
+        shares = judge_all([turn_hue(image, degrees) for image in images])
+        assert shares == pytest.approx([1, colour, pattern], abs=0.02)
+
+
+RED_STAR, BLUE_RING = Sprite("star", "red", "plain", "large"), Sprite("ring", "blue", "dotted", "small")
+
+
+def test_pair_counts_in_either_order_and_says_which():
+    truth = {"background": "mint", "sprites": [["star", "red", "striped"], ["ring", "blue", "dotted"]]}
+    both = judge("pair", Scene((BLUE_RING, RED_STAR), "mint"), truth)
+    assert both == {"first": True, "second": True, "both": True, "both in order": False, "background": True}
+    one = judge("pair", Scene((RED_STAR,), "grey"), truth)
+    assert one == {"first": True, "second": False, "both": False, "both in order": False, "background": False}
+    assert not judge("pair", Scene((RED_STAR, BLUE_RING, RED_STAR), "mint"), truth)["both"]
+
+
+def test_pair_of_equal_subjects_needs_both():
+    truth = {"background": "mint", "sprites": [["star", "red", "plain"], ["star", "red", "dotted"]]}
+    assert not judge("pair", Scene((RED_STAR,), "mint"), truth)["both"]
+    assert judge("pair", Scene((RED_STAR, RED_STAR), "mint"), truth)["both"]
+
+
+def test_single_sprite_must_be_alone():
+    truth = {"background": "mint", "sprites": [["star", "red", "plain"]]}
+    assert judge("background", Scene((RED_STAR,), "mint"), truth)["all"]
+    two = judge("background", Scene((RED_STAR, BLUE_RING), "mint"), truth)
+    assert two == {"shape": False, "colour": False, "pattern": False, "background": True, "all": False}
+    assert not judge("text", Scene((), "mint"), truth)["shape"]
+
+
+def test_edit_wants_the_new_colour_and_the_old_shape():
+    truth = {"background": "mint", "sprites": [["star", "red", "plain"]]}
+    old = judge("edit", Scene((Sprite("star", "blue", "plain", "large"),), "mint"), truth)
+    assert old["old shape"] and not old["new colour"] and not old["new colour and old shape"]
+    assert judge("edit", Scene((RED_STAR,), "grey"), truth)["new colour and old shape"]
+
+
+def test_too_few_prompts_are_refused():
+    with pytest.raises(ValueError, match="1 prompts of each kind"):
+        build_tasks(1)
+
+
+def test_command_runs_offline_without_a_model_and_goes_on(tmp_path):
+    pytest.importorskip("accelerate", reason="evaluation needs the extra `eval`")
+    pytest.importorskip("matplotlib", reason="evaluation needs the extra `eval`")
+    arguments = [
+        "sprites",
+        "--count",
+        3,
+        "--steps",
+        1,
+        "--batch-size",
+        6,
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "run",
+    ]
+    run_evaluate(*arguments)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    # every picture is in one prompt: none is made a word
+    assert report["counts"] == {
+        "units": 12,
+        "prompts": 12,
+        "images": 12,
+        "pictures": 12,
+        "pictures encoded": 12,
+    }
+    settings = read_settings(tmp_path / "run" / "images" / "pair" / "0001.png")
+    # found from the image, so that it can be made again wherever the run is taken
+    assert [picture.path for picture in settings.images] == [
+        f"../../pictures/pair_0001_{n}.png" for n in (0, 1)
+    ]
+    text = (tmp_path / "run" / "report.md").read_text()
+    sheet = (tmp_path / "run" / "sheets" / "pair.html").read_text()
+    assert "both in order " in sheet and "shuffled" not in sheet and sheet.count("class='small'") == 9
+    assert "| background.shape |" in text and "control: pictures shuffled" in text
+    before = files_of(tmp_path / "run", "images", "scores", "report.json", "report.md", "sheets")
+    (tmp_path / "run" / "images" / "pair" / "0001.png").unlink()
+    (tmp_path / "run" / "pictures" / "edit_0000_0.png").write_bytes(b"half")
+    run_evaluate(*arguments)
+    assert files_of(tmp_path / "run", "images", "scores", "report.json", "report.md", "sheets") == before

@@ -1,0 +1,184 @@
+import json
+import struct
+import zlib
+
+import PIL.Image
+import PIL.PngImagePlugin
+import pytest
+
+from kosmos_g_diffusers.generation.settings import (
+    PNG_KEY,
+    GenerationSettings,
+    InputImage,
+    grid_of,
+    output_paths,
+    package_versions,
+    read_settings,
+    write_png,
+)
+
+SHA256 = "0123456789abcdef" * 4
+SETTINGS = GenerationSettings(
+    prompt="<i> im Schnee 雪, \x1b[2J",
+    images=(InputImage("dog.png", SHA256),),
+    negative_prompt="blurry",
+    model="./kosmos-g",
+    seed=2**62,
+    guidance=6,
+    scheduler="dpm",
+    index=3,
+    versions=package_versions(),
+)
+
+
+@pytest.fixture
+def image():
+    return PIL.Image.new("RGB", (64, 64), "red")
+
+
+def png_with(path, text, size=(8, 8)):
+    chunk = PIL.PngImagePlugin.PngInfo()
+    chunk.add_text(PNG_KEY, text)
+    PIL.Image.new("RGB", size).save(path, pnginfo=chunk)
+    return path
+
+
+def record(**changes):
+    values = {**json.loads(SETTINGS.to_json()), **changes}
+    return json.dumps({name: value for name, value in values.items() if value != "absent"})
+
+
+def test_settings_survive_the_png(tmp_path, image):
+    write_png(image, tmp_path / "a.png", SETTINGS)
+    assert read_settings(tmp_path / "a.png") == SETTINGS
+    assert PIL.Image.open(tmp_path / "a.png").tobytes() == image.tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_settings_of_an_older_release_take_defaults_for_what_it_did_not_know(tmp_path):
+    settings = read_settings(png_with(tmp_path / "a.png", '{"format": 1, "prompt": "a hat"}'))
+    assert settings == GenerationSettings("a hat")
+
+
+def test_png_is_not_overwritten_unless_asked(tmp_path, image):
+    (tmp_path / "a.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="a.png"):
+        write_png(image, tmp_path / "a.png", SETTINGS)
+    assert (tmp_path / "a.png").read_bytes() == b"mine"
+    write_png(image, tmp_path / "a.png", SETTINGS, overwrite=True)
+    assert read_settings(tmp_path / "a.png") == SETTINGS
+
+
+def test_png_is_written_whole_or_not_at_all(tmp_path, image, monkeypatch):
+    def fail(file, **kwargs):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(image, "save", fail)
+    (tmp_path / "a.png").write_bytes(b"mine")
+    with pytest.raises(OSError, match="disk full"):
+        write_png(image, tmp_path / "a.png", SETTINGS, overwrite=True)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "no JSON"),
+        ("[" * 50_000, "no JSON"),
+        ("[]", "a JSON list"),
+        ("{}", "format None"),
+        (record(format=2), "format 2; this package reads 1"),
+        (record(prompt="absent"), "no prompt"),
+        (record(prompt=None), "prompt is of type NoneType"),
+        (record(prompt="<i> and <i>"), "2 '<i>' marks but 1 pictures"),
+        (record(prompt="<i>" + "a" * 100_001), "100004 characters"),
+        (record(callback="os.system"), "unknown names: 'callback'"),
+        (record(seed=True), "seed is of type bool"),
+        (record(seed=-1), "seed is -1"),
+        (record(steps="30"), "steps is of type str"),
+        (record(steps=10**9), "steps is 1000000000"),
+        (record(num_images=0), "num_images is 0"),
+        (record(guidance=float("nan")), "guidance is nan"),
+        (record(guidance=float("inf")), "guidance is inf"),
+        (record(height=100_000), "height is 100000"),
+        (record(width=100), "multiple of 8"),
+        (record(scheduler="__class__"), "scheduler is '__class__'"),
+        (record(dtype="save"), "dtype is 'save'"),
+        (record(device="cpu; rm"), "device is 'cpu; rm'"),
+        (record(model=["a"]), "model is of type list"),
+        (record(model="//server/share"), "another machine"),
+        (record(images=[{"path": "\\\\server\\a.png", "sha256": SHA256}]), "another machine"),
+        (record(images="dog.png"), "list of objects"),
+        (record(images=[{"path": "dog.png"}]), "path and sha256"),
+        (record(images=[{"path": "dog.png", "sha256": SHA256.upper()}]), "SHA-256"),
+        (record(images=[{"path": 3, "sha256": SHA256}]), "path of an input image"),
+        (record(images=[{"path": "a\0b", "sha256": SHA256}]), "null character"),
+        (record(versions={"torch": 2}), "versions"),
+        (record(versions={str(number): "1" for number in range(101)}), "versions"),
+    ],
+)
+def test_settings_that_are_not_settings_are_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_settings(png_with(tmp_path / "a.png", text))
+    assert "a.png" in str(error.value)
+
+
+def test_file_that_is_no_png_of_ours_is_refused(tmp_path, image):
+    image.save(tmp_path / "photo.jpg")
+    image.save(tmp_path / "plain.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:20])
+    (tmp_path / "empty.png").touch()
+    for name in ("photo.jpg", "plain.png", "cut.png", "empty.png", "missing.png", "."):
+        with pytest.raises(ValueError, match="Pass a PNG that kosmos-g wrote"):
+            read_settings(tmp_path / name)
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def test_decompression_bombs_are_refused(tmp_path):
+    start = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    text = chunk(b"zTXt", PNG_KEY.encode() + b"\0\0" + zlib.compress(b"[" * 2**24))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    (tmp_path / "pixels.png").write_bytes(start + chunk(b"IHDR", header) + pixels)
+    header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
+    (tmp_path / "text.png").write_bytes(start + chunk(b"IHDR", header) + text + pixels)
+    for name in ("pixels.png", "text.png"):
+        with pytest.raises(ValueError, match=f"{name}' cannot be read as PNG"):
+            read_settings(tmp_path / name)
+
+
+def test_input_image_is_found_from_here_or_beside_the_png(tmp_path, image, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    image.save("dog.png")
+    picture = InputImage.from_file("dog.png")
+    assert picture.find("run").samefile(tmp_path / "dog.png")
+    (tmp_path / "dog.png").rename(tmp_path / "run" / "dog.png")
+    assert picture.find("run").samefile(tmp_path / "run" / "dog.png")
+    (tmp_path / "run" / "dog.png").write_bytes(b"another")
+    with pytest.raises(ValueError, match="'dog.png' has changed since. Pass --image"):
+        picture.find("run")
+    (tmp_path / "run" / "dog.png").unlink()
+    with pytest.raises(ValueError, match="'dog.png' is not there. Pass --image"):
+        picture.find("run")
+
+
+def test_output_paths_of_one_and_of_several_images(tmp_path):
+    assert [path.name for path in output_paths(tmp_path / "a.png", 1)] == ["a.png"]
+    assert [path.name for path in output_paths("a.b.png", 2)] == ["a.b_0.png", "a.b_1.png", "a.b.png"]
+    with pytest.raises(ValueError, match="does not end in .png"):
+        output_paths("a.jpg", 1)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, (8, 16)), (2, (16, 16)), (3, (16, 32)), (5, (24, 32))])
+def test_grid_holds_every_image_in_reading_order(count, size):
+    images = [PIL.Image.new("RGB", (8, 16), (number, 0, 0)) for number in range(count)]
+    grid = grid_of(images)
+    assert grid.size == size
+    places = [(x, y) for y in range(0, size[1], 16) for x in range(0, size[0], 8)]
+    assert [grid.getpixel(place)[0] for place in places[:count]] == list(range(count))
+    assert all(grid.getpixel(place) == (255, 255, 255) for place in places[count:])

@@ -1,0 +1,439 @@
+# ruff: noqa: F811  fixtures are imported, and used by the names of arguments
+import errno
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from support.training_runs import (  # noqa: F401  a fixture
+    FORK,
+    ToySource,
+    ToyStage,
+    dataset,
+    fresh_accelerator,
+    random_numbers,
+    read_log,
+    settings,
+    weights,
+)
+
+from kosmos_g_diffusers.data import TooManyBadSamples
+from kosmos_g_diffusers.training import checkpoints
+from kosmos_g_diffusers.training.loop import TrainingStopped, train
+
+
+class Stopped(Exception):
+    pass
+
+
+class DyingDataset(torch.utils.data.Dataset):
+    """A dataset that raises Stopped instead of the given batch."""
+
+    def __init__(self, batches, dies_at):
+        self.batches, self.dies_at = batches, dies_at
+
+    def __getitem__(self, number):
+        if number == self.dies_at:
+            raise Stopped
+        return self.batches[number]
+
+
+def run(config, stage=None, **kwargs):
+    return train(config, stage or ToyStage(), dataset(config), progress_bar=False, **kwargs)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# What is computed ------------------------------------------------------------------------------------------------
+
+
+def plain_training(config, stage):
+    """The run of a config in a few lines of torch, without accelerate; returns the weights, norms and learning rates."""
+    torch.manual_seed(config.seed)
+    trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, config.lr, (config.adam_beta1, config.adam_beta2), config.adam_epsilon, config.weight_decay
+    )
+    data, average = dataset(config), [parameter.detach().clone() for parameter in trained]
+    norms, rates = [], []
+    for step in range(config.steps):
+        for micro in range(config.accumulation):
+            losses = stage(data[step * config.accumulation + micro])
+            (sum(losses.values()) / config.accumulation).backward()
+        norm = torch.stack([parameter.grad.norm() for parameter in trained]).norm()
+        norms.append(norm.item())
+        for parameter in trained:
+            parameter.grad *= min(1, config.max_grad_norm / (norm.item() + 1e-6))
+        if step < config.warmup_steps:
+            rate = config.lr * step / config.warmup_steps
+        else:
+            rate = config.lr * (config.steps - step) / (config.steps - config.warmup_steps)
+        rates.append(rate)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = 0 if step == 0 else min(config.ema_decay, 1 - (1 + step) ** -0.75)
+        for kept, parameter in zip(average, trained, strict=True):
+            kept.mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+    names = [name for name, parameter in stage.named_parameters() if parameter.requires_grad]
+    state = {name: parameter.detach() for name, parameter in zip(names, trained, strict=True)}
+    return state, dict(zip(names, average, strict=True)), norms, rates
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_run_is_plain_training(tmp_path, accumulation):
+    """Warm-up and decay, clipping, accumulation, AdamW and the average, against the same by hand."""
+    config = settings(
+        tmp_path / "run", max_grad_norm=0.5, accumulation=accumulation, weight_decay=0.1, ema_decay=0.7
+    )
+    checkpoint = run(config, ToyStage(scale=3.0))
+    stage = ToyStage(scale=3.0)
+    state, average, norms, rates = plain_training(config, stage)
+    assert max(norms) > 2 * config.max_grad_norm, "nothing was clipped"
+    trained = load_file(checkpoint / "training_state" / "trained.safetensors")
+    saved = load_file(checkpoint / "toy.safetensors")
+    for name, expected in state.items():
+        torch.testing.assert_close(trained[name], expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(saved[name], average[name], atol=1e-6, rtol=1e-5)
+        assert (saved[name] - trained[name]).abs().max() > 1e-4, "the average is no average"
+    assert torch.equal(saved["frozen.weight"], ToyStage().frozen.weight)
+    lines = read_log(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert np.allclose([line["grad_norm"] for line in lines], norms, rtol=1e-4)
+    # a line has the rate of the next step
+    assert np.allclose([line["lr"] for line in lines], [*rates[1:], 0])
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    one = run(settings(tmp_path / "one", batch_size=8), ToyStage(dropout=0))
+    two = run(settings(tmp_path / "two", batch_size=4, accumulation=2), ToyStage(dropout=0))
+    for name, expected in load_file(one / "toy.safetensors").items():
+        torch.testing.assert_close(load_file(two / "toy.safetensors")[name], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine"])
+def test_other_schedules(tmp_path, name):
+    run(settings(tmp_path, lr_schedule=name, warmup_steps=2))
+    rates = [line["lr"] / 0.01 for line in read_log(tmp_path)]
+    shares = np.arange(7) / 6
+    expected = np.ones(7) if name == "constant" else (1 + np.cos(np.pi * shares)) / 2
+    assert np.allclose(rates, [0.5, *expected])
+
+
+def test_half_precision_keeps_float32_weights(tmp_path):
+    exact = run(settings(tmp_path / "exact", steps=4))
+    AcceleratorState._reset_state()
+    half = run(settings(tmp_path / "half", steps=4, mixed_precision="bf16"))
+    one, other = load_file(exact / "toy.safetensors"), load_file(half / "toy.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in other.values())
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+    torch.testing.assert_close(one["head.weight"], other["head.weight"], atol=0.01, rtol=0)
+    losses = [[line["square"] for line in read_log(tmp_path / name)] for name in ("exact", "half")]
+    assert np.allclose(*losses, rtol=0.03) and losses[0] != losses[1]
+
+
+def test_workers_change_nothing(tmp_path):
+    none = run(settings(tmp_path / "none"))
+    assert same(weights(none), weights(run(settings(tmp_path / "two", workers=2))))
+
+
+# Going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"accumulation": 2, "ema_decay": 0.9},
+        {"mixed_precision": "bf16", "workers": 1},
+    ],
+    ids=["plain", "accumulated, averaged", "bf16, worker"],
+)
+def test_resumed_run_ends_with_the_same_bits(tmp_path, changes):
+    whole = run(settings(tmp_path / "whole", **changes))
+    config = settings(tmp_path / "parts", **changes)
+    for step in (5, 5, 7):
+        data = DyingDataset(dataset(config), step * config.accumulation - 1)
+        with pytest.raises(Stopped):
+            train(config, ToyStage(), data, progress_bar=False)
+        assert not multiprocessing.active_children()  # which ignore signals: a program would not end
+        random_numbers(), torch.manual_seed(123), random.seed(4)
+    assert checkpoints.list_checkpoints(config.output)[-1].name == "checkpoint-00000006"
+    resumed = run(config)
+    assert resumed.name == whole.name == "checkpoint-00000008"
+    assert same(weights(whole), weights(resumed))
+    logs = [read_log(Path(path).parent) for path in (whole, resumed)]
+    for line in (*logs[0], *logs[1]):
+        del line["samples_per_second"]
+    assert logs[0] == logs[1]
+
+
+def test_finished_run_is_left_as_it_is(tmp_path):
+    config = settings(tmp_path)
+    first = run(config)
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*.*")}
+    assert run(config) == first
+    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*.*")}
+
+
+def kill_at_random(output, kills, seed, **changes):
+    """Run in children that are killed after random times, up to the end; returns the number of kills."""
+    rng, config, done = random.Random(seed), settings(output, **changes), 0
+    last = checkpoints.checkpoint_folder(output, config.steps)
+    while done < kills and not last.exists():
+        child = FORK.Process(target=_child, args=(config,))
+        child.start()
+        time.sleep(rng.uniform(0.01, 0.25))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        done += child.exitcode == -signal.SIGKILL
+    run(config)
+    return done
+
+
+def _child(config, pause=0.005, **kwargs):
+    AcceleratorState._reset_state()
+    stage = kwargs.pop("stage", None) or ToyStage()
+    try:
+        train(config, stage, dataset(config, source=ToySource(pause=pause)), progress_bar=False, **kwargs)
+    except KeyboardInterrupt:  # multiprocessing would print it
+        raise SystemExit(130) from None
+
+
+def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
+    """Half of the time goes into saving, so that some hit it."""
+    changes = {"steps": 400, "save_every": 2, "ema_decay": 0.9}
+    whole = run(settings(tmp_path / "whole", **changes))
+    assert kill_at_random(tmp_path / "killed", kills=20, seed=20, **changes) == 20
+    assert same(weights(whole), weights(checkpoints.list_checkpoints(tmp_path / "killed")[-1]))
+
+
+def test_kill_while_saving_or_removing(tmp_path, monkeypatch):
+    """At every call that changes the disk, the newest folder with a checkpoint's name is complete."""
+    changes = {"steps": 12, "save_every": 1}
+    config, whole = settings(tmp_path / "run", **changes), run(settings(tmp_path / "whole", **changes))
+    for name in ("_sync", "_remove", "write_progress"):
+        for calls in (1, 2):
+            left, real = [calls], getattr(checkpoints, name)
+
+            def dies(*args, left=left, real=real):
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoints, name, dies)
+                child = FORK.Process(target=_child, args=(config,))
+                child.start()
+                child.join()
+            assert child.exitcode == -signal.SIGKILL, (name, calls)
+    run(config)
+    found = checkpoints.list_checkpoints(config.output)
+    assert same(weights(whole), weights(found[-1]))
+    assert not list(Path(config.output).glob(".checkpoint*")) and len(found) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_first_and_says_where(tmp_path, number, capfd):
+    config = settings(tmp_path / "run", steps=100, save_every=1000, workers=1)
+    child = FORK.Process(target=_child, args=(config, 0.05))  # 20 seconds, of which one is waited for
+    child.start()
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        time.sleep(0.02)
+    os.kill(child.pid, number)
+    child.join(60)
+    assert child.exitcode == 128 + number  # as if nobody had waited for it
+    (stopped,) = checkpoints.list_checkpoints(config.output)
+    step = checkpoints.read_progress(stopped)["step"]
+    assert 0 < step < 100
+    said = f"Stopped by {number.name} at step {step} of 100, saved in {stopped}. The same command goes on from there."
+    assert said in capfd.readouterr().err
+    whole = run(settings(tmp_path / "whole", steps=100, save_every=1000))
+    assert same(weights(whole), weights(run(config)))
+
+
+def test_old_checkpoints_are_removed(tmp_path):
+    run(settings(tmp_path / "two", save_every=2, keep_checkpoints=2))
+    assert [path.name[-1] for path in checkpoints.list_checkpoints(tmp_path / "two")] == ["6", "8"]
+    run(settings(tmp_path / "all", save_every=2, keep_checkpoints=0))
+    assert len(checkpoints.list_checkpoints(tmp_path / "all")) == 4
+
+
+# What stops a run ------------------------------------------------------------------------------------------------
+
+
+def test_nan_stops_with_step_samples_and_last_good_checkpoint(tmp_path):
+    config = settings(tmp_path, accumulation=2)
+    with pytest.raises(TrainingStopped) as caught:
+        run(config, ToyStage(nan_at=2 * 4 + 1))  # the first pass of step 5
+    message = str(caught.value)
+    keys = [key for number in (8, 9) for key in dataset(config)[number]["keys"]]
+    assert "step 5 is nan" in message and ", ".join(keys) in message
+    assert str(tmp_path / "checkpoint-00000003") in message
+    run(config)
+
+
+def test_gradient_that_is_not_finite_stops(tmp_path):
+    stage = ToyStage()
+    stage.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingStopped, match="gradient norm of step 1 is .*There is no checkpoint yet"):
+        run(settings(tmp_path), stage)
+
+
+def _save_on_a_full_disk(folder, state):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    config, saves = settings(tmp_path / "run"), []
+
+    def save_model(folder, state):
+        ToyStage().save_pretrained(folder, state)
+        saves.append(folder)
+        if len(saves) == 2:
+            _save_on_a_full_disk(folder, state)
+
+    with pytest.raises(OSError, match="Checkpoint 6 .*No space left.*checkpoint-00000003.*same command"):
+        run(config, save_model=save_model)
+    assert [path.name for path in checkpoints.list_checkpoints(config.output)] == ["checkpoint-00000003"]
+    assert not list(Path(config.output).glob(".checkpoint*"))
+    assert same(weights(run(settings(tmp_path / "whole"))), weights(run(config)))
+
+
+def _child_with_small_files(config, size, messages, limit=2**16):
+    """The kernel refuses to let any file grow beyond the limit: what torch and safetensors raise then is their own."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    stage = ToyStage()
+    trained = size < 1  # then the optimizer holds twice as much, and torch.save meets the limit first
+    stage.big = torch.nn.Parameter(torch.zeros(int(size * limit / 4)), requires_grad=trained)
+    if trained:
+        stage.register_forward_hook(lambda *args: args[2] | {"big": stage.big.sum() * 0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        _child(config, stage=stage)
+    except BaseException as error:
+        messages.put((type(error).__name__, str(error)))
+
+
+@pytest.mark.parametrize("size", [0.7, 1.5], ids=["torch.save", "safetensors"])
+def test_writers_of_libraries_fail_alike(tmp_path, size):
+    messages = FORK.Queue()
+    config = settings(tmp_path, steps=2, save_every=1)
+    child = FORK.Process(target=_child_with_small_files, args=(config, size, messages))
+    child.start()
+    name, message = messages.get(timeout=60)
+    child.join()
+    assert name == "OSError" and "Checkpoint 1 could not be written" in message, (name, message)
+    assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_run_of_other_settings_is_refused(tmp_path):
+    run(settings(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"other settings: lr \(was 0.01, now 0.1\), seed \(was 0, now 1\)\. Go on"
+    ):
+        run(settings(tmp_path, lr=0.1, seed=1, log_every=2))
+    run(settings(tmp_path, log_every=2))  # what is not learned may change
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("dear")
+    with pytest.raises(ValueError, match="is no run"):
+        run(settings(tmp_path))
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+    with pytest.raises(ValueError, match="No output was given"):
+        run(settings(""))
+
+
+def test_other_number_of_processes_is_refused(tmp_path):
+    path = run(settings(tmp_path)) / "training_state" / "progress.json"
+    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(ValueError, match="begun on 2 processes; this one has 1"):
+        run(settings(tmp_path))
+
+
+def test_too_many_bad_samples_stop_the_run_with_counts(tmp_path):
+    config = settings(tmp_path, steps=100)
+    data = dataset(config, source=ToySource(bad=range(10)))
+    with pytest.raises(TooManyBadSamples, match="(?s)of 1.. samples .*row: .* such as toy:"):
+        train(config, ToyStage(), data, progress_bar=False)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_source_without_a_usable_sample_is_named(tmp_path, workers):
+    """In plain words from a worker as well, which would send its traceback."""
+    config = settings(tmp_path, workers=workers)
+    words = r"^\d+ samples in a row of source 'toy' \(50 samples\) cannot be used; the first: row: toy:.* out of the mixture\.$"
+    with pytest.raises(ValueError, match=words):
+        train(config, ToyStage(), dataset(config, source=ToySource(bad=range(50))), progress_bar=False)
+
+
+def test_counts_of_bad_samples_go_on(tmp_path, capsys):
+    whole = settings(tmp_path / "whole", max_bad_samples=0.9)
+    train(whole, ToyStage(), dataset(whole, source=ToySource(bad=range(10))), progress_bar=False)
+    summary = capsys.readouterr().out
+    assert "samples read could not be used" in summary
+    parts = settings(tmp_path / "parts", max_bad_samples=0.9)
+    with pytest.raises(Stopped):
+        data = DyingDataset(dataset(parts, source=ToySource(bad=range(10))), 4)
+        train(parts, ToyStage(), data, progress_bar=False)
+    train(parts, ToyStage(), dataset(parts, source=ToySource(bad=range(10))), progress_bar=False)
+    assert capsys.readouterr().out == summary
+
+
+# Beside the training ---------------------------------------------------------------------------------------------
+
+
+def test_drawing_samples_leaves_no_trace(tmp_path):
+    seen = []
+
+    def draw(stage, path):
+        assert not stage.training and path.parent.is_dir()
+        seen.append((path.name, stage.head.weight.detach().clone()))
+        random_numbers(), torch.manual_seed(9), random.seed(9), np.random.seed(9)
+        path.write_bytes(b"")
+
+    changes = {"ema_decay": 0.9}
+    without = run(settings(tmp_path / "without", **changes))
+    config = settings(tmp_path / "with", sample_every=3, **changes)
+    drawn = run(config, draw_samples=draw)
+    assert same(weights(without), weights(drawn))
+    assert [name for name, _ in seen] == ["step-00000003.png", "step-00000006.png"]
+    average = load_file(tmp_path / "with" / "checkpoint-00000006" / "toy.safetensors")
+    assert torch.equal(seen[1][1], average["head.weight"])
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def draw(stage, path):
+        import PIL.Image
+
+        PIL.Image.new("RGB", (8, 8), "red").save(path)
+
+    config = settings(tmp_path, tracker="tensorboard", sample_every=3, data_weights=(1.0, 2.0))
+    run(config, draw_samples=draw)
+    events = EventAccumulator(str(next(tmp_path.glob("kosmos-g/events*")).parent))
+    events.Reload()
+    expected = [(line["step"], line["square"]) for line in read_log(tmp_path)]
+    assert np.allclose([(event.step, event.value) for event in events.Scalars("square")], expected)
+    assert len(events.Images("samples")) == 2
+
+
+def test_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr("kosmos_g_diffusers.training.loop.is_wandb_available", lambda: False)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        run(settings(tmp_path, tracker="wandb"))
+    assert not list(tmp_path.iterdir())
