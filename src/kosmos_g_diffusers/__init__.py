@@ -1,7 +1,8 @@
 """Kosmos-G for diffusers: prompts of words and pictures for everything made for Stable Diffusion 1.5."""
 
 from . import model_card as hub  # noqa: F401  gives the pipelines their model card
-from .conversion.official import convert_checkpoint
+from .conversion import convert_checkpoint
+from .environment import __version__
 from .modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig
 from .pipeline_kosmos_g import (
     KosmosGControlNetImg2ImgPipeline,
@@ -14,7 +15,6 @@ from .pipeline_kosmos_g import (
 from .processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
 from .sprites.pretrained import SPRITES
 
-__version__ = "0.1.0"
 __all__ = [
     "KosmosGControlNetImg2ImgPipeline",
     "KosmosGControlNetInpaintPipeline",
@@ -27,5 +27,6 @@ __all__ = [
     "KosmosGTextEncoderConfig",
     "KosmosGTokenizer",
     "SPRITES",
+    "__version__",
     "convert_checkpoint",
 ]
