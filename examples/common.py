@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from kosmos_g_diffusers import SPRITES
 from kosmos_g_diffusers.control.controls import control_image
-from kosmos_g_diffusers.generation.generate import default_device
+from kosmos_g_diffusers.environment import default_device
 from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
 
 IMAGES = Path(__file__).parent / "images"

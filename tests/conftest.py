@@ -35,10 +35,9 @@ from kosmos_g_diffusers import (  # noqa: E402
     KosmosGTextEncoderConfig,
     KosmosGTokenizer,
 )
-from kosmos_g_diffusers.control.controls import build_random_controlnet  # noqa: E402
 from kosmos_g_diffusers.conversion.checkpoint import read_checkpoint  # noqa: E402
 from kosmos_g_diffusers.conversion.keys import aligner_n_weights, match_keys  # noqa: E402
-from kosmos_g_diffusers.testing import build_tiny_pipeline  # noqa: E402
+from kosmos_g_diffusers.testing import build_random_controlnet, build_tiny_pipeline  # noqa: E402
 
 # the models are tiny: threads would cost more than they bring, above all on a busy machine
 torch.set_num_threads(1)

@@ -8,10 +8,11 @@ import PIL.Image
 import pytest
 import torch
 
-from kosmos_g_diffusers import SPRITES, commands
+from kosmos_g_diffusers import SPRITES, commands, environment
 from kosmos_g_diffusers.cli import COMMANDS, build_parser, main
+from kosmos_g_diffusers.generation.png import read_settings, write_png
 from kosmos_g_diffusers.generation.schedulers import SCHEDULERS, make_scheduler
-from kosmos_g_diffusers.generation.settings import GenerationSettings, read_settings, write_png
+from kosmos_g_diffusers.generation.settings import GenerationSettings
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "images"
 PROMPT = ["<i> in the style of <i>", "--image", "cat.jpg", "--image", "coffee.jpg"]
@@ -132,9 +133,7 @@ def test_show_cannot_steer_the_terminal(folder, capsys):
 def test_files_are_overwritten_only_with_force(folder, capsys, monkeypatch):
     Path("out_1.png").write_bytes(b"mine")
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "kosmos_g_diffusers.generation.generate.load_pipeline", None
-        )  # refused before it is called
+        patch.setattr(commands.generate, "load_pipeline", None)  # refused before it is called
         assert "out_1.png would be overwritten" in fails(capsys, "generate", *PROMPT, "--num-images", "2")
     assert Path("out_1.png").read_bytes() == b"mine"
     assert not Path("out_0.png").exists()
@@ -146,8 +145,8 @@ def test_files_are_overwritten_only_with_force(folder, capsys, monkeypatch):
     ("arguments", "message"),
     [
         ([], "Neither a prompt nor --from"),
-        (["<i> in the snow"], "1 '<i>' marks but 0 pictures"),
-        (["a hat", "--image", "cat.jpg"], "0 '<i>' marks but 1 pictures"),
+        (["<i> in the snow"], "1 '<i>' marks but 0 images"),
+        (["a hat", "--image", "cat.jpg"], "0 '<i>' marks but 1 images"),
         (["<i>", "--image", "missing.png"], "no file at 'missing.png'"),
         (["<i>", "--image", "https://example.org/a.png"], "download URLs first"),
         (["<i>", "--image", "text.png"], "Image 0 of prompt 0 cannot be read from 'text.png'"),
@@ -172,7 +171,7 @@ def test_mistakes_give_one_line_and_no_file(folder, capsys, monkeypatch, argumen
 
 
 def test_device_that_is_not_there_is_named(folder, capsys, monkeypatch):
-    monkeypatch.setattr("kosmos_g_diffusers.generation.generate.default_device", lambda: "cpu")
+    monkeypatch.setattr(environment, "default_device", lambda: "cpu")
     assert "'cuda' is not there; 'cpu' is" in fails(capsys, "generate", "a hat", "--device", "cuda")
 
 

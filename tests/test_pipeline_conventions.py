@@ -21,7 +21,7 @@ from kosmos_g_diffusers import (
     KosmosGInpaintPipeline,
     KosmosGPipeline,
 )
-from kosmos_g_diffusers.control.controls import build_random_controlnet
+from kosmos_g_diffusers.testing import build_random_controlnet
 
 OURS = (
     KosmosGPipeline,

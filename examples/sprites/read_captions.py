@@ -13,7 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from kosmos_g_diffusers import SPRITES
-from kosmos_g_diffusers.captioning import CAPTION_PROMPT, load_answerer
+from kosmos_g_diffusers.captioning import load_answerer
+from kosmos_g_diffusers.processing_kosmos_g import CAPTION_PROMPT
 from kosmos_g_diffusers.sprites.world import (
     COLOURS,
     PATTERNS,

@@ -4,9 +4,7 @@ import torch
 
 from .modeling_kosmos_g import KosmosGTextEncoder
 from .processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
-from .sprites.pretrained import SPRITES
 
-CAPTION_PROMPT = "An image of"  # what the paper of Kosmos-1 asks for captions with
 MAX_NEW_TOKENS = 64
 
 
@@ -80,14 +78,13 @@ def load_answerer(model, dtype, device):
     """The two parts of a saved pipeline that read; neither U-Net nor VAE is touched.
 
     Args:
-        model: folder or Hub id; None takes the small model that ships.
+        model: folder or Hub id.
         dtype: torch dtype of the weights.
         device: where they go.
 
     Raises:
         OSError: the model cannot be loaded.
     """
-    model = model or SPRITES
     try:
         # Kosmos-G folders never hold pickle files; refuse to load any
         text_encoder = KosmosGTextEncoder.from_pretrained(

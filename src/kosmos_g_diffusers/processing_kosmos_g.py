@@ -22,6 +22,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 IMAGE_MARK = "<i>"
+CAPTION_PROMPT = "An image of"  # what the paper of Kosmos-1 asks for captions with
 # What CLIP ViT-L/14 was trained with; app_model.py:54-56 of the official code.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)

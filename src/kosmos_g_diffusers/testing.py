@@ -1,9 +1,9 @@
-"""A Kosmos-G pipeline of toy size with random weights, for tests."""
+"""Models of random weights, for tests: a Kosmos-G pipeline of toy size, a ControlNet for any U-Net."""
 
 import string
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 
 from .modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig
 from .pipeline_kosmos_g import KosmosGPipeline
@@ -107,3 +107,20 @@ def _build_tokenizer():
     characters = ["▁", *string.digits, *string.ascii_letters, *string.punctuation]
     pieces = [(f"▁{word}", -2.0) for word in WORDS] + [(character, -6.0) for character in characters]
     return KosmosGTokenizer.from_vocabulary(pieces, image_size=32, latent_query_num=4, model_max_length=256)
+
+
+def build_random_controlnet(unet, seed=0, vae_scale_factor=8):
+    """A ControlNet of random weights for a U-Net, to try things with; torch's random state is left as it was.
+
+    Args:
+        vae_scale_factor: pixels of a control image to a side of a latent, 4 or 8.
+    """
+    widths = (16, 32, 96, 256)[: vae_scale_factor.bit_length()]  # the control image is halved between them
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
+        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths).eval()
+        with torch.no_grad():
+            for parameter in controlnet.parameters():
+                if not parameter.any():  # an untrained ControlNet adds nothing: its last layers are zeros
+                    parameter.normal_(std=0.5)
+    return controlnet

@@ -21,8 +21,10 @@ from kosmos_g_diffusers.commands.app import read_auth
 from kosmos_g_diffusers.control.controls import CONTROLS, control_image
 from kosmos_g_diffusers.generation import generate as generation
 from kosmos_g_diffusers.generation.generate import generate_images
+from kosmos_g_diffusers.generation.png import read_settings
 from kosmos_g_diffusers.generation.schedulers import make_scheduler
-from kosmos_g_diffusers.generation.settings import GenerationSettings, read_settings
+from kosmos_g_diffusers.generation.settings import GenerationSettings
+from kosmos_g_diffusers.sprites import pretrained
 from kosmos_g_diffusers.testing import build_tiny_pipeline
 
 gradio_client = pytest.importorskip("gradio_client", reason="pip install 'kosmos-g-diffusers[app]'")
@@ -109,7 +111,7 @@ def test_images_are_those_that_the_library_makes_from_their_settings(client):
     wanted = GenerationSettings(
         "<i> and <i>", images=read_settings(paths[0]).images, seed=3, num_images=2, steps=2, scheduler="dpm"
     )
-    pipe = generation.load_model(None, torch.float32)
+    pipe = generation.load_model(pretrained.SPRITES, torch.float32)
     pipe.scheduler = make_scheduler("dpm", pipe.scheduler.config)
     for path, (image, _) in zip(paths, generate_images(pipe, wanted, [CAT, COFFEE]), strict=True):
         assert pixels(path) == image.tobytes()

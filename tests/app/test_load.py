@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.app import wait_for
 
-from kosmos_g_diffusers.generation.settings import read_settings
+from kosmos_g_diffusers.generation.png import read_settings
 
 gradio_client = pytest.importorskip("gradio_client", reason="pip install 'kosmos-g-diffusers[app]'")
 

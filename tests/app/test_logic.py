@@ -11,7 +11,8 @@ from kosmos_g_diffusers import SPRITES
 from kosmos_g_diffusers.app import html as render
 from kosmos_g_diffusers.app.form import PRESETS, Form, count_line, defaults, presets, read_form
 from kosmos_g_diffusers.control.controls import CONTROLS
-from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage, write_png
+from kosmos_g_diffusers.generation.png import write_png
+from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage
 from kosmos_g_diffusers.serving.errors import FieldError, at, clean
 from kosmos_g_diffusers.serving.job import Progress
 from kosmos_g_diffusers.serving.models import Models

@@ -25,7 +25,8 @@ from support.app import (
 
 from kosmos_g_diffusers.cli import main
 from kosmos_g_diffusers.control.controls import control_image
-from kosmos_g_diffusers.generation.settings import GenerationSettings, read_settings, write_png
+from kosmos_g_diffusers.generation.png import read_settings, write_png
+from kosmos_g_diffusers.generation.settings import GenerationSettings
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "images"
 CAT, COFFEE = PHOTOS / "cat.jpg", PHOTOS / "coffee.jpg"

@@ -26,13 +26,8 @@ from kosmos_g_diffusers.app.examples import sprite_examples
 from kosmos_g_diffusers.cli import main
 from kosmos_g_diffusers.control.controls import control_image
 from kosmos_g_diffusers.generation import generate as generation
-from kosmos_g_diffusers.generation.settings import (
-    ControlInput,
-    GenerationSettings,
-    InputImage,
-    read_settings,
-    write_png,
-)
+from kosmos_g_diffusers.generation.png import read_settings, write_png
+from kosmos_g_diffusers.generation.settings import ControlInput, GenerationSettings, InputImage
 from kosmos_g_diffusers.sprites.reader import read
 from kosmos_g_diffusers.sprites.world import COLOURS, HELD_OUT_TRIPLES, SHAPES, Scene, make_rng, render
 

@@ -19,7 +19,6 @@ from kosmos_g_diffusers.control.controls import (
     ANNOTATORS,
     CONTROLS,
     annotators,
-    build_random_controlnet,
     control_image,
     control_preview,
     control_size,
@@ -27,15 +26,12 @@ from kosmos_g_diffusers.control.controls import (
     load_controlnet,
     open_control,
 )
-from kosmos_g_diffusers.generation.settings import (
-    ControlInput,
-    GenerationSettings,
-    InputImage,
-    read_settings,
-    write_png,
-)
+from kosmos_g_diffusers.fields import check_value
+from kosmos_g_diffusers.generation.png import read_settings, write_png
+from kosmos_g_diffusers.generation.settings import ControlInput, GenerationSettings, InputImage
 from kosmos_g_diffusers.pipeline_kosmos_g import KosmosGPromptMixin
 from kosmos_g_diffusers.sprites.pretrained import load_sprites_controlnet
+from kosmos_g_diffusers.testing import build_random_controlnet
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "images"
 DETECTORS = [name for name, control in CONTROLS.items() if control.weights == ANNOTATORS]
@@ -89,7 +85,7 @@ def test_table_has_every_control_of_the_official_demo_and_of_controlnet_1_1():
         assert control.controlnet.startswith("lllyasviel/control_v11")
         assert control.description and len(control.description) < 60
         for name, parameter in control.parameters.items():
-            parameter.check("its default", name, parameter.default)
+            check_value(name, parameter.default, type(parameter.default), parameter.low, parameter.high)
 
 
 def test_parameters_of_one_name_are_of_one_type():
@@ -544,10 +540,14 @@ def folder(tmp_path, monkeypatch, small_unet):
 
     The small model has a ControlNet of random weights for every control; the one that ships is for canny alone.
     """
-    monkeypatch.setattr(
-        "kosmos_g_diffusers.generation.generate.load_sprites_controlnet",
-        lambda name, dtype: build_random_controlnet(small_unet, sum(map(ord, name)), 4),
-    )
+
+    def load(source, dtype):
+        if source not in CONTROLS:
+            return load_controlnet(source, dtype)
+        return build_random_controlnet(small_unet, sum(map(ord, source)), 4)
+
+    monkeypatch.setattr("kosmos_g_diffusers.sprites.pretrained.sprites_controlnet", lambda name: name)
+    monkeypatch.setattr("kosmos_g_diffusers.generation.generate.load_controlnet", load)
     for name in ("cat.jpg", "coffee.jpg"):
         (tmp_path / name).write_bytes((PHOTOS / name).read_bytes())
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ import scipy.linalg
 import torch
 
 from kosmos_g_diffusers.evaluation.benchmarks import coco
-from kosmos_g_diffusers.generation.settings import read_settings
+from kosmos_g_diffusers.generation.png import read_settings
 from kosmos_g_diffusers.testing import build_tiny_pipeline
 
 ALONE = SimpleNamespace(

@@ -29,7 +29,8 @@ from kosmos_g_diffusers.evaluation import images as engine
 from kosmos_g_diffusers.evaluation import scoring
 from kosmos_g_diffusers.evaluation.manifest import Manifest
 from kosmos_g_diffusers.generation import generate as generation
-from kosmos_g_diffusers.generation.settings import read_settings
+from kosmos_g_diffusers.generation.png import read_settings
+from kosmos_g_diffusers.sprites.pretrained import SPRITES, with_small_model
 from kosmos_g_diffusers.testing import build_tiny_pipeline
 
 accelerate = pytest.importorskip("accelerate", reason="evaluation needs the extra `eval`")
@@ -55,7 +56,7 @@ def toy():
     load_model = generation.load_model
 
     def load(model, dtype):
-        return build_tiny_pipeline() if model is None else load_model(model, dtype)
+        return build_tiny_pipeline() if model == SPRITES else load_model(model, dtype)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "load_model", load)
@@ -124,7 +125,7 @@ def test_every_image_carries_what_makes_it_alone(finished):
         7.5,
         "dpm",
     )
-    pipe = engine.load_pipeline(settings)
+    pipe = engine.load_pipeline(with_small_model(settings))
     pipe.set_progress_bar_config(disable=True)
     again = pipe(
         settings.prompt,

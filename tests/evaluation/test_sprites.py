@@ -8,7 +8,7 @@ from support.evaluating import files_of, run_evaluate
 
 from kosmos_g_diffusers.evaluation.benchmarks import sprites as sprite_bench
 from kosmos_g_diffusers.evaluation.benchmarks.sprites import ReaderJudge, build_tasks, judge
-from kosmos_g_diffusers.generation.settings import read_settings
+from kosmos_g_diffusers.generation.png import read_settings
 from kosmos_g_diffusers.sprites.reader import read
 from kosmos_g_diffusers.sprites.world import (
     Scene,

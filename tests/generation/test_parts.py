@@ -13,7 +13,8 @@ from support.composing import name_in_a_single_file
 from kosmos_g_diffusers import KosmosGPipeline
 from kosmos_g_diffusers.cli import main
 from kosmos_g_diffusers.generation.generate import load_unet
-from kosmos_g_diffusers.generation.settings import GenerationSettings, read_settings, write_png
+from kosmos_g_diffusers.generation.png import read_settings, write_png
+from kosmos_g_diffusers.generation.settings import GenerationSettings
 from kosmos_g_diffusers.testing import build_tiny_pipeline
 
 SEED = ("--seed", "1", "--steps", "2")

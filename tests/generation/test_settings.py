@@ -6,16 +6,10 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 
-from kosmos_g_diffusers.generation.settings import (
-    PNG_KEY,
-    GenerationSettings,
-    InputImage,
-    grid_of,
-    output_paths,
-    package_versions,
-    read_settings,
-    write_png,
-)
+from kosmos_g_diffusers.environment import package_versions
+from kosmos_g_diffusers.generation.grid import grid_of
+from kosmos_g_diffusers.generation.png import PNG_KEY, output_paths, read_settings, write_png
+from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage
 
 SHA256 = "0123456789abcdef" * 4
 SETTINGS = GenerationSettings(
@@ -84,14 +78,14 @@ def test_png_is_written_whole_or_not_at_all(tmp_path, image, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no JSON"),
-        ("[" * 50_000, "no JSON"),
+        ("{", "not JSON"),
+        ("[" * 50_000, "not JSON"),
         ("[]", "a JSON list"),
         ("{}", "format None"),
         (record(format=2), "format 2; this package reads 1"),
         (record(prompt="absent"), "no prompt"),
         (record(prompt=None), "prompt is of type NoneType"),
-        (record(prompt="<i> and <i>"), "2 '<i>' marks but 1 pictures"),
+        (record(prompt="<i> and <i>"), "2 '<i>' marks but 1 images"),
         (record(prompt="<i>" + "a" * 100_001), "100004 characters"),
         (record(callback="os.system"), "unknown names: 'callback'"),
         (record(seed=True), "seed is of type bool"),

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from kosmos_g_diffusers import SPRITES, KosmosGProcessor, KosmosGTokenizer
-from kosmos_g_diffusers.captioning import CAPTION_PROMPT
 from kosmos_g_diffusers.data import PretrainCollate
+from kosmos_g_diffusers.processing_kosmos_g import CAPTION_PROMPT
 from kosmos_g_diffusers.sprites.source import KINDS, SpriteSource
 from kosmos_g_diffusers.sprites.world import (
     BACKGROUNDS,

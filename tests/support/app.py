@@ -17,10 +17,10 @@ import PIL.Image
 import pytest
 
 from kosmos_g_diffusers.app.logic import Studio
-from kosmos_g_diffusers.control.controls import CONTROLS, build_random_controlnet
+from kosmos_g_diffusers.control.controls import CONTROLS
 from kosmos_g_diffusers.serving.models import Models
 from kosmos_g_diffusers.serving.store import Store
-from kosmos_g_diffusers.testing import build_tiny_pipeline
+from kosmos_g_diffusers.testing import build_random_controlnet, build_tiny_pipeline
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
@@ -80,12 +80,18 @@ def _put_toy(patches):
     pipe = build_tiny_pipeline()
     folder = patches.enter_context(tempfile.TemporaryDirectory())
     pipe.save_pretrained(folder)
-    generation = mock.patch.multiple(
-        "kosmos_g_diffusers.generation.generate",
-        SPRITES=folder,
-        load_sprites_controlnet=lambda name, dtype: build_random_controlnet(pipe.unet, sum(map(ord, name))),
-    )
-    patches.enter_context(generation)
+
+    def load(source, dtype):
+        return build_random_controlnet(pipe.unet, sum(map(ord, source)))
+
+    for name, value in {
+        "sprites.pretrained.SPRITES": folder,
+        "sprites.pretrained.sprites_controlnet": lambda name: name,
+        "serving.models.SPRITES": folder,
+        "serving.models.load_controlnet": load,
+        "generation.generate.load_controlnet": load,
+    }.items():
+        patches.enter_context(mock.patch(f"kosmos_g_diffusers.{name}", value))
     patches.enter_context(mock.patch.object(Models, "controls", lambda models, name: tuple(CONTROLS)))
 
 

@@ -7,7 +7,7 @@ import os
 
 import gradio as gr
 
-from ..generation.settings import read_settings
+from ..generation.png import read_settings
 from ..serving.errors import FieldError, at
 from ..serving.models import NO_LORA, OWN
 from ..serving.preview import data_uri

@@ -5,8 +5,10 @@ import secrets
 from dataclasses import dataclass, field
 
 from ..control.controls import find_control
+from ..environment import package_versions
 from ..generation.schedulers import SCHEDULERS
-from ..generation.settings import IMAGE_MARK, ControlInput, GenerationSettings, package_versions
+from ..generation.settings import ControlInput, GenerationSettings
+from ..processing_kosmos_g import IMAGE_MARK
 from ..serving.errors import FieldError, at
 from ..serving.models import NO_LORA, OWN
 from ..serving.store import MAX_FILES

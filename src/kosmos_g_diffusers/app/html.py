@@ -4,7 +4,7 @@ import shlex
 from functools import lru_cache
 from html import escape
 
-from ..generation.settings import IMAGE_MARK
+from ..processing_kosmos_g import IMAGE_MARK
 from ..serving.errors import FieldError
 from ..serving.preview import data_uri
 from ..serving.store import open_picture

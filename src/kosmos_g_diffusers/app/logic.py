@@ -12,7 +12,7 @@ import PIL.Image
 from safetensors import SafetensorError, safe_open
 
 from ..control.controls import control_image, control_preview, control_size, find_control
-from ..generation.settings import read_settings
+from ..generation.png import read_settings
 from ..serving.errors import FieldError, at, unexpected
 from ..serving.job import Drawing
 from ..serving.queue import QueueFull, Worker

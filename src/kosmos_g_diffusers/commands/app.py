@@ -17,8 +17,7 @@ import sys
 from pathlib import Path
 
 from ..app.logic import CAPACITY, Studio
-from ..generation.generate import default_device
-from ..generation.settings import DTYPES
+from ..environment import DTYPES, check_device, default_device, default_dtype
 from ..serving.models import Models
 from ..serving.store import Store
 
@@ -74,7 +73,8 @@ def run(arguments):
         ) from error
 
     device = arguments.device or default_device()
-    dtype = arguments.dtype or ("float32" if device == "cpu" else "float16")
+    check_device(device)
+    dtype = arguments.dtype or default_dtype(device)
     models = Models(arguments.model, arguments.lora_dir, arguments.unet_dir, device, dtype)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     output = Path(arguments.output).resolve()

@@ -1,8 +1,8 @@
-"""Say what pictures show, or answer a question about them, with the multimodal language model alone.
+"""Say what images show, or answer a question about them, with the multimodal language model alone.
 
-The prompt is what the model goes on with; it was trained on text, not on instructions: "An image of" asks for a caption,
-"Question: ... Answer:" for an answer. Each picture stands in front of the prompt, and gets an answer of its own. With <i>
-marks in the prompt, all pictures belong to one prompt and stand where the marks are.
+The prompt is what the model continues; it was trained on text, not on instructions: "An image of" asks for a caption,
+"Question: ... Answer:" for an answer. Each image stands in front of the prompt, and gets an answer of its own. With <i>
+marks in the prompt, all images belong to one prompt and stand where the marks are.
 
 examples:
   kosmos-g caption photo.png --model ./kosmos-g
@@ -12,18 +12,15 @@ examples:
 
 import sys
 
-import torch
-
-from ..captioning import CAPTION_PROMPT, MAX_NEW_TOKENS, load_answerer
-from ..generation.generate import check_device, default_device
-from ..generation.settings import DTYPES
-from ..processing_kosmos_g import IMAGE_MARK
-from ..sprites.pretrained import SPRITES_NOTE
+from ..captioning import MAX_NEW_TOKENS, load_answerer
+from ..environment import DTYPES, as_dtype, check_device, default_device, default_dtype
+from ..processing_kosmos_g import CAPTION_PROMPT, IMAGE_MARK
+from ..sprites.pretrained import SPRITES, SPRITES_NOTE
 
 
 def add_arguments(parser):
     add = parser.add_argument
-    add("pictures", nargs="+", metavar="PICTURE", help="path or URL")
+    add("images", nargs="+", metavar="IMAGE", help="path or URL")
     add("--prompt", default=CAPTION_PROMPT, metavar="TEXT", help=f"(default: {CAPTION_PROMPT!r})")
     add("--model", metavar="MODEL", help="folder or Hub id (default: the small model that ships, of sprites)")
     add(
@@ -46,20 +43,20 @@ def add_arguments(parser):
 
 def run(arguments):
     device = arguments.device or default_device()
-    dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "float16")
     check_device(device)
+    dtype = arguments.dtype or default_dtype(device)
     if arguments.num_beams < 1:
         raise ValueError(f"--num-beams is {arguments.num_beams}; expected 1 or more.")
-    answer = load_answerer(arguments.model, getattr(torch, dtype), device)
-    prompt, pictures = arguments.prompt, arguments.pictures
+    answer = load_answerer(arguments.model or SPRITES, as_dtype(dtype), device)
+    prompt, images = arguments.prompt, arguments.images
     marked = IMAGE_MARK in prompt
-    for group in [pictures] if marked else [[picture] for picture in pictures]:
+    for group in [images] if marked else [[image] for image in images]:
         text = answer(
             prompt if marked else f"{IMAGE_MARK} {prompt}",
             group,
             max_new_tokens=arguments.max_new_tokens,
             num_beams=arguments.num_beams,
         )
-        print(text if marked or len(pictures) == 1 else f"{group[0]}: {text}")
+        print(text if marked or len(images) == 1 else f"{group[0]}: {text}")
     if arguments.model is None:
         print(SPRITES_NOTE, file=sys.stderr)

@@ -14,7 +14,7 @@ then, in Python:
 import torch
 
 from ..conversion.official import convert_checkpoint
-from ..generation.settings import DTYPES
+from ..environment import DTYPES
 
 
 def add_arguments(parser):

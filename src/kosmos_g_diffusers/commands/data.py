@@ -25,8 +25,7 @@ import torch
 
 from ..data.making import ComposeSettings, EditSettings, compose, instructpix2pix, write_contact_sheet
 from ..data.making.instructpix2pix import COLUMNS
-from ..generation.generate import default_device
-from ..generation.settings import DTYPES
+from ..environment import DTYPES, default_device, default_dtype
 
 
 def add_arguments(parser):
@@ -152,7 +151,7 @@ def run(arguments):
                 **{f.name: getattr(arguments, f.name) for f in fields(ComposeSettings)}
             )
             device = arguments.device or _own_device()
-            dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
+            dtype = arguments.dtype or default_dtype(device, half="bfloat16")
             manifest = compose(
                 arguments.images,
                 arguments.output,

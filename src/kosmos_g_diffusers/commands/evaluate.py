@@ -21,15 +21,14 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..environment import DTYPES, default_device, default_dtype
 from ..evaluation.benchmarks import coco, dreambench, dreambench_plus, multi
 from ..evaluation.benchmarks import sprites as sprite_bench
 from ..evaluation.features import SCORERS
 from ..evaluation.report import scores_table
 from ..evaluation.run import Plan, evaluate
 from ..evaluation.scoring import FeatureJudge
-from ..generation.generate import default_device
 from ..generation.schedulers import SCHEDULERS
-from ..generation.settings import DTYPES
 from ..sprites.pretrained import SPRITES_NOTE
 
 DEFAULT_SCORERS = ("dino", "clip")  # of the paper
@@ -56,7 +55,7 @@ def run(arguments):
     settings |= {
         name: getattr(arguments, name) for name in ("steps", "guidance", "scheduler", "dtype", "seed")
     }
-    settings["dtype"] = settings["dtype"] or ("float32" if device == "cpu" else "float16")
+    settings["dtype"] = settings["dtype"] or default_dtype(device)
     options = {
         "model": arguments.model,
         "settings": settings,

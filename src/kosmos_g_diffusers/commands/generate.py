@@ -1,9 +1,9 @@
-"""Make images from a prompt of words and pictures.
+"""Make images from a prompt of words and images.
 
-Write <i> where a picture stands and give one --image for each, in that order. Every PNG carries its settings, so an
+Write <i> where an image stands and give one --image for each, in that order. Every PNG carries its settings, so an
 image can be made again from itself; flags beside --from change what they name. One image is written to --output;
 several go to out_0.png, out_1.png, ... with seeds that count up from --seed, and a grid of them to out.png.
-Pictures and model are stored as the paths you write.
+Images and model are stored as the paths you write.
 
 examples:
   kosmos-g generate "<i> in the suit of <i>" --image dog.png --image suit.png --model ./kosmos-g
@@ -25,99 +25,79 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from ..generation.generate import default_device, generate_files
-from ..generation.schedulers import SCHEDULERS
-from ..generation.settings import (
-    CONTROL_KNOBS,
-    DTYPES,
-    IMAGE_MARK,
-    OFFLOADS,
-    ControlInput,
-    GenerationSettings,
-    InputImage,
-    package_versions,
-    read_settings,
-)
-from ..sprites.pretrained import SPRITES_NOTE
+from ..environment import default_device, default_dtype, package_versions
+from ..fields import add_flags
+from ..generation.generate import generate_files, load_pipeline
+from ..generation.png import output_paths, read_settings
+from ..generation.settings import ControlInput, GenerationSettings, InputImage
+from ..processing_kosmos_g import IMAGE_MARK
+from ..sprites.pretrained import SPRITES_NOTE, with_small_model
+
+# setting of a ControlInput -> its flag, which is given once for each --control
+CONTROL_FLAGS = {
+    entry.name: entry.name if entry.name == "controlnet" else f"control_{entry.name}"
+    for entry in fields(ControlInput)
+    if entry.metadata.get("help")
+}
 
 
 def add_arguments(parser):
-    parser.argument_default = (
-        argparse.SUPPRESS
-    )  # a flag that was not given leaves the settings of --from alone
+    # a flag that was not given leaves the settings of --from alone
+    parser.argument_default = argparse.SUPPRESS
     add = parser.add_argument
-    add("prompt", nargs="?", help='words, and <i> for each picture: "<i> in the suit of <i>"')
-    add("--image", action="append", dest="images", metavar="FILE", help="picture of the next <i>; repeat it")
+    add("prompt", nargs="?", help='words, and <i> for each image: "<i> in the suit of <i>"')
+    add("--image", action="append", dest="images", metavar="FILE", help="image of the next <i>; repeat it")
     add("--negative", dest="negative_prompt", metavar="TEXT", help="what the images should not show")
     add(
         "--control",
         action="append",
         dest="controls",
         metavar="KIND:FILE",
-        help="make the control image of a picture (kosmos-g control --list); KIND:@FILE takes FILE as it is; repeat it",
+        help="make the control image of an image (kosmos-g control --list); KIND:@FILE takes FILE as it is; repeat it",
     )
-    add(
-        "--controlnet",
-        action="append",
-        metavar="MODEL",
-        help="folder, file or Hub id for the next --control (default: of the table)",
-    )
-    add("--control-scale", action="append", type=float, metavar="N", help="its weight (default: 1)")
-    add("--control-start", action="append", type=float, metavar="SHARE", help="of the steps before it acts")
-    add("--control-end", action="append", type=float, metavar="SHARE", help="of the steps when it ends")
-    add(
-        "--unet", metavar="MODEL", help="folder, file or Hub id of a fine-tune's U-Net (default: the model's)"
-    )
-    add("--lora", metavar="MODEL", help="file, folder or Hub id of a LoRA for the U-Net")
-    add("--lora-scale", type=float, metavar="N", help="its weight (default: 1)")
+    for entry in fields(ControlInput):
+        if entry.name in CONTROL_FLAGS:
+            kind = float if entry.type is float else str
+            flag = "--" + CONTROL_FLAGS[entry.name].replace("_", "-")
+            add(
+                flag,
+                action="append",
+                type=kind,
+                metavar=entry.metadata["metavar"],
+                help=entry.metadata["help"],
+            )
     add(
         "--image-words",
         action="append",
         metavar="FILE",
         help="image words that the prompt uses (pipe.save_image_words, kosmos-g app); repeat it",
     )
-    add("--model", metavar="MODEL", help="folder or Hub id (default: the small model that ships, of sprites)")
     add("--output", default="out.png", metavar="FILE", help="PNG to write (default: out.png)")
     add("--force", action="store_true", default=False, help="overwrite files that are there")
     add("--from", dest="source", default=None, metavar="FILE", help="take the settings of a PNG made here")
     add("--show", action="store_true", default=False, help="print the settings as JSON and stop")
-    add("--num-images", type=int, metavar="N", help="images to make (default: 1)")
-    add("--seed", type=int, metavar="N", help="of the first image (default: drawn, and stored)")
-    add("--steps", type=int, metavar="N", help="denoising steps (default: 50)")
-    add("--guidance", type=float, metavar="SCALE", help="weight of the prompt; 1 is off (default: 7.5)")
-    add("--height", type=int, metavar="PIXELS", help="multiple of 8 (default: the model's)")
-    add("--width", type=int, metavar="PIXELS", help="multiple of 8 (default: the model's)")
-    names = ", ".join(SCHEDULERS)
-    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"one of {names} (default: the model's)")
-    names = ", ".join(DTYPES)
-    add("--dtype", choices=DTYPES, metavar="NAME", help=f"one of {names} (default: by the device)")
-    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
-    names = ", ".join(OFFLOADS)
-    add(
-        "--offload",
-        choices=OFFLOADS,
-        metavar="NAME",
-        help=f"one of {names}; saves GPU memory (default: none)",
-    )
+    add_flags(parser, GenerationSettings)
 
 
 def run(arguments):
-    settings, pictures, control_pictures = _read(vars(arguments))
+    settings, images, control_images = _read(vars(arguments))
     if arguments.show:
         return print(_as_text(settings))
-    for path in generate_files(settings, pictures, arguments.output, arguments.force, control_pictures):
+    paths = output_paths(arguments.output, settings.num_images, arguments.force)
+    pipe = load_pipeline(with_small_model(settings))
+    for path in generate_files(pipe, settings, paths, images, control_images, arguments.force):
         print(path)
     if settings.model is None:
         print(SPRITES_NOTE, file=sys.stderr)
 
 
 def _read(arguments):
-    """Flags, over the settings of --from, over defaults -> settings, and the paths of pictures and control pictures."""
+    """Flags, over the settings of --from, over defaults -> settings, and the paths of images and of control images."""
     given = {
         entry.name: arguments[entry.name] for entry in fields(GenerationSettings) if entry.name in arguments
     }
-    pictures = given.get("images", [])
-    given["images"] = tuple(InputImage.from_file(path) for path in pictures)
+    images = given.get("images", [])
+    given["images"] = tuple(InputImage.from_file(path) for path in images)
     if "image_words" in given:
         given["image_words"] = tuple(InputImage.from_file(path) for path in given["image_words"])
     if arguments["source"] is None:
@@ -127,18 +107,19 @@ def _read(arguments):
             )
         given.setdefault("seed", secrets.randbelow(2**32))
         given.setdefault("device", default_device())
-        given.setdefault("dtype", "float32" if given["device"] == "cpu" else "float16")
-        given["controls"], control_pictures = _read_controls(arguments)
-        return GenerationSettings(**given, versions=package_versions()), pictures, control_pictures
+        given["controls"], control_images = _read_controls(arguments)
+        settings = GenerationSettings(**given, versions=package_versions())  # checks the device's name
+        if "dtype" not in given:
+            settings = replace(settings, dtype=default_dtype(settings.device))
+        return settings, images, control_images
     recorded = read_settings(arguments["source"])
     if arguments["show"]:
         return recorded, [], []
-    if not pictures and IMAGE_MARK in given.get(
-        "prompt", IMAGE_MARK
-    ):  # a new prompt of words alone drops them
+    # a new prompt of words alone drops them
+    if not images and IMAGE_MARK in given.get("prompt", IMAGE_MARK):
         del given["images"]
         folder = Path(arguments["source"]).parent
-        pictures = [picture.find(folder) for picture in recorded.images]
+        images = [image.find(folder) for image in recorded.images]
     # a PNG may come from a stranger: what it names is not downloaded unless the user says so
     for name, label in (("model", "model"), ("unet", "U-Net"), ("lora", "LoRA")):
         place = getattr(recorded, name)
@@ -150,7 +131,7 @@ def _read(arguments):
         folder = Path(arguments["source"]).parent
         found = [words.find(folder, "Pass --image-words anew.") for words in recorded.image_words]
         given["image_words"] = tuple(InputImage.from_file(path) for path in found)
-    given["controls"], control_pictures = _read_controls(arguments, recorded.controls)
+    given["controls"], control_images = _read_controls(arguments, recorded.controls)
     versions = package_versions()
     other = [
         f"{name!r} {version!r}"
@@ -159,11 +140,11 @@ def _read(arguments):
     ]
     if other:
         print(f"Note: made with other versions ({', '.join(other)}): pixels may differ.", file=sys.stderr)
-    return replace(recorded, **given, index=None, versions=versions), pictures, control_pictures
+    return replace(recorded, **given, index=None, versions=versions), images, control_images
 
 
 def _read_controls(arguments, recorded=()):
-    """Flags, over the controls of --from -> controls, and the paths of their pictures."""
+    """Flags, over the controls of --from -> controls, and the paths of their images."""
     controls, paths = [], []
     for text in arguments.get("controls", ()):
         name, colon, path = text.partition(":")
@@ -184,8 +165,7 @@ def _read_controls(arguments, recorded=()):
                 raise ValueError(
                     f"The PNG names the ControlNet {control.controlnet!r}, which is not here. Pass it with --controlnet."
                 )
-    for knob in CONTROL_KNOBS:
-        flag = "controlnet" if knob == "controlnet" else f"control_{knob}"
+    for name, flag in CONTROL_FLAGS.items():
         values = arguments.get(flag)
         if values is None:
             continue
@@ -195,7 +175,7 @@ def _read_controls(arguments, recorded=()):
                 "in the same order."
             )
         controls = [
-            replace(control, **{knob: value}) for control, value in zip(controls, values, strict=True)
+            replace(control, **{name: value}) for control, value in zip(controls, values, strict=True)
         ]
     return tuple(controls), paths
 

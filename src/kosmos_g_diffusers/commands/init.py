@@ -10,7 +10,7 @@ examples:
 """
 
 from ..conversion.kosmos2 import initialize
-from ..generation.settings import DTYPES
+from ..environment import DTYPES
 
 
 def add_arguments(parser):

@@ -16,7 +16,9 @@ import torch
 from diffusers import ControlNetModel
 from diffusers.utils import logging
 
-from ..pipeline_kosmos_g import DTYPE_KEYWORD
+from ..fields import check_value
+from ..files import first_line
+from ..loading import DTYPE_KEYWORD
 from ..processing_kosmos_g import open_image
 from . import annotators
 
@@ -29,25 +31,13 @@ MAX_SIDE_RATIO = 8  # a thinner picture, scaled to a short side of 512, would ha
 
 @dataclass(frozen=True)
 class Parameter:
-    """A knob of an annotator; its type is that of its default."""
+    """A setting of an annotator; its type is that of its default."""
 
     default: bool | int | float
     help: str
     keyword: str | None = None  # of the annotator's call; None is the parameter's own name
     low: float = -math.inf
     high: float = math.inf
-
-    def check(self, control, name, value):
-        kind = type(self.default)
-        accepted = (float, int) if kind is float else kind
-        if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
-            raise TypeError(
-                f"{name} of the control {control!r} is of type {type(value).__name__}; expected {kind.__name__}."
-            )
-        if not self.low <= value <= self.high:  # also for NaN
-            raise ValueError(
-                f"{name} of the control {control!r} is {value}; expected a number from {self.low} to {self.high}."
-            )
 
 
 @dataclass(frozen=True)
@@ -236,7 +226,7 @@ def load_annotator(name, weights=None, device="cpu"):
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         command = " ".join(["hf download", control.weights, *control.files])
         raise ValueError(
-            f"The weights of the control {name!r} cannot be loaded from {source!r} ({first_sentence(error)}). Pass a folder with its "
+            f"The weights of the control {name!r} cannot be loaded from {source!r} ({first_line(error)}). Pass a folder with its "
             f"files as weights, or run where there is a network: {command}"
         ) from error
 
@@ -284,7 +274,8 @@ def control_image(
     arguments = dict(control.arguments)
     for key, parameter in control.parameters.items():
         value = parameters.get(key, parameter.default)
-        parameter.check(name, key, value)
+        kind = type(parameter.default)
+        check_value(f"{key} of the control {name!r}", value, kind, parameter.low, parameter.high)
         arguments[parameter.keyword or key] = value
     if control.needs_mask and mask is None:
         raise ValueError(
@@ -413,32 +404,10 @@ def load_controlnet(source, dtype=torch.float32):
         return load(repo, **{DTYPE_KEYWORD: dtype})
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"The ControlNet {repo!r} cannot be loaded ({first_sentence(error)}). If it is on the Hub, run where there is a "
+            f"The ControlNet {repo!r} cannot be loaded ({first_line(error)}). If it is on the Hub, run where there is a "
             f"network: hf download {repo}"
         ) from error
 
 
-def build_random_controlnet(unet, seed=0, vae_scale_factor=8):
-    """A ControlNet of random weights for a U-Net, to try things with; torch's random state is left as it was.
-
-    Args:
-        vae_scale_factor: pixels of a control image to a side of a latent, 4 or 8.
-    """
-    widths = (16, 32, 96, 256)[: vae_scale_factor.bit_length()]  # the control image is halved between them
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
-        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths).eval()
-        with torch.no_grad():
-            for parameter in controlnet.parameters():
-                if not parameter.any():  # an untrained ControlNet adds nothing: its last layers are zeros
-                    parameter.normal_(std=0.5)
-    return controlnet
-
-
 def _text(size):
     return f"{size[0]} x {size[1]}"
-
-
-def first_sentence(error):
-    """The first sentence of what a library said."""
-    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".") or type(error).__name__

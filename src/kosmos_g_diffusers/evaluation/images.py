@@ -21,10 +21,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..generation.generate import load_pipeline
-from ..generation.settings import IMAGE_MARK, GenerationSettings, InputImage, read_settings, write_png
+from ..generation.png import read_settings, write_png
+from ..generation.settings import GenerationSettings, InputImage
 from ..pipeline_kosmos_g import KosmosGPipeline
-from ..processing_kosmos_g import open_image
-from ..sprites.pretrained import SPRITES
+from ..processing_kosmos_g import IMAGE_MARK, open_image
+from ..sprites.pretrained import SPRITES, with_small_model
 from .manifest import FILE_NAME, Manifest, hash_folder
 
 COMPONENTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")  # what decides an image
@@ -138,7 +139,7 @@ def generate(folder, manifest, state, device, repair=False):
     if not todo:
         return 0
     settings = _base_settings(manifest, device if state.num_processes == 1 else state.device)
-    pipe = load_pipeline(settings)
+    pipe = load_pipeline(with_small_model(settings))
     pipe.register_modules(safety_checker=None)  # it paints pictures black, and the paper's code has none
     pipe.set_progress_bar_config(disable=True)
     words = _prepare_words(pipe, folder, manifest, state)

@@ -12,6 +12,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..captioning import MAX_NEW_TOKENS, as_text, load_answerer
+from ..environment import as_dtype, default_dtype
+from ..sprites.pretrained import SPRITES
 
 IMAGE_TOKEN = "<image>"  # where a task puts a picture among the words
 TEMPLATE = "Question: {} Answer:"  # as Kosmos-1's paper asks (sec. 4.2)
@@ -42,8 +44,8 @@ class KosmosGForLmms(lmms):
         if device is not None and self.accelerator.num_processes == 1:
             self.device = torch.device(device)
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        dtype = dtype or ("float32" if self.device.type == "cpu" else "float16")
-        self.answer = load_answerer(pretrained, getattr(torch, dtype), self.device)
+        dtype = as_dtype(dtype or default_dtype(self.device))
+        self.answer = load_answerer(pretrained or SPRITES, dtype, self.device)
         self.template = template
 
     def generate_until(self, requests):

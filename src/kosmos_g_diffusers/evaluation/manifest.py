@@ -11,8 +11,7 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from ..generation.settings import IMAGE_MARK
-from ..processing_kosmos_g import open_image
+from ..processing_kosmos_g import IMAGE_MARK, open_image
 
 FORMAT = "kosmos_g_evaluation_1"  # raise it when an older package would read a new manifest wrongly
 FILE_NAME = "manifest.jsonl"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ..generation.generate import check_device
-from ..generation.settings import GenerationSettings, package_versions
+from ..environment import check_device, package_versions
+from ..generation.settings import GenerationSettings
 from .images import generate, identify_model, join_processes, open_folder
 from .manifest import Manifest, hash_bytes, hash_pictures
 from .report import load_matplotlib, write_report

@@ -10,29 +10,23 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
-from ..control.controls import control_image, first_sentence, load_controlnet, open_control
-from ..pipeline_kosmos_g import DTYPE_KEYWORD, KosmosGControlNetPipeline, KosmosGPipeline
-from ..sprites.pretrained import SPRITES, load_sprites_controlnet
+from ..control.controls import control_image, load_controlnet, open_control
+from ..environment import as_dtype, check_device
+from ..files import first_line
+from ..loading import DTYPE_KEYWORD
+from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
+from .grid import grid_of
+from .png import write_png
 from .schedulers import make_scheduler
-from .settings import grid_of, output_paths, write_png
 
 LORA_NAME = "lora"  # of the adapter in the U-Net
 UNET_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt")  # of files; a Hub id has none of them
 
 
-def default_device():
-    """The accelerator of this machine, or "cpu"."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-
-
-def check_device(device):
-    """ValueError if this machine has no such device."""
-    if torch.device(device).type not in ("cpu", default_device()):
-        raise ValueError(f"The device {str(device)!r} is not there; {default_device()!r} is. Pass --device.")
-
-
 def load_pipeline(settings):
     """Load the model that the settings name, on their device, with their scheduler.
+
+    Settings without a model mean the small one that ships: `sprites.pretrained.with_small_model` says where it is.
 
     Raises:
         ValueError: the device is not there, or there is nothing to offload from.
@@ -44,7 +38,7 @@ def load_pipeline(settings):
         raise ValueError(
             f"Offload {settings.offload!r} saves memory of an accelerator, and the device is the CPU."
         )
-    dtype = getattr(torch, settings.dtype)
+    dtype = as_dtype(settings.dtype)
     pipe = load_model(settings.model, dtype)
     if settings.unet is not None:
         pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, dtype, pipe.unet))
@@ -53,8 +47,8 @@ def load_pipeline(settings):
     for words in settings.image_words:
         pipe.load_image_words(words.find(Path(), "Run the command where it is."))
     if settings.controls:
-        controlnets = [load_control(settings, index) for index in range(len(settings.controls))]
-        pipe = with_controlnets(pipe, controlnets)
+        sources = [control.controlnet or control.name for control in settings.controls]
+        pipe = with_controlnets(pipe, [load_controlnet(source, dtype) for source in sources])
     if settings.scheduler is not None:
         pipe.scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
     if settings.offload == "model":
@@ -67,9 +61,9 @@ def load_pipeline(settings):
 
 
 def load_model(model, dtype):
-    """The pipeline of a folder or Hub id, on the CPU; None is the small model that ships."""
+    """The pipeline of a folder or Hub id, on the CPU."""
     # Kosmos-G folders never hold pickle files; refuse to load any
-    return KosmosGPipeline.from_pretrained(model or SPRITES, use_safetensors=True, **{DTYPE_KEYWORD: dtype})
+    return KosmosGPipeline.from_pretrained(model, use_safetensors=True, **{DTYPE_KEYWORD: dtype})
 
 
 def load_unet(source, dtype, like):
@@ -116,7 +110,7 @@ def load_unet(source, dtype, like):
         pickle.UnpicklingError,
     ) as error:
         raise ValueError(
-            f"The U-Net {str(source)!r} cannot be loaded ({first_sentence(error)}). Take one made for the same Stable "
+            f"The U-Net {str(source)!r} cannot be loaded ({first_line(error)}). Take one made for the same Stable "
             "Diffusion, with 4 input channels; if it is on the Hub, run where there is a network."
         ) from error
 
@@ -138,18 +132,10 @@ def add_lora(pipe, source, scale):
         pipe.load_lora_weights(source, adapter_name=LORA_NAME)
     except unreadable as error:
         raise ValueError(
-            f"The LoRA {str(source)!r} cannot be loaded ({first_sentence(error)}). Pass a .safetensors file, or the Hub id "
+            f"The LoRA {str(source)!r} cannot be loaded ({first_line(error)}). Pass a .safetensors file, or the Hub id "
             "of one where there is a network."
         ) from error
     pipe.set_adapters([LORA_NAME], [float(scale)])
-
-
-def load_control(settings, index):
-    """The ControlNet of a control; the small model that ships has one of its own."""
-    control = settings.controls[index]
-    if settings.model is None and control.controlnet is None:
-        return load_sprites_controlnet(control.name, getattr(torch, settings.dtype))
-    return load_controlnet(control.controlnet or control.name, getattr(torch, settings.dtype))
 
 
 def with_controlnets(pipe, controlnets):
@@ -158,20 +144,20 @@ def with_controlnets(pipe, controlnets):
     return KosmosGControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
 
 
-def control_arguments(settings, pictures, short_side):
+def control_arguments(settings, paths, short_side):
     """What a ControlNet pipeline is called with for the controls of the settings.
 
     The image gets the size that the settings ask for; else that of a control image that is ready; else the shape of the
-    first picture, its shorter side `short_side` pixels. Annotators run on the CPU, so that every device gets the same
+    first of its images, its shorter side `short_side` pixels. Annotators run on the CPU, so that every device gets the same
     control image.
 
     Args:
-        pictures: for each control the path of its picture, or of the control image itself.
+        paths: for each control of the image that it is made of, or of the control image itself.
 
     Raises:
-        ValueError: a picture or a control image does not fit that size; see also `control_image`.
+        ValueError: an image or a control image does not fit that size; see also `control_image`.
     """
-    controls = list(zip(settings.controls, pictures, strict=True))
+    controls = list(zip(settings.controls, paths, strict=True))
     images = [open_control(control.name, path) if control.ready else None for control, path in controls]
     size = (settings.height, settings.width)
     if size == (None, None):
@@ -205,19 +191,19 @@ def _size_of(image):
     return tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else (image.height, image.width)
 
 
-def generate_images(pipe, settings, pictures, control_pictures=()):
+def generate_images(pipe, settings, reference_images, control_images=()):
     """Make the images of a run, one after the other, and yield each with settings that make it alone.
 
     Args:
-        pictures: what `images=` of the pipeline takes, one picture for each `<i>` of the prompt.
-        control_pictures: see `control_arguments`.
+        reference_images: what `images=` of the pipeline takes, one for each `<i>` of the prompt.
+        control_images: paths, see `control_arguments`.
     """
-    arguments = size_arguments(pipe, settings, control_pictures)
-    arguments.update(prompt_arguments(pipe, settings, pictures))
+    arguments = size_arguments(pipe, settings, control_images)
+    arguments.update(prompt_arguments(pipe, settings, reference_images))
     yield from draw_images(pipe, settings, arguments)
 
 
-def size_arguments(pipe, settings, control_pictures=()):
+def size_arguments(pipe, settings, control_images=()):
     """What a pipeline is called with for the size of an image and its controls, if there are any."""
     # diffusers ignores a height without a width, and the other way round
     sides = pipe.unet.config.sample_size
@@ -225,16 +211,16 @@ def size_arguments(pipe, settings, control_pictures=()):
         side * pipe.vae_scale_factor for side in ((sides, sides) if isinstance(sides, int) else sides)
     )
     if settings.controls:
-        return control_arguments(settings, control_pictures, min(height, width))
+        return control_arguments(settings, control_images, min(height, width))
     return {"height": settings.height or height, "width": settings.width or width}
 
 
-def prompt_arguments(pipe, settings, pictures):
+def prompt_arguments(pipe, settings, reference_images):
     """What a pipeline is called with for the prompts of the settings, encoded."""
     with torch.no_grad():
         prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(
             settings.prompt,
-            images=pictures,
+            images=reference_images,
             negative_prompt=settings.negative_prompt,
             do_classifier_free_guidance=settings.guidance > 1,
         )
@@ -269,30 +255,18 @@ def draw_images(pipe, settings, arguments, callback_on_step_end=None):
         yield image, replace(settings, seed=seed, num_images=1, index=index, **size)
 
 
-def generate_files(settings, pictures, output, overwrite=False, control_pictures=()):
-    """Load the model, make the images and write them; yields each path once its file is whole.
+def generate_files(pipe, settings, paths, reference_images, control_images=(), overwrite=False):
+    """Make the images of a run and write them; yields each path once its file is complete.
 
     Args:
-        pictures, control_pictures: as in `generate_images`.
-        output: a path ending in .png. One image goes there; several go to `<stem>_0.png`, `<stem>_1.png`, ..., and a
-            grid of them to `output`, with the settings of the whole run.
+        pipe: of `load_pipeline`.
+        paths: of `output_paths`: for each image, then, if there are several, for a grid of them with the settings of the
+            whole run.
+        reference_images, control_images: as in `generate_images`.
         overwrite: replace files that are there.
-
-    Raises:
-        ValueError, OSError: see `load_pipeline` and the pipeline. Nothing is written then.
-        FileExistsError: a file of the run is there already. No model has been loaded then.
     """
-    paths = output_paths(output, settings.num_images)
-    existing = [str(path) for path in paths if path.exists()]
-    if existing and not overwrite:
-        raise FileExistsError(
-            f"{', '.join(existing)} would be overwritten. Pass --force, or another --output."
-        )
-    if not paths[0].parent.is_dir():
-        raise ValueError(f"There is no folder {str(paths[0].parent)!r} to write into. Make it first.")
-    pipe = load_pipeline(settings)
     images = []
-    made = generate_images(pipe, settings, pictures, control_pictures)
+    made = generate_images(pipe, settings, reference_images, control_images)
     for (image, image_settings), path in zip(made, paths, strict=False):
         write_png(image, path, image_settings, overwrite)
         images.append(image)

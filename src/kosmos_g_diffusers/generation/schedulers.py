@@ -1,7 +1,5 @@
 """Schedulers by short name, for the command line and for settings that are stored with an image."""
 
-import diffusers
-
 # name -> class of diffusers, and what must hold whatever scheduler the model carries: latents are never clipped, and
 # Stable Diffusion's PNDM has no Runge-Kutta steps at the start
 SCHEDULERS = {
@@ -27,5 +25,7 @@ def make_scheduler(name, config):
     """
     if name not in SCHEDULERS:
         raise ValueError(f"There is no scheduler {name!r}. Known: {', '.join(SCHEDULERS)}.")
+    import diffusers
+
     class_name, changes = SCHEDULERS[name]
     return getattr(diffusers, class_name).from_config(config, **changes)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..generation.generate import draw_images, prompt_arguments, size_arguments
-from ..generation.settings import write_png
+from ..generation.png import write_png
 from .errors import at
 from .preview import data_uri
 from .store import open_picture

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ..control.controls import CONTROLS
-from ..generation.generate import LORA_NAME, add_lora, load_control, load_model, load_unet, with_controlnets
+from ..control.controls import CONTROLS, load_controlnet
+from ..generation.generate import LORA_NAME, add_lora, load_model, load_unet, with_controlnets
 from ..generation.schedulers import make_scheduler
-from ..sprites.pretrained import SPRITES_CONTROL
+from ..sprites.pretrained import SPRITES, SPRITES_CONTROL, with_small_model
 from .errors import FieldError, at
 from .preview import LatentPreview
 
@@ -99,7 +99,7 @@ class Models:
         try:
             with at("model"):
                 try:
-                    pipe = load_model(self.models[name], getattr(torch, self.dtype))
+                    pipe = load_model(self.models[name] or SPRITES, getattr(torch, self.dtype))
                 except (OSError, SafetensorError) as error:  # files that are missing or damaged
                     raise ValueError(f"The model {name!r} cannot be loaded: {error}") from error
                 pipe.to(self.device)
@@ -166,9 +166,10 @@ class Models:
 
     def _find_controlnets(self, settings):
         found = []
-        for index, control in enumerate(settings.controls):
+        for control in with_small_model(settings).controls:
             if control.name not in self._controlnets:
-                self._controlnets[control.name] = load_control(settings, index).to(self.device)
+                controlnet = load_controlnet(control.controlnet or control.name, getattr(torch, self.dtype))
+                self._controlnets[control.name] = controlnet.to(self.device)
             self._controlnets.move_to_end(control.name)
             found.append(self._controlnets[control.name])
         while len(self._controlnets) > max(CONTROLNETS_KEPT, len(found)):

@@ -1,11 +1,11 @@
 """The small model that ships with the package: what draws, reads and is evaluated where no model is given."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import ControlNetModel
 
-from ..pipeline_kosmos_g import DTYPE_KEYWORD
+from ..control.controls import load_controlnet
 
 SPRITES = str(Path(__file__).parent / "model")  # trained by examples/sprites
 SPRITES_CONTROL = "canny"  # the control that its ControlNet was trained for
@@ -16,18 +16,31 @@ SPRITES_NOTE = (
 )
 
 
-def load_sprites_controlnet(name, dtype=torch.float32):
-    """The ControlNet of the small model.
-
-    Args:
-        name: kind of control, of `control.CONTROLS`.
+def with_small_model(settings):
+    """GenerationSettings that can be loaded: the small model, and its ControlNet, where they name no model.
 
     Raises:
-        ValueError: the small model has none for this kind.
+        ValueError: as `sprites_controlnet`.
     """
+    if settings.model is not None:
+        return settings
+    controls = [
+        replace(control, controlnet=control.controlnet or sprites_controlnet(control.name))
+        for control in settings.controls
+    ]
+    return replace(settings, model=SPRITES, controls=tuple(controls))
+
+
+def sprites_controlnet(name):
+    """Folder of the small model's ControlNet for a kind of control. Raises ValueError if it has none for this kind."""
     if name != SPRITES_CONTROL:
         raise ValueError(
             f"The small model that ships has a ControlNet for {SPRITES_CONTROL} alone, and {name!r} was asked for. Pass "
             f"--model with the model that you have converted, take {SPRITES_CONTROL}, or pass a --controlnet."
         )
-    return ControlNetModel.from_pretrained(SPRITES, subfolder="controlnet", **{DTYPE_KEYWORD: dtype})
+    return str(Path(SPRITES) / "controlnet")
+
+
+def load_sprites_controlnet(name, dtype=torch.float32):
+    """The small model's ControlNet for a kind of control, a ControlNetModel. Raises ValueError as `sprites_controlnet`."""
+    return load_controlnet(sprites_controlnet(name), dtype)

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from ..captioning import CAPTION_PROMPT
 from ..data import IMAGE_LENGTH, Sample
+from ..processing_kosmos_g import CAPTION_PROMPT
 from .world import (
     BACKGROUNDS,
     PATTERNS,

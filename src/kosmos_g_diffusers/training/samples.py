@@ -7,7 +7,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from ..files import written_atomically
-from ..generation.settings import grid_of
+from ..generation.grid import grid_of
 from ..pipeline_kosmos_g import KosmosGPipeline
 
 STEPS = 20  # of DPM-Solver, denoising steps

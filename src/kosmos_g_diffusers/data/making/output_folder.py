@@ -17,8 +17,8 @@ from pathlib import Path
 import filelock
 from tqdm.auto import tqdm
 
+from ...environment import package_versions
 from ...files import written_atomically
-from ...generation.settings import package_versions
 from .. import BadSample, ShardWriter, write_shard_index
 from ..manifest import load_json_file
 from ..tar_index import index_tar

@@ -10,8 +10,7 @@ import io
 import json
 from pathlib import Path
 
-from ...generation.settings import IMAGE_MARK
-from ...processing_kosmos_g import open_image
+from ...processing_kosmos_g import IMAGE_MARK, open_image
 from ..images import image_path
 from ..manifest import Manifest, Task, derive_seed, write_text
 

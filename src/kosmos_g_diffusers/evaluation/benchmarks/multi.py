@@ -17,7 +17,7 @@ well when the pictures lie in DreamBench's folders: "a dog" becomes `<i>`, and t
 import json
 from pathlib import Path
 
-from ...generation.settings import IMAGE_MARK
+from ...processing_kosmos_g import IMAGE_MARK
 from ..manifest import Task, derive_seed
 from .dreambench import SUBJECTS, list_pictures
 
