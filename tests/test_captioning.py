@@ -232,7 +232,7 @@ def test_answer_ends_where_the_models_positions_do(model):
 def test_image_words_and_batches_are_refused(pipe, photos):
     pipe.add_image_word("<my-dog>", photos[0])
     answer = Answerer(pipe.text_encoder, pipe.tokenizer)
-    with pytest.raises(ValueError, match="Pass the picture itself"):
+    with pytest.raises(ValueError, match="Pass the image itself"):
         answer("<my-dog> is a")
     with pytest.raises(ValueError, match="2 prompts were given"):
         answer(["a hat", "a suit"])

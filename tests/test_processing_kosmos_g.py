@@ -663,7 +663,7 @@ def test_image_count_must_match_the_marks(processor, photos, prompts, images, in
 def test_pictures_in_the_list_and_beside_it_do_not_mix(processor, photos):
     for images in (None, [photos[0]]):
         with pytest.raises(
-            ValueError, match="Prompt 0 holds 1 pictures in reading order and also 1 '<i>' marks"
+            ValueError, match="Prompt 0 holds 1 images in reading order and also 1 '<i>' marks"
         ):
             processor([photos[0], "and <i>"], images=images)
 

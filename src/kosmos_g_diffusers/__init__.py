@@ -1,6 +1,5 @@
-"""Kosmos-G for diffusers: prompts of words and pictures for everything made for Stable Diffusion 1.5."""
+"""Kosmos-G for diffusers: prompts of words and images for everything made for Stable Diffusion 1.5."""
 
-from . import model_card as hub  # noqa: F401  gives the pipelines their model card
 from .conversion import convert_checkpoint
 from .environment import __version__
 from .modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig

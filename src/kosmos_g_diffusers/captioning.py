@@ -1,4 +1,4 @@
-"""Answers in words: the multimodal language model alone, reading a prompt of words and pictures and going on with it."""
+"""Answers in words: the multimodal language model alone, reading a prompt of words and images and continuing it."""
 
 import torch
 
@@ -9,7 +9,7 @@ MAX_NEW_TOKENS = 64
 
 
 class Answerer:
-    """Continues prompts of words and pictures.
+    """Continues prompts of words and images.
 
     Prompts are read one at a time: transformers' Kosmos-2 counts padding among the positions of what it generates, so
     that an answer would depend on how long the other prompts of its batch are.
@@ -22,7 +22,7 @@ class Answerer:
     def __init__(self, text_encoder, tokenizer):
         self.model = text_encoder.to_causal_lm()
         self.tokenizer, self.processor = tokenizer, KosmosGProcessor(tokenizer)
-        # nothing stands behind a picture that the model would name: its slots would be empty
+        # nothing stands behind an image that the model would name: its slots would be empty
         self.forbidden = [tokenizer.image_token_id, tokenizer.end_of_image_token_id]
 
     @torch.no_grad()
@@ -31,7 +31,7 @@ class Answerer:
 
         Args:
             prompt: of any form that `KosmosGProcessor` reads; a string has a `<i>` for each of `images`.
-            images: the pictures of its `<i>` marks.
+            images: the images of its `<i>` marks.
             max_new_tokens: longest answer; it ends before where the model's positions do.
             options: of transformers' `generate`, such as num_beams, do_sample, temperature; greedy without.
 
@@ -52,7 +52,7 @@ class Answerer:
                 "Shorten it."
             )
         options = {"do_sample": False, "suppress_tokens": self.forbidden, **options}
-        # that of the whole model insists on a picture
+        # that of the whole model insists on an image
         generate = self.model.generate if "pixel_values" in inputs else self.model.text_model.generate
         ids = generate(**inputs, max_new_tokens=min(max_new_tokens, longest - length), **options)
         answer = ids[0, length:]
@@ -65,7 +65,7 @@ class Answerer:
         if len(input_ids) != 1:
             raise ValueError(f"{len(input_ids)} prompts were given. Pass one at a time.")
         if input_ids.max() >= self.model.config.text_config.vocab_size:
-            raise ValueError("Image words cannot be asked about. Pass the picture itself, with a '<i>' mark.")
+            raise ValueError("Image words cannot be asked about. Pass the image itself, with a '<i>' mark.")
         device, dtype = self.model.device, self.model.dtype
         inputs = {"input_ids": input_ids.to(device), "attention_mask": batch["attention_mask"].to(device)}
         if "pixel_values" in batch:

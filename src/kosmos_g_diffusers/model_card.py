@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from .pipeline_kosmos_g import KosmosGPromptMixin
-
 MARKER = "<!-- written by kosmos_g_diffusers; a card without this line is left alone when the folder is saved again -->"
 NEWLINE = "\n"  # f-strings of older Pythons take no backslash
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -70,7 +68,7 @@ def model_card(pipeline, *, provenance=None, results=None):
 
 # Kosmos-G for diffusers
 
-Prompts of words **and pictures**: `<i> in the suit of <i>` with two images is read by a multimodal language model, mapped
+Prompts of words **and images**: `<i> in the suit of <i>` with two images is read by a multimodal language model, mapped
 into the space of Stable Diffusion 1.5's text encoder, and drawn by the untouched U-Net, with no tuning for the subject
 ([paper](https://arxiv.org/abs/2310.02992)).
 
@@ -124,8 +122,3 @@ def _hub_id(component):
     )
     is_hub_id = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     return f"`{name}`" if is_hub_id and not os.path.exists(name) else None
-
-
-KosmosGPromptMixin.write_model_card = (
-    write_model_card  # save_pretrained and push_to_hub of every pipeline call it
-)

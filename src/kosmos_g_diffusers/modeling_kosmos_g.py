@@ -26,9 +26,8 @@ from transformers.models.kosmos2.modeling_kosmos2 import (
 )
 from transformers.utils import ModelOutput
 
-FORMAT_VERSION = (
-    1  # of a saved folder; raise it when an older package could no longer read a new folder rightly
-)
+# of a saved folder; raise it when an older package could no longer read a new folder rightly
+FORMAT_VERSION = 1
 
 
 class KosmosGTextEncoderConfig(PreTrainedConfig):
@@ -237,7 +236,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         return self.aligner
 
     def get_image_features(self, pixel_values):
-        """Pictures -> their states in the language model's input space (sec. 2.1).
+        """Images -> their states in the language model's input space (sec. 2.1).
 
         Args:
             pixel_values: (N, 3, S, S), normalised with CLIP's mean and deviation.
@@ -341,8 +340,8 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                 spelled out here. None with `pixel_values` computes the image states alone.
             attention_mask: (B, L), 0 at padding; None takes it from the padding id. The language model is causal and
                 does not see it; the AlignerNet does.
-            pixel_values: (N, 3, S, S), the pictures of the whole batch in reading order.
-            image_token_mask: (B, L) bool, True at the N * Q slots of these pictures.
+            pixel_values: (N, 3, S, S), the images of the whole batch in reading order.
+            image_token_mask: (B, L) bool, True at the N * Q slots of these images.
             output_hidden_states: also return the states of the AlignerNet's queries.
             return_dict: False returns a tuple.
 
@@ -453,7 +452,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             if not any(prompt.mask):
                 raise ValueError(f"{where} is padding alone. Pass at least the token that begins a prompt.")
         row_of_prompt = None
-        if not self.training and not n_slots:  # dropout makes equal rows differ, pictures are not compared
+        if not self.training and not n_slots:  # dropout makes equal rows differ, images are not compared
             rows = {}
             row_of_prompt = [rows.setdefault(prompt.key, len(rows)) for prompt in prompts]
             if len(rows) == len(prompts):
@@ -513,9 +512,8 @@ class _PromptRow:
     ids: list
     mask: list
     slots: list
-    sources: (
-        list  # per image: None for the next one of pixel_values, else (index of the image word, its image)
-    )
+    # per image: None for the next one of pixel_values, else (index of the image word, its image)
+    sources: list
 
     @classmethod
     def trim(cls, ids, mask, slots):
@@ -538,7 +536,9 @@ class _PromptRow:
         for token, real, slot in zip(self.ids, self.mask, self.slots, strict=True):
             word = token - vocabulary
             if word < 0:
-                ids.append(token), mask.append(real), slots.append(slot)
+                ids.append(token)
+                mask.append(real)
+                slots.append(slot)
                 if slot and seen % q == 0:
                     self.sources.append(None)
                 seen += slot
@@ -586,18 +586,17 @@ class _Batch:
         )
 
     def gather_image_embeds(self, image_embeds, image_words):
-        """(N, Q, D) states of pictures and words in reading order, or None."""
+        """(N, Q, D) states of images and words in reading order, or None."""
         if not any(self.sources):
             return image_embeds
-        pictures = iter(image_embeds if image_embeds is not None else ())
+        given = iter(image_embeds if image_embeds is not None else ())
         device = self.input_ids.device
         words = {word: image_words[word]().to(device) for word, _ in filter(None, self.sources)}
         return torch.stack(
-            [next(pictures) if source is None else words[source[0]][source[1]] for source in self.sources]
+            [next(given) if source is None else words[source[0]][source[1]] for source in self.sources]
         )
 
 
+# save_pretrained puts a copy of this file into the folder
 KosmosGTextEncoderConfig.register_for_auto_class()
-KosmosGTextEncoder.register_for_auto_class(
-    "AutoModel"
-)  # save_pretrained puts a copy of this file into the folder
+KosmosGTextEncoder.register_for_auto_class("AutoModel")

@@ -1,4 +1,4 @@
-"""Kosmos-G's prompt for Modular Diffusers: a block that turns words and pictures into `prompt_embeds`.
+"""Kosmos-G's prompt for Modular Diffusers: a block that turns words and images into `prompt_embeds`.
 
 diffusers calls that part of itself experimental, so nothing in this package imports this module: name it,
 `from kosmos_g_diffusers.modular import KosmosGTextEncoderStep`. A saved block carries copies of this file and of those it
@@ -29,7 +29,7 @@ class KosmosGTextEncoderStep(ModularPipelineBlocks):
     @property
     def description(self):
         return (
-            "Turns prompts of words and pictures into the states that the U-Net of Stable Diffusion 1.5 reads"
+            "Turns prompts of words and images into the states that the U-Net of Stable Diffusion 1.5 reads"
         )
 
     @property
@@ -45,12 +45,12 @@ class KosmosGTextEncoderStep(ModularPipelineBlocks):
             InputParam(
                 "prompt",
                 required=True,
-                description="A string with a <i> for each picture, a list of strings and pictures in reading order, chat "
+                description="A string with a <i> for each image, a list of strings and images in reading order, chat "
                 "content, or a list of these (a list of strings alone is a batch).",
             ),
             InputParam(
                 "images",
-                description="The pictures of the <i> marks: a list for one prompt, a list of lists for a batch.",
+                description="The images of the <i> marks: a list for one prompt, a list of lists for a batch.",
             ),
             InputParam(
                 "negative_prompt",

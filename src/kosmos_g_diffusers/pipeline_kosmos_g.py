@@ -1,10 +1,23 @@
-"""diffusers' Stable Diffusion 1.5 pipelines, told what a prompt of words and pictures is.
+"""diffusers' Stable Diffusion 1.5 pipelines, told what a prompt of words and images is.
 
 Denoising, schedulers, ControlNet and the rest are diffusers' own; one mixin turns prompts into `prompt_embeds`
 (B, 77, 768). This file is copied into saved model folders and stands alone: it reaches the processor through the module
 of `self.tokenizer`, and the encoder through `self.text_encoder`.
+
+A call goes through these steps:
+
+1. `KosmosGPromptMixin.__call__` checks what the stock pipeline would not: `check_widths` the states of encoder, U-Net and
+   ControlNets, `_check_controls` the control images.
+2. `get_processor().parse` reads the prompt in whatever form, once: counts, image words, images opened as RGB.
+3. diffusers' `__call__` of the same task takes over, with the parsed prompt as its `prompt`.
+4. It calls our `encode_prompt`, which parses the negative prompt (`_parse_negative`) and checks ready embeddings
+   (`_check_embeds`), then turns both prompts into ids, masks and pixels (`KosmosGProcessor`) and lets the text encoder check
+   them (`check_prompts`), before either is encoded.
+5. `_encode_inputs` runs the text encoder: `prompt_embeds` and `negative_prompt_embeds`.
+6. diffusers' `encode_prompt` repeats them for `num_images_per_prompt`, and its pipeline denoises and decodes as ever.
 """
 
+import importlib
 import inspect
 import json
 import math
@@ -48,20 +61,17 @@ LORA_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")  # of files; a Hub id h
 
 
 class KosmosGPromptMixin:
-    """Prompts of words and pictures for a Stable Diffusion 1.5 pipeline of diffusers.
+    """Prompts of words and images for a Stable Diffusion 1.5 pipeline of diffusers.
 
     Every keyword of the pipeline's own `__call__` works as documented there. New are, in `__call__` and `encode_prompt`,
 
-    - `prompt`: a string with a `<i>` for each picture, a list of strings and pictures in reading order, chat content,
+    - `prompt`: a string with a `<i>` for each image, a list of strings and images in reading order, chat content,
       or a list of these (a list of strings alone is a batch);
-    - `images`: the pictures of the `<i>` marks, a list for one prompt and a list of lists for a batch;
+    - `images`: the images of the `<i>` marks, a list for one prompt and a list of lists for a batch;
     - `negative_prompt`: one for all prompts or a list with one for each, any form that `prompt` has; without
       `negative_images` a `<i>` in it is plain text, as in the official code;
     - `negative_images`: what `images` is, for the negative prompt.
     """
-
-    # writes README.md into a saved folder; hub.py puts its function here. Code loaded from a folder has none.
-    write_model_card = None
 
     def __init_subclass__(cls, **kwargs):
         """Give `__call__` the stock pipeline's signature and our two keywords, for `help()` and whoever inspects it."""
@@ -90,7 +100,7 @@ class KosmosGPromptMixin:
     @torch.no_grad()
     def __call__(self, prompt=None, *args, images=None, negative_images=None, **kwargs):
         """Generate: see the class for the prompt, and diffusers' pipeline of the same task for the rest."""
-        self._check_widths()
+        self.check_widths()
         # by name, whichever of them came by position: each stock pipeline has an order of its own
         call = inspect.signature(super().__call__).bind_partial(prompt, *args, **kwargs)
         given = call.arguments
@@ -109,15 +119,16 @@ class KosmosGPromptMixin:
         if (height is None) != (width is None):  # the stock pipelines would ignore the one
             raise ValueError(f"height={height} and width={width} were given. Pass both, or none of them.")
         # stock pipelines accept any list as prompt; encode_prompt below knows what is in it
+        processor = self.get_processor() if prompt is not None or negative_images is not None else None
         if prompt is not None:
-            given["prompt"] = self._processor().parse(prompt, images)
+            given["prompt"] = processor.parse(prompt, images)
         if negative_images is not None:
             if given.get("negative_prompt") is None:
                 raise ValueError(
                     "negative_images were given without negative_prompt. Pass both, with a '<i>' in the negative prompt for "
                     "each image."
                 )
-            given["negative_prompt"] = self._processor().parse(
+            given["negative_prompt"] = processor.parse(
                 given["negative_prompt"], negative_images, name="negative prompt"
             )
         if getattr(self, "controlnet", None) is not None:
@@ -169,14 +180,15 @@ class KosmosGPromptMixin:
             raise ValueError(
                 "images were given without a prompt. Images belong to a prompt: encode it with them."
             )
-        positive = negative = None
-        if prompt is not None:
-            positive = self._processor().parse(prompt, images)
-        elif prompt_embeds is None:
+        if prompt is None and prompt_embeds is None:
             raise ValueError("Neither prompt nor prompt_embeds were given. Pass one of them.")
-        batch_size = len(positive) if positive is not None else len(prompt_embeds)
-        if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negative = self._parse_negative(negative_prompt, negative_images, batch_size)
+        needs_negative = do_classifier_free_guidance and negative_prompt_embeds is None
+        processor = self.get_processor() if prompt is not None or needs_negative else None
+        positive = None if prompt is None else processor.parse(prompt, images)
+        batch_size = len(prompt_embeds if positive is None else positive)
+        negative = None
+        if needs_negative:
+            negative = self._parse_negative(processor, negative_prompt, negative_images, batch_size)
         self._check_embeds(prompt_embeds, negative_prompt_embeds, batch_size)
         layers = None if positive is None else self.text_encoder.config.aligner_layers
         if layers is not None and clip_skip is not None and not 0 <= clip_skip <= layers:
@@ -185,7 +197,7 @@ class KosmosGPromptMixin:
             )
         inputs = []
         for name, batch in (("prompt", positive), ("negative prompt", negative)):
-            inputs.append(None if batch is None else self._processor()(batch, name=name))
+            inputs.append(None if batch is None else processor(batch, name=name))
             if batch is not None:  # both are checked before either is encoded
                 self.text_encoder.check_prompts(**inputs[-1], name=name)
         scaled = lora_scale is not None and self.text_encoder is not None and USE_PEFT_BACKEND
@@ -211,11 +223,12 @@ class KosmosGPromptMixin:
             negative_prompt_embeds=negative_prompt_embeds,
         )
 
-    def _parse_negative(self, negative_prompt, negative_images, batch_size):
+    @staticmethod
+    def _parse_negative(processor, negative_prompt, negative_images, batch_size):
         if negative_prompt is None and negative_images is not None:
             raise ValueError("negative_images were given without negative_prompt. Pass both.")
         # without images of its own a "<i>" in a negative prompt is plain text
-        negative = self._processor().parse(
+        negative = processor.parse(
             "" if negative_prompt is None else negative_prompt,
             negative_images,
             marks_are_text=negative_images is None,
@@ -255,8 +268,12 @@ class KosmosGPromptMixin:
             return output.last_hidden_state
         return self.text_encoder.text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])
 
-    def _processor(self):
-        """The processor of this tokenizer, with the sizes of this encoder."""
+    def get_processor(self):
+        """The KosmosGProcessor of this tokenizer, with the sizes of this encoder.
+
+        Raises:
+            ValueError: tokenizer or text encoder are of another kind, or do not belong together.
+        """
         module = sys.modules[type(self.tokenizer).__module__] if self.tokenizer is not None else None
         if not hasattr(module, "KosmosGProcessor") or not hasattr(self.text_encoder, "get_image_features"):
             raise ValueError(
@@ -280,8 +297,8 @@ class KosmosGPromptMixin:
             self.tokenizer, config.vision_config.image_size, config.latent_query_num
         )
 
-    def _check_widths(self):
-        """U-Net and ControlNets must read states of the width that the encoder writes."""
+    def check_widths(self):
+        """Raise ValueError unless U-Net and ControlNets read states of the width that the encoder writes."""
         width = getattr(getattr(self.text_encoder, "config", None), "aligner_hidden_size", None)
         origin = "the text encoder gives"
         if width is None and self.unet is not None:
@@ -362,34 +379,34 @@ class KosmosGPromptMixin:
 
     @torch.no_grad()
     def add_image_word(self, word, image, strength=1.0):
-        """Make a picture a word: from now on `word` in a plain string means it, in every pipeline that shares the
+        """Make an image a word: from now on `word` in a plain string means it, in every pipeline that shares the
         tokenizer and the text encoder, diffusers' own included.
 
         Args:
             word: a name such as "<my-dog>": lower-case letters, digits and hyphens in angle brackets.
-            image: the picture, or a list of several that the word names in this order. Each is encoded once, here.
-            strength: factor of the picture's states in the language model's input space: 1 is the picture as it is, 0
+            image: PIL image of any mode, array, tensor, path or URL; or a list of several that the word names in this order. Each is encoded once, here.
+            strength: factor of the image's states in the language model's input space: 1 is the image as it is, 0
                 leaves nothing of it but its place in the prompt.
 
         Raises:
-            ValueError, TypeError: an ill-formed or known name, or a picture that cannot be read.
+            ValueError, TypeError: an ill-formed or known name, or an image that cannot be read.
         """
-        processor = self._processor()
+        processor = self.get_processor()
         sys.modules[type(self.tokenizer).__module__].check_image_word(word, self.image_words)
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images:
-            raise ValueError(f"No image was given for {word}. Pass a picture, or a list of them.")
+            raise ValueError(f"No image was given for {word}. Pass an image, or a list of them.")
         if not math.isfinite(strength) or strength < 0:
             raise ValueError(
                 f"strength={strength} was given for {word}. Expected a finite number, 0 or more."
             )
-        pixel_values = torch.stack([torch.from_numpy(processor.preprocess(picture)) for picture in images])
+        pixel_values = torch.stack([torch.from_numpy(processor.preprocess(one)) for one in images])
         output = self.text_encoder(pixel_values=pixel_values.to(self._execution_device))
         self._register_image_words({word: output.image_embeds * strength})
 
     def remove_image_word(self, word):
         """Forget an image word. Raises ValueError if there is none of that name."""
-        self._processor()  # checks that both know the same words, so that both can forget this one
+        self.get_processor()  # checks that both know the same words, so that both can forget this one
         self.tokenizer.remove_image_word(word)
         self.text_encoder.remove_image_word(word)
 
@@ -397,7 +414,7 @@ class KosmosGPromptMixin:
         """Write image words to a small safetensors file: name -> (images, Q, D), in the encoder's dtype.
 
         Args:
-            path: of the file, ending in .safetensors; written whole or not at all.
+            path: of the file, ending in .safetensors; written atomically.
             words: names to write; None writes all.
 
         Raises:
@@ -492,9 +509,8 @@ class KosmosGPromptMixin:
                 f"blend was given {len(prompts)} prompts with the weights {weights.tolist()}. Expected at least one, and "
                 "finite weights that do not sum to 0."
             )
-        batch = [
-            parsed for prompt, _, images in prompts for parsed in self._processor().parse(prompt, images)
-        ]
+        processor = self.get_processor()
+        batch = [parsed for prompt, _, images in prompts for parsed in processor.parse(prompt, images)]
         if len(batch) != len(prompts):
             raise ValueError(
                 f"blend was given {len(batch)} prompts for {len(prompts)} weights. Pass one (prompt, weight) for each: a "
@@ -507,7 +523,7 @@ class KosmosGPromptMixin:
 
     @torch.no_grad()
     def encode_with_clip(self, prompt, text_encoder, tokenizer):
-        """CLIP's own states of a text, for instance as `negative_prompt_embeds` beside a prompt of words and pictures.
+        """CLIP's own states of a text, for instance as `negative_prompt_embeds` next to a prompt of words and images.
 
         Args:
             prompt: a string or a list of them, cut at 77 tokens by diffusers' rules (it warns).
@@ -642,8 +658,10 @@ class KosmosGPromptMixin:
         }
         super().save_pretrained(save_directory, **kwargs)
         shutil.copyfile(__file__, Path(save_directory) / f"{MODULES[2]}.py")  # the components copied theirs
-        if self.write_model_card is not None:
-            self.write_model_card(save_directory)
+        if (
+            Path(__file__).with_name("model_card.py").is_file()
+        ):  # in the package alone: a saved folder has no copy
+            importlib.import_module(".model_card", __package__).write_model_card(self, save_directory)
         if push_to_hub:
             upload["repo_id"] = upload["repo_id"] or Path(save_directory).name
             self._upload(save_directory, **upload)
@@ -705,15 +723,15 @@ class KosmosGPipeline(KosmosGPromptMixin, StableDiffusionPipeline):
 
 
 class KosmosGImg2ImgPipeline(KosmosGPromptMixin, StableDiffusionImg2ImgPipeline):
-    """Image-to-image: `image=` is what is changed, `images=` are the pictures of the prompt."""
+    """Image-to-image: `image=` is what is changed, `images=` are the images of the prompt."""
 
 
 class KosmosGInpaintPipeline(KosmosGPromptMixin, StableDiffusionInpaintPipeline):
-    """Inpainting: `image=` and `mask_image=` say where, `images=` are the pictures of the prompt."""
+    """Inpainting: `image=` and `mask_image=` say where, `images=` are the images of the prompt."""
 
 
 class KosmosGControlNetPipeline(KosmosGPromptMixin, StableDiffusionControlNetPipeline):
-    """Text-to-image under a ControlNet: `image=` is the control image, `images=` are the pictures of the prompt."""
+    """Text-to-image under a ControlNet: `image=` is the control image, `images=` are the images of the prompt."""
 
 
 class KosmosGControlNetImg2ImgPipeline(KosmosGPromptMixin, StableDiffusionControlNetImg2ImgPipeline):

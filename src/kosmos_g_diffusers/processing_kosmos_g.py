@@ -1,4 +1,4 @@
-"""Prompts of words and pictures -> token ids, masks and pixels (sec. 2.1 of the Kosmos-G paper, "image as a foreign language").
+"""Prompts of words and images -> token ids, masks and pixels (sec. 2.1 of the Kosmos-G paper, "image as a foreign language").
 
 Letters of the shapes: B prompts in the batch, L tokens of the longest prompt, N images of the whole batch,
 Q latent queries an image (64), S image size (224). Images are RGB.
@@ -60,7 +60,7 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
 
         Args:
             path: the SentencePiece file. Reading it needs the packages sentencepiece and protobuf (extra `convert`).
-            image_size: side of the pictures the vision tower reads, in pixels.
+            image_size: side of the images the vision tower reads, in pixels.
             latent_query_num: states an image takes in the prompt.
             model_max_length: longest prompt of the language model, in tokens.
 
@@ -207,9 +207,8 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
         self._tokenizer = backend
 
 
-KosmosGTokenizer.register_for_auto_class(
-    "AutoTokenizer"
-)  # save_pretrained puts a copy of this file into the folder
+# save_pretrained puts a copy of this file into the folder
+KosmosGTokenizer.register_for_auto_class("AutoTokenizer")
 
 
 def check_image_word(word, known_words):
@@ -227,8 +226,12 @@ class Prompt(list):
     """One prompt in reading order: strings (text, never a path) and RGB PIL images. Made by `KosmosGProcessor.parse`."""
 
 
+class PromptBatch(list):
+    """A list of `Prompt`, all of them checked by `KosmosGProcessor.parse`."""
+
+
 class KosmosGProcessor:
-    """Turns prompts of words and pictures into what `KosmosGTextEncoder` reads.
+    """Turns prompts of words and images into what `KosmosGTextEncoder` reads.
 
     Args:
         tokenizer: a `KosmosGTokenizer`.
@@ -250,16 +253,16 @@ class KosmosGProcessor:
         self.tokenizer.save_pretrained(folder)
 
     def __call__(self, prompts, images=None, return_tensors="pt", marks_are_text=False, name="prompt"):
-        """Tokenise a batch of prompts and prepare its pictures.
+        """Tokenise a batch of prompts and prepare its images.
 
-        The layout of a prompt is `<s>`, then its text and pictures in reading order; a picture is `<image>`, Q
+        The layout of a prompt is `<s>`, then its text and images in reading order; an image is `<image>`, Q
         placeholders and `</image>`. There is no `</s>` (app_model.py:164-197 of the official code).
 
         Args:
-            prompts: one prompt or a list of them. A prompt is a string with a `<i>` for each picture, a list of
-                strings and pictures in reading order, or chat content (`[{"type": "text", "text": ...},
+            prompts: one prompt or a list of them. A prompt is a string with a `<i>` for each image, a list of
+                strings and images in reading order, or chat content (`[{"type": "text", "text": ...},
                 {"type": "image", "image": ...}]`). A list of strings alone is a batch.
-            images: the pictures of the `<i>` marks: a list for one prompt, a list of lists for a batch. A picture is
+            images: the images of the `<i>` marks: a list for one prompt, a list of lists for a batch. An image is
                 a PIL image of any mode, an array or tensor, a path or a URL.
             return_tensors: "pt", the only kind there is.
             marks_are_text: read a `<i>` as text, as the official code does in negative prompts.
@@ -267,11 +270,11 @@ class KosmosGProcessor:
 
         Returns:
             BatchFeature with `input_ids` (B, L) and `attention_mask` (B, L), int64, padded on the right;
-            `image_token_mask` (B, L), bool, True where a state of an image belongs; and, when there are pictures,
+            `image_token_mask` (B, L), bool, True where a state of an image belongs; and, when there are images,
             `pixel_values` (N, 3, S, S), float32, normalised with CLIP's mean and deviation, in reading order.
 
         Raises:
-            ValueError, TypeError: prompts or pictures that cannot be read, counts that do not match, an unknown
+            ValueError, TypeError: prompts or images that cannot be read, counts that do not match, an unknown
                 image word, or a prompt longer than the model reads. The prompt is named by its index.
         """
         if return_tensors != "pt":
@@ -280,7 +283,7 @@ class KosmosGProcessor:
             )
         batch = self.parse(prompts, images, marks_are_text=marks_are_text, name=name)
         rows, slots, pixels = zip(
-            *[self._encode(prompt, f"{name} {index}") for index, prompt in enumerate(batch)], strict=True
+            *[self.encode(prompt, f"{name} {index}") for index, prompt in enumerate(batch)], strict=True
         )
         shape = (len(rows), max(len(row) for row in rows))
         input_ids = torch.full(shape, self.tokenizer.pad_token_id)
@@ -301,7 +304,7 @@ class KosmosGProcessor:
         return BatchFeature(data)
 
     def preprocess(self, image):
-        """A picture of any accepted kind -> (3, S, S) float32 array, bit for bit as the official preprocessing.
+        """An image of any accepted kind -> (3, S, S) float32 array, bit for bit as the official preprocessing.
 
         Shorter side to S (bicubic, on the PIL image), centre crop, [0, 1], CLIP's mean and deviation in float64.
         """
@@ -320,25 +323,33 @@ class KosmosGProcessor:
         pixels = (pixels - np.reshape(IMAGE_MEAN, (3, 1, 1))) / np.reshape(IMAGE_STD, (3, 1, 1))
         return pixels.astype(np.float32)
 
-    def _encode(self, prompt, name):
-        """Ids, slot mask and pixels of one parsed prompt."""
+    def encode(self, prompt, name="prompt"):
+        """One prompt in reading order, strings and RGB PIL images, without a look for marks and image words.
+
+        Returns:
+            (ids, True at the slots of images, (3, S, S) float32 pixels of each image): three lists, the first two of one
+            length.
+
+        Raises:
+            ValueError: it is longer than the model reads; `name` begins the message.
+        """
         tokenizer, slots = self.tokenizer, self.latent_query_num
-        picture = [tokenizer.image_token_id] * (1 + slots) + [tokenizer.end_of_image_token_id]
-        picture_mask = [False] + [True] * slots + [False]
+        image_ids = [tokenizer.image_token_id] * (1 + slots) + [tokenizer.end_of_image_token_id]
+        image_mask = [False] + [True] * slots + [False]
         ids, mask, pixels = [tokenizer.bos_token_id], [False], []
         for part in prompt:
             if isinstance(part, str):
-                # each stretch of text on its own: the one behind a picture gets its own "▁", outer spaces vanish
+                # each stretch of text on its own: the one behind an image gets its own "▁", outer spaces vanish
                 text_ids = tokenizer(part, add_special_tokens=False)["input_ids"]
                 ids += text_ids
                 mask += [False] * len(text_ids)
             else:
-                ids += picture
-                mask += picture_mask
+                ids += image_ids
+                mask += image_mask
                 pixels.append(self.preprocess(part))
         if len(ids) > tokenizer.model_max_length:
             raise ValueError(
-                f"{name.capitalize()} is {len(ids)} tokens long ({len(pixels)} images take {len(picture)} each); the model "
+                f"{name.capitalize()} is {len(ids)} tokens long ({len(pixels)} images take {len(image_ids)} each); the model "
                 f"reads at most {tokenizer.model_max_length}. Shorten it: nothing is cut silently."
             )
         return ids, mask, pixels
@@ -346,16 +357,19 @@ class KosmosGProcessor:
     # Reading the forms a prompt may have -------------------------------------------------------------------------
 
     def parse(self, prompts, images=None, marks_are_text=False, name="prompt"):
-        """Any form of prompt or batch -> list of `Prompt`, its pictures opened and converted to RGB.
+        """Any form of prompt or batch -> list of `Prompt`, checked, its images opened and converted to RGB.
 
-        Takes and raises what `__call__` does; what it returns may be given to it again.
+        Takes and raises what `__call__` does. What it returns is a value to be handed on: given to `__call__` or to this
+        method again, it is not parsed once more.
         """
-        batch, images = self._as_batch(prompts, images, name)
+        if isinstance(prompts, PromptBatch):
+            return prompts
+        batch, image_lists = self._as_batch(prompts, images, name)
         parsed = [
             prompt
             if isinstance(prompt, Prompt)
-            else self._parse_one(prompt, pictures, f"{name} {index}", marks_are_text)
-            for index, (prompt, pictures) in enumerate(zip(batch, images, strict=True))
+            else self._parse_one(prompt, image_list, f"{name} {index}", marks_are_text)
+            for index, (prompt, image_list) in enumerate(zip(batch, image_lists, strict=True))
         ]
         known = set(self.tokenizer.image_words) | RESERVED_WORDS
         for index, prompt in enumerate(parsed):
@@ -367,7 +381,7 @@ class KosmosGProcessor:
                     f"{name.capitalize()} {index} uses {', '.join(unknown)}, which names no image word. Known words: {words}. "
                     "Add it with add_image_word(word, image), or write the text without angle brackets."
                 )
-        return parsed
+        return PromptBatch(parsed)
 
     @staticmethod
     def _as_batch(prompts, images, name):
@@ -421,15 +435,15 @@ class KosmosGProcessor:
         n_images = len(images or ())
         if inline and (n_marks or n_images):
             raise ValueError(
-                f"{name.capitalize()} holds {inline} pictures in reading order and also {n_marks} '<i>' marks with {n_images} "
-                "images beside it. Use one way: pictures in the list, or '<i>' marks and images=."
+                f"{name.capitalize()} holds {inline} images in reading order and also {n_marks} '<i>' marks with {n_images} "
+                "images next to it. Use one way: images in the list, or '<i>' marks and images=."
             )
         if n_marks != n_images:
             raise ValueError(
                 f"{name.capitalize()} has {n_marks} '<i>' marks but {n_images} images were given. Pass one image per "
                 "'<i>', in reading order."
             )
-        result, pictures = Prompt(), iter(images or ())
+        result, images = Prompt(), iter(images or ())
         for part in parts:
             if not isinstance(part, str):
                 result.append(
@@ -440,7 +454,7 @@ class KosmosGProcessor:
             for number, stretch in enumerate(stretches):
                 if number:
                     where = f"Image {sum(not isinstance(p, str) for p in result)} of {name}"
-                    result.append(open_image(next(pictures), where))
+                    result.append(open_image(next(images), where))
                 result.append(stretch)
         return result
 
@@ -466,7 +480,7 @@ def _as_image_list(images, name):
 
 
 def _read_content(part, name):
-    """One element of a reading-order list or of chat content -> string or picture."""
+    """One element of a reading-order list or of chat content -> string or image."""
     if not isinstance(part, dict):
         return part
     kind = part.get("type")
@@ -484,7 +498,7 @@ def _read_content(part, name):
 
 
 def open_image(image, name):
-    """Any accepted kind of picture -> RGB PIL image, turned upright by its EXIF orientation.
+    """Any accepted kind of image -> RGB PIL image, turned upright by its EXIF orientation.
 
     Args:
         image: PIL image of any mode, path, URL, array (H, W, 3) or tensor (3, H, W); integers in [0, 255], floats in
@@ -504,7 +518,7 @@ def open_image(image, name):
             raise
         except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything
             raise ValueError(
-                f"{name} cannot be read from {str(image)!r} ({error}). Pass the path or URL of a picture that opens."
+                f"{name} cannot be read from {str(image)!r} ({error}). Pass the path or URL of an image that opens."
             ) from error
     if not isinstance(image, PIL.Image.Image):
         raise TypeError(
@@ -512,7 +526,7 @@ def open_image(image, name):
         )
     if not image.width or not image.height:
         raise ValueError(
-            f"{name} is {image.width} x {image.height} pixels. Pass a picture with at least one pixel."
+            f"{name} is {image.width} x {image.height} pixels. Pass an image with at least one pixel."
         )
     _check_pixel_count(image.width, image.height, name)
     try:
@@ -523,7 +537,7 @@ def open_image(image, name):
     except Exception as error:  # as above
         raise ValueError(
             f"{name} (mode {image.mode}, {image.width} x {image.height}) cannot be decoded ({error}). "
-            "Pass a picture that opens in RGB."
+            "Pass an image that opens in RGB."
         ) from error
 
 
@@ -539,15 +553,14 @@ def _check_pixel_count(width, height, name):
 def _to_rgb(image):
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode.startswith(
-        "I"
-    ):  # "I;16" and kin, and the 32-bit mode that older Pillow opens 16-bit files in
+    # "I;16" and kin, and the 32-bit mode that older Pillow opens 16-bit files in
+    if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"values from {values.min():g} to {values.max():g}, expected 16 bit: 0 to 65535")
         return PIL.Image.fromarray((values / 257.0).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        return _from_array(np.repeat(np.asarray(image)[..., None], 3, axis=-1), "The picture")
+        return _from_array(np.repeat(np.asarray(image)[..., None], 3, axis=-1), "The image")
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         background = PIL.Image.new("RGBA", image.size, "white")

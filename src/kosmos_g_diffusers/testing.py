@@ -14,7 +14,7 @@ WIDTH = 32
 
 
 def build_tiny_pipeline(seed=0):
-    """Build a `KosmosGPipeline` that reads 32 px pictures and draws 64 px images, in float32 on the CPU.
+    """Build a `KosmosGPipeline` that reads 32 px images and draws 64 px images, in float32 on the CPU.
 
     Args:
         seed: of the weights. The same seed gives the same weights; torch's global random state is left as it was.
