@@ -1,25 +1,16 @@
 """The settings of a training run: one flat dataclass. TOML files and the command line are read from its fields."""
 
-import argparse
 import json
 import math
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from ..fields import CHOICE, RANGE, add_flags, find_problem, is_of_type, setting
 from ..files import written_atomically
 
 STAGES = ("pretrain", "align", "instruct")
-
-
-def knob(default, text, choices=None, fixed=True, value=None):
-    """A field with its help and the name of its `value` there.
-
-    `fixed` ones change what is learned: a run that goes on must keep them.
-    """
-    metadata = {"help": text, "choices": choices, "fixed": fixed, "value": value}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -31,99 +22,97 @@ class TrainConfig:
         ValueError: a value out of range.
     """
 
-    stage: str = knob("", "what is trained: the command's word, kept with the run", ("", *STAGES))
-    model: str = knob("", "pipeline folder or Hub id to start from", value="MODEL")
-    output: str = knob("", "folder of the run: checkpoints, log, samples", fixed=False, value="FOLDER")
-    data: tuple[str, ...] = knob((), "where samples come from; docs/data.md has the forms", value="SOURCE")
-    data_weights: tuple[float, ...] = knob(
-        (), "how often each of them is drawn (default: all alike)", value="WEIGHT"
+    stage: str = setting("", "what is trained: the command's word, kept with the run", choices=("", *STAGES))
+    model: str = setting("", "pipeline folder or Hub id to start from", metavar="MODEL")
+    output: str = setting("", "folder of the run: checkpoints, log, samples", fixed=False, metavar="FOLDER")
+    data: tuple[str, ...] = setting(
+        (), "where samples come from; docs/data.md has the forms", metavar="SOURCE"
     )
-    words: tuple[str, ...] = knob(
-        (), "instruct: sources of stage 1 to go on with, so that the model keeps its words", value="SOURCE"
+    data_weights: tuple[float, ...] = setting(
+        (), "how often each of them is drawn (default: all alike)", metavar="WEIGHT"
     )
-    words_share: float = knob(0.1, "instruct: share of the batches that come from --words")
-    words_weight: float = knob(0.1, "instruct: factor of the loss of these batches")
-    target: str = knob(
+    words: tuple[str, ...] = setting(
+        (), "instruct: sources of stage 1 to go on with, so that the model keeps its words", metavar="SOURCE"
+    )
+    words_share: float = setting(
+        0.1, "instruct: share of the batches that come from --words", low=0.001, high=0.999
+    )
+    words_weight: float = setting(0.1, "instruct: factor of the loss of these batches", low=0)
+    target: str = setting(
         "",
         "align: Stable Diffusion whose text encoder is imitated, folder or Hub id (default: the model's own)",
-        value="MODEL",
+        metavar="MODEL",
     )
-    resolution: int = knob(
-        0, "instruct: side of the pictures to draw, in pixels (default: what the U-Net was trained for)"
+    resolution: int = setting(
+        0,
+        "instruct: side of the pictures to draw, in pixels (default: what the U-Net was trained for)",
+        low=0,
     )
-    max_text_tokens: int = knob(
-        0, "leave out longer samples (default: align 85, instruct 128, pretrain none)"
+    max_text_tokens: int = setting(
+        0, "leave out longer samples (default: align 85, instruct 128, pretrain none)", low=0
     )
-    min_side: int = knob(0, "leave out captioned pictures of TSV rows with a smaller side, in pixels")
-    entity_dropout: float = knob(0.5, "probability that the words of a cut-out entity are dropped")
-    background_probability: float = knob(0.5, "probability that a cut-out keeps its background")
-    max_bad_samples: float = knob(0.01, "largest share of samples that may be unreadable", fixed=False)
-    bucket_window: int = knob(8, "batches whose samples are sorted by length together; 1 is off")
-    workers: int = knob(2, "processes that decode pictures", fixed=False)
-    cache: str = knob(
-        "", "folder that keeps the work of frozen models (default: none)", fixed=False, value="FOLDER"
+    min_side: int = setting(
+        0, "leave out captioned pictures of TSV rows with a smaller side, in pixels", low=0
+    )
+    entity_dropout: float = setting(
+        0.5, "probability that the words of a cut-out entity are dropped", low=0, high=1
+    )
+    background_probability: float = setting(
+        0.5, "probability that a cut-out keeps its background", low=0, high=1
+    )
+    max_bad_samples: float = setting(
+        0.01, "largest share of samples that may be unreadable", fixed=False, low=0, high=1
+    )
+    bucket_window: int = setting(8, "batches whose samples are sorted by length together; 1 is off", low=1)
+    workers: int = setting(2, "processes that decode pictures", fixed=False, low=0)
+    cache: str = setting(
+        "", "folder that keeps the work of frozen models (default: none)", fixed=False, metavar="FOLDER"
     )
 
-    steps: int = knob(300_000, "optimizer steps")
-    batch_size: int = knob(16, "samples of a process and forward pass")
-    accumulation: int = knob(1, "forward passes of an optimizer step")
-    lr: float = knob(1e-3, "peak learning rate")
-    lr_schedule: str = knob("linear", "decay of the learning rate to zero", ("linear", "cosine", "constant"))
-    warmup_steps: int = knob(375, "optimizer steps until the peak learning rate")
-    adam_beta1: float = knob(0.9, "of AdamW")
-    adam_beta2: float = knob(0.98, "of AdamW")
-    adam_epsilon: float = knob(1e-6, "of AdamW")
-    weight_decay: float = knob(0.01, "of AdamW")
-    max_grad_norm: float = knob(2.0, "gradients are clipped to this norm; 0 is off")
-    ema_decay: float = knob(0.0, "of the average of the weights that checkpoints hold; 0 is off")
-    condition_dropout: float = knob(0.1, "instruct: probability that a sample trains without its prompt")
-    train_vision: str = knob(
-        "last", "pretrain, instruct: blocks of the vision tower that train", ("none", "last", "all")
+    steps: int = setting(300_000, "optimizer steps", low=1)
+    batch_size: int = setting(16, "samples of a process and forward pass", low=1)
+    accumulation: int = setting(1, "forward passes of an optimizer step", low=1)
+    lr: float = setting(1e-3, "peak learning rate", low=0)
+    lr_schedule: str = setting(
+        "linear", "decay of the learning rate to zero", choices=("linear", "cosine", "constant")
     )
-    lora_rank: int = knob(0, "instruct: train adapters of this rank instead of the weights; 0 is off")
-    seed: int = knob(0, "of data order, noise and dropout")
+    warmup_steps: int = setting(375, "optimizer steps until the peak learning rate", low=0)
+    adam_beta1: float = setting(0.9, "of AdamW", low=0, high=0.999999)
+    adam_beta2: float = setting(0.98, "of AdamW", low=0, high=0.999999)
+    adam_epsilon: float = setting(1e-6, "of AdamW", low=0)
+    weight_decay: float = setting(0.01, "of AdamW", low=0)
+    max_grad_norm: float = setting(2.0, "gradients are clipped to this norm; 0 is off", low=0)
+    ema_decay: float = setting(
+        0.0, "of the average of the weights that checkpoints hold; 0 is off", low=0, high=0.999999
+    )
+    condition_dropout: float = setting(
+        0.1, "instruct: probability that a sample trains without its prompt", low=0, high=1
+    )
+    train_vision: str = setting(
+        "last", "pretrain, instruct: blocks of the vision tower that train", choices=("none", "last", "all")
+    )
+    lora_rank: int = setting(
+        0, "instruct: train adapters of this rank instead of the weights; 0 is off", low=0
+    )
+    seed: int = setting(0, "of data order, noise and dropout", low=0)
 
-    mixed_precision: str = knob("no", "dtype of the forward pass", ("no", "fp16", "bf16"))
-    gradient_checkpointing: bool = knob(False, "recompute layers to save memory", fixed=False)
-    log_every: int = knob(10, "optimizer steps between lines of the log", fixed=False)
-    save_every: int = knob(1000, "optimizer steps between checkpoints", fixed=False)
-    keep_checkpoints: int = knob(2, "older ones are removed; 0 keeps all", fixed=False)
-    sample_every: int = knob(0, "optimizer steps between grids of samples; 0 is off", fixed=False)
-    sample_prompts: str = knob(
+    mixed_precision: str = setting("no", "dtype of the forward pass", choices=("no", "fp16", "bf16"))
+    gradient_checkpointing: bool = setting(False, "recompute layers to save memory", fixed=False)
+    log_every: int = setting(10, "optimizer steps between lines of the log", fixed=False, low=1)
+    save_every: int = setting(1000, "optimizer steps between checkpoints", fixed=False, low=1)
+    keep_checkpoints: int = setting(2, "older ones are removed; 0 keeps all", fixed=False, low=0)
+    sample_every: int = setting(0, "optimizer steps between grids of samples; 0 is off", fixed=False, low=0)
+    sample_prompts: str = setting(
         "",
         'JSON file of prompts to draw: ["a dog", [{"image": "dog.png"}, "in the snow"]]',
         fixed=False,
-        value="FILE",
+        metavar="FILE",
     )
-    tracker: str = knob("", "log there, too", ("", "tensorboard", "wandb"), fixed=False)
+    tracker: str = setting("", "log there, too", choices=("", "tensorboard", "wandb"), fixed=False)
 
     def __post_init__(self):
         for entry in fields(self):
-            object.__setattr__(self, entry.name, _check_type(entry, getattr(self, entry.name)))
-        for name in ("steps", "batch_size", "accumulation", "bucket_window", "log_every", "save_every"):
-            self._check_range(name, 1)
-        for name in ("warmup_steps", "workers", "keep_checkpoints", "sample_every", "lora_rank", "seed"):
-            self._check_range(name, 0)
-        for name in ("resolution", "max_text_tokens", "min_side"):
-            self._check_range(name, 0)
-        for name in ("lr", "adam_epsilon", "weight_decay", "max_grad_norm", "words_weight"):
-            self._check_range(name, 0)
-        for name in ("entity_dropout", "background_probability", "max_bad_samples", "condition_dropout"):
-            self._check_range(name, 0, 1)
-        self._check_range("words_share", 0.001, 0.999)
-        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            self._check_range(name, 0, 0.999999)
-        for entry in fields(self):
-            choices, value = entry.metadata["choices"], getattr(self, entry.name)
-            if choices and value not in choices:
-                known = ", ".join(repr(choice) for choice in choices)
-                raise ValueError(f"{entry.name} is {value!r}. Expected one of {known}.")
-
-    def _check_range(self, name, low, high=float("inf")):
-        value = getattr(self, name)
-        if not low <= value <= high or math.isinf(value):
-            expected = f"at least {low}" if high == float("inf") else f"{low} to {high}"
-            raise ValueError(f"{name} is {value!r}. Expected {expected}.")
+            object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
 
     @classmethod
     def from_toml(cls, path, stage=None, **overrides):
@@ -190,7 +179,7 @@ class TrainConfig:
         changed = [
             f"{entry.name} (was {getattr(earlier, entry.name)!r}, now {getattr(self, entry.name)!r})"
             for entry in fields(self)
-            if entry.metadata["fixed"] and getattr(self, entry.name) != getattr(earlier, entry.name)
+            if entry.metadata.get("fixed", True) and getattr(self, entry.name) != getattr(earlier, entry.name)
         ]
         if changed:
             raise ValueError(
@@ -226,47 +215,42 @@ def add_arguments(parser, stage=None):
         parser: argparse.ArgumentParser.
         stage: name whose defaults the help shows; there is no flag for the stage itself.
     """
-    defaults = TrainConfig(**STAGE_DEFAULTS.get(stage, {}))
     group = parser
     for entry in fields(TrainConfig):
-        if entry.name == "stage":
-            continue
         if entry.name in GROUPS:
             group = parser.add_argument_group(GROUPS[entry.name])
-        flag, text = "--" + entry.name.replace("_", "-"), entry.metadata["help"]
-        default, choices = getattr(defaults, entry.name), entry.metadata["choices"]
-        if default not in ("", (), 0, False) and "(default:" not in text:
-            text += f" (default: {default:g})" if entry.type is float else f" (default: {default})"
-        options = {"dest": entry.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        if entry.type is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        elif entry.type in (tuple[str, ...], tuple[float, ...]):
-            (inner, _), metavar = entry.type.__args__, entry.metadata["value"]
-            group.add_argument(flag, nargs="+", type=inner, metavar=metavar, **options)
-        elif choices:
-            named = "|".join(choice for choice in choices if choice)
-            group.add_argument(flag, choices=choices, metavar=named, **options)
-        else:
-            metavar = entry.metadata["value"] or {int: "N", float: "NUMBER"}[entry.type]
-            group.add_argument(flag, type=entry.type, metavar=metavar, **options)
+        add_flags(group, [entry], ("stage",), STAGE_DEFAULTS.get(stage, {}))
 
 
-def _check_type(entry, value):
-    """The value, a list as a tuple and an int for a float as a float; TypeError if it is of another type."""
-    if entry.type in (tuple[str, ...], tuple[float, ...]):
-        inner = entry.type.__args__[0]
-        if isinstance(value, (list, tuple)):
-            return tuple(_check_value(entry, item, inner) for item in value)
-        raise TypeError(f"{entry.name} is {value!r}. Expected a list of {inner.__name__} values.")
-    return _check_value(entry, value, entry.type)
+def _checked(entry, value):
+    """The value, a list as a tuple and an int for a float as a float.
 
-
-def _check_value(entry, value, kind):
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(
-            f"{entry.name} is {value!r} ({type(value).__name__}). Expected {kind.__name__}, such as "
-            f"{entry.name} = {json.dumps(entry.default) if entry.default not in ('', ()) else repr('...')}."
+    Raises:
+        TypeError, ValueError: it is of another type, none of the choices, or out of range.
+    """
+    kind, metadata = entry.type, entry.metadata
+    if kind in (tuple[str, ...], tuple[float, ...]):
+        kind = kind.__args__[0]
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{entry.name} is {value!r}. Expected a list of {kind.__name__} values.")
+        return tuple(_checked_one(entry, item, kind) for item in value)
+    value = _checked_one(entry, value, kind)
+    problem = find_problem(value, kind, **metadata)
+    if problem == CHOICE:
+        known = ", ".join(repr(choice) for choice in metadata["choices"])
+        raise ValueError(f"{entry.name} is {value!r}. Expected one of {known}.")
+    if problem == RANGE or (kind is float and math.isinf(value)):
+        low, high = metadata["low"], metadata["high"]
+        raise ValueError(
+            f"{entry.name} is {value!r}. Expected {f'at least {low}' if math.isinf(high) else f'{low} to {high}'}."
         )
     return value
+
+
+def _checked_one(entry, value, kind):
+    if not is_of_type(value, kind):
+        example = json.dumps(entry.default) if entry.default not in ("", ()) else repr("...")
+        raise TypeError(
+            f"{entry.name} is {value!r} ({type(value).__name__}). Expected {kind.__name__}, such as {entry.name} = {example}."
+        )
+    return kind(value)
