@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from kosmos_g_diffusers import KosmosGPipeline, KosmosGTextEncoder, KosmosGTextEncoderConfig, KosmosGTokenizer
+from kosmos_g_diffusers.conversion import folder as writing
 from kosmos_g_diffusers.conversion import keys as checkpoint_keys
 from kosmos_g_diffusers.conversion import official as conversion
 from kosmos_g_diffusers.conversion.checkpoint import INERT_NAMES, STAND_INS, read_checkpoint
-from kosmos_g_diffusers.conversion.keys import IGNORED, KEY_MAP, aligner_n_weights, match_keys
+from kosmos_g_diffusers.conversion.keys import IGNORED, KEY_MAP, match_keys
 from kosmos_g_diffusers.conversion.official import convert_checkpoint
+from kosmos_g_diffusers.modeling_aligner_n import AlignerNetN
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 ALIGN, FINAL = REFERENCE / "tiny_reference_checkpoint.pt", REFERENCE / "tiny_final_stage_checkpoint_fp16.pt"
@@ -229,12 +231,12 @@ def test_keys_of_the_full_size_model_fit_without_leftover(stage):
     with torch.device("meta"):
         weights = {key: torch.empty(shape) for key, shape in shapes.items()}
         encoder = KosmosGTextEncoder(KosmosGTextEncoderConfig())
+        aligner_n = AlignerNetN(encoder.config)
         blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
         vae = AutoencoderKL(3, 3, *blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
         unet = UNet2DConditionModel(cross_attention_dim=768)
-    modules = {"text_encoder": encoder, "unet": unet, "vae": vae}
+    modules = {"text_encoder": encoder, "aligner_n": aligner_n, "unet": unet, "vae": vae}
     expected = {name: module.state_dict() for name, module in modules.items()}
-    expected["aligner_n"] = aligner_n_weights(encoder)
     plan = match_keys(weights, expected)
     assert set(plan) == {"text_encoder", *(("aligner_n",) if stage == "align" else ("unet", "vae"))}
     taken = [key for keys in plan.values() for key in keys.values()]
@@ -402,7 +404,7 @@ def test_base_that_is_none_is_refused_first(convert, unread, tmp_path, monkeypat
     def offline(*args, **kwargs):
         raise OSError("no connection")
 
-    monkeypatch.setattr(conversion, "snapshot_download", offline)
+    monkeypatch.setattr(writing, "snapshot_download", offline)
     with pytest.raises(ValueError, match="nobody/nothing is no folder.*no connection"):
         convert(base="nobody/nothing")
     with pytest.raises(
@@ -414,7 +416,7 @@ def test_base_that_is_none_is_refused_first(convert, unread, tmp_path, monkeypat
     with pytest.raises(ValueError, match="scheduler is of the class 'Popen'"):
         convert(base=base)
     (base / "scheduler" / "scheduler_config.json").write_text("{")
-    with pytest.raises(ValueError, match="scheduler_config.json of the base is not JSON"):
+    with pytest.raises(ValueError, match="scheduler_config.json is not JSON .*Download the base again"):
         convert(base=base)
 
 
@@ -446,7 +448,7 @@ def test_base_may_be_a_hub_id(convert, monkeypatch, tmp_path):
         skip = shutil.ignore_patterns("*.safetensors", "text_encoder")
         return shutil.copytree(BASE, tmp_path / "cache", ignore=skip)
 
-    monkeypatch.setattr(conversion, "snapshot_download", download)
+    monkeypatch.setattr(writing, "snapshot_download", download)
     folder = convert(FINAL, base="someone/stable-diffusion")
     assert "unet/config.json" in asked["someone/stable-diffusion"]
     assert not any(
@@ -483,8 +485,9 @@ def test_safety_checker_of_the_base_is_kept(convert, tmp_path, folders):
     [
         ("save_pretrained", KeyboardInterrupt),
         ("save_pretrained", OSError("No space left on device")),
-        ("save_file", KeyboardInterrupt),
-        ("_check_written", KeyboardInterrupt),
+        ("aligner_n", KeyboardInterrupt),
+        ("check_written", KeyboardInterrupt),
+        ("write_model_card", KeyboardInterrupt),
         ("replace", KeyboardInterrupt),
     ],
 )
@@ -493,16 +496,18 @@ def test_interrupted_conversion_leaves_nothing(convert, tmp_path, monkeypatch, w
         raise interruption
 
     def save_half(self, folder, **kwargs):
-        (folder / "text_encoder").mkdir(parents=True)
-        (folder / "text_encoder" / "model.safetensors").write_bytes(b"half")
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
         stop()
 
     if where == "save_pretrained":
-        monkeypatch.setattr(KosmosGPipeline, "save_pretrained", save_half)
+        monkeypatch.setattr(KosmosGTextEncoder, "save_pretrained", save_half)
+    elif where == "aligner_n":
+        monkeypatch.setattr(AlignerNetN, "save_pretrained", save_half)
     elif where == "replace":
-        monkeypatch.setattr(conversion.os, "replace", stop)
+        monkeypatch.setattr(writing.os, "replace", stop)
     else:
-        monkeypatch.setattr(conversion, where, stop)
+        monkeypatch.setattr(writing, where, stop)
     with pytest.raises(KeyboardInterrupt if interruption is KeyboardInterrupt else OSError):
         convert(output=tmp_path / "new" / "out")
     assert nothing_left(tmp_path)
@@ -644,9 +649,8 @@ def test_allow_list_builds_nothing_but_stand_ins():
     package = read_checkpoint.__module__
     for stand_in in STAND_INS:
         code = stand_in if not isinstance(stand_in, type) else stand_in.__new__
-        assert (
-            sys.modules[package].__dict__ is code.__globals__
-        )  # the code is ours, only the name is another's
+        # the code is ours, only the name is another's
+        assert sys.modules[package].__dict__ is code.__globals__
     assert sum(map(len, INERT_NAMES.values())) + 1 == len(STAND_INS)
     assert isinstance(STAND_INS[0](1, 2), STAND_INS[0]) and STAND_INS[-1](dict) == {}
 

@@ -9,8 +9,8 @@ examples:
   kosmos-g train align --help
 """
 
-from ..conversion.kosmos2 import initialize
-from ..generation.settings import DTYPES
+from ..conversion import initialize
+from ..environment import DTYPES
 
 
 def add_arguments(parser):
