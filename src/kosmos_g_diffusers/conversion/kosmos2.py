@@ -73,7 +73,8 @@ def initialize(mllm, base, output, *, aligner_layers=12, dtype=None, seed=0):
     tokenizer = _tokenizer(files, kosmos, mllm)
     config = _encoder_config(kosmos, target, tokenizer, aligner_layers)
     with torch.device("meta"):
-        pipeline = base.build_pipeline(KosmosGTextEncoder(config), tokenizer)
+        text_encoder = KosmosGTextEncoder(config)
+    pipeline = base.build_pipeline(text_encoder, tokenizer)
     weights = {name: partial(base.weights, name, dtype) for name in base.parts}
     weights["text_encoder"] = partial(_encoder_weights, mllm, config, dtype, seed)
     origin, new = f"the language model {public_name(mllm)}", "a new AlignerNet, which has not been trained"

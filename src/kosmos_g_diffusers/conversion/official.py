@@ -82,9 +82,8 @@ def convert_checkpoint(checkpoint, output, *, tokenizer, base, config=None, dtyp
     weights = {name: partial(base.weights, name, base_dtype) for name in base.parts}
     weights |= {name: partial(_read_weights, checkpoint, keys, dtype) for name, keys in plan.items()}
     provenance = dict.fromkeys(base.parts, f"the base {base.name}")
-    provenance |= dict.fromkeys(plan, f"the checkpoint {checkpoint.name}") | {
-        "tokenizer": Path(tokenizer).name
-    }
+    provenance |= dict.fromkeys(plan, f"the checkpoint {checkpoint.name}")
+    provenance["tokenizer"] = Path(tokenizer).name
     with appearing_whole(output) as folder:
         if "aligner_n" in plan:
             write_model(aligner_n, folder / "aligner_n", weights["aligner_n"]())
