@@ -124,12 +124,12 @@ def nothing_left(folder, *known):
 
 def encode(encoder, case):
     tensors = load_file(REFERENCE / CASES[case]["file"])
-    pictures = load_file(REFERENCE / "pixel_values.safetensors")
+    pixels = load_file(REFERENCE / "pixel_values.safetensors")
     order = CASES[case]["image_order"]
     with torch.no_grad():
         return encoder(
             tensors["input_ids"],
-            pixel_values=torch.stack([pictures[name] for name in order]) if order else None,
+            pixel_values=torch.stack([pixels[name] for name in order]) if order else None,
             image_token_mask=tensors["image_mask"].bool() if order else None,
         ).last_hidden_state
 
@@ -282,7 +282,7 @@ def test_wrong_size_is_named_with_both_shapes(convert):
         convert(config=tiny_config(num_queries=7))
 
 
-def test_default_config_on_a_tiny_checkpoint_says_how_to_mend_it(convert, tmp_path):
+def test_default_config_on_a_tiny_checkpoint_says_how_to_fix_it(convert, tmp_path):
     base = shutil.copytree(BASE, tmp_path / "base")
     unet = json.loads((base / "unet" / "config.json").read_text()) | {"cross_attention_dim": 768}
     (base / "unet" / "config.json").write_text(json.dumps(unet))
@@ -290,7 +290,7 @@ def test_default_config_on_a_tiny_checkpoint_says_how_to_mend_it(convert, tmp_pa
         convert(base=base, config=None)
 
 
-def test_weights_that_are_no_floats_are_refused(convert, altered):
+def test_weights_that_are_not_floats_are_refused(convert, altered):
     with pytest.raises(ValueError, match="1 not floating-point: aligner.encoder_query torch.int64"):
         convert(altered(lambda weights: weights.update({"aligner.encoder_query": torch.ones(77, 24).long()})))
 
@@ -405,7 +405,7 @@ def test_base_that_is_none_is_refused_first(convert, unread, tmp_path, monkeypat
         raise OSError("no connection")
 
     monkeypatch.setattr(writing, "snapshot_download", offline)
-    with pytest.raises(ValueError, match="nobody/nothing is no folder.*no connection"):
+    with pytest.raises(ValueError, match="nobody/nothing is not a folder.*no connection"):
         convert(base="nobody/nothing")
     with pytest.raises(
         ValueError, match="has no unet/config.json, vae/config.json, scheduler/.*from_single_file"
@@ -540,7 +540,7 @@ def test_missing_checkpoint_is_refused(convert, tmp_path):
 @pytest.mark.parametrize(
     "kind", ["empty", "text", "truncated", "truncated legacy", "zip", "safetensors", "bad safetensors"]
 )
-def test_file_that_is_no_checkpoint_is_refused(altered, tmp_path, kind):
+def test_file_that_is_not_a_checkpoint_is_refused(altered, tmp_path, kind):
     path = tmp_path / "foreign.pt"
     if kind == "empty":
         path.touch()
@@ -589,7 +589,7 @@ def test_checkpoint_without_plain_weights_is_refused(tmp_path, content, message)
         read_checkpoint(tmp_path / "strange.pt")
 
 
-def test_running_out_of_memory_is_no_fault_of_the_checkpoint(monkeypatch):
+def test_running_out_of_memory_is_not_a_fault_of_the_checkpoint(monkeypatch):
     def fail(*args, **kwargs):
         raise MemoryError
 

@@ -79,13 +79,13 @@ def locate(source, kind, content, files):
         return Path(snapshot_download(str(source), allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The {kind} {source} is no folder, and not on the Hub as far as can be seen ({first_line(error)}). Pass a "
-            f"folder with {content}, or its Hub id and a connection."
+            f"The {kind} {source} is not a folder, and not on the Hub as far as can be seen ({first_line(error)}). Pass "
+            f"a folder with {content}, or its Hub id and a connection."
         ) from error
 
 
 def public_name(source):
-    """A folder or Hub id as the output may name it: a path on somebody's machine is nobody's business."""
+    """A folder or Hub id as the output may name it: paths of this machine are private."""
     return Path(source).resolve().name if Path(source).exists() else str(source)
 
 
@@ -161,7 +161,7 @@ def _scheduler_class(config):
     scheduler_class = getattr(diffusers, str(name), None)
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
         raise ValueError(
-            f"The base's scheduler is of the class {name!r}, which diffusers {diffusers.__version__} has not."
+            f"The base's scheduler is of the class {name!r}, which diffusers {diffusers.__version__} does not have."
         )
     return scheduler_class
 
@@ -170,7 +170,7 @@ def _scheduler_class(config):
 
 
 @contextmanager
-def appearing_whole(output):
+def appearing_atomically(output):
     """A hidden folder next to `output` that takes its name at the end; an exception or interruption leaves nothing."""
     place = output.resolve()
     above = next(folder for folder in place.parents if folder.is_dir())

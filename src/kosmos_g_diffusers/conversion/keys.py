@@ -28,7 +28,7 @@ KEY_MAP = {
         "aligner.encoder.layers.": "aligner.query_layers.",
         "aligner.encoder.layer_norm.": "aligner.final_layer_norm.",
     },
-    # AlignerNet N, of the alignment stage alone: no pipeline reads it, training goes on from it
+    # AlignerNet N, of the alignment stage alone: no pipeline reads it, training continues from it
     "aligner_n": {
         "aligner.decoder_query": "query_embeds",
         "aligner.decoder.layers.": "query_layers.",

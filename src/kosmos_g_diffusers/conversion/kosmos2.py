@@ -15,7 +15,7 @@ from ..processing_kosmos_g import EXTRA_SPECIAL_TOKENS, KosmosGTokenizer
 from .folder import (
     SHARD_SIZE,
     Base,
-    appearing_whole,
+    appearing_atomically,
     check_dtype,
     check_output,
     locate,
@@ -33,12 +33,12 @@ SPECIAL_NAMES = ("<s>", "<pad>", "</s>", "<unk>")
 
 
 def initialize(mllm, base, output, *, aligner_layers=12, dtype=None, seed=0):
-    """Write a Kosmos-G pipeline folder for `kosmos-g train align` and `train instruct` to go on from.
+    """Write a Kosmos-G pipeline folder from which `kosmos-g train align` and `train instruct` start.
 
     Its language model, resampler, vision tower and vocabulary are Kosmos-2's without the grounding tokens (whose ids are
     the last ones); AlignerNet M and N are new, with the width, heads and states of the base's text encoder; U-Net, VAE
-    and scheduler are the base's. Beside what a pipeline reads the folder holds `aligner_n/` and the text encoder to
-    imitate with its tokenizer. It appears whole or not at all.
+    and scheduler are the base's. Next to what a pipeline reads, the folder holds `aligner_n/` and the text encoder
+    to imitate with its tokenizer. It appears atomically.
 
     Args:
         mllm: Kosmos-2, such as "microsoft/kosmos-2-patch14-224": a folder or a Hub id.
@@ -53,7 +53,7 @@ def initialize(mllm, base, output, *, aligner_layers=12, dtype=None, seed=0):
         Path of `output`.
 
     Raises:
-        ValueError: `mllm` is no Kosmos-2 or its vocabulary has another layout; the base lacks a part, or its parts do
+        ValueError: `mllm` is not a Kosmos-2 or its vocabulary has another layout; the base lacks a part, or its parts do
             not belong together; the output exists; what cannot be read is named.
     """
     dtype = check_dtype(dtype) or torch.float32
@@ -81,7 +81,7 @@ def initialize(mllm, base, output, *, aligner_layers=12, dtype=None, seed=0):
     provenance = dict.fromkeys(base.parts, f"the base {base.name}")
     provenance |= {"text_encoder": f"{origin} and {new}", "tokenizer": origin}
     clip, clip_tokenizer = load_target(base.source, dtype)
-    with appearing_whole(output) as folder:
+    with appearing_atomically(output) as folder:
         write_pipeline(folder, pipeline, weights, provenance)
         write_model(build_fresh(AlignerNetN, config, seed + 1).to(dtype), folder / "aligner_n")
         write_model(clip, folder / MODEL_FOLDER, max_shard_size=SHARD_SIZE)
@@ -149,7 +149,7 @@ def _tokenizer(files, kosmos, mllm):
 def _pieces(values, mllm):
     """(piece, score) of the text in the order of the ids, after checks that the ids are those of Kosmos-G.
 
-    Kosmos-2's are `<s> <pad> </s> <unk>`, the text, `<mask>`, the other five names around text and pictures, and behind
+    Kosmos-2's are `<s> <pad> </s> <unk>`, the text, `<mask>`, the other five names around text and images, and behind
     them the grounding tokens (transformers' processing_kosmos2.py), which are left out.
     """
     model = values["model"]

@@ -11,17 +11,25 @@ from ..modeling_aligner_n import AlignerNetN
 from ..modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig
 from ..processing_kosmos_g import KosmosGTokenizer
 from .checkpoint import is_mapped, read_checkpoint
-from .folder import Base, appearing_whole, check_dtype, check_output, same_bytes, write_model, write_pipeline
+from .folder import (
+    Base,
+    appearing_atomically,
+    check_dtype,
+    check_output,
+    same_bytes,
+    write_model,
+    write_pipeline,
+)
 from .keys import EMBEDDING, TIED, match_keys
 
-PIECE = 10**9  # bytes to read of a checkpoint before its memory is given back
+PIECE = 10**9  # bytes to read of a checkpoint before its memory is freed
 
 
 def convert_checkpoint(checkpoint, output, *, tokenizer, base, config=None, dtype=None):
     """Write an official Kosmos-G checkpoint as a self-contained diffusers folder.
 
     The folder holds what `KosmosGPipeline.save_pretrained` writes and, for an alignment-stage checkpoint,
-    `aligner_n/model.safetensors` with AlignerNet N for training to go on from. It appears whole or not at all.
+    `aligner_n/model.safetensors` with AlignerNet N, which training continues from. It appears atomically.
 
     Args:
         checkpoint: path of a `.pt` file of the alignment or the final stage, or of a `.safetensors` file with the same
@@ -84,7 +92,7 @@ def convert_checkpoint(checkpoint, output, *, tokenizer, base, config=None, dtyp
     provenance = dict.fromkeys(base.parts, f"the base {base.name}")
     provenance |= dict.fromkeys(plan, f"the checkpoint {checkpoint.name}")
     provenance["tokenizer"] = Path(tokenizer).name
-    with appearing_whole(output) as folder:
+    with appearing_atomically(output) as folder:
         if "aligner_n" in plan:
             write_model(aligner_n, folder / "aligner_n", weights["aligner_n"]())
         write_pipeline(folder, pipeline, weights, provenance)
@@ -101,7 +109,7 @@ def _checked_config(config):
         raise ValueError(
             f"config has the image words {words}, which no checkpoint holds. Pass a config without."
         )
-    return copy.deepcopy(config)  # saving enters things
+    return copy.deepcopy(config)  # saving changes it
 
 
 def _load_tokenizer(path, config):
