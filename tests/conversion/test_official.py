@@ -222,6 +222,21 @@ def test_other_file_formats_give_the_same_encoder(convert, altered, folders, tmp
     assert (convert(checkpoint) / name).read_bytes() == (folders["align"] / name).read_bytes()
 
 
+def test_one_model_is_in_memory_at_a_time(convert, monkeypatch):
+    write, written = writing.write_model, []
+
+    def watch(model, *args, **options):
+        assert all(parameter.is_meta for parameter in model.parameters())
+        write(model, *args, **options)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        written.append(type(model).__name__)
+
+    monkeypatch.setattr(writing, "write_model", watch)
+    monkeypatch.setattr(conversion, "write_model", watch)
+    convert()
+    assert sorted(written) == ["AlignerNetN", "AutoencoderKL", "KosmosGTextEncoder", "UNet2DConditionModel"]
+
+
 # Keys ------------------------------------------------------------------------------------------------------------
 
 
