@@ -30,13 +30,8 @@ from parts.models import (
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kosmos_g_diffusers import KosmosGTextEncoderConfig, convert_checkpoint
-from kosmos_g_diffusers.conversion.keys import (
-    EMBEDDING,
-    KEY_MAP,
-    TIED,
-    aligner_n_weights,
-    official_name,
-)
+from kosmos_g_diffusers.conversion.keys import EMBEDDING, KEY_MAP, TIED, official_name
+from kosmos_g_diffusers.modeling_aligner_n import AlignerNetN
 
 FIELDS = {"resident": "VmRSS", "anonymous": "RssAnon"}
 # the target of the alignment loss, which checkpoints of that stage hold and the conversion leaves behind
@@ -69,9 +64,10 @@ def write(folder, stage, dtype, tiny):
     weights = {name: part.state_dict() for name, part in parts.items()}
     if stage == "align":
         del weights["unet"], weights["vae"]
+        with torch.device("meta"):
+            aligner_n = AlignerNetN(parts["text_encoder"].config).state_dict()
         weights["aligner_n"] = {
-            name: torch.empty(empty.shape, dtype=dtype).normal_(0, 0.02)
-            for name, empty in aligner_n_weights(parts["text_encoder"]).items()
+            name: torch.empty(empty.shape, dtype=dtype).normal_(0, 0.02) for name, empty in aligner_n.items()
         }
     model = {
         official_name(ours, KEY_MAP[part]): tensor

@@ -36,7 +36,8 @@ from kosmos_g_diffusers import (  # noqa: E402
     KosmosGTokenizer,
 )
 from kosmos_g_diffusers.conversion.checkpoint import read_checkpoint  # noqa: E402
-from kosmos_g_diffusers.conversion.keys import aligner_n_weights, match_keys  # noqa: E402
+from kosmos_g_diffusers.conversion.keys import match_keys  # noqa: E402
+from kosmos_g_diffusers.modeling_aligner_n import AlignerNetN  # noqa: E402
 from kosmos_g_diffusers.testing import build_random_controlnet, build_tiny_pipeline  # noqa: E402
 
 # the models are tiny: threads would cost more than they bring, above all on a busy machine
@@ -129,7 +130,7 @@ def golden_encoder():
     weights = read_checkpoint(REFERENCE / "tiny_reference_checkpoint.pt")
     expected = {
         "text_encoder": encoder.state_dict(),
-        "aligner_n": aligner_n_weights(encoder),
+        "aligner_n": AlignerNetN(config).state_dict(),
         "unet": {},
         "vae": {},
     }

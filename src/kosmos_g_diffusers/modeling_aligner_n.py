@@ -1,4 +1,4 @@
-"""AlignerNet N, the way back from the condition to the language model's states, which only the alignment stage needs.
+"""AlignerNet N, the inverse projection from the condition to the language model's states, for the alignment stage alone.
 
 Letters of the shapes: B prompts, L tokens, K states of the condition (77), A their width (768), D width of the language
 model (2048).
@@ -68,7 +68,7 @@ class AlignerNetN(nn.Module):
         except RuntimeError as error:
             raise ValueError(
                 f"The weights in {path} are not those of an AlignerNet N of the encoder's sizes ({error}). Pass the "
-                "folder that was saved beside this encoder."
+                "folder that was saved with this encoder."
             ) from error
         return model
 

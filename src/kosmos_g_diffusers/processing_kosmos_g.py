@@ -100,14 +100,17 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
         return cls._build(pieces, rules, image_size, latent_query_num, model_max_length)
 
     @classmethod
-    def from_vocabulary(cls, pieces, *, image_size=224, latent_query_num=64, model_max_length=2048):
+    def from_vocabulary(
+        cls, pieces, *, charsmap=None, image_size=224, latent_query_num=64, model_max_length=2048
+    ):
         """Build a small tokenizer from unigram pieces of one's own, for instance for a model trained on few captions.
 
         Args:
             pieces: list of (piece, log-probability); `▁` stands for the space before a word.
+            charsmap: bytes of a SentencePiece normalisation table; None takes NFKC.
             image_size, latent_query_num, model_max_length: as in `from_sentencepiece`.
         """
-        rules = [normalizers.Nmt(), normalizers.NFKC()]
+        rules = [normalizers.Precompiled(charsmap)] if charsmap else [normalizers.Nmt(), normalizers.NFKC()]
         return cls._build(list(pieces), rules, image_size, latent_query_num, model_max_length)
 
     @classmethod

@@ -307,7 +307,7 @@ def test_fresh_weights_are_torchscale_s(pipe):
         assert table.std().item() == pytest.approx(1, rel=0.05)
 
 
-def test_fresh_model_tells_prompts_and_pictures_apart(pipe, photos):
+def test_fresh_model_tells_prompts_and_images_apart(pipe, photos):
     encoder = reset_weights(pipe.text_encoder, seed=3)
     inputs = KosmosGProcessor(pipe.tokenizer)([[photos[0]], [photos[1]], ["a hat"], ["a suit"]])
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_mllm_of_another_kind_is_refused(call, tmp_path):
         call(mllm=tmp_path / "bert")
     with pytest.raises(ValueError, match="no config.json"):
         call(mllm=tmp_path)
-    with pytest.raises(ValueError, match="no folder, and not on the Hub"):
+    with pytest.raises(ValueError, match="not a folder, and not on the Hub"):
         call(mllm="nobody/no-such-kosmos")
     assert not (tmp_path / "out").exists()
 

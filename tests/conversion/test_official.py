@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from kosmos_g_diffusers import KosmosGPipeline, KosmosGTextEncoder, KosmosGTextEncoderConfig, KosmosGTokenizer
+from kosmos_g_diffusers.conversion import folder as writing
 from kosmos_g_diffusers.conversion import keys as checkpoint_keys
 from kosmos_g_diffusers.conversion import official as conversion
 from kosmos_g_diffusers.conversion.checkpoint import INERT_NAMES, STAND_INS, read_checkpoint
-from kosmos_g_diffusers.conversion.keys import IGNORED, KEY_MAP, aligner_n_weights, match_keys
+from kosmos_g_diffusers.conversion.keys import IGNORED, KEY_MAP, match_keys
 from kosmos_g_diffusers.conversion.official import convert_checkpoint
+from kosmos_g_diffusers.modeling_aligner_n import AlignerNetN
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 ALIGN, FINAL = REFERENCE / "tiny_reference_checkpoint.pt", REFERENCE / "tiny_final_stage_checkpoint_fp16.pt"
@@ -122,12 +124,12 @@ def nothing_left(folder, *known):
 
 def encode(encoder, case):
     tensors = load_file(REFERENCE / CASES[case]["file"])
-    pictures = load_file(REFERENCE / "pixel_values.safetensors")
+    pixels = load_file(REFERENCE / "pixel_values.safetensors")
     order = CASES[case]["image_order"]
     with torch.no_grad():
         return encoder(
             tensors["input_ids"],
-            pixel_values=torch.stack([pictures[name] for name in order]) if order else None,
+            pixel_values=torch.stack([pixels[name] for name in order]) if order else None,
             image_token_mask=tensors["image_mask"].bool() if order else None,
         ).last_hidden_state
 
@@ -220,6 +222,21 @@ def test_other_file_formats_give_the_same_encoder(convert, altered, folders, tmp
     assert (convert(checkpoint) / name).read_bytes() == (folders["align"] / name).read_bytes()
 
 
+def test_one_model_is_in_memory_at_a_time(convert, monkeypatch):
+    write, written = writing.write_model, []
+
+    def watch(model, *args, **options):
+        assert all(parameter.is_meta for parameter in model.parameters())
+        write(model, *args, **options)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        written.append(type(model).__name__)
+
+    monkeypatch.setattr(writing, "write_model", watch)
+    monkeypatch.setattr(conversion, "write_model", watch)
+    convert()
+    assert sorted(written) == ["AlignerNetN", "AutoencoderKL", "KosmosGTextEncoder", "UNet2DConditionModel"]
+
+
 # Keys ------------------------------------------------------------------------------------------------------------
 
 
@@ -229,12 +246,12 @@ def test_keys_of_the_full_size_model_fit_without_leftover(stage):
     with torch.device("meta"):
         weights = {key: torch.empty(shape) for key, shape in shapes.items()}
         encoder = KosmosGTextEncoder(KosmosGTextEncoderConfig())
+        aligner_n = AlignerNetN(encoder.config)
         blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
         vae = AutoencoderKL(3, 3, *blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
         unet = UNet2DConditionModel(cross_attention_dim=768)
-    modules = {"text_encoder": encoder, "unet": unet, "vae": vae}
+    modules = {"text_encoder": encoder, "aligner_n": aligner_n, "unet": unet, "vae": vae}
     expected = {name: module.state_dict() for name, module in modules.items()}
-    expected["aligner_n"] = aligner_n_weights(encoder)
     plan = match_keys(weights, expected)
     assert set(plan) == {"text_encoder", *(("aligner_n",) if stage == "align" else ("unet", "vae"))}
     taken = [key for keys in plan.values() for key in keys.values()]
@@ -280,7 +297,7 @@ def test_wrong_size_is_named_with_both_shapes(convert):
         convert(config=tiny_config(num_queries=7))
 
 
-def test_default_config_on_a_tiny_checkpoint_says_how_to_mend_it(convert, tmp_path):
+def test_default_config_on_a_tiny_checkpoint_says_how_to_fix_it(convert, tmp_path):
     base = shutil.copytree(BASE, tmp_path / "base")
     unet = json.loads((base / "unet" / "config.json").read_text()) | {"cross_attention_dim": 768}
     (base / "unet" / "config.json").write_text(json.dumps(unet))
@@ -288,7 +305,7 @@ def test_default_config_on_a_tiny_checkpoint_says_how_to_mend_it(convert, tmp_pa
         convert(base=base, config=None)
 
 
-def test_weights_that_are_no_floats_are_refused(convert, altered):
+def test_weights_that_are_not_floats_are_refused(convert, altered):
     with pytest.raises(ValueError, match="1 not floating-point: aligner.encoder_query torch.int64"):
         convert(altered(lambda weights: weights.update({"aligner.encoder_query": torch.ones(77, 24).long()})))
 
@@ -402,8 +419,8 @@ def test_base_that_is_none_is_refused_first(convert, unread, tmp_path, monkeypat
     def offline(*args, **kwargs):
         raise OSError("no connection")
 
-    monkeypatch.setattr(conversion, "snapshot_download", offline)
-    with pytest.raises(ValueError, match="nobody/nothing is no folder.*no connection"):
+    monkeypatch.setattr(writing, "snapshot_download", offline)
+    with pytest.raises(ValueError, match="nobody/nothing is not a folder.*no connection"):
         convert(base="nobody/nothing")
     with pytest.raises(
         ValueError, match="has no unet/config.json, vae/config.json, scheduler/.*from_single_file"
@@ -414,7 +431,7 @@ def test_base_that_is_none_is_refused_first(convert, unread, tmp_path, monkeypat
     with pytest.raises(ValueError, match="scheduler is of the class 'Popen'"):
         convert(base=base)
     (base / "scheduler" / "scheduler_config.json").write_text("{")
-    with pytest.raises(ValueError, match="scheduler_config.json of the base is not JSON"):
+    with pytest.raises(ValueError, match="scheduler_config.json is not JSON .*Download the base again"):
         convert(base=base)
 
 
@@ -446,7 +463,7 @@ def test_base_may_be_a_hub_id(convert, monkeypatch, tmp_path):
         skip = shutil.ignore_patterns("*.safetensors", "text_encoder")
         return shutil.copytree(BASE, tmp_path / "cache", ignore=skip)
 
-    monkeypatch.setattr(conversion, "snapshot_download", download)
+    monkeypatch.setattr(writing, "snapshot_download", download)
     folder = convert(FINAL, base="someone/stable-diffusion")
     assert "unet/config.json" in asked["someone/stable-diffusion"]
     assert not any(
@@ -483,8 +500,9 @@ def test_safety_checker_of_the_base_is_kept(convert, tmp_path, folders):
     [
         ("save_pretrained", KeyboardInterrupt),
         ("save_pretrained", OSError("No space left on device")),
-        ("save_file", KeyboardInterrupt),
-        ("_check_written", KeyboardInterrupt),
+        ("aligner_n", KeyboardInterrupt),
+        ("check_written", KeyboardInterrupt),
+        ("write_model_card", KeyboardInterrupt),
         ("replace", KeyboardInterrupt),
     ],
 )
@@ -493,16 +511,18 @@ def test_interrupted_conversion_leaves_nothing(convert, tmp_path, monkeypatch, w
         raise interruption
 
     def save_half(self, folder, **kwargs):
-        (folder / "text_encoder").mkdir(parents=True)
-        (folder / "text_encoder" / "model.safetensors").write_bytes(b"half")
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
         stop()
 
     if where == "save_pretrained":
-        monkeypatch.setattr(KosmosGPipeline, "save_pretrained", save_half)
+        monkeypatch.setattr(KosmosGTextEncoder, "save_pretrained", save_half)
+    elif where == "aligner_n":
+        monkeypatch.setattr(AlignerNetN, "save_pretrained", save_half)
     elif where == "replace":
-        monkeypatch.setattr(conversion.os, "replace", stop)
+        monkeypatch.setattr(writing.os, "replace", stop)
     else:
-        monkeypatch.setattr(conversion, where, stop)
+        monkeypatch.setattr(writing, where, stop)
     with pytest.raises(KeyboardInterrupt if interruption is KeyboardInterrupt else OSError):
         convert(output=tmp_path / "new" / "out")
     assert nothing_left(tmp_path)
@@ -535,7 +555,7 @@ def test_missing_checkpoint_is_refused(convert, tmp_path):
 @pytest.mark.parametrize(
     "kind", ["empty", "text", "truncated", "truncated legacy", "zip", "safetensors", "bad safetensors"]
 )
-def test_file_that_is_no_checkpoint_is_refused(altered, tmp_path, kind):
+def test_file_that_is_not_a_checkpoint_is_refused(altered, tmp_path, kind):
     path = tmp_path / "foreign.pt"
     if kind == "empty":
         path.touch()
@@ -584,7 +604,7 @@ def test_checkpoint_without_plain_weights_is_refused(tmp_path, content, message)
         read_checkpoint(tmp_path / "strange.pt")
 
 
-def test_running_out_of_memory_is_no_fault_of_the_checkpoint(monkeypatch):
+def test_running_out_of_memory_is_not_a_fault_of_the_checkpoint(monkeypatch):
     def fail(*args, **kwargs):
         raise MemoryError
 
@@ -644,9 +664,8 @@ def test_allow_list_builds_nothing_but_stand_ins():
     package = read_checkpoint.__module__
     for stand_in in STAND_INS:
         code = stand_in if not isinstance(stand_in, type) else stand_in.__new__
-        assert (
-            sys.modules[package].__dict__ is code.__globals__
-        )  # the code is ours, only the name is another's
+        # the code is ours, only the name is another's
+        assert sys.modules[package].__dict__ is code.__globals__
     assert sum(map(len, INERT_NAMES.values())) + 1 == len(STAND_INS)
     assert isinstance(STAND_INS[0](1, 2), STAND_INS[0]) and STAND_INS[-1](dict) == {}
 

@@ -11,10 +11,8 @@ then, in Python:
   pipe("<i> in the suit of <i>", images=[dog, ironman]).images[0].save("out.png")
 """
 
-import torch
-
-from ..conversion.official import convert_checkpoint
-from ..environment import DTYPES
+from ..conversion import convert_checkpoint
+from ..environment import DTYPES, as_dtype
 
 
 def add_arguments(parser):
@@ -40,6 +38,6 @@ def run(arguments):
         arguments.output,
         tokenizer=arguments.tokenizer,
         base=arguments.base,
-        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+        dtype=arguments.dtype and as_dtype(arguments.dtype),
     )
     print(folder)

@@ -1,7 +1,7 @@
 """Join Kosmos-2, a fresh AlignerNet and a Stable Diffusion into a folder to train.
 
 Needs no official checkpoint: train align then teaches the AlignerNet from captions, train instruct all of it from
-pictures. The folder appears when it is complete.
+images. The folder appears when it is complete.
 
 examples:
   kosmos-g init --mllm microsoft/kosmos-2-patch14-224 --base stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -9,7 +9,7 @@ examples:
   kosmos-g train align --help
 """
 
-from ..conversion.kosmos2 import initialize
+from ..conversion import initialize
 from ..environment import DTYPES
 
 

@@ -181,9 +181,8 @@ def _foreign_names(path):
                     names.append(".".join(strings[-2:]))
                 elif isinstance(argument, str):
                     strings.append(argument)
-    except (
-        Exception
-    ):  # not a pickle at all, or only the beginning of one: the names so far are all there is to tell
+    except Exception:
+        # not a pickle at all, or only the beginning of one: the names so far are all there is to tell
         pass
     known = {f"{cls.__module__}.{cls.__qualname__}" for cls in STAND_INS}
     return [

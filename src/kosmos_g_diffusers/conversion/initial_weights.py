@@ -53,12 +53,8 @@ def reset_weights(module, seed=0):
 
 def _reset(part):
     if isinstance(part, KosmosTextAttention):
-        for linear, gain in (
-            (part.q_proj, 0.5),
-            (part.k_proj, 0.5),
-            (part.v_proj, 0.5),
-            (part.out_proj, 1.0),
-        ):
+        gains = {part.q_proj: 0.5, part.k_proj: 0.5, part.v_proj: 0.5, part.out_proj: 1.0}
+        for linear, gain in gains.items():
             linear.reset_parameters()
             nn.init.xavier_uniform_(linear.weight, gain=gain**0.5)
         nn.init.zeros_(part.out_proj.bias)

@@ -3,8 +3,6 @@
 
 import re
 
-import torch
-
 # Part of the folder -> {official name: our name}. `{i}` is a layer's number; a name that ends in a dot is a prefix.
 KEY_MAP = {
     "text_encoder": {
@@ -30,7 +28,7 @@ KEY_MAP = {
         "aligner.encoder.layers.": "aligner.query_layers.",
         "aligner.encoder.layer_norm.": "aligner.final_layer_norm.",
     },
-    # AlignerNet N, of the alignment stage alone: no pipeline reads it, training goes on from it
+    # AlignerNet N, of the alignment stage alone: no pipeline reads it, training continues from it
     "aligner_n": {
         "aligner.decoder_query": "query_embeds",
         "aligner.decoder.layers.": "query_layers.",
@@ -54,30 +52,6 @@ IGNORED = {
     "img_model.visual.transformer.resblocks.{i}.attn.": "attention that the official tower replaced by ts_attn, never called",
     "aligner.clip_encoder.": "the frozen text encoder of Stable Diffusion 1.5, target of the alignment loss: the base's own",
 }
-
-
-def aligner_n_weights(text_encoder):
-    """AlignerNet N's name -> tensor on the meta device. Its layers are those of AlignerNet M, in the other order."""
-    config, aligner = text_encoder.config, text_encoder.aligner
-    positions, width = config.aligner_max_positions, config.aligner_hidden_size
-    shapes = {
-        "query_embeds": (positions, width),
-        "query_layer_norm.weight": (width,),
-        "query_layer_norm.bias": (width,),
-        "position_embedding.weight": (positions, width),
-        "output_layer_norm.weight": (width,),
-        "output_layer_norm.bias": (width,),
-        "output_projection.weight": (config.text_config.embed_dim, width),
-        "output_projection.bias": (config.text_config.embed_dim,),
-    }
-    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    weights.update(
-        {f"query_layers.{name}": value for name, value in aligner.query_layers.state_dict().items()}
-    )
-    weights.update(
-        {f"output_layers.{name}": value for name, value in aligner.encoder_layers.state_dict().items()}
-    )
-    return weights
 
 
 def match_keys(weights, expected):

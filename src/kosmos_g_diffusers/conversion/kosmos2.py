@@ -3,39 +3,28 @@
 import base64
 import copy
 from functools import partial
-from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from huggingface_hub import snapshot_download
-from tokenizers import normalizers
 from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 
-from ..model_card import write_model_card
+from ..files import first_line, read_json
+from ..loading import IncompleteWeights, load_pretrained
 from ..modeling_aligner_n import AlignerNetN
 from ..modeling_kosmos_g import AlignerNet, KosmosGTextEncoder, KosmosGTextEncoderConfig
-from ..pipeline_kosmos_g import KosmosGPipeline
 from ..processing_kosmos_g import EXTRA_SPECIAL_TOKENS, KosmosGTokenizer
+from .folder import (
+    SHARD_SIZE,
+    Base,
+    appearing_atomically,
+    check_dtype,
+    check_output,
+    locate,
+    public_name,
+    write_model,
+    write_pipeline,
+)
 from .initial_weights import build_fresh
 from .keys import shortened
-from .official import (
-    BASE_CONFIGS,
-    SHARD_SIZE,
-    _appearing_whole,
-    _as_dtype,
-    _base_configs,
-    _base_weights,
-    _check_written,
-    _checked_output,
-    _feature_extractor,
-    _first_line,
-    _load_when_saved,
-    _public_name,
-    _read_json,
-    _save_aligner_n,
-    _scheduler,
-)
 from .target import MODEL_FOLDER, TOKENIZER_FOLDER, load_target, target_config
 
 # What is read of an MLLM on the Hub before its weights
@@ -44,12 +33,12 @@ SPECIAL_NAMES = ("<s>", "<pad>", "</s>", "<unk>")
 
 
 def initialize(mllm, base, output, *, aligner_layers=12, dtype=None, seed=0):
-    """Write a Kosmos-G pipeline folder for `kosmos-g train align` and `train instruct` to go on from.
+    """Write a Kosmos-G pipeline folder from which `kosmos-g train align` and `train instruct` start.
 
     Its language model, resampler, vision tower and vocabulary are Kosmos-2's without the grounding tokens (whose ids are
     the last ones); AlignerNet M and N are new, with the width, heads and states of the base's text encoder; U-Net, VAE
-    and scheduler are the base's. Beside what a pipeline reads the folder holds `aligner_n/` and the text encoder to
-    imitate with its tokenizer. It appears whole or not at all.
+    and scheduler are the base's. Next to what a pipeline reads, the folder holds `aligner_n/` and the text encoder
+    to imitate with its tokenizer. It appears atomically.
 
     Args:
         mllm: Kosmos-2, such as "microsoft/kosmos-2-patch14-224": a folder or a Hub id.
@@ -64,81 +53,46 @@ def initialize(mllm, base, output, *, aligner_layers=12, dtype=None, seed=0):
         Path of `output`.
 
     Raises:
-        ValueError: `mllm` is no Kosmos-2 or its vocabulary has another layout; the base lacks a part, or its parts do
+        ValueError: `mllm` is not a Kosmos-2 or its vocabulary has another layout; the base lacks a part, or its parts do
             not belong together; the output exists; what cannot be read is named.
     """
-    dtype = _as_dtype(dtype) or torch.float32
-    output = _checked_output(output)
+    dtype = check_dtype(dtype) or torch.float32
+    output = check_output(output)
     if not isinstance(aligner_layers, int) or aligner_layers < 1:
         raise ValueError(f"aligner_layers is {aligner_layers!r}. Pass a number of layers, 1 or more.")
-    files = _mllm_files(mllm)
+    files = locate(mllm, "MLLM", "Kosmos-2 as transformers saves it", MLLM_FILES)
     kosmos = _kosmos_config(files, mllm)
-    configs = _base_configs(base)
-    target = target_config(base)
+    base = Base(base)
+    target = target_config(base.source)
+    width = base.parts["unet"].config.cross_attention_dim
+    if width != target.hidden_size:
+        raise ValueError(
+            f"The U-Net of {base.source} reads conditions of width {width}, its text encoder gives {target.hidden_size}. "
+            "Pass a base whose parts belong together, of Stable Diffusion 1.x or 2.x."
+        )
     tokenizer = _tokenizer(files, kosmos, mllm)
     config = _encoder_config(kosmos, target, tokenizer, aligner_layers)
     with torch.device("meta"):
-        modules = {
-            "text_encoder": KosmosGTextEncoder(config),
-            "unet": UNet2DConditionModel.from_config(_read_json(configs / "unet" / "config.json")),
-            "vae": AutoencoderKL.from_config(_read_json(configs / "vae" / "config.json")),
-        }
-        if (configs / "safety_checker" / BASE_CONFIGS["safety_checker"]).is_file():
-            settings = StableDiffusionSafetyChecker.config_class.from_pretrained(configs / "safety_checker")
-            modules["safety_checker"] = StableDiffusionSafetyChecker(settings)
-    width = modules["unet"].config.cross_attention_dim
-    if width != target.hidden_size:
-        raise ValueError(
-            f"The U-Net of {base} reads conditions of width {width}, its text encoder gives {target.hidden_size}. Pass a "
-            "base whose parts belong together, of Stable Diffusion 1.x or 2.x."
-        )
-    load = {"text_encoder": partial(_encoder_weights, mllm, config, dtype, seed)}
-    for name, module in modules.items():
-        load.setdefault(name, partial(_base_weights, type(module), base, name, dtype))
-        _load_when_saved(module, load[name])
-    pipeline = KosmosGPipeline(
-        **{"safety_checker": None} | modules,
-        tokenizer=tokenizer,
-        scheduler=_scheduler(configs),
-        feature_extractor=_feature_extractor(configs),
-        requires_safety_checker="safety_checker" in modules,
-    )
-    origin, new = f"the language model {_public_name(mllm)}", "a new AlignerNet, which has not been trained"
-    provenance = {
-        name: f"the base {_public_name(base)}"
-        for name, part in pipeline.components.items()
-        if part is not None
-    } | {"text_encoder": f"{origin} and {new}", "tokenizer": origin}
-    clip, clip_tokenizer = load_target(base, dtype)
-    with _appearing_whole(output) as folder:
-        pipeline.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-        aligner_n = build_fresh(AlignerNetN, config, seed + 1).to(dtype)
-        _save_aligner_n(aligner_n.state_dict(), folder / "aligner_n")
-        clip.save_pretrained(folder / MODEL_FOLDER, max_shard_size=SHARD_SIZE)
-        _check_written(folder / MODEL_FOLDER, clip.state_dict())
+        text_encoder = KosmosGTextEncoder(config)
+    pipeline = base.build_pipeline(text_encoder, tokenizer)
+    weights = {name: partial(base.weights, name, dtype) for name in base.parts}
+    weights["text_encoder"] = partial(_encoder_weights, mllm, config, dtype, seed)
+    origin, new = f"the language model {public_name(mllm)}", "a new AlignerNet, which has not been trained"
+    provenance = dict.fromkeys(base.parts, f"the base {base.name}")
+    provenance |= {"text_encoder": f"{origin} and {new}", "tokenizer": origin}
+    clip, clip_tokenizer = load_target(base.source, dtype)
+    with appearing_atomically(output) as folder:
+        write_pipeline(folder, pipeline, weights, provenance)
+        write_model(build_fresh(AlignerNetN, config, seed + 1).to(dtype), folder / "aligner_n")
+        write_model(clip, folder / MODEL_FOLDER, max_shard_size=SHARD_SIZE)
         clip_tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
-        write_model_card(pipeline, folder, provenance=provenance)
     return output
 
 
-def _mllm_files(mllm):
-    """Folder with the MLLM's configuration and vocabulary, its own or a download of them."""
-    folder = Path(mllm)
-    if not folder.exists():
-        try:
-            folder = Path(snapshot_download(str(mllm), allow_patterns=list(MLLM_FILES)))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The MLLM {mllm} is no folder, and not on the Hub as far as can be seen ({_first_line(error)}). Pass a "
-                "folder with Kosmos-2 as transformers saves it, or its Hub id and a connection."
-            ) from error
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"The MLLM {mllm} has no config.json. Pass a folder that transformers has saved.")
-    return folder
-
-
 def _kosmos_config(files, mllm):
-    values = _read_json(files / "config.json")
+    if not (files / "config.json").is_file():
+        raise ValueError(f"The MLLM {mllm} has no config.json. Pass a folder that transformers has saved.")
+    values = read_json(files / "config.json", "Download the MLLM again.")
     if values.get("model_type") != Kosmos2Config.model_type:
         raise ValueError(
             f"The MLLM {mllm} has the model_type {values.get('model_type')!r}, expected {Kosmos2Config.model_type!r}. "
@@ -181,12 +135,9 @@ def _tokenizer(files, kosmos, mllm):
         "model_max_length": kosmos.text_config.max_position_embeddings,
     }
     if (files / "tokenizer.json").is_file():
-        values = _read_json(files / "tokenizer.json")
-        pieces = _pieces(values, mllm)
+        values = read_json(files / "tokenizer.json", "Download the MLLM again.")
         charsmap = _charsmap(values.get("normalizer"))
-        if charsmap is None:
-            return KosmosGTokenizer.from_vocabulary(pieces, **sizes)
-        return KosmosGTokenizer._build(pieces, [normalizers.Precompiled(charsmap)], *sizes.values())
+        return KosmosGTokenizer.from_vocabulary(_pieces(values, mllm), charsmap=charsmap, **sizes)
     if (files / "sentencepiece.bpe.model").is_file():
         return KosmosGTokenizer.from_sentencepiece(files / "sentencepiece.bpe.model", **sizes)
     raise ValueError(
@@ -198,7 +149,7 @@ def _tokenizer(files, kosmos, mllm):
 def _pieces(values, mllm):
     """(piece, score) of the text in the order of the ids, after checks that the ids are those of Kosmos-G.
 
-    Kosmos-2's are `<s> <pad> </s> <unk>`, the text, `<mask>`, the other five names around text and pictures, and behind
+    Kosmos-2's are `<s> <pad> </s> <unk>`, the text, `<mask>`, the other five names around text and images, and behind
     them the grounding tokens (transformers' processing_kosmos2.py), which are left out.
     """
     model = values["model"]
@@ -237,16 +188,15 @@ def _charsmap(normalizer):
 def _encoder_weights(mllm, config, dtype, seed):
     """name -> tensor of the text encoder: Kosmos-2's, with the embedding cut, and AlignerNet M's."""
     try:
-        kosmos, info = Kosmos2ForConditionalGeneration.from_pretrained(
-            mllm, dtype=dtype, output_loading_info=True
-        )
+        kosmos = load_pretrained(Kosmos2ForConditionalGeneration, mllm, dtype=dtype)
+    except IncompleteWeights as error:
+        raise ValueError(
+            f"The MLLM {mllm} lacks {len(error.names)} weights: {shortened(error.names)}."
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"The weights of the MLLM {mllm} cannot be read ({_first_line(error)}). Download it again."
+            f"The weights of the MLLM {mllm} cannot be read ({first_line(error)}). Download it again."
         ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:  # they would be random
-        raise ValueError(f"The MLLM {mllm} lacks {len(missing)} weights: {shortened(missing)}.")
     weights = {
         name.replace("text_model.", "language_model.", 1): tensor
         for name, tensor in kosmos.state_dict().items()

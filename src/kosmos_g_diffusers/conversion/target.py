@@ -5,6 +5,9 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
+from ..files import first_line
+from ..loading import IncompleteWeights, load_pretrained
+
 # Where `kosmos-g init` puts them: `text_encoder` of its folder is Kosmos-G's own
 MODEL_FOLDER, TOKENIZER_FOLDER = "clip_text_encoder", "clip_tokenizer"
 
@@ -18,7 +21,7 @@ def target_config(source):
             raise OSError("no config.json")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"There is no {subfolder} in {source}, or it cannot be read ({_first_line(error)}). Pass a folder that "
+            f"There is no {subfolder} in {source}, or it cannot be read ({first_line(error)}). Pass a folder that "
             "kosmos-g init wrote, or a Stable Diffusion in diffusers' layout, its folder or Hub id."
         ) from error
     if values.get("model_type") not in ("clip_text_model", "clip"):
@@ -45,20 +48,17 @@ def load_target(source, dtype=torch.float32):
     target_config(source)
     subfolder, tokenizer = _subfolders(source)
     try:
-        model, info = CLIPTextModel.from_pretrained(
-            source, subfolder=subfolder, dtype=dtype, output_loading_info=True
-        )
+        model = load_pretrained(CLIPTextModel, source, subfolder=subfolder, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer)
+    except IncompleteWeights as error:
+        raise ValueError(
+            f"The text encoder of {source} lacks {len(error.names)} weights, such as {error.names[0]}. Were they saved by "
+            "a newer transformers? Save them with the installed one, or upgrade it."
+        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The text encoder of {source} or its tokenizer cannot be read ({_first_line(error)}). Download it again."
+            f"The text encoder of {source} or its tokenizer cannot be read ({first_line(error)}). Download it again."
         ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:  # they would be random, and nobody would notice
-        raise ValueError(
-            f"The text encoder of {source} lacks {len(missing)} weights, such as {missing[0]}. Were they saved by a newer "
-            "transformers? Save them with the installed one, or upgrade it."
-        )
     return model.eval(), tokenizer
 
 
@@ -66,7 +66,3 @@ def _subfolders(source):
     if (Path(source) / MODEL_FOLDER).is_dir():
         return MODEL_FOLDER, TOKENIZER_FOLDER
     return "text_encoder", "tokenizer"
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,249 @@
+"""Writes a Kosmos-G folder: the parts of a Stable Diffusion and new ones, one model in memory at a time, each read back."""
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import CLIPImageProcessor
+
+from .. import pipeline_kosmos_g
+from ..environment import DTYPES, as_dtype
+from ..files import first_line, read_json
+from ..loading import IncompleteWeights, load_pretrained
+from ..model_card import write_model_card
+from .keys import shortened
+
+# some releases of safetensors copy a file's weights before they write it
+SHARD_SIZE = "500MB"
+
+# What is read of a base at first; weights follow when it turns out that they are needed
+BASE_CONFIGS = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "scheduler": "scheduler_config.json",
+    "safety_checker": "config.json",
+    "feature_extractor": "preprocessor_config.json",
+}
+OPTIONAL = ("safety_checker", "feature_extractor")
+
+
+# Arguments -----------------------------------------------------------------------------------------------------
+
+
+def check_dtype(dtype):
+    """The torch dtype that `dtype`, one of them or a name, says; None for None."""
+    given = as_dtype(dtype) if dtype in DTYPES else dtype
+    if given not in (None, *map(as_dtype, DTYPES)):
+        raise ValueError(
+            f"dtype is {dtype!r}. Pass one of float16, bfloat16, float32, or None to keep the checkpoint's."
+        )
+    return given
+
+
+def check_output(output):
+    """Path of a folder to write. Raises ValueError unless it is empty or can be made."""
+    output = Path(output)
+    if output.is_dir() and not any(output.iterdir()):
+        return output
+    if output.exists() or output.is_symlink():
+        what = "a folder that is not empty" if output.is_dir() else "a file"
+        raise ValueError(
+            f"The output {output} is {what}. Pass a folder that does not exist yet: nothing is overwritten."
+        )
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"The output {output} cannot be made: {above} is a file. Pass another folder.")
+    return output
+
+
+def locate(source, kind, content, files):
+    """Folder with some files of `source`, its own or a download of them.
+
+    Args:
+        source: folder or Hub id.
+        kind, content: what an error calls the source, and what it should be.
+        files: names, for a Hub id.
+    """
+    folder = Path(source)
+    if folder.exists():
+        return folder
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(files)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The {kind} {source} is not a folder, and not on the Hub as far as can be seen ({first_line(error)}). Pass "
+            f"a folder with {content}, or its Hub id and a connection."
+        ) from error
+
+
+def public_name(source):
+    """A folder or Hub id as the output may name it: paths of this machine are private."""
+    return Path(source).resolve().name if Path(source).exists() else str(source)
+
+
+# The base ------------------------------------------------------------------------------------------------------
+
+
+class Base:
+    """A Stable Diffusion in diffusers' layout: configurations are read at once, weights when they are asked for.
+
+    Args:
+        source: folder or Hub id.
+
+    Attributes:
+        parts: name -> model on the meta device, scheduler or feature extractor; None for one that the base lacks.
+        name: what the output may call the base.
+
+    Raises:
+        ValueError: the base cannot be found, lacks a part, or has a part that cannot be read.
+    """
+
+    def __init__(self, source):
+        self.source, self.name = source, public_name(source)
+        files = [f"{name}/{file}" for name, file in BASE_CONFIGS.items()]
+        folder = locate(source, "base", "Stable Diffusion 1.5 in diffusers' layout", files)
+        paths = {name: folder / name / file for name, file in BASE_CONFIGS.items()}
+        missing = [name for name, path in paths.items() if not path.is_file()]
+        required = [f"{name}/{BASE_CONFIGS[name]}" for name in missing if name not in OPTIONAL]
+        if required:
+            raise ValueError(
+                f"The base {source} has no {', '.join(required)}. Pass a folder with Stable Diffusion 1.5 in diffusers' "
+                "layout (a single file becomes one by StableDiffusionPipeline.from_single_file(file).save_pretrained(folder))."
+            )
+        configs = {
+            name: read_json(paths[name], "Download the base again.") for name in ("unet", "vae", "scheduler")
+        }
+        self.parts = dict.fromkeys(OPTIONAL)
+        self.parts["scheduler"] = _scheduler_class(configs["scheduler"]).from_config(configs["scheduler"])
+        if "feature_extractor" not in missing:
+            self.parts["feature_extractor"] = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
+        with torch.device("meta"):
+            self.parts["unet"] = UNet2DConditionModel.from_config(configs["unet"])
+            self.parts["vae"] = AutoencoderKL.from_config(configs["vae"])
+            if "safety_checker" not in missing:
+                config = StableDiffusionSafetyChecker.config_class.from_pretrained(folder / "safety_checker")
+                self.parts["safety_checker"] = StableDiffusionSafetyChecker(config)
+
+    def weights(self, name, dtype):
+        """name -> tensor of the model `name`. Raises ValueError if the base does not have all of them."""
+        try:
+            model = load_pretrained(type(self.parts[name]), self.source, subfolder=name, dtype=dtype)
+        except (OSError, ValueError) as error:
+            reason = first_line(error)
+            if isinstance(error, IncompleteWeights):
+                reason = f"{len(error.names)} are missing: {shortened(error.names)}"
+            raise ValueError(
+                f"The weights of {name} in the base {self.source} cannot be used ({reason}), and the checkpoint has none. "
+                "Pass a complete folder with Stable Diffusion 1.5, or its Hub id and a connection."
+            ) from error
+        return model.state_dict()
+
+    def build_pipeline(self, text_encoder, tokenizer):
+        """KosmosGPipeline of the base's parts and these two."""
+        return pipeline_kosmos_g.KosmosGPipeline(
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            requires_safety_checker=self.parts["safety_checker"] is not None,
+            **self.parts,
+        )
+
+
+def _scheduler_class(config):
+    name = config.get("_class_name")
+    scheduler_class = getattr(diffusers, str(name), None)
+    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
+        raise ValueError(
+            f"The base's scheduler is of the class {name!r}, which diffusers {diffusers.__version__} does not have."
+        )
+    return scheduler_class
+
+
+# Writing -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def appearing_atomically(output):
+    """A hidden folder next to `output` that takes its name at the end; an exception or interruption leaves nothing."""
+    place = output.resolve()
+    above = next(folder for folder in place.parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=above) as hidden:
+        yield hidden / place.relative_to(above)
+        if place.is_dir():
+            # empty, or this raises; not every system renames onto a folder
+            place.rmdir()
+        top = place.relative_to(above).parts[0]  # new folders above the output appear with it
+        os.replace(Path(hidden) / top, above / top)
+
+
+def write_pipeline(folder, pipeline, weights, provenance):
+    """Write what `KosmosGPipeline.save_pretrained` writes, with one model in memory at a time.
+
+    Args:
+        folder: to write.
+        pipeline: its models are on the meta device, and stay there.
+        weights: name of a model -> function without arguments that reads its weights, {name: tensor}.
+        provenance: of the model card, see `write_model_card`.
+    """
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            write_model(part, folder / name, weights[name](), max_shard_size=SHARD_SIZE)
+        elif part is not None:
+            part.save_pretrained(folder / name)
+    pipeline.save_config(folder)
+    # the components have copied theirs
+    shutil.copyfile(pipeline_kosmos_g.__file__, folder / "pipeline_kosmos_g.py")
+    write_model_card(pipeline, folder, provenance=provenance)
+
+
+def write_model(model, folder, weights=None, **options):
+    """Save a model and compare what was written with what was meant.
+
+    Args:
+        weights: {name: tensor} for a model on the meta device, to which it returns; None for one that has its own.
+        options: of the model's `save_pretrained`.
+
+    Raises:
+        RuntimeError: what was written does not read back as it should.
+    """
+    if weights is not None:
+        model.load_state_dict(weights, strict=True, assign=True)
+    model.save_pretrained(folder, **options)
+    check_written(folder, model.state_dict())
+    if weights is not None:
+        model.to_empty(device="meta")
+
+
+def check_written(folder, weights):
+    """Read the weights back, one at a time, and compare them with what was meant."""
+    missing = set(weights)
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+        for key in keys:
+            with safe_open(path, framework="pt") as file:  # opened for each, so that memory holds one
+                same = key in missing and same_bytes(file.get_tensor(key), weights[key])
+            if not same:
+                raise RuntimeError(
+                    f"{key} in {folder.name} was not written as it is. Is the disk full or faulty? Convert again."
+                )
+            missing.remove(key)
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} weights of {folder.name} were not written: {shortened(sorted(missing))}."
+        )
+
+
+def same_bytes(given, expected):
+    """Equal in shape, dtype and every bit, so that NaN equals itself."""
+    if given.shape != expected.shape or given.dtype != expected.dtype:
+        return False
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[given.element_size()]
+    return torch.equal(given.contiguous().view(integers), expected.contiguous().view(integers))
