@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import __version__
+from .environment import __version__
 from .commands import app, caption, compare, control, convert, data, evaluate, generate, init, train
 
 COMMANDS = (convert, init, generate, control, app, caption, data, train, evaluate, compare)
