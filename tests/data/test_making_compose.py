@@ -26,7 +26,7 @@ from kosmos_g_diffusers.data.making.compose import Composition
 from kosmos_g_diffusers.data.making.entities import EntityFinder
 from kosmos_g_diffusers.data.making.inputs import find_pictures
 from kosmos_g_diffusers.data.making.output_folder import Making
-from kosmos_g_diffusers.data.tar_index import index_tar
+from kosmos_g_diffusers.data.shard_files import index_tar
 
 compose_module = sys.modules[compose_function.__module__]
 

@@ -24,7 +24,8 @@ from kosmos_g_diffusers.data import (
     write_shard_index,
 )
 from kosmos_g_diffusers.data.sample import IMAGE_LENGTH
-from kosmos_g_diffusers.data.tar_index import index_tar
+from kosmos_g_diffusers.data.shard_files import index_tar
+from kosmos_g_diffusers.files import cache_path, write_text
 
 
 def picture(shade, size=(16, 16)):
@@ -503,6 +504,15 @@ def test_a_command_that_fails_leaves_no_shard_behind(tmp_path, source, remote):
     shards = source(f"pipe:cat '{folder}/part-000000.tar'; exit 3")
     assert_bad(shards, 0, "shard", "cannot be fetched .*exit 3")
     assert not list((tmp_path / "cache").rglob("*.tar"))
+
+
+def test_what_a_killed_fetch_left_is_removed_by_the_next(tmp_path, source, remote):
+    _, url = remote
+    left = cache_path(tmp_path / "cache", "shards", f"{url}/part-000000.tar", suffix=".tar.x1.part")
+    write_text(left, "half")
+    write_text(left.with_name(f".{left.name}"), "half")
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    assert not list((tmp_path / "cache").rglob("*.part"))
 
 
 def test_the_cache_keeps_to_its_size(tmp_path, source, remote):

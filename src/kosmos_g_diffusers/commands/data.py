@@ -21,12 +21,9 @@ import sys
 from contextlib import contextmanager
 from dataclasses import fields
 
-import torch
-
 from ..data.making import ComposeSettings, EditSettings, compose, instructpix2pix, write_contact_sheet
 from ..data.making.instructpix2pix import COLUMNS
-from ..generation.generate import default_device
-from ..generation.settings import DTYPES
+from ..environment import DTYPES, as_dtype, check_device, default_device, default_dtype
 
 
 def add_arguments(parser):
@@ -152,13 +149,14 @@ def run(arguments):
                 **{f.name: getattr(arguments, f.name) for f in fields(ComposeSettings)}
             )
             device = arguments.device or _own_device()
-            dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
+            check_device(device)
+            dtype = arguments.dtype or default_dtype(device, half="bfloat16")
             manifest = compose(
                 arguments.images,
                 arguments.output,
                 settings,
                 device=device,
-                dtype=getattr(torch, dtype),
+                dtype=as_dtype(dtype),
                 batch_size=arguments.batch_size,
                 **common,
             )

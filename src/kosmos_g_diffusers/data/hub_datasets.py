@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from .images import decode_picture
 from .recipes import WORD_DROPOUT, caption_sample, check_caption, edit_sample
-from .sample import IMAGE_LENGTH, BadSample
+from .sample import IMAGE_LENGTH, BadSample, decode_picture
 
 GROUP = 10_000  # rows that are shuffled together: an Arrow table has no files to shuffle
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import PIL.Image
 
-from ..files import written_atomically
+from ..files import write_text, written_atomically
 from .recipes import check_caption
-from .shard_files import INDEX_NAME
-from .tar_index import index_tar
+from .shard_files import INDEX_NAME, index_tar
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")  # no dot: it would begin the extension
 QUALITY = 95
@@ -147,8 +146,7 @@ def write_shard_index(folder):
         for shard in shards
     ]
     index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}
-    with written_atomically(folder / INDEX_NAME) as file:
-        file.write(json.dumps(index, indent=1).encode())
+    write_text(folder / INDEX_NAME, json.dumps(index, indent=1))
     return folder / INDEX_NAME
 
 

@@ -6,7 +6,6 @@ from collections import OrderedDict
 
 import numpy as np
 
-from .images import decode_picture
 from .recipes import (
     BACKGROUND,
     WORD_DROPOUT,
@@ -15,10 +14,10 @@ from .recipes import (
     composition_sample,
     edit_sample,
 )
-from .sample import IMAGE_LENGTH, BadSample, Sample
+from .sample import IMAGE_LENGTH, BadSample, Sample, decode_picture
 from .shard_files import ShardFiles
 
-MOST_JSON_BYTES = 1024**2
+MOST_RECORD_BYTES = 1024**2
 MOST_PARTS = 64  # pictures and texts of a prompt, pairs of an edit, entities of a composition
 INDEXED_SAMPLES = 262_144  # of the shards whose index is kept; a shuffle window has to fit
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp")
@@ -167,18 +166,18 @@ class Members:
     def record(self):
         """What the JSON says, a dict; of shards without JSON, the text as a caption."""
         if "json" not in self.sample.members and "txt" in self.sample.members:
-            return {"caption": self._bytes("txt", MOST_JSON_BYTES).decode("utf-8", errors="replace")}
+            return {"caption": self._bytes("txt", MOST_RECORD_BYTES).decode("utf-8", errors="replace")}
         if "json" not in self.sample.members:
             endings = ", ".join(sorted(self.sample.members)[:8])
             raise BadSample("row", f"{self.key} has neither .json nor .txt, only {endings}")
         try:
-            record = json.loads(self._bytes("json", MOST_JSON_BYTES))
+            record = json.loads(self._bytes("json", MOST_RECORD_BYTES))
         except (ValueError, RecursionError) as error:
             raise BadSample("row", f"{self.key} has a .json that cannot be read ({error})") from error
         if not isinstance(record, dict):
             raise BadSample("row", f"{self.key} has a .json that holds a {type(record).__name__}, no object")
         if record.get("caption") is None and "txt" in self.sample.members:
-            record["caption"] = self._bytes("txt", MOST_JSON_BYTES).decode("utf-8", errors="replace")
+            record["caption"] = self._bytes("txt", MOST_RECORD_BYTES).decode("utf-8", errors="replace")
         return record
 
     def has(self, name):

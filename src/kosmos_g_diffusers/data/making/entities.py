@@ -71,9 +71,8 @@ class EntityFinder:
             return_full_text=False,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
-            tokenizer_encode_kwargs={
-                "enable_thinking": False
-            },  # templates that know no such switch pass it over
+            # templates that know no such switch pass it over
+            tokenizer_encode_kwargs={"enable_thinking": False},
         )
         return [output[0]["generated_text"] for output in outputs]
 

@@ -1,6 +1,5 @@
 """What samples are made of: the files of a folder, read ahead by workers. Names and bytes may come from anyone."""
 
-import hashlib
 import logging
 import os
 import re
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import torch.utils.data
 
-from ..images import MOST_BYTES, decode_picture
-from ..sample import BadSample
+from ...files import hash_bytes
+from ..sample import MOST_IMAGE_BYTES, BadSample, decode_picture
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ class Input:
     @property
     def key(self):
         """Of the sample: what is plain in the name, and a hash of all of it. The same name gives the same key."""
-        digest = hashlib.sha256(os.fsencode(self.name)).hexdigest()[:16]
+        digest = hash_bytes(os.fsencode(self.name))[:16]
         plain = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(self.name).stem).strip("-")[:32]
         return f"{plain}-{digest}" if plain else digest
 
@@ -78,7 +77,7 @@ def read_picture_file(path, key):
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise BadSample("image", f"{key} is no regular file")
         with open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(MOST_IMAGE_BYTES + 1)
     except OSError as error:
         raise BadSample("image", f"{key} cannot be read ({error.strerror})") from error
     return decode_picture(data, key)

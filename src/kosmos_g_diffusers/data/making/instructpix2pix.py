@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch.utils.data
 
-from .. import HubDatasetSource
-from ..manifest import load_json_file
+from ...files import read_json
+from ..hub_datasets import HubDatasetSource
 from ..sample import BadSample
 from .inputs import Input, read_ahead, read_picture_file, shrink
 from .output_folder import Making
@@ -159,7 +159,7 @@ class EditFolder:
         """The `Edit` of an input. Raises BadSample."""
         place = self.folder / item.name
         try:
-            prompt = load_json_file(place / "prompt.json")
+            prompt = read_json(place / "prompt.json")
         except (OSError, ValueError) as error:
             raise BadSample("row", f"{item.source} has no prompt.json that can be read ({error})") from error
         edit = prompt.get("edit") if isinstance(prompt, dict) else None
@@ -182,7 +182,7 @@ class EditFolder:
         return Edit(_line(edit), pairs, words, caption, tuple(problems))
 
     def _read_seeds(self, index):
-        listed = load_json_file(index)
+        listed = read_json(index)
         seeds = {}
         for entry in listed if isinstance(listed, list) else [None]:
             sound = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)

@@ -17,11 +17,11 @@ from pathlib import Path
 import filelock
 from tqdm.auto import tqdm
 
-from ...files import written_atomically
-from ...generation.settings import package_versions
-from .. import BadSample, ShardWriter, write_shard_index
-from ..manifest import load_json_file
-from ..tar_index import index_tar
+from ...environment import package_versions
+from ...files import read_json, remove_partial_files, write_text
+from ..sample import BadSample
+from ..shard_files import index_tar
+from ..shard_writer import ShardWriter, write_shard_index
 from .contact_sheet import SHEET_NAME, write_contact_sheet
 
 logger = logging.getLogger(__name__)
@@ -78,8 +78,7 @@ class Making:
         try:
             with filelock.FileLock(self.folder / ".manifest.lock"):
                 self._check_manifest()
-            for part in self.folder.glob(f"{self.prefix}-*.part"):  # a run that was killed while writing
-                part.unlink()
+            remove_partial_files(self.folder, f"{self.prefix}-*")  # of a run that was killed while writing
             self.done = self._read_done()
             self.writer = ShardWriter(self.folder, self.prefix, self.samples_per_shard)
             self._skips = open(self._skip_file(), "ab+")
@@ -143,9 +142,9 @@ class Making:
                 if self.num_processes == 1:
                     raise ValueError(f"Nothing could be made of any input. {summarize(skipped)}")
                 logger.warning("No process has made a sample yet. %s", summarize(skipped))
-                return load_json_file(self.folder / MANIFEST_NAME)
-            index = load_json_file(write_shard_index(self.folder))
-            manifest = load_json_file(self.folder / MANIFEST_NAME)
+                return read_json(self.folder / MANIFEST_NAME)
+            index = read_json(write_shard_index(self.folder))
+            manifest = read_json(self.folder / MANIFEST_NAME)
             manifest["shards"] = len(index["shardlist"])
             manifest["samples"] = sum(shard["nsamples"] for shard in index["shardlist"])
             manifest["skipped"] = dict(Counter(line["cause"] for line in skipped).most_common())
@@ -165,15 +164,9 @@ class Making:
                     f"{self.folder} holds shards but no {MANIFEST_NAME}: they were made by something else. Pass a new or "
                     "empty folder."
                 )
-            return self._write_manifest(
-                {
-                    "format": FORMAT_VERSION,
-                    "command": self.command,
-                    "settings": self.settings,
-                    "versions": package_versions(),
-                }
-            )
-        manifest = load_json_file(path)
+            manifest = {"format": FORMAT_VERSION, "command": self.command, "settings": self.settings}
+            return self._write_manifest(manifest | {"versions": package_versions()})
+        manifest = read_json(path)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
             raise ValueError(f"{path} is no manifest of format {FORMAT_VERSION}. Pass a new or empty folder.")
         there, ours = manifest.get("settings"), self.settings
@@ -192,8 +185,7 @@ class Making:
             )
 
     def _write_manifest(self, manifest):
-        with written_atomically(self.folder / MANIFEST_NAME) as file:
-            file.write(json.dumps(manifest, indent=1).encode())
+        write_text(self.folder / MANIFEST_NAME, json.dumps(manifest, indent=1))
 
     def _read_done(self):
         """Keys of all inputs that any process has finished."""
