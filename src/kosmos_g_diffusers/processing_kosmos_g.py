@@ -279,7 +279,7 @@ class KosmosGProcessor:
             )
         batch = self.parse(prompts, images, marks_are_text=marks_are_text, name=name)
         rows, slots, pixels = zip(
-            *[self._encode(prompt, f"{name} {index}") for index, prompt in enumerate(batch)], strict=True
+            *[self.encode(prompt, f"{name} {index}") for index, prompt in enumerate(batch)], strict=True
         )
         shape = (len(rows), max(len(row) for row in rows))
         input_ids = torch.full(shape, self.tokenizer.pad_token_id)
@@ -319,7 +319,7 @@ class KosmosGProcessor:
         pixels = (pixels - np.reshape(IMAGE_MEAN, (3, 1, 1))) / np.reshape(IMAGE_STD, (3, 1, 1))
         return pixels.astype(np.float32)
 
-    def _encode(self, prompt, name):
+    def encode(self, prompt, name):
         """Ids, slot mask and pixels of one parsed prompt."""
         tokenizer, slots = self.tokenizer, self.latent_query_num
         picture = [tokenizer.image_token_id] * (1 + slots) + [tokenizer.end_of_image_token_id]

@@ -33,7 +33,7 @@ class _Prompts:
                 _check_aspect(part, key)
         # not the processor's call: that refuses "<b>" as an unknown image word, and in collected text it is text
         try:
-            ids, slots, pixels = self.processor._encode(prompt, "prompt")
+            ids, slots, pixels = self.processor.encode(prompt, "prompt")
         except ValueError as error:
             raise FilteredSample("length", f"{key}: {error}") from error
         text_tokens = len(ids) - 1 - len(pixels) * (2 + self.processor.latent_query_num)

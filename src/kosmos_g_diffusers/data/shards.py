@@ -82,7 +82,7 @@ class ShardSource:
             return self._read_prompt(record, members)
         if "edit" in record:
             return self._read_edit(record, members, rng)
-        caption = check_caption(record.get("caption"), members.key)
+        caption = record.get("caption")
         if "entities" in record:
             return composition_sample(
                 members.key,

@@ -13,7 +13,6 @@ from .recipes import (
     BACKGROUND,
     WORD_DROPOUT,
     caption_sample,
-    check_caption,
     composition_sample,
     edit_sample,
 )
@@ -97,7 +96,7 @@ class TsvSource:
         return getattr(self, f"_read_{self.kind}")(columns, key, rng)
 
     def _read_captions(self, columns, key, rng):
-        caption = check_caption(_text(columns[1], key), key)
+        caption = _text(columns[1], key)
         sides = [int(side) for side in columns[3:5] if side.isdigit()]
         if len(sides) == 2 and min(sides) < self.min_side:
             raise FilteredSample(
