@@ -20,9 +20,8 @@ MOST_ASPECT = 50
 class _Prompts:
     """What the stages share: prompts to ids, masks and pixels, padded on the right."""
 
-    def __init__(self, processor, max_text_tokens, pad_to_multiple_of):
+    def __init__(self, processor, max_text_tokens):
         self.processor, self.max_text_tokens = processor, max_text_tokens
-        self.pad_to_multiple_of = pad_to_multiple_of
 
     def prepare(self, key, prompt):
         """{"ids", "slots", "pixels"} as `KosmosGProcessor` makes them of the same words and pictures."""
@@ -45,8 +44,7 @@ class _Prompts:
 
     def pad(self, rows):
         """Rows -> `input_ids`, `attention_mask` and, with pictures, `image_token_mask` and `pixel_values`."""
-        longest, multiple = max(len(row["ids"]) for row in rows), self.pad_to_multiple_of
-        shape = (len(rows), -(-longest // multiple) * multiple)
+        shape = (len(rows), max(len(row["ids"]) for row in rows))
         batch = {
             "input_ids": torch.full(shape, self.processor.tokenizer.pad_token_id),
             "attention_mask": torch.zeros(shape, dtype=torch.bool),
@@ -72,15 +70,14 @@ class PretrainCollate:
     Args:
         processor: a `KosmosGProcessor`.
         max_text_tokens: samples with more tokens of text are left out; None keeps all that the model can read.
-        pad_to_multiple_of: L is a multiple of it.
 
     The batch: `input_ids` (B, L) int64 without the last `</s>`; `labels` (B, L) int64, the next token where that is
     text, `</s>` or the mark that begins a picture, -100 where it belongs to the picture or is padding;
     `attention_mask` (B, L) bool; with pictures `image_token_mask` (B, L) bool and `pixel_values` (N, 3, S, S) float32.
     """
 
-    def __init__(self, processor, *, max_text_tokens=None, pad_to_multiple_of=1):
-        self.prompts = _Prompts(processor, max_text_tokens, pad_to_multiple_of)
+    def __init__(self, processor, *, max_text_tokens=None):
+        self.prompts = _Prompts(processor, max_text_tokens)
 
     def prepare(self, sample, generator):
         prompt = sample.prompt
@@ -112,14 +109,13 @@ class AlignCollate:
         target_tokenizer: tokenizer of the target text encoder. Captions that it would have to cut are left out, as in
             the official loader: the two encoders would read different texts.
         max_text_tokens: the same for our own tokens; 85 as in the official loader.
-        pad_to_multiple_of: L is a multiple of it.
 
     The batch: `input_ids` (B, L) int64, `attention_mask` (B, L) bool, and `clip_input_ids` (B, 77) int64, padded to the
     target's full length.
     """
 
-    def __init__(self, processor, target_tokenizer, *, max_text_tokens=85, pad_to_multiple_of=1):
-        self.prompts = _Prompts(processor, max_text_tokens, pad_to_multiple_of)
+    def __init__(self, processor, target_tokenizer, *, max_text_tokens=85):
+        self.prompts = _Prompts(processor, max_text_tokens)
         self.target_tokenizer = target_tokenizer
 
     def prepare(self, sample, generator):
@@ -160,7 +156,6 @@ class InstructCollate:
         max_text_tokens: samples with more tokens of text are left out; 128 as in the official loader.
         resize: bring targets to H x H as the official code does (shorter side, bilinear, then the centre). False takes
             them as they are and refuses any other size, for pictures that resampling would blur.
-        pad_to_multiple_of: L is a multiple of it.
 
     The batch: `input_ids` (B, L) int64, `attention_mask` (B, L) bool, with pictures `image_token_mask` (B, L) bool and
     `pixel_values` (N, 3, S, S) float32; `target_pixel_values` (B, 3, H, H) float32 in [-1, 1]; `latent_noise` and
@@ -179,9 +174,8 @@ class InstructCollate:
         condition_dropout=0.1,
         max_text_tokens=128,
         resize=True,
-        pad_to_multiple_of=1,
     ):
-        self.prompts = _Prompts(processor, max_text_tokens, pad_to_multiple_of)
+        self.prompts = _Prompts(processor, max_text_tokens)
         if resolution < 1 or resolution % vae_scale_factor:
             raise ValueError(
                 f"resolution={resolution} was given. Expected a multiple of the VAE's factor, {vae_scale_factor}."
