@@ -39,7 +39,7 @@ def test_composition_is_shown_with_its_things_named_and_marked(tmp_path):
     page = write_contact_sheet(tmp_path, tmp_path / "sheet.html").read_text()
 
     assert [colour(image) for image in shown(page)] == ["red", "green", "blue", "green"]
-    assert "a <mark>dog&#x27;s</mark> bed &amp; a <mark>hat</mark>" in page
+    assert "a <mark>dog&#39;s</mark> bed &amp; a <mark>hat</mark>" in page
     assert re.findall(r"<figcaption>([^<]*)<br>", page) == ["target", "dog", "dog (cutout)", "hat"]
     assert "64 x 48" in page
 

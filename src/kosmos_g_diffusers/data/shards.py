@@ -20,8 +20,8 @@ from .shard_files import ShardFiles
 MOST_RECORD_BYTES = 1024**2
 MOST_PARTS = 64  # pictures and texts of a prompt, pairs of an edit, entities of a composition
 INDEXED_SAMPLES = 262_144  # of the shards whose index is kept; a shuffle window has to fit
-PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp")
-PICTURE_NAME = re.compile(r"[0-9]{1,3}(\.[a-z]+)?")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+IMAGE_NAME = re.compile(r"[0-9]{1,3}(\.[a-z]+)?")
 
 
 class ShardSource:
@@ -103,8 +103,8 @@ class ShardSource:
         for part in parts:
             if isinstance(part, str):
                 prompt.append(part)
-            elif isinstance(part, dict) and PICTURE_NAME.fullmatch(str(part.get("image"))):
-                prompt.append(members.picture(str(part["image"])))
+            elif isinstance(part, dict) and IMAGE_NAME.fullmatch(str(part.get("image"))):
+                prompt.append(members.image(str(part["image"])))
             else:
                 raise BadSample(
                     "row", f'{members.key}: a part of the prompt is neither text nor {{"image": "0"}}'
@@ -120,7 +120,7 @@ class ShardSource:
         if not pairs:
             raise BadSample("row", f"{members.key} is an edit without the pictures 0.source and 0.target")
         pair = rng.randrange(pairs)
-        source, target = members.picture(f"{pair}.source"), members.picture(f"{pair}.target")
+        source, target = members.image(f"{pair}.source"), members.image(f"{pair}.target")
         words, caption = record.get("input"), record.get("caption")
         return edit_sample(
             members.key, words, record["edit"], source, target, caption, rng, self.word_dropout
@@ -181,25 +181,25 @@ class Members:
         return record
 
     def has(self, name):
-        return any(f"{name}.{ending}" in self.sample.members for ending in PICTURE_ENDINGS)
+        return any(f"{name}.{ending}" in self.sample.members for ending in IMAGE_ENDINGS)
 
-    def picture(self, name):
-        for ending in PICTURE_ENDINGS:
+    def image(self, name):
+        for ending in IMAGE_ENDINGS:
             if f"{name}.{ending}" in self.sample.members:
                 return decode_picture(self._bytes(f"{name}.{ending}"), self.key)
-        raise BadSample("image", f"{self.key} has no picture {name} ({'|'.join(PICTURE_ENDINGS)})")
+        raise BadSample("image", f"{self.key} has no picture {name} ({'|'.join(IMAGE_ENDINGS)})")
 
     def entity(self, number, whole):
         """An entity's picture with its background (`whole`) or cut out; the other one where only that is there."""
         names = [f"{number}", f"{number}.cutout"]
         names = names if whole else names[::-1]
-        return self.picture(next((name for name in names if self.has(name)), names[0]))
+        return self.image(next((name for name in names if self.has(name)), names[0]))
 
     def target(self):
         """The picture `target`, or the only one that has no name, as in shards made by img2dataset. None without."""
         if self.has("target"):
-            return self.picture("target")
-        for ending in PICTURE_ENDINGS:
+            return self.image("target")
+        for ending in IMAGE_ENDINGS:
             if ending in self.sample.members:
                 return decode_picture(self._bytes(ending), self.key)
         return None
