@@ -43,7 +43,7 @@ class MixtureDataset(torch.utils.data.Dataset):
         bucket_window: W above; 1 keeps the shuffled order.
         shuffle_window: see `EndlessOrder`.
 
-    A batch has, beside the tensors of `collate`: `source` (its name), `keys` (of the samples), `skipped` (cause ->
+    A batch has, besides the tensors of `collate`: `source` (its name), `keys` (of the samples), `skipped` (cause ->
     count of what had to be replaced) and `skipped_messages` (a pair of cause and text for each of them).
 
     Raises:
@@ -170,7 +170,7 @@ class MixtureDataset(torch.utils.data.Dataset):
             if attempt + 1 == MOST_ATTEMPTS:
                 raise ValueError(
                     f"{MOST_ATTEMPTS} samples in a row of source {source.name!r} ({len(source):,} samples) cannot be "
-                    f"used; the first: {first_error}. Mend the data or take the source out of the mixture."
+                    f"used; the first: {first_error}. Fix the data or take the source out of the mixture."
                 )
 
 

@@ -1,4 +1,4 @@
-"""The files of a set of shards: found, counted, fetched from afar, read. And where in a file its samples lie."""
+"""The files of a set of shards: found, counted, fetched from afar, read; and where in each its samples lie."""
 
 import glob
 import json
@@ -40,7 +40,7 @@ class ShardFiles:
         cache_dir, cache_bytes: see `ShardSource`.
 
     `shards.json` lists shards with their numbers of samples, as WebDataset's `wids` does: {"shardlist": [{"url": name,
-    "nsamples": n}, ...]}. It is looked for beside the shards. Without it, they are counted once, which takes a reading
+    "nsamples": n}, ...]}. It is looked for next to the shards. Without it, they are counted once, which takes a reading
     of all headers, and for remote shards the fetching of everything.
 
     Raises:
@@ -156,7 +156,7 @@ class ShardFiles:
         return urls
 
     def _note_samples(self, index, path, base):
-        """Remember the counts of a shards.json and return its shards. Raises ValueError if it is none."""
+        """Remember the counts of a shards.json and return its shards. Raises ValueError if it is not one."""
         shards = index.get("shardlist") if isinstance(index, dict) else None
         if not isinstance(shards, list) or not all(
             isinstance(shard, dict)
@@ -166,9 +166,9 @@ class ShardFiles:
             for shard in shards
         ):
             raise ValueError(
-                f'{path} is no list of shards. Expected {{"shardlist": [{{"url": "000.tar", "nsamples": 1000}}, ...]}}.'
+                f'{path} is not a list of shards. Expected {{"shardlist": [{{"url": "000.tar", "nsamples": 1000}}, ...]}}.'
             )
-        # shards lie beside their list: of what it calls them, only the last part counts
+        # shards lie next to their list: of what it calls them, only the last part counts
         urls = [os.path.join(base, os.path.basename(shard["url"])) for shard in shards]
         self._samples.update(zip(urls, (shard["nsamples"] for shard in shards), strict=True))
         return urls
@@ -282,11 +282,11 @@ def index_tar(path):
     """The samples of a tar file: a list of `TarSample`, in the file's order, found by reading the headers alone.
 
     As WebDataset has it, a sample is a run of members whose names are alike up to the first dot of the last part.
-    Names are only ever compared, never used as paths; links, devices and sparse files are passed over. Where the file
+    Names are only ever compared, never used as paths; links, devices and sparse files are ignored. Where the file
     is cut off or damaged, the samples up to there are given, the last of them with its `problem` set.
 
     Raises:
-        BadSample: cause "shard"; the file is no plain tar file.
+        BadSample: cause "shard"; the file is not a plain tar file.
         OSError: it is not there.
     """
     samples, damage = [], None

@@ -14,11 +14,11 @@ from .recipes import (
     composition_sample,
     edit_sample,
 )
-from .sample import IMAGE_LENGTH, BadSample, Sample, decode_picture
+from .sample import IMAGE_LENGTH, BadSample, Sample, decode_image
 from .shard_files import ShardFiles
 
 MOST_RECORD_BYTES = 1024**2
-MOST_PARTS = 64  # pictures and texts of a prompt, pairs of an edit, entities of a composition
+MOST_PARTS = 64  # images and texts of a prompt, pairs of an edit, entities of a composition
 INDEXED_SAMPLES = 262_144  # of the shards whose index is kept; a shuffle window has to fit
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 IMAGE_NAME = re.compile(r"[0-9]{1,3}(\.[a-z]+)?")
@@ -66,11 +66,11 @@ class ShardSource:
     def length(self, index):
         """From the names and sizes of the members: the JSON is little more than the text."""
         members = self._locate(index)[1].members
-        pictures = len({name.partition(".")[0] for name in members if name[0].isdigit()})
+        images = len({name.partition(".")[0] for name in members if name[0].isdigit()})
         if any(name.startswith("0.source.") for name in members):
-            pictures = 1  # of several pairs, one is drawn
+            images = 1  # of several pairs, one is drawn
         text = sum(size for name, (_, size) in members.items() if name in ("json", "txt"))
-        return text + IMAGE_LENGTH * pictures
+        return text + IMAGE_LENGTH * images
 
     def read(self, index, rng):
         shard, sample = self._locate(index)
@@ -99,7 +99,7 @@ class ShardSource:
     def _read_prompt(self, record, members):
         parts, prompt = record["prompt"], []
         if not isinstance(parts, list) or not 0 < len(parts) <= MOST_PARTS:
-            raise BadSample("row", f"{members.key}: prompt is no list of 1 to {MOST_PARTS} parts")
+            raise BadSample("row", f"{members.key}: prompt is not a list of 1 to {MOST_PARTS} parts")
         for part in parts:
             if isinstance(part, str):
                 prompt.append(part)
@@ -118,7 +118,7 @@ class ShardSource:
         while members.has(f"{pairs}.source") and pairs < MOST_PARTS:
             pairs += 1
         if not pairs:
-            raise BadSample("row", f"{members.key} is an edit without the pictures 0.source and 0.target")
+            raise BadSample("row", f"{members.key} is an edit without the images 0.source and 0.target")
         pair = rng.randrange(pairs)
         source, target = members.image(f"{pair}.source"), members.image(f"{pair}.target")
         words, caption = record.get("input"), record.get("caption")
@@ -127,7 +127,7 @@ class ShardSource:
         )
 
     def _locate(self, index):
-        """(number of the shard, TarSample). Raises BadSample for the samples that a shard should have and has not."""
+        """(number of the shard, TarSample). Raises BadSample for the samples that a shard should have but does not."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         samples = self._index(number)
         row = index - int(self._ends[number]) + self.groups[number]
@@ -175,7 +175,9 @@ class Members:
         except (ValueError, RecursionError) as error:
             raise BadSample("row", f"{self.key} has a .json that cannot be read ({error})") from error
         if not isinstance(record, dict):
-            raise BadSample("row", f"{self.key} has a .json that holds a {type(record).__name__}, no object")
+            raise BadSample(
+                "row", f"{self.key} has a .json that holds a {type(record).__name__}, not an object"
+            )
         if record.get("caption") is None and "txt" in self.sample.members:
             record["caption"] = self._bytes("txt", MOST_RECORD_BYTES).decode("utf-8", errors="replace")
         return record
@@ -186,22 +188,22 @@ class Members:
     def image(self, name):
         for ending in IMAGE_ENDINGS:
             if f"{name}.{ending}" in self.sample.members:
-                return decode_picture(self._bytes(f"{name}.{ending}"), self.key)
-        raise BadSample("image", f"{self.key} has no picture {name} ({'|'.join(IMAGE_ENDINGS)})")
+                return decode_image(self._bytes(f"{name}.{ending}"), self.key)
+        raise BadSample("image", f"{self.key} has no image {name} ({'|'.join(IMAGE_ENDINGS)})")
 
     def entity(self, number, whole):
-        """An entity's picture with its background (`whole`) or cut out; the other one where only that is there."""
+        """An entity's image with its background (`whole`) or cut out; the other one where only that is there."""
         names = [f"{number}", f"{number}.cutout"]
         names = names if whole else names[::-1]
         return self.image(next((name for name in names if self.has(name)), names[0]))
 
     def target(self):
-        """The picture `target`, or the only one that has no name, as in shards made by img2dataset. None without."""
+        """The image `target`, or the only one that has no name, as in shards made by img2dataset. None without."""
         if self.has("target"):
             return self.image("target")
         for ending in IMAGE_ENDINGS:
             if ending in self.sample.members:
-                return decode_picture(self._bytes(ending), self.key)
+                return decode_image(self._bytes(ending), self.key)
         return None
 
     def _bytes(self, name, most=None):
@@ -217,5 +219,5 @@ def _check_texts(texts, name, key):
         or len(texts) > MOST_PARTS
         or not all(isinstance(text, str) for text in texts)
     ):
-        raise BadSample("row", f"{key}: {name} is no list of at most {MOST_PARTS} strings")
+        raise BadSample("row", f"{key}: {name} is not a list of at most {MOST_PARTS} strings")
     return texts

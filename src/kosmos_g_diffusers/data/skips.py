@@ -53,7 +53,7 @@ class SkipCounter:
         if self.seen >= LEAST_SEEN and self.bad > self.limit * self.seen:
             raise TooManyBadSamples(
                 f"{self.bad:,} of {self.seen:,} samples ({self.bad / self.seen:.2%}) could not be used, more than the "
-                f"limit of {self.limit:.2%}.\n{self.summary()}\nMend the data, or raise the limit if this is expected."
+                f"limit of {self.limit:.2%}.\n{self.summary()}\nFix the data, or raise the limit if this is expected."
             )
 
     def summary(self):

@@ -1,4 +1,4 @@
-"""The official training data as it is: rows of text and base64 pictures between tabs, in files that a manifest may list."""
+"""The official training data as it is: rows of text and base64 images between tabs, in files that a manifest may list."""
 
 import glob
 import logging
@@ -16,7 +16,7 @@ from .recipes import (
     composition_sample,
     edit_sample,
 )
-from .sample import IMAGE_LENGTH, BadSample, FilteredSample, decode_base64_picture
+from .sample import IMAGE_LENGTH, BadSample, FilteredSample, decode_base64_image
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +24,9 @@ SCAN_BYTES = 16 * 1024**2
 TEXT_BYTES = 16 * 1024  # the words of a row come first: so much of it tells its length
 MOST_ROW_BYTES = 512 * 1024**2
 LAYOUTS = {
-    "captions": "at least 3: anything, caption, picture[, width, height, ...]",
-    "edits": "an even number, at least 4: input, edit, then (before, after) pictures of each seed",
-    "compositions": "3 and 2 for each tag: caption, tags between commas, picture, then each tag's cut-out with and "
+    "captions": "at least 3: anything, caption, image[, width, height, ...]",
+    "edits": "an even number, at least 4: input, edit, then (before, after) images of each seed",
+    "compositions": "3 and 2 for each tag: caption, tags between commas, image, then each tag's cut-out with and "
     "without its background",
 }
 
@@ -40,7 +40,7 @@ class TsvSource:
         name: for messages; None takes the kind.
         word_dropout: probability that an edit loses its input caption, or a composition its entities' words.
         background: probability that an entity is shown with its background.
-        min_side: captioned pictures whose width or height (columns 3 and 4) is smaller are left out; the official
+        min_side: captioned images whose width or height (columns 3 and 4) is smaller are left out; the official
             loader takes 384 in stage 3. 0 keeps all.
         cache_dir: where the beginnings of the lines are kept, which take a reading of every file to find.
 
@@ -100,13 +100,13 @@ class TsvSource:
         sides = [int(side) for side in columns[3:5] if side.isdigit()]
         if len(sides) == 2 and min(sides) < self.min_side:
             raise FilteredSample(
-                "small", f"{key} is a picture of {sides[0]} x {sides[1]}, a side is under {self.min_side}"
+                "small", f"{key} is an image of {sides[0]} x {sides[1]}, a side is under {self.min_side}"
             )
-        return caption_sample(key, caption, decode_base64_picture(columns[2], key))
+        return caption_sample(key, caption, decode_base64_image(columns[2], key))
 
     def _read_edits(self, columns, key, rng):
         pair = 2 + 2 * rng.randrange((len(columns) - 2) // 2)
-        source, target = (decode_base64_picture(column, key) for column in columns[pair : pair + 2])
+        source, target = (decode_base64_image(column, key) for column in columns[pair : pair + 2])
         words, edit = (_text(column, key) for column in columns[:2])
         return edit_sample(key, words, edit, source, target, None, rng, self.word_dropout)
 
@@ -115,8 +115,8 @@ class TsvSource:
             key,
             _text(columns[0], key),
             [tag.strip() for tag in _text(columns[1], key).split(",")],
-            lambda tag, whole: decode_base64_picture(columns[3 + 2 * tag + (not whole)], key),
-            decode_base64_picture(columns[2], key),
+            lambda tag, whole: decode_base64_image(columns[3 + 2 * tag + (not whole)], key),
+            decode_base64_image(columns[2], key),
             rng,
             self.word_dropout,
             self.background,
@@ -196,7 +196,7 @@ def line_offsets(path, cache_dir):
         offsets = np.concatenate(offsets)
         if offsets[-1] != stat.st_size:  # no newline behind the last line
             offsets = np.append(offsets, stat.st_size)
-        while len(offsets) > 1 and offsets[-1] - offsets[-2] <= 2:  # empty lines at the end are no rows
+        while len(offsets) > 1 and offsets[-1] - offsets[-2] <= 2:  # empty lines at the end are not rows
             file.seek(offsets[-2])
             if file.read(2).strip(b"\r\n"):
                 break
@@ -220,7 +220,7 @@ def find_tsv_files(where):
     `json/` (captions) or in its `data/` (edits, compositions); both are tried here, and the manifest's own folder.
 
     Raises:
-        ValueError: nothing is found, the manifest is no such list, or files that it names are missing (all are named).
+        ValueError: nothing is found, the manifest is not such a list, or files that it names are missing (all are named).
     """
     path = Path(where).expanduser()
     if path.is_dir():
