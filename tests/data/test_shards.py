@@ -278,9 +278,8 @@ def test_a_shard_that_is_cut_off_costs_the_samples_behind_the_cut(tmp_path, sour
     third = index_tar(path)[2].members["target.jpg"][0]
     whole = path.read_bytes()
 
-    path.write_bytes(
-        whole[: third + 100]
-    )  # within the third image; nothing tells that there was a fourth sample
+    # within the third image; nothing tells that there was a fourth sample
+    path.write_bytes(whole[: third + 100])
     shards = source(path)
     assert len(shards) == 3
     assert [read(shards, index).caption for index in (0, 1)] == ["dog 0", "dog 1"]
@@ -483,9 +482,8 @@ def test_shards_come_over_http(tmp_path, source, remote):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        shards = source(
-            f"{url}/part-00000{{0..3}}.tar"
-        )  # of the fourth, which is not there, nothing tells the size
+        # of the fourth, which is not there, nothing tells the size
+        shards = source(f"{url}/part-00000{{0..3}}.tar")
         assert shards.groups == [2, 2, 2, 1]
         assert shade(read(shards, 5).target) == 50
         assert_bad(shards, 6, "shard", "part-000003.tar cannot be fetched")
