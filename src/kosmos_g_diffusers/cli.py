@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from .environment import __version__
 from .commands import app, caption, compare, control, convert, data, evaluate, generate, init, train
+from .environment import __version__
 
 COMMANDS = (convert, init, generate, control, app, caption, data, train, evaluate, compare)
 

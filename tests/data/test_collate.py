@@ -82,12 +82,12 @@ def test_angle_brackets_in_collected_text_are_text(processor):
     assert row["ids"] == processor.tokenizer("a <b> dog <i>")["input_ids"]
 
 
-def test_text_alone_brings_no_picture_tensors(processor):
+def test_text_alone_brings_no_image_tensors(processor):
     batch = collate_all(PretrainCollate(processor), [Sample("k", ("a dog",))])
     assert "pixel_values" not in batch and "image_token_mask" not in batch
 
 
-def test_pretraining_predicts_text_marks_and_end_but_no_picture(processor, photos):
+def test_pretraining_predicts_text_marks_and_end_but_no_image(processor, photos):
     tokenizer = processor.tokenizer
     batch = collate_all(
         PretrainCollate(processor), [Sample("k", ("a dog", photos[0], "in")), Sample("k", ("the",))]
@@ -110,7 +110,7 @@ def test_pretraining_predicts_text_marks_and_end_but_no_picture(processor, photo
     ]
 
 
-def test_a_captioned_picture_is_pretrained_on_as_picture_and_caption(processor, photos):
+def test_a_captioned_image_is_pretrained_on_as_image_and_caption(processor, photos):
     collate = PretrainCollate(processor)
     row = collate.prepare(Sample("k", ("a dog",), photos[0], "a dog"), generator())
     expected = processor([[photos[0], "a dog"]])
@@ -158,8 +158,8 @@ def test_prompts_that_are_too_long_are_filtered(processor, photos):
         PretrainCollate(processor).prepare(Sample("here.tsv:3", ("a dog " * 30,)), generator())
 
 
-def test_instruction_needs_a_picture_to_draw(processor):
-    with pytest.raises(BadSample, match="has no picture to draw") as caught:
+def test_instruction_needs_an_image_to_draw(processor):
+    with pytest.raises(BadSample, match="has no image to draw") as caught:
         InstructCollate(processor, 32).prepare(Sample("k", ("a dog",)), generator())
     assert caught.value.cause == "target"
 
@@ -198,7 +198,7 @@ def test_targets_of_another_size_are_an_error_when_they_are_not_resized(processo
 
 
 @pytest.mark.parametrize("where", ["prompt", "target"])
-def test_a_strip_is_a_bad_picture(processor, where):
+def test_a_strip_is_a_bad_image(processor, where):
     strip = PIL.Image.new("RGB", (1, 3000))
     sample = Sample("k", (strip, "a"), strip) if where == "prompt" else Sample("k", ("a",), strip)
     with pytest.raises(BadSample, match="1 x 3000 pixels, too narrow") as caught:
@@ -227,16 +227,6 @@ def test_noise_timesteps_and_dropped_conditions_have_their_distributions(process
     assert batch["drop_condition"].dtype == torch.bool
     assert batch["drop_condition"].float().mean() == pytest.approx(0.25, abs=0.07)
     assert batch["target_pixel_values"].shape == (400, 3, 32, 32)
-
-
-def test_lengths_are_padded_to_a_multiple(processor, samples):
-    batch = collate_all(PretrainCollate(processor, pad_to_multiple_of=16), samples)
-    plain = collate_all(PretrainCollate(processor), samples)
-    length = plain["input_ids"].shape[1]
-    assert batch["input_ids"].shape[1] % 16 == 0 and 0 <= batch["input_ids"].shape[1] - length < 16
-    for name in ("input_ids", "labels", "attention_mask"):
-        assert torch.equal(batch[name][:, :length], plain[name])
-    assert not batch["attention_mask"][:, length:].any()
 
 
 def test_collates_can_be_sent_to_workers(processor, target_tokenizer, samples):

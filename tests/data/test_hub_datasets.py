@@ -14,7 +14,7 @@ from kosmos_g_diffusers.data.sample import IMAGE_LENGTH
 datasets = pytest.importorskip("datasets")
 
 
-def picture(shade):
+def make_image(shade):
     return PIL.Image.new("RGB", (8, 8), (shade, 0, 0))
 
 
@@ -24,15 +24,15 @@ def shade(image):
 
 @pytest.fixture
 def captions():
-    rows = {"text": ["a dog", "a cat", " "], "image": [picture(10), picture(20), picture(30)]}
+    rows = {"text": ["a dog", "a cat", " "], "image": [make_image(10), make_image(20), make_image(30)]}
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
 
 
 @pytest.fixture
 def edits():
     rows = {
-        "before": [picture(1)],
-        "after": [picture(2)],
+        "before": [make_image(1)],
+        "after": [make_image(2)],
         "instruction": ["make it snow"],
         "what": ["a garden"],
         "result": ["a garden in snow"],
@@ -83,7 +83,7 @@ def test_edits(edits):
     assert source.length(0) == len("make it snowa gardena garden in snow") + IMAGE_LENGTH
 
 
-def test_pictures_that_are_missing_or_damaged_are_bad_samples():
+def test_images_that_are_missing_or_damaged_are_bad_samples():
     features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
     rows = {
         "text": ["a", "b", "c"],
@@ -103,7 +103,7 @@ def test_columns_that_are_not_there_are_named(captions, edits):
         HubDatasetSource(captions, name="d", caption="caption", image="img")
     with pytest.raises(ValueError, match="An edit needs"):
         HubDatasetSource(edits, name="d", caption=None, edit="instruction", image="after")
-    with pytest.raises(ValueError, match="column text of the dataset d holds .*no pictures"):
+    with pytest.raises(ValueError, match="column text of the dataset d holds .*not images"):
         HubDatasetSource(captions, name="d", image="text")
 
 
@@ -123,11 +123,11 @@ def test_a_saved_dataset_is_read_by_a_line_of_text(captions, edits, tmp_path):
     assert len(split.read(0, random.Random(0)).prompt) == 2
 
 
-def test_a_folder_of_pictures_is_read(tmp_path, monkeypatch):
+def test_a_folder_of_images_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    picture(40).save(folder / "0.png")
+    make_image(40).save(folder / "0.png")
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a dog"}\n')
     source = build_source(f"datasets:imagefolder?data_dir={folder}&image=image&caption=text")
     sample = source.read(0, random.Random(0))

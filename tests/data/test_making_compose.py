@@ -1,4 +1,4 @@
-"""Pictures become compositions: end to end with real classes, hostile folders, kills and resumes, several processes."""
+"""Images become compositions: end to end with real classes, hostile folders, kills and resumes, several processes."""
 
 import argparse
 import io
@@ -24,16 +24,16 @@ from kosmos_g_diffusers.data.making import ComposeSettings, compose
 from kosmos_g_diffusers.data.making import compose as compose_function
 from kosmos_g_diffusers.data.making.compose import Composition
 from kosmos_g_diffusers.data.making.entities import EntityFinder
-from kosmos_g_diffusers.data.making.inputs import find_pictures
-from kosmos_g_diffusers.data.making.output_folder import Making
-from kosmos_g_diffusers.data.tar_index import index_tar
+from kosmos_g_diffusers.data.making.inputs import find_images
+from kosmos_g_diffusers.data.making.output_folder import OutputFolder
+from kosmos_g_diffusers.data.shard_files import index_tar
 
 compose_module = sys.modules[compose_function.__module__]
 
 SMALL = {"size": 32, "min_side": 16, "min_area": 0.001}
 
 
-def save_picture(path, seed=0, size=(40, 40)):
+def save_image(path, seed=0, size=(40, 40)):
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 200, (size[1], size[0], 3), dtype=np.uint8)
@@ -47,11 +47,11 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    """Ten pictures in several folders and formats."""
+    """Ten images in several folders and formats."""
     for number in range(10):
         ending = ("jpg", "png", "webp", "PNG")[number % 4]
         folder = tmp_path / "images" / ("", "sub", "sub/deep er")[number % 3]
-        save_picture(folder / f"picture {number}.{ending}", number, (40 + number, 48))
+        save_image(folder / f"image {number}.{ending}", number, (40 + number, 48))
     return tmp_path / "images"
 
 
@@ -61,23 +61,23 @@ def command(monkeypatch):
 
 
 class StubComposer:
-    """Stands for the three models: what becomes of a picture follows from its first pixel."""
+    """Stands for the three models: what becomes of an image follows from its first pixel."""
 
     batches = 0
 
     def __init__(self, settings, **where):
         pass
 
-    def __call__(self, pictures):
+    def __call__(self, images):
         StubComposer.batches += 1
-        return [self._compose(picture) for picture in pictures]
+        return [self._compose(image) for image in images]
 
     @staticmethod
-    def _compose(picture):
-        shade = picture.getpixel((0, 0))[0]
+    def _compose(image):
+        shade = image.getpixel((0, 0))[0]
         if shade % 4 == 0:
             return BadSample("entities", "nothing in it")
-        return Composition("a dog on a sofa", picture, [("dog", picture, picture)], [0.5])
+        return Composition("a dog on a sofa", image, [("dog", image, image)], [0.5])
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def run_quietly(images, output, **options):
 # The real classes ------------------------------------------------------------------------------------------------
 
 
-def test_training_reads_back_what_real_models_made_of_pictures(models, images, tmp_path, monkeypatch, capsys):
+def test_training_reads_back_what_real_models_made_of_images(models, images, tmp_path, monkeypatch, capsys):
     # at random size the language model only babbles: its answer is the first two words that are in the caption
     monkeypatch.setattr(
         EntityFinder,
@@ -129,11 +129,11 @@ def test_training_reads_back_what_real_models_made_of_pictures(models, images, t
     for index in range(len(source)):
         sample = source.read(index, rng)
         assert sample.target.size == (32, 32)
-        pictures = [part for part in sample.prompt if not isinstance(part, str)]
+        shown = [part for part in sample.prompt if not isinstance(part, str)]
         words = "".join(part for part in sample.prompt if isinstance(part, str))
-        assert pictures
+        assert shown
         assert words.replace(" ", "") == sample.caption.replace(" ", "")
-        assert all(max(picture.size) <= 32 and picture.width == picture.height for picture in pictures)
+        assert all(max(image.size) <= 32 and image.width == image.height for image in shown)
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["samples"] == len(source)
     assert manifest["settings"]["model_caption"] == models["model_caption"]
@@ -154,20 +154,20 @@ def test_language_model_itself_runs_through_without_a_stub(models, images, tmp_p
     assert counted == 10
 
 
-# What the folder of pictures may hold ----------------------------------------------------------------------------
+# What the folder of images may hold ------------------------------------------------------------------------------
 
 
-def test_unreadable_pictures_are_counted_by_cause_and_the_rest_is_made(stub, images, tmp_path):
-    (images / "text.jpg").write_text("no picture")
+def test_unreadable_images_are_counted_by_cause_and_the_rest_is_made(stub, images, tmp_path):
+    (images / "text.jpg").write_text("no image")
     (images / "empty.png").touch()
-    (images / "cut.png").write_bytes((images / "sub" / "picture 1.png").read_bytes()[:500])
+    (images / "cut.png").write_bytes((images / "sub" / "image 1.png").read_bytes()[:500])
     (images / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (images / "bomb.png").write_bytes(png_that_claims(100_000, 100_000))
     (images / "folder.jpg").mkdir()
     (images / "folder.jpg" / "notes.txt").touch()
     os.mkfifo(images / "pipe.png")
     (images / "nowhere.png").symlink_to(images / "not there")
-    save_picture(images / "small.png", size=(8, 100))
+    save_image(images / "small.png", size=(8, 100))
     (images / "README.md").touch()
 
     manifest = run_quietly(images, tmp_path / "out", workers=1, batch_size=4)
@@ -177,7 +177,7 @@ def test_unreadable_pictures_are_counted_by_cause_and_the_rest_is_made(stub, ima
     assert manifest["samples"] + manifest["skipped"].get("entities", 0) == 10
     messages = {line["source"]: line["message"] for line in skipped_of(tmp_path / "out")}
     assert "8 x 100, less than 16 pixels" in messages["small.png"]
-    assert "no regular file" in messages["pipe.png"]
+    assert "not a regular file" in messages["pipe.png"]
     assert "image: 7, such as" in manifest["summary"]
     assert manifest["summary"].count(";") <= 6  # a few examples, not all
 
@@ -193,7 +193,7 @@ def test_names_of_any_bytes_become_plain_keys_that_differ(stub, tmp_path):
         b"-.png",
     ]
     for number, name in enumerate(names):
-        save_picture(tmp_path / "images" / "plain.png", 4 * number + 1)
+        save_image(tmp_path / "images" / "plain.png", 4 * number + 1)
         os.rename(tmp_path / "images" / "plain.png", os.path.join(os.fsencode(tmp_path / "images"), name))
 
     manifest = run_quietly(tmp_path / "images", tmp_path / "out", workers=1, sheet_samples=10)
@@ -207,52 +207,52 @@ def test_names_of_any_bytes_become_plain_keys_that_differ(stub, tmp_path):
     json.dumps(manifest).encode()
 
 
-def test_pictures_of_one_name_in_several_folders_are_several_samples(tmp_path):
+def test_images_of_one_name_in_several_folders_are_several_samples(tmp_path):
     for folder in ("a", "b", "a/c"):
-        save_picture(tmp_path / folder / "same.jpg")
+        save_image(tmp_path / folder / "same.jpg")
 
-    keys = [item.key for item in find_pictures(tmp_path)]
+    keys = [item.key for item in find_images(tmp_path)]
 
     assert len(set(keys)) == 3
     assert all(key.startswith("same-") for key in keys)
 
 
-def test_picture_is_cut_to_its_centre_and_shrunk(tmp_path):
+def test_image_is_cut_to_its_centre_and_shrunk(tmp_path):
     wide = np.zeros((1100, 1300, 3), np.uint8)
     wide[:, 100:1200] = 200
     tall = wide.transpose(1, 0, 2)
     for name, pixels in (("wide", wide), ("tall", tall)):
         PIL.Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    pictures = compose_module.SquarePictures(tmp_path, find_pictures(tmp_path), min_side=16)
+    images = compose_module.SquareImages(tmp_path, find_images(tmp_path), min_side=16)
 
-    for item, picture in (pictures[0], pictures[1]):
+    for item, image in (images[0], images[1]):
         assert item.name in ("wide.png", "tall.png")
-        assert picture.size == (1024, 1024)
-        assert (np.asarray(picture) == 200).all()
+        assert image.size == (1024, 1024)
+        assert (np.asarray(image) == 200).all()
 
 
-def test_output_within_the_pictures_is_not_read_as_pictures(stub, images):
+def test_output_within_the_images_is_not_read_as_images(stub, images):
     output = images / "out"
     run_quietly(images, output)
-    save_picture(output / "stray.png")
+    save_image(output / "stray.png")
 
-    assert not any("stray" in item.name for item in find_pictures(images, leave_out=output))
+    assert not any("stray" in item.name for item in find_images(images, leave_out=output))
 
 
-def test_no_folder_and_no_pictures_are_errors(tmp_path, capsys):
+def test_no_folder_and_no_images_are_errors(tmp_path, capsys):
     with pytest.raises(ValueError, match="There is no folder .*missing"):
         run_quietly(tmp_path / "missing", tmp_path / "out")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").touch()
-    with pytest.raises(ValueError, match=r"There is no picture in .*texts \(1 other files\)"):
+    with pytest.raises(ValueError, match=r"There is no image in .*texts \(1 other files\)"):
         run_quietly(tmp_path / "texts", tmp_path / "out")
     assert cli.main(["data", "compose", "--images", str(tmp_path / "missing"), "--output", "out"]) == 2
     assert "There is no folder" in capsys.readouterr().err
 
 
-def test_nothing_made_of_any_picture_is_an_error_that_says_why(stub, tmp_path):
+def test_nothing_made_of_any_image_is_an_error_that_says_why(stub, tmp_path):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "text.jpg").write_text("no picture")
+    (tmp_path / "images" / "text.jpg").write_text("no image")
 
     with pytest.raises(
         ValueError,
@@ -261,10 +261,10 @@ def test_nothing_made_of_any_picture_is_an_error_that_says_why(stub, tmp_path):
         run_quietly(tmp_path / "images", tmp_path / "out")
 
 
-# Going on --------------------------------------------------------------------------------------------------------
+# Continuing ------------------------------------------------------------------------------------------------------
 
 
-def test_finished_run_does_nothing_again_and_new_pictures_are_added(stub, images, tmp_path):
+def test_finished_run_does_nothing_again_and_new_images_are_added(stub, images, tmp_path):
     output = tmp_path / "out"
     run_quietly(images, output, batch_size=3)
     before, StubComposer.batches = {path: path.read_bytes() for path in output.glob("*.tar")}, 0
@@ -273,7 +273,7 @@ def test_finished_run_does_nothing_again_and_new_pictures_are_added(stub, images
     assert StubComposer.batches == 0
     assert {path: path.read_bytes() for path in output.glob("*.tar")} == before
 
-    save_picture(images / "new.png", 101)
+    save_image(images / "new.png", 101)
     keys = keys_of(output) + [line["key"] for line in skipped_of(output)]
     run_quietly(images, output)
     new = set(keys_of(output) + [line["key"] for line in skipped_of(output)]) - set(keys)
@@ -284,7 +284,7 @@ def test_finished_run_does_nothing_again_and_new_pictures_are_added(stub, images
 def test_killed_at_any_moment_and_started_again_it_makes_the_same(stub, tmp_path):
     images = tmp_path / "images"
     for number in range(16):
-        save_picture(images / f"{number}.png", number)
+        save_image(images / f"{number}.png", number)
     (images / "broken.png").write_text("broken")
     run_quietly(images, tmp_path / "whole", samples_per_shard=4, batch_size=3)
     expected, expected_skips = keys_of(tmp_path / "whole"), skipped_of(tmp_path / "whole")
@@ -327,7 +327,7 @@ def run_and_kill(images, output, moment):
         try:
             os.replace = ticking(os.replace)
             ShardWriter._add = ticking(ShardWriter._add)
-            Making.skip = ticking(Making.skip)
+            OutputFolder.skip = ticking(OutputFolder.skip)
             run_quietly(images, output, samples_per_shard=4, batch_size=3)
             os._exit(0)
         finally:
@@ -356,11 +356,11 @@ def test_stopped_run_keeps_the_samples_that_wait_for_their_shard(stub, images, t
     calls = []
 
     class Failing(StubComposer):
-        def __call__(self, pictures):
-            calls.append(pictures)
+        def __call__(self, images):
+            calls.append(images)
             if len(calls) == 3:
                 raise error
-            return super().__call__(pictures)
+            return super().__call__(images)
 
     monkeypatch.setattr(compose_module, "Composer", Failing)
     with pytest.raises(type(error) if not isinstance(error, type) else error):
@@ -376,7 +376,7 @@ def test_sigterm_is_an_orderly_end():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_full_disk_keeps_what_was_written_and_the_next_run_goes_on(stub, images, tmp_path, monkeypatch):
+def test_full_disk_keeps_what_was_written_and_the_next_run_continues(stub, images, tmp_path, monkeypatch):
     output = tmp_path / "out"
     replace = os.replace
 
@@ -445,8 +445,8 @@ def data_command_arguments(*flags):
 
 
 def test_process_that_is_the_first_to_end_with_nothing_made_is_no_error(stub, tmp_path):
-    save_picture(tmp_path / "images" / "one.png", 1)
-    (item,) = find_pictures(tmp_path / "images")
+    save_image(tmp_path / "images" / "one.png", 1)
+    (item,) = find_images(tmp_path / "images")
     owner = zlib.crc32(item.key.encode()) % 2
 
     first = run_quietly(tmp_path / "images", tmp_path / "out", process_index=1 - owner, num_processes=2)
@@ -477,7 +477,7 @@ def test_other_settings_are_refused_and_named(stub, images, tmp_path):
     run_quietly(images, tmp_path / "out")
 
     with pytest.raises(
-        ValueError, match="other settings: threshold 0.3 there, 0.5 now. Pass the same to go on"
+        ValueError, match="other settings: threshold 0.3 there, 0.5 now. Pass the same to continue"
     ):
         compose(images, tmp_path / "out", ComposeSettings(**SMALL, threshold=0.5), workers=0)
     images.rename(images.with_name("other"))
@@ -485,7 +485,7 @@ def test_other_settings_are_refused_and_named(stub, images, tmp_path):
         run_quietly(images.with_name("other"), tmp_path / "out")
 
 
-def test_moved_folder_of_pictures_goes_on(stub, images, tmp_path):
+def test_moved_folder_of_images_continues(stub, images, tmp_path):
     run_quietly(images, tmp_path / "out")
     (tmp_path / "elsewhere").mkdir()
     images.rename(tmp_path / "elsewhere" / "images")
@@ -501,8 +501,8 @@ def test_moved_folder_of_pictures_goes_on(stub, images, tmp_path):
     ("manifest", "message"),
     [
         (None, "holds shards but no manifest.json"),
-        ('{"format": 99}', "is no manifest of format 1"),
-        ("[]", "is no manifest of format 1"),
+        ('{"format": 99}', "is not a manifest of format 1"),
+        ("[]", "is not a manifest of format 1"),
         ("{", "is not JSON"),
         (
             '{"format": 1, "command": "instructpix2pix", "settings": {}}',

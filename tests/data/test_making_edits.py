@@ -15,7 +15,7 @@ from kosmos_g_diffusers.data.making import EditSettings, instructpix2pix
 from kosmos_g_diffusers.data.making.instructpix2pix import EditFolder
 
 
-def picture(shade, size=(20, 16)):
+def make_image(shade, size=(20, 16)):
     return PIL.Image.new("RGB", size, (shade, shade, shade))
 
 
@@ -24,7 +24,7 @@ def shade(image):
 
 
 def save_edit(folder, number, seeds, **prompt):
-    """An edit as the original code writes it: pictures of 10 * number before and 10 * number + 100 after."""
+    """An edit as the original code writes it: images of 10 * number before and 10 * number + 100 after."""
     place = folder / f"{number:07d}"
     place.mkdir(parents=True)
     prompt = {
@@ -35,8 +35,8 @@ def save_edit(folder, number, seeds, **prompt):
     } | prompt
     (place / "prompt.json").write_text(json.dumps(prompt))
     for seed in seeds:
-        picture(10 * number).save(place / f"{seed}_0.jpg")
-        picture(10 * number + 100).save(place / f"{seed}_1.jpg")
+        make_image(10 * number).save(place / f"{seed}_0.jpg")
+        make_image(10 * number + 100).save(place / f"{seed}_1.jpg")
     (place / "metadata.jsonl").touch()
     return [place.name, list(seeds)]
 
@@ -88,7 +88,7 @@ def test_training_reads_the_original_folder_as_edits(folder, tmp_path, listed):
 def test_every_pair_of_an_edit_is_kept(folder, tmp_path):
     place = folder / "0000002"
     for number, seed in enumerate((900, 901, 902)):
-        picture(50 * number).save(place / f"{seed}_0.jpg")
+        make_image(50 * number).save(place / f"{seed}_0.jpg")
     make(tmp_path / "out", folder=folder)
     source = ShardSource(tmp_path / "out", word_dropout=0)
 
@@ -97,8 +97,8 @@ def test_every_pair_of_an_edit_is_kept(folder, tmp_path):
     assert {shade(sample.prompt[1]) for sample in drawn if sample.prompt[-1] == "edit 2"} == {0, 50, 100}
 
 
-def test_pictures_are_shrunk_to_the_shorter_side(folder, tmp_path):
-    picture(10, (300, 200)).save(folder / "0000001" / "900_0.jpg")
+def test_images_are_shrunk_to_the_shorter_side(folder, tmp_path):
+    make_image(10, (300, 200)).save(folder / "0000001" / "900_0.jpg")
 
     make(tmp_path / "out", folder=folder, size=100)
 
@@ -122,7 +122,7 @@ def test_bad_edits_are_counted_and_a_bad_pair_is_left_out(folder, tmp_path):
 
     assert manifest["samples"] == 2
     assert manifest["skipped"] == {"row": 3, "image": 1}
-    assert "0000000/900_1.jpg has a picture that cannot be read" in manifest["summary"]
+    assert "0000000/900_1.jpg has an image that cannot be read" in manifest["summary"]
     assert set(read(tmp_path / "out")) == {"edit 1", "edit 5"}
     assert "0000001/900_1.jpg cannot be read" in (tmp_path / "out" / "contact-sheet.html").read_text()
 
@@ -151,7 +151,7 @@ def test_edit_without_input_or_output_is_an_edit(folder, tmp_path):
 def test_seeds_that_lead_elsewhere_or_are_none_are_refused(folder, tmp_path, seeds):
     (folder / "seeds.json").write_text(seeds)
 
-    with pytest.raises(ValueError, match=r"seeds.json is no list of seeds: .* Expected \[\[NAME"):
+    with pytest.raises(ValueError, match=r"seeds.json is not a list of seeds: .* Expected \[\[NAME"):
         make(tmp_path / "out", folder=folder)
 
 
@@ -185,10 +185,10 @@ def test_stopped_run_goes_on_and_processes_share(folder, tmp_path, monkeypatch):
 def rows():
     return {
         "original_prompt": [f"garden {number}" for number in range(4)],
-        "original_image": [picture(10 * number) for number in range(4)],
+        "original_image": [make_image(10 * number) for number in range(4)],
         "edit_prompt": [f"edit {number}" for number in range(4)],
         "edited_prompt": [f"snow {number}" for number in range(4)],
-        "edited_image": [picture(10 * number + 100) for number in range(4)],
+        "edited_image": [make_image(10 * number + 100) for number in range(4)],
     }
 
 

@@ -1,5 +1,6 @@
 """What comes of a language model's answer: the caption's own words for things, whatever else it says."""
 
+import json
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from kosmos_g_diffusers.data.making import parse_entities
 from kosmos_g_diffusers.data.making.entities import EXAMPLES, build_chat
 from kosmos_g_diffusers.data.recipes import interleave
+from kosmos_g_diffusers.files import hash_bytes
 
 CAPTION = "A brown Dog sleeping on a red sofa next to two cats, salt and pepper and a hot dog"
 
@@ -48,7 +50,7 @@ def test_list_in_any_form_gives_the_words_of_the_caption(answer):
         "",
         "none",
         "None.",
-        "I am sorry, I cannot see the picture.",
+        "I am sorry, I cannot see the image.",
         "elephant",
         "og",
         "so",
@@ -71,7 +73,7 @@ def test_phrase_with_and_stays_whole_where_the_caption_has_it():
 
 
 def test_name_within_another_is_left_out_as_in_training():
-    # training would pass over "dog" beside "hot dog", and a cut-out that is never read costs work
+    # training would pass over "dog" next to "hot dog", and a cut-out that is never read costs work
     assert parse_entities("dog, hot dog", "a dog with a hot dog") == ["hot dog"]
 
 
@@ -116,3 +118,8 @@ def test_question_ends_in_the_caption_and_alternates_turns():
         parse_entities(answer, caption) == answer.replace("none", "").split(", ")
         for caption, answer in EXAMPLES[:2]
     )
+
+
+def test_question_is_that_of_the_first_version_whose_runs_are_resumed():
+    question = json.dumps(build_chat("...")).encode()
+    assert hash_bytes(question) == "7c656698ee18b9ed0295cfa2089e0966acd77c5ea53d088ccbdd146c34001eb9"

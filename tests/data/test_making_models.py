@@ -30,23 +30,23 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     rng = np.random.default_rng(0)
     return [PIL.Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)) for _ in range(4)]
 
 
-def test_captions_of_a_batch_are_those_of_each_picture(models, pictures):
+def test_captions_of_a_batch_are_those_of_each_image(models, images):
     captioner = Captioner(models["model_caption"], **ON_CPU)
 
-    captions = captioner(pictures)
+    captions = captioner(images)
 
-    assert captions == [captioner([picture])[0] for picture in pictures]
+    assert captions == [captioner([image])[0] for image in images]
     assert len(set(captions)) > 1
     assert not any("<" in caption or "\n" in caption for caption in captions)
 
 
-def test_caption_has_at_most_the_tokens_asked_for(models, pictures):
-    longest = max(Captioner(models["model_caption"], **ON_CPU, max_new_tokens=3)(pictures), key=len)
+def test_caption_has_at_most_the_tokens_asked_for(models, images):
+    longest = max(Captioner(models["model_caption"], **ON_CPU, max_new_tokens=3)(images), key=len)
 
     assert len(longest.split()) <= 3
 
@@ -95,33 +95,33 @@ def test_language_model_without_a_chat_template_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_maps_are_those_of_the_model_on_each_pair(models, pictures, batch_size):
+def test_maps_are_those_of_the_model_on_each_pair(models, images, batch_size):
     names = [["dog", "red sofa"], [], ["cat"], ["hat", "tree", "dog"]]
 
-    maps = Segmenter(models["model_segment"], **ON_CPU, batch_size=batch_size)(pictures, names)
+    maps = Segmenter(models["model_segment"], **ON_CPU, batch_size=batch_size)(images, names)
 
     processor = CLIPSegProcessor.from_pretrained(models["model_segment"])
     model = CLIPSegForImageSegmentation.from_pretrained(models["model_segment"])
     assert [len(listed) for listed in maps] == [2, 0, 1, 3]
-    for picture, listed, rows in zip(pictures, names, maps, strict=True):
+    for image, listed, rows in zip(images, names, maps, strict=True):
         for name, row in zip(listed, rows, strict=True):
             with torch.no_grad():
-                expected = model(**processor(text=[name], images=[picture], return_tensors="pt")).logits
+                expected = model(**processor(text=[name], images=[image], return_tensors="pt")).logits
             np.testing.assert_allclose(row, expected.reshape(32, 32).numpy(), rtol=1e-3, atol=1e-3)
 
 
-def test_half_precision_runs(models, pictures):
+def test_half_precision_runs(models, images):
     half = {"device": "cpu", "dtype": torch.bfloat16}
 
-    captions = Captioner(models["model_caption"], **half)(pictures)
+    captions = Captioner(models["model_caption"], **half)(images)
     EntityFinder(models["model_entities"], **half, max_new_tokens=4).answers(CAPTIONS)
-    maps = Segmenter(models["model_segment"], **half)(pictures[:1], [["dog"]])
+    maps = Segmenter(models["model_segment"], **half)(images[:1], [["dog"]])
 
     assert len(captions) == 4
     assert maps[0][0].dtype == np.float32
 
 
-def test_processors_saved_by_older_versions_load_without_torchvision(models, pictures, tmp_path):
+def test_processors_saved_by_older_versions_load_without_torchvision(models, images, tmp_path):
     # as in the released folders: preprocessor_config.json by the old names, no nested processor_config.json
     captioner = _with_old_config(
         models["model_caption"], tmp_path / "blip", "BlipImageProcessor", "Blip2Processor", 4
@@ -133,10 +133,10 @@ def test_processors_saved_by_older_versions_load_without_torchvision(models, pic
     captioner, new_captioner = (Captioner(model, **ON_CPU) for model in (captioner, models["model_caption"]))
     segmenter, new_segmenter = (Segmenter(model, **ON_CPU) for model in (segmenter, models["model_segment"]))
 
-    assert captioner(pictures) == new_captioner(pictures)
+    assert captioner(images) == new_captioner(images)
     assert isinstance(captioner.processor.image_processor, BlipImageProcessorPil)
     assert isinstance(segmenter.processor.image_processor, ViTImageProcessorPil)
-    old, new = (model(pictures[:1], [["dog"]])[0][0] for model in (segmenter, new_segmenter))
+    old, new = (model(images[:1], [["dog"]])[0][0] for model in (segmenter, new_segmenter))
     np.testing.assert_array_equal(old, new)
 
 

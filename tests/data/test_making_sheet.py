@@ -13,12 +13,12 @@ from kosmos_g_diffusers.data import ShardWriter
 from kosmos_g_diffusers.data.making import write_contact_sheet
 
 
-def picture(colour, size=(64, 48)):
+def make_image(colour, size=(64, 48)):
     return PIL.Image.new("RGB", size, colour)
 
 
 def shown(page):
-    """The pictures of a page."""
+    """The images of a page."""
     data = re.findall(r'src="data:image/jpeg;base64,([^"]*)"', page)
     return [PIL.Image.open(io.BytesIO(base64.b64decode(part))) for part in data]
 
@@ -32,26 +32,30 @@ def test_composition_is_shown_with_its_things_named_and_marked(tmp_path):
         writer.write_composition(
             "a",
             "a dog's bed & a hat",
-            picture("red"),
-            [("dog", picture("lime"), picture("blue")), ("hat", picture("lime"), None)],
+            make_image("red"),
+            [("dog", make_image("lime"), make_image("blue")), ("hat", make_image("lime"), None)],
         )
 
     page = write_contact_sheet(tmp_path, tmp_path / "sheet.html").read_text()
 
     assert [colour(image) for image in shown(page)] == ["red", "green", "blue", "green"]
-    assert "a <mark>dog&#x27;s</mark> bed &amp; a <mark>hat</mark>" in page
+    assert "a <mark>dog&#39;s</mark> bed &amp; a <mark>hat</mark>" in page
     assert re.findall(r"<figcaption>([^<]*)<br>", page) == ["target", "dog", "dog (cutout)", "hat"]
     assert "64 x 48" in page
 
 
 def test_other_kinds_of_samples_are_shown(tmp_path):
     with ShardWriter(tmp_path) as writer:
-        writer.write_caption("a", "a caption", picture("red"))
+        writer.write_caption("a", "a caption", make_image("red"))
         writer.write_caption("b", "words alone")
         writer.write_edit(
-            "c", "make it snow", [(picture("red"), picture("blue"))] * 2, words="a garden", caption="snow"
+            "c",
+            "make it snow",
+            [(make_image("red"), make_image("blue"))] * 2,
+            words="a garden",
+            caption="snow",
         )
-        writer.write_prompt("d", ["look at", picture("lime")], caption="prompted")
+        writer.write_prompt("d", ["look at", make_image("lime")], caption="prompted")
 
     page = write_contact_sheet(tmp_path, tmp_path / "sheet.html").read_text()
 
@@ -64,10 +68,10 @@ def test_texts_of_a_stranger_stay_texts(tmp_path):
     evil = "<script>alert('x')</script><img src=http://example.com onerror=alert(1)> dog"
     with ShardWriter(tmp_path) as writer:
         writer.write_composition(
-            "a", evil, picture("red"), [("dog", picture("red"), None)], note={"source": evil}
+            "a", evil, make_image("red"), [("dog", make_image("red"), None)], note={"source": evil}
         )
-        writer.write_edit("b", evil, [(picture("red"), picture("red"))], words=evil)
-        writer.write_prompt("c", [evil, picture("red")])
+        writer.write_edit("b", evil, [(make_image("red"), make_image("red"))], words=evil)
+        writer.write_prompt("c", [evil, make_image("red")])
 
     page = write_contact_sheet(tmp_path, tmp_path / "sheet.html").read_text()
 
@@ -90,7 +94,7 @@ def test_samples_are_spread_over_all_shards(tmp_path):
 def test_damaged_samples_are_said_to_be(tmp_path):
     with ShardWriter(tmp_path, samples_per_shard=1) as writer:
         writer.write_caption("good", "a good one")
-        writer.write_caption("bad", "a bad one", picture("red"))
+        writer.write_caption("bad", "a bad one", make_image("red"))
     shard = tmp_path / "part-000001.tar"
     shard.write_bytes(shard.read_bytes().replace(b"\xff\xd8\xff", b"\0\0\0"))
 
@@ -103,7 +107,7 @@ def test_damaged_samples_are_said_to_be(tmp_path):
 def test_command_writes_the_page_and_names_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "COMMANDS", tuple(dict.fromkeys((*cli.COMMANDS, data_command))))
     with ShardWriter(tmp_path / "shards") as writer:
-        writer.write_caption("a", "a dog", picture("red"))
+        writer.write_caption("a", "a dog", make_image("red"))
 
     assert cli.main(["data", "sheet", str(tmp_path / "shards"), "--output", str(tmp_path / "look.html")]) == 0
 

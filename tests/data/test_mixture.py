@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from kosmos_g_diffusers.data import BadSample, FilteredSample, MixtureDataset, Sample, add_share
-from kosmos_g_diffusers.data.order import EndlessOrder
+from kosmos_g_diffusers.data.mixture import EndlessOrder
 
 
 class Numbers:

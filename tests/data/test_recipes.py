@@ -92,8 +92,8 @@ def test_an_edit_may_have_no_input_caption():
 
 
 def test_a_caption_is_its_own_prompt():
-    sample = caption_sample("k", " a dog ", "picture")
-    assert (sample.prompt, sample.caption, sample.target) == (("a dog",), "a dog", "picture")
+    sample = caption_sample("k", " a dog ", "image")
+    assert (sample.prompt, sample.caption, sample.target) == (("a dog",), "a dog", "image")
 
 
 @pytest.mark.parametrize("caption", ["", " \t ", None, 7, ["a"]])

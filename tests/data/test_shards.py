@@ -24,15 +24,16 @@ from kosmos_g_diffusers.data import (
     write_shard_index,
 )
 from kosmos_g_diffusers.data.sample import IMAGE_LENGTH
-from kosmos_g_diffusers.data.tar_index import index_tar
+from kosmos_g_diffusers.data.shard_files import index_tar
+from kosmos_g_diffusers.files import cache_path, write_text
 
 
-def picture(shade, size=(16, 16)):
+def make_image(shade, size=(16, 16)):
     return PIL.Image.new("RGB", size, (shade, shade, shade))
 
 
 def shade(image):
-    """Of a picture made by `picture`, to the nearest ten: JPEG is not exact."""
+    """Of an image made by `make_image`, to the nearest ten: JPEG is not exact."""
     return round(int(np.asarray(image)[0, 0, 0]), -1)
 
 
@@ -70,12 +71,12 @@ def source(tmp_path):
 def one_of_each(tmp_path):
     """A folder with a shard that holds a sample of each kind, as `ShardWriter` writes them."""
     with ShardWriter(tmp_path / "shards") as writer:
-        writer.write_caption("000", "a dog", picture(10), note={"licence": "CC0"})
-        pairs = [(picture(20), picture(30)), (picture(40), picture(50))]
+        writer.write_caption("000", "a dog", make_image(10), note={"licence": "CC0"})
+        pairs = [(make_image(20), make_image(30)), (make_image(40), make_image(50))]
         writer.write_edit("001", "make it snow", pairs, words="a garden", caption="a garden in snow")
-        entities = [("dog", picture(70), picture(80)), ("sofa", None, picture(90))]
-        writer.write_composition("002", "a dog on a sofa", picture(60), entities)
-        writer.write_prompt("003", ["a", picture(100), "and", picture(110)], target=picture(120))
+        entities = [("dog", make_image(70), make_image(80)), ("sofa", None, make_image(90))]
+        writer.write_composition("002", "a dog on a sofa", make_image(60), entities)
+        writer.write_prompt("003", ["a", make_image(100), "and", make_image(110)], target=make_image(120))
     return tmp_path / "shards"
 
 
@@ -105,7 +106,7 @@ def test_we_read_what_webdataset_writes(tmp_path, source):
                 {
                     "__key__": f"x/{number:03d}",
                     "json": {"caption": f"dog {number}"},
-                    "target.png": picture(10 * number),
+                    "target.png": make_image(10 * number),
                 }
             )
     shards = source(tmp_path / "a.tar")
@@ -130,7 +131,7 @@ def test_captions_edits_compositions_and_prompts_come_back(one_of_each, source):
     assert pairs == {(20, 30), (40, 50)}
 
     assert (composition.prompt[0], composition.prompt[2]) == ("a dog", " on a sofa")
-    # of the sofa there is no picture with its background
+    # of the sofa there is no image with its background
     assert (shade(composition.prompt[1]), shade(composition.prompt[3])) == (70, 90)
     assert (shade(composition.target), composition.caption) == (60, "a dog on a sofa")
 
@@ -154,14 +155,14 @@ def test_words_dropped_and_backgrounds_are_drawn(one_of_each, source):
 
 
 def test_shards_of_img2dataset_are_captions(tmp_path, source):
-    picture_bytes = encode(picture(50), "JPEG")
+    image_bytes = encode(make_image(50), "JPEG")
     write_tar(
         tmp_path / "0.tar",
         [
-            ("000.jpg", picture_bytes),
+            ("000.jpg", image_bytes),
             ("000.txt", b"a dog"),
             ("000.json", record(url="http://x", width=16)),
-            ("001.jpg", picture_bytes),
+            ("001.jpg", image_bytes),
             ("001.txt", b"a cat"),
         ],
     )
@@ -222,7 +223,7 @@ def test_a_writer_goes_on_where_one_was_stopped(tmp_path, source):
 def test_the_same_samples_give_the_same_bytes(tmp_path):
     for folder in ("a", "b"):
         with ShardWriter(tmp_path / folder) as writer:
-            writer.write_caption("0", "a dog", picture(1))
+            writer.write_caption("0", "a dog", make_image(1))
     assert (tmp_path / "a/part-000000.tar").read_bytes() == (tmp_path / "b/part-000000.tar").read_bytes()
 
 
@@ -272,14 +273,13 @@ def assert_bad(shards, index, cause, message):
 def test_a_shard_that_is_cut_off_costs_the_samples_behind_the_cut(tmp_path, source):
     with ShardWriter(tmp_path) as writer:
         for number in range(4):
-            writer.write_caption(f"{number}", f"dog {number}", picture(10 * number))
+            writer.write_caption(f"{number}", f"dog {number}", make_image(10 * number))
     (path,) = tmp_path.glob("*.tar")
     third = index_tar(path)[2].members["target.jpg"][0]
     whole = path.read_bytes()
 
-    path.write_bytes(
-        whole[: third + 100]
-    )  # within the third picture; nothing tells that there was a fourth sample
+    # within the third image; nothing tells that there was a fourth sample
+    path.write_bytes(whole[: third + 100])
     shards = source(path)
     assert len(shards) == 3
     assert [read(shards, index).caption for index in (0, 1)] == ["dog 0", "dog 1"]
@@ -338,17 +338,17 @@ def test_a_file_that_is_no_tar_counts_as_one_bad_sample_or_as_the_index_says(tmp
         ([("0.png", b"x")], "row", "neither .json nor .txt, only png"),
         ([("0.json", record(caption="a")), ("0.target.png", b"x")], "image", "cannot be read"),
         ([("0.json", record(caption="a")), ("0.json", record(caption="b"))], "shard", "two members"),
-        ([("0.json", record(edit="a"))], "row", "without the pictures 0.source"),
-        ([("0.json", record(edit="a")), ("0.0.source.png", encode(picture(1)))], "image", "no picture 0.target"),
-        ([("0.json", record(edit="")), *[(f"0.0.{n}.png", encode(picture(1))) for n in ("source", "target")]],
+        ([("0.json", record(edit="a"))], "row", "without the images 0.source"),
+        ([("0.json", record(edit="a")), ("0.0.source.png", encode(make_image(1)))], "image", "no image 0.target"),
+        ([("0.json", record(edit="")), *[(f"0.0.{n}.png", encode(make_image(1))) for n in ("source", "target")]],
          "caption", "empty caption"),
-        ([("0.json", record(caption="a dog", entities=["dog"]))], "image", "no picture 0"),
-        ([("0.json", record(caption="a dog", entities="dog"))], "row", "no list"),
-        ([("0.json", record(caption="a dog", entities=["dog"] * 65))], "row", "no list of at most 64"),
-        ([("0.json", record(prompt=[]))], "row", "no list of 1 to 64"),
+        ([("0.json", record(caption="a dog", entities=["dog"]))], "image", "no image 0"),
+        ([("0.json", record(caption="a dog", entities="dog"))], "row", "not a list"),
+        ([("0.json", record(caption="a dog", entities=["dog"] * 65))], "row", "not a list of at most 64"),
+        ([("0.json", record(prompt=[]))], "row", "not a list of 1 to 64"),
         ([("0.json", record(prompt=["a", 7]))], "row", "neither text nor"),
         ([("0.json", record(prompt=[{"image": "../../etc/passwd"}]))], "row", "neither text nor"),
-        ([("0.json", record(prompt=[{"image": "0"}]))], "image", "no picture 0"),
+        ([("0.json", record(prompt=[{"image": "0"}]))], "image", "no image 0"),
     ],
 )  # fmt: skip
 def test_samples_that_do_not_follow_the_layout_are_bad(tmp_path, source, members, cause, message):
@@ -371,7 +371,7 @@ def test_names_in_a_tar_are_never_paths(tmp_path, source):
     assert [file for file in sorted(tmp_path.rglob("*")) if "cache" not in str(file)] == before
 
 
-def test_a_picture_that_claims_gigabytes_is_not_read(tmp_path, source):
+def test_an_image_that_claims_gigabytes_is_not_read(tmp_path, source):
     huge = tarfile.TarInfo("0.target.png")
     huge.size = 80 * 1024**3
     path = tmp_path / "0.tar"
@@ -433,7 +433,7 @@ def test_no_shards_found_is_an_error(tmp_path, source):
 )
 def test_an_index_of_another_form_is_refused(tmp_path, source, text):
     (tmp_path / "shards.json").write_text(text)
-    with pytest.raises(ValueError, match="shards.json is no"):
+    with pytest.raises(ValueError, match="shards.json is not"):
         source(tmp_path)
 
 
@@ -443,7 +443,7 @@ def remote(tmp_path):
     pytest.importorskip("webdataset")
     with ShardWriter(tmp_path / "far-away", samples_per_shard=2) as writer:
         for number in range(6):
-            writer.write_caption(f"{number}", f"dog {number}", picture(10 * number))
+            writer.write_caption(f"{number}", f"dog {number}", make_image(10 * number))
     write_shard_index(tmp_path / "far-away")
     return tmp_path / "far-away", (tmp_path / "far-away").as_uri()
 
@@ -482,9 +482,8 @@ def test_shards_come_over_http(tmp_path, source, remote):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        shards = source(
-            f"{url}/part-00000{{0..3}}.tar"
-        )  # of the fourth, which is not there, nothing tells the size
+        # of the fourth, which is not there, nothing tells the size
+        shards = source(f"{url}/part-00000{{0..3}}.tar")
         assert shards.groups == [2, 2, 2, 1]
         assert shade(read(shards, 5).target) == 50
         assert_bad(shards, 6, "shard", "part-000003.tar cannot be fetched")
@@ -503,6 +502,15 @@ def test_a_command_that_fails_leaves_no_shard_behind(tmp_path, source, remote):
     shards = source(f"pipe:cat '{folder}/part-000000.tar'; exit 3")
     assert_bad(shards, 0, "shard", "cannot be fetched .*exit 3")
     assert not list((tmp_path / "cache").rglob("*.tar"))
+
+
+def test_what_a_killed_fetch_left_is_removed_by_the_next(tmp_path, source, remote):
+    _, url = remote
+    left = cache_path(tmp_path / "cache", "shards", f"{url}/part-000000.tar", suffix=".tar.x1.part")
+    write_text(left, "half")
+    write_text(left.with_name(f".{left.name}"), "half")
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    assert not list((tmp_path / "cache").rglob("*.part"))
 
 
 def test_the_cache_keeps_to_its_size(tmp_path, source, remote):

@@ -7,14 +7,14 @@ import pytest
 from kosmos_g_diffusers.data import SkipCounter, TooManyBadSamples
 
 
-def batch(used, messages=(), **skipped):
-    return {"keys": ["key"] * used, "skipped": skipped, "skipped_messages": list(messages)}
+def add(counter, used, messages=(), **skipped):
+    counter.add(used, skipped, list(messages))
 
 
 def test_counts_and_examples_of_each_cause_are_in_the_summary():
     counter = SkipCounter(limit=0.5)
-    counter.update(batch(90, [("image", "a.tsv:3 is damaged")], image=1))
-    counter.update(batch(90, [("row", f"a.tsv:{line} has 2 columns") for line in range(9)], row=9))
+    add(counter, 90, [("image", "a.tsv:3 is damaged")], image=1)
+    add(counter, 90, [("row", f"a.tsv:{line} has 2 columns") for line in range(9)], row=9)
     summary = counter.summary()
     assert "10 of 190 samples" in summary
     assert "row: 9, such as a.tsv:0 has 2 columns" in summary and "a.tsv:8" not in summary
@@ -24,44 +24,44 @@ def test_counts_and_examples_of_each_cause_are_in_the_summary():
 
 def test_nothing_skipped_is_said_too():
     counter = SkipCounter()
-    counter.update(batch(7))
+    add(counter, 7)
     assert counter.summary() == "All 7 samples read could be used."
 
 
 def test_the_run_stops_when_the_limit_is_passed_and_says_why():
     counter = SkipCounter(limit=0.01)
-    counter.update(batch(198, image=2))  # exactly 1%
+    add(counter, 198, image=2)  # exactly 1%
     with pytest.raises(TooManyBadSamples, match=r"(?s)3 of 201 samples \(1.49%\).*limit of 1.00%.*x.tsv:9"):
-        counter.update(batch(0, [("image", "x.tsv:9 is damaged")], image=1))
+        add(counter, 0, [("image", "x.tsv:9 is damaged")], image=1)
 
 
 def test_a_few_bad_samples_at_the_start_do_not_stop_a_run():
     counter = SkipCounter(limit=0.01)
-    counter.update(batch(8, image=2))
+    add(counter, 8, image=2)
     with pytest.raises(TooManyBadSamples):
-        counter.update(batch(90))
+        add(counter, 90)
 
 
 def test_filtered_samples_are_counted_but_not_bad():
     counter = SkipCounter(limit=0.0)
-    counter.update(batch(100, **{"filtered: small": 400}))
+    add(counter, 100, **{"filtered: small": 400})
     assert counter.bad == 0 and counter.seen == 100
     assert "filtered: small: 400" in counter.summary()
 
 
 def test_a_limit_of_one_never_stops():
     counter = SkipCounter(limit=1)
-    counter.update(batch(1, image=1000))
+    add(counter, 1, image=1000)
 
 
 def test_counts_survive_a_resume():
     counter = SkipCounter()
-    counter.update(batch(150, [("image", "x")], image=1))
+    add(counter, 150, [("image", "x")], image=1)
     resumed = SkipCounter()
     resumed.load_state_dict(json.loads(json.dumps(counter.state_dict())))
     assert resumed.summary() == counter.summary()
     with pytest.raises(TooManyBadSamples):
-        resumed.update(batch(0, image=1))
+        add(resumed, 0, image=1)
 
 
 @pytest.mark.parametrize("limit", [-0.1, 1.5])

@@ -15,7 +15,7 @@ from kosmos_g_diffusers.data.sample import IMAGE_LENGTH
 from kosmos_g_diffusers.data.tsv import line_offsets
 
 
-def picture(shade, size=(8, 8)):
+def make_image(shade, size=(8, 8)):
     return PIL.Image.new("RGB", size, (shade, 0, 255 - shade))
 
 
@@ -26,7 +26,7 @@ def encode(image, file_format="PNG"):
 
 
 def shade(image):
-    """Of a picture made by `picture`."""
+    """Of an image made by `make_image`."""
     return int(np.asarray(image)[0, 0, 0])
 
 
@@ -50,13 +50,13 @@ def source(tmp_path):
 
 
 def caption_row(text, number, *more):
-    return ["id", text, encode(picture(number)), *more]
+    return ["id", text, encode(make_image(number)), *more]
 
 
 def composition_row(caption, tags, number):
     """Target of shade `number`, then of each tag shades number + 1, + 2 (with and without background), ..."""
-    pictures = [encode(picture(number + i)) for i in range(1 + 2 * len(tags))]
-    return [caption, ",".join(tags), *pictures]
+    images = [encode(make_image(number + i)) for i in range(1 + 2 * len(tags))]
+    return [caption, ",".join(tags), *images]
 
 
 def test_caption_rows(write, source):
@@ -69,8 +69,8 @@ def test_caption_rows(write, source):
 
 
 def test_edit_rows_draw_a_seed_pair(write, source):
-    pictures = [encode(picture(number)) for number in (10, 11, 20, 21, 30, 31)]
-    rows = source("edits", write("0.tsv", [["a garden", "make it snow", *pictures]]))
+    images = [encode(make_image(number)) for number in (10, 11, 20, 21, 30, 31)]
+    rows = source("edits", write("0.tsv", [["a garden", "make it snow", *images]]))
     samples = [rows.read(0, random.Random(seed)) for seed in range(60)]
     pairs = {(shade(sample.prompt[-2]), shade(sample.target)) for sample in samples}
     assert pairs == {(10, 11), (20, 21), (30, 31)}
@@ -138,7 +138,7 @@ def test_differing_weights_of_a_manifest_are_warned_of(write, source, tmp_path, 
 
 def test_length_is_rough_and_decodes_nothing(write, source):
     captions = source(
-        "captions", write("c.tsv", [["id", "a dog", "no picture"], ["id", "a dog in the snow", "no"]])
+        "captions", write("c.tsv", [["id", "a dog", "no image"], ["id", "a dog in the snow", "no"]])
     )
     assert [captions.length(0), captions.length(1)] == [5, 17]
     edits = source("edits", write("e.tsv", [["abc", "de", "no", "no", "no", "no"]]))
@@ -216,17 +216,17 @@ def test_a_later_row_with_the_wrong_columns_costs_that_row(write, source):
 
 
 def test_rows_that_cannot_be_used_are_bad_samples(write, source):
-    truncated = encode(picture(1, (64, 64)))[:120]
+    truncated = encode(make_image(1, (64, 64)))[:120]
     eps = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").decode()
     path = write(
         "0.tsv",
         [
             caption_row("first", 1),
             ["id", "not base64", "§§§"],
-            ["id", "no picture", base64.b64encode(b"hello").decode()],
+            ["id", "no image", base64.b64encode(b"hello").decode()],
             ["id", "truncated", truncated],
             ["id", "a program", eps],
-            ["id", "  ", encode(picture(1))],
+            ["id", "  ", encode(make_image(1))],
         ],
     )
     rows = source("captions", path)
@@ -246,15 +246,15 @@ def test_text_that_is_not_utf8_is_a_bad_row(tmp_path, source):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_decompression_bomb_is_a_bad_picture(write, source, monkeypatch):
-    rows = source("captions", write("0.tsv", [["id", "big", encode(picture(1, (100, 100)))]]))
+def test_a_decompression_bomb_is_a_bad_image(write, source, monkeypatch):
+    rows = source("captions", write("0.tsv", [["id", "big", encode(make_image(1, (100, 100)))]]))
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 9_999)
     with pytest.raises(BadSample, match="decompression bomb") as caught:
         rows.read(0, random.Random(0))
     assert caught.value.cause == "image"
 
 
-def test_small_pictures_are_filtered_by_their_columns(write, source):
+def test_small_images_are_filtered_by_their_columns(write, source):
     rows = source(
         "captions",
         write(

@@ -155,7 +155,7 @@ def save_clipseg(folder):
 
 
 def enlarge(model):
-    """Weights that differ enough for another picture or word to give another answer."""
+    """Weights that differ enough for another image or word to give another answer."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:

@@ -408,7 +408,7 @@ def test_target_of_text_encoder_alone_keeps_the_decoder(make_config, model, tmp_
         ("align", {"model": ""}, "No model was given. Pass --model"),
         ("align", {"data": []}, "No data was given. Pass --data"),
         ("align", {"data": ["shards:/nowhere"]}, "nowhere"),
-        ("align", {"data": ["web:x"]}, "no source of training data"),
+        ("align", {"data": ["web:x"]}, "not a source of training data"),
         ("align", {"data_weights": [1, 2]}, "2 weights were given for 1 sources"),
         ("instruct", {"target": "x"}, "target is 'x', which only the stage align has"),
         ("align", {"lora_rank": 4}, "lora_rank is 4, which only the stage instruct has"),

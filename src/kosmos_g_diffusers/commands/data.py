@@ -1,15 +1,15 @@
-"""Make training data: edits from InstructPix2Pix, compositions from pictures alone.
+"""Make training data: edits from InstructPix2Pix, compositions from images alone.
 
-compose captions each picture, lists the things that the caption names, and cuts each of them out. Samples go to
+compose captions each image, lists the things that the caption names, and cuts each of them out. Samples go to
 WebDataset shards with a manifest and a contact sheet, a page on which to see what was cut out. Stop a run at any moment
-and start it again with the same flags: it goes on. On several GPUs, let accelerate or torchrun start one process for
+and start it again with the same flags: it continues. On several GPUs, let accelerate or torchrun start one process for
 each; elsewhere, start the processes yourself, with --num-processes and a --process-index of its own for each.
 
 examples:
-  kosmos-g data compose --images ./pictures --output ./compositions
-  kosmos-g data compose --images ./pictures --output ./compositions --batch-size 32 --workers 8 \\
+  kosmos-g data compose --images ./images --output ./compositions
+  kosmos-g data compose --images ./images --output ./compositions --batch-size 32 --workers 8 \\
       --model-entities Qwen/Qwen2.5-1.5B-Instruct --threshold 0.4
-  accelerate launch --num_processes 8 --module kosmos_g_diffusers data compose --images ./pictures --output ./compositions
+  accelerate launch --num_processes 8 --module kosmos_g_diffusers data compose --images ./images --output ./compositions
   kosmos-g data instructpix2pix --folder ./clip-filtered-dataset --output ./edits
   kosmos-g data instructpix2pix --dataset timbrooks/instructpix2pix-clip-filtered --output ./edits
   kosmos-g data sheet ./compositions --output look.html --samples 300
@@ -21,16 +21,14 @@ import sys
 from contextlib import contextmanager
 from dataclasses import fields
 
-import torch
-
 from ..data.making import ComposeSettings, EditSettings, compose, instructpix2pix, write_contact_sheet
 from ..data.making.instructpix2pix import COLUMNS
-from ..environment import DTYPES, default_device, default_dtype
+from ..environment import DTYPES, as_dtype, check_device, default_device, default_dtype
 
 
 def add_arguments(parser):
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
-    _add_compose(actions.add_parser("compose", help="pictures -> captions with things cut out"))
+    _add_compose(actions.add_parser("compose", help="images -> captions with things cut out"))
     _add_instructpix2pix(actions.add_parser("instructpix2pix", help="InstructPix2Pix -> shards of edits"))
     sheet = actions.add_parser("sheet", help="a page that shows samples of any shards")
     sheet.add_argument("shards", metavar="SHARDS", help="folder of shards, a shard, a pattern or a URL")
@@ -42,7 +40,7 @@ def add_arguments(parser):
 
 def _add_compose(parser):
     add = parser.add_argument
-    add("--images", required=True, metavar="FOLDER", help="pictures, in it and all folders below")
+    add("--images", required=True, metavar="FOLDER", help="images, in it and all folders below")
     settings = {
         "model_caption": "BLIP-2 or BLIP, folder or Hub id",
         "model_entities": "language model with a chat template, folder or Hub id",
@@ -65,7 +63,7 @@ def _add_compose(parser):
         )
     add("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator, of this process, if there is one)")
     add("--dtype", choices=DTYPES, help="of the models (default: float32 on cpu, else bfloat16)")
-    add("--batch-size", type=int, default=8, metavar="N", help="pictures a step (default: %(default)s)")
+    add("--batch-size", type=int, default=8, metavar="N", help="images a step (default: %(default)s)")
     _add_output(parser)
 
 
@@ -98,7 +96,7 @@ def _add_instructpix2pix(parser):
 
 def _add_output(parser):
     add = parser.add_argument
-    add("--output", required=True, metavar="FOLDER", help="folder of shards: new, or one to go on with")
+    add("--output", required=True, metavar="FOLDER", help="folder of shards: new, or one to continue")
     add(
         "--samples-per-shard",
         type=int,
@@ -111,7 +109,7 @@ def _add_output(parser):
         type=int,
         default=2,
         metavar="N",
-        help="processes that decode pictures (default: %(default)s)",
+        help="processes that decode images (default: %(default)s)",
     )
     add(
         "--num-processes",
@@ -151,13 +149,14 @@ def run(arguments):
                 **{f.name: getattr(arguments, f.name) for f in fields(ComposeSettings)}
             )
             device = arguments.device or _own_device()
+            check_device(device)
             dtype = arguments.dtype or default_dtype(device, half="bfloat16")
             manifest = compose(
                 arguments.images,
                 arguments.output,
                 settings,
                 device=device,
-                dtype=getattr(torch, dtype),
+                dtype=as_dtype(dtype),
                 batch_size=arguments.batch_size,
                 **common,
             )

@@ -3,8 +3,8 @@
 Each collate has `prepare(sample, generator)`, which turns a sample into a row (a dict) or raises BadSample, and is
 called on a list of rows to make the batch (a dict of tensors). They are picklable, for the workers of a DataLoader.
 
-Letters: B samples, L tokens of the longest, N pictures of the batch, S side of the pictures the encoder reads,
-H side of the pictures to draw, h side of their latents.
+Letters: B samples, L tokens of the longest, N images of the batch, S side of the images the encoder reads,
+H side of the images to draw, h side of their latents.
 """
 
 import numpy as np
@@ -20,12 +20,11 @@ MOST_ASPECT = 50
 class _Prompts:
     """What the stages share: prompts to ids, masks and pixels, padded on the right."""
 
-    def __init__(self, processor, max_text_tokens, pad_to_multiple_of):
+    def __init__(self, processor, max_text_tokens):
         self.processor, self.max_text_tokens = processor, max_text_tokens
-        self.pad_to_multiple_of = pad_to_multiple_of
 
     def prepare(self, key, prompt):
-        """{"ids", "slots", "pixels"} as `KosmosGProcessor` makes them of the same words and pictures."""
+        """{"ids", "slots", "pixels"} as `KosmosGProcessor` makes them of the same words and images."""
         if all(isinstance(part, str) and not part.strip() for part in prompt):
             raise BadSample("caption", f"{key} has an empty prompt")
         for part in prompt:
@@ -44,9 +43,8 @@ class _Prompts:
         return {"ids": ids, "slots": slots, "pixels": pixels}
 
     def pad(self, rows):
-        """Rows -> `input_ids`, `attention_mask` and, with pictures, `image_token_mask` and `pixel_values`."""
-        longest, multiple = max(len(row["ids"]) for row in rows), self.pad_to_multiple_of
-        shape = (len(rows), -(-longest // multiple) * multiple)
+        """Rows -> `input_ids`, `attention_mask` and, with images, `image_token_mask` and `pixel_values`."""
+        shape = (len(rows), max(len(row["ids"]) for row in rows))
         batch = {
             "input_ids": torch.full(shape, self.processor.tokenizer.pad_token_id),
             "attention_mask": torch.zeros(shape, dtype=torch.bool),
@@ -57,7 +55,7 @@ class _Prompts:
             batch["input_ids"][number, :length] = torch.tensor(row["ids"])
             batch["attention_mask"][number, :length] = True
             slots[number, :length] = torch.tensor(row["slots"])
-        pixels = [picture for row in rows for picture in row["pixels"]]
+        pixels = [image for row in rows for image in row["pixels"]]
         if pixels:
             batch["image_token_mask"] = slots
             batch["pixel_values"] = torch.from_numpy(np.stack(pixels))
@@ -65,22 +63,21 @@ class _Prompts:
 
 
 class PretrainCollate:
-    """Stage 1, next-token prediction over text, captioned pictures and interleaved documents.
+    """Stage 1, next-token prediction over text, captioned images and interleaved documents.
 
-    A sequence ends in `</s>`. A sample whose prompt is its caption and that has a picture becomes picture, caption.
+    A sequence ends in `</s>`. A sample whose prompt is its caption and that has an image becomes image, caption.
 
     Args:
         processor: a `KosmosGProcessor`.
         max_text_tokens: samples with more tokens of text are left out; None keeps all that the model can read.
-        pad_to_multiple_of: L is a multiple of it.
 
     The batch: `input_ids` (B, L) int64 without the last `</s>`; `labels` (B, L) int64, the next token where that is
-    text, `</s>` or the mark that begins a picture, -100 where it belongs to the picture or is padding;
-    `attention_mask` (B, L) bool; with pictures `image_token_mask` (B, L) bool and `pixel_values` (N, 3, S, S) float32.
+    text, `</s>` or the mark that begins an image, -100 where it belongs to the image or is padding;
+    `attention_mask` (B, L) bool; with images `image_token_mask` (B, L) bool and `pixel_values` (N, 3, S, S) float32.
     """
 
-    def __init__(self, processor, *, max_text_tokens=None, pad_to_multiple_of=1):
-        self.prompts = _Prompts(processor, max_text_tokens, pad_to_multiple_of)
+    def __init__(self, processor, *, max_text_tokens=None):
+        self.prompts = _Prompts(processor, max_text_tokens)
 
     def prepare(self, sample, generator):
         prompt = sample.prompt
@@ -89,10 +86,10 @@ class PretrainCollate:
         row = self.prompts.prepare(sample.key, prompt)
         tokenizer = self.prompts.processor.tokenizer
         following = [*row["ids"][1:], tokenizer.eos_token_id]
-        of_picture = [*row["slots"][1:], False]
+        of_image = [*row["slots"][1:], False]
         row["labels"] = [
             IGNORED if inside or token == tokenizer.end_of_image_token_id else token
-            for token, inside in zip(following, of_picture, strict=True)
+            for token, inside in zip(following, of_image, strict=True)
         ]
         return row
 
@@ -112,14 +109,13 @@ class AlignCollate:
         target_tokenizer: tokenizer of the target text encoder. Captions that it would have to cut are left out, as in
             the official loader: the two encoders would read different texts.
         max_text_tokens: the same for our own tokens; 85 as in the official loader.
-        pad_to_multiple_of: L is a multiple of it.
 
     The batch: `input_ids` (B, L) int64, `attention_mask` (B, L) bool, and `clip_input_ids` (B, 77) int64, padded to the
     target's full length.
     """
 
-    def __init__(self, processor, target_tokenizer, *, max_text_tokens=85, pad_to_multiple_of=1):
-        self.prompts = _Prompts(processor, max_text_tokens, pad_to_multiple_of)
+    def __init__(self, processor, target_tokenizer, *, max_text_tokens=85):
+        self.prompts = _Prompts(processor, max_text_tokens)
         self.target_tokenizer = target_tokenizer
 
     def prepare(self, sample, generator):
@@ -149,20 +145,19 @@ class AlignCollate:
 
 
 class InstructCollate:
-    """Stage 3: prompts of words and pictures, and the picture to draw with its noise.
+    """Stage 3: prompts of words and images, and the image to draw with its noise.
 
     Args:
         processor: a `KosmosGProcessor`.
-        resolution: side of the pictures to draw (H), in pixels.
+        resolution: side of the images to draw (H), in pixels.
         num_train_timesteps: of the noise scheduler; timesteps are drawn evenly from [0, num_train_timesteps).
         latent_channels, vae_scale_factor: of the VAE; h = H / vae_scale_factor.
         condition_dropout: probability that a sample trains without its prompt, for classifier-free guidance.
         max_text_tokens: samples with more tokens of text are left out; 128 as in the official loader.
         resize: bring targets to H x H as the official code does (shorter side, bilinear, then the centre). False takes
-            them as they are and refuses any other size, for pictures that resampling would blur.
-        pad_to_multiple_of: L is a multiple of it.
+            them as they are and refuses any other size, for images that resampling would blur.
 
-    The batch: `input_ids` (B, L) int64, `attention_mask` (B, L) bool, with pictures `image_token_mask` (B, L) bool and
+    The batch: `input_ids` (B, L) int64, `attention_mask` (B, L) bool, with images `image_token_mask` (B, L) bool and
     `pixel_values` (N, 3, S, S) float32; `target_pixel_values` (B, 3, H, H) float32 in [-1, 1]; `latent_noise` and
     `noise` (B, latent_channels, h, h) float32, for the VAE's sample and for the diffusion; `timesteps` (B,) int64;
     `drop_condition` (B,) bool.
@@ -179,9 +174,8 @@ class InstructCollate:
         condition_dropout=0.1,
         max_text_tokens=128,
         resize=True,
-        pad_to_multiple_of=1,
     ):
-        self.prompts = _Prompts(processor, max_text_tokens, pad_to_multiple_of)
+        self.prompts = _Prompts(processor, max_text_tokens)
         if resolution < 1 or resolution % vae_scale_factor:
             raise ValueError(
                 f"resolution={resolution} was given. Expected a multiple of the VAE's factor, {vae_scale_factor}."
@@ -198,7 +192,7 @@ class InstructCollate:
     def prepare(self, sample, generator):
         if sample.target is None:
             raise BadSample(
-                "target", f"{sample.key} has no picture to draw, and the instruction stage learns to draw"
+                "target", f"{sample.key} has no image to draw, and the instruction stage learns to draw"
             )
         row = self.prompts.prepare(sample.key, sample.prompt)
         row["target_pixel_values"] = self._prepare_target(sample)
@@ -248,5 +242,5 @@ def _check_aspect(image, key):
     if max(image.size) > MOST_ASPECT * min(image.size):
         raise BadSample(
             "image",
-            f"{key} has a picture of {image.width} x {image.height} pixels, too narrow to crop a square from",
+            f"{key} has an image of {image.width} x {image.height} pixels, too narrow to crop a square from",
         )

@@ -2,23 +2,22 @@
 
 from pathlib import Path
 
-from .images import decode_picture
 from .recipes import WORD_DROPOUT, caption_sample, check_caption, edit_sample
-from .sample import IMAGE_LENGTH, BadSample
+from .sample import IMAGE_LENGTH, BadSample, decode_image
 
 GROUP = 10_000  # rows that are shuffled together: an Arrow table has no files to shuffle
 
 
 class HubDatasetSource:
-    """Rows of a map-style `datasets.Dataset`: captioned pictures, texts, or edits where an `edit` column is named.
+    """Rows of a map-style `datasets.Dataset`: captioned images, texts, or edits where an `edit` column is named.
 
     Args:
         dataset: a `datasets.Dataset`.
         name: for messages.
-        caption: column of the caption; with `edit`, of what the edited picture shows (may be None).
-        image: column of the picture to draw: the captioned or the edited one; None reads text alone.
+        caption: column of the caption; with `edit`, of what the edited image shows (may be None).
+        image: column of the image to draw: the captioned or the edited one; None reads text alone.
         edit: column of the instruction; None for captions.
-        source: column of the picture before the edit.
+        source: column of the image before the edit.
         input: column of what that shows, which is dropped with probability `word_dropout`.
 
     Raises:
@@ -51,7 +50,7 @@ class HubDatasetSource:
         if edit is not None and not (image and source):
             raise ValueError(
                 f"The dataset {name} was given edit={edit} with source={source} and image={image}. An edit needs the "
-                "columns of the picture before (source) and after (image)."
+                "columns of the image before (source) and after (image)."
             )
         if len(dataset) == 0:
             raise ValueError(f"No data found: the dataset {name} holds no rows.")
@@ -59,10 +58,10 @@ class HubDatasetSource:
             if column is not None:
                 if not isinstance(dataset.features[column], datasets.Image):
                     raise ValueError(
-                        f"The column {column} of the dataset {name} holds {dataset.features[column]}, no pictures. "
+                        f"The column {column} of the dataset {name} holds {dataset.features[column]}, not images. "
                         "Expected a column of the feature datasets.Image."
                     )
-                # the bytes as they are: decoding is ours, where a bad picture costs one sample
+                # the bytes as they are: decoding is ours, where a bad image costs one sample
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.dataset, self.name, self.columns, self.word_dropout = dataset, name, columns, word_dropout
         texts = [columns[use] for use in ("caption", "edit", "input") if columns[use] is not None]
@@ -99,8 +98,8 @@ class HubDatasetSource:
 
     def length(self, index):
         texts = self._texts[int(index)].values()
-        pictures = 1 if self.columns["edit"] is not None else 0
-        return sum(len(text) for text in texts if isinstance(text, str)) + IMAGE_LENGTH * pictures
+        images = 1 if self.columns["edit"] is not None else 0
+        return sum(len(text) for text in texts if isinstance(text, str)) + IMAGE_LENGTH * images
 
     def read(self, index, rng):
         key = f"{self.name}:{index}"
@@ -109,23 +108,23 @@ class HubDatasetSource:
         except Exception as error:  # whatever Arrow or a file of the dataset raises costs this row
             raise BadSample("row", f"{key} cannot be read ({error})") from error
         values = {use: row[column] for use, column in self.columns.items() if column is not None}
-        target = self._picture(values["image"], key) if "image" in values else None
+        target = self._image(values["image"], key) if "image" in values else None
         if "edit" not in values:
             return caption_sample(key, values.get("caption"), target)
-        source, caption = self._picture(values["source"], key), values.get("caption")
+        source, caption = self._image(values["source"], key), values.get("caption")
         caption = check_caption(caption, key) if caption is not None else None
         return edit_sample(
             key, values.get("input"), values["edit"], source, target, caption, rng, self.word_dropout
         )
 
     @staticmethod
-    def _picture(value, key):
+    def _image(value, key):
         if not isinstance(value, dict):
-            raise BadSample("image", f"{key} has no picture")
+            raise BadSample("image", f"{key} has no image")
         data = value.get("bytes")
         if data is None:
             try:
                 data = Path(value["path"]).read_bytes()
             except (OSError, TypeError, KeyError) as error:
-                raise BadSample("image", f"{key} has a picture that cannot be read ({error})") from error
-        return decode_picture(data, key)
+                raise BadSample("image", f"{key} has an image that cannot be read ({error})") from error
+        return decode_image(data, key)

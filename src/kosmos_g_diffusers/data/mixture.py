@@ -3,15 +3,15 @@
 Letters: B samples a process, P processes, G = B * P samples of the global batch.
 """
 
+import hashlib
 import random
-from collections import Counter
+from collections import Counter, OrderedDict
 from itertools import count
 
 import numpy as np
 import torch
 import torch.utils.data
 
-from .order import EndlessOrder, Memo, derive_seed
 from .sample import BadSample, FilteredSample
 
 FILTERED = "filtered: "  # causes that begin so do not count as bad data
@@ -43,7 +43,7 @@ class MixtureDataset(torch.utils.data.Dataset):
         bucket_window: W above; 1 keeps the shuffled order.
         shuffle_window: see `EndlessOrder`.
 
-    A batch has, beside the tensors of `collate`: `source` (its name), `keys` (of the samples), `skipped` (cause ->
+    A batch has, besides the tensors of `collate`: `source` (its name), `keys` (of the samples), `skipped` (cause ->
     count of what had to be replaced) and `skipped_messages` (a pair of cause and text for each of them).
 
     Raises:
@@ -88,13 +88,12 @@ class MixtureDataset(torch.utils.data.Dataset):
                 f"Expected 0 to {num_processes - 1}."
             )
         self.orders = [
-            EndlessOrder(source.groups, derive_seed(self.seed, "order", number), shuffle_window)
+            EndlessOrder(source.groups, stream_seed(self.seed, "order", number), shuffle_window)
             for number, source in enumerate(self.sources)
         ]
         self._schedule_blocks = Memo(self._draw_schedule, 4)
-        self._counts_before = [
-            np.zeros(len(self.sources), dtype=np.int64)
-        ]  # batches of each source before block b
+        # batches of each source before block b
+        self._counts_before = [np.zeros(len(self.sources), dtype=np.int64)]
         self._bucket = Memo(self._sort_window, 2 * len(self.sources))
 
     def __getitem__(self, step):
@@ -137,7 +136,7 @@ class MixtureDataset(torch.utils.data.Dataset):
         return self._bucket(source, window)[rest].tolist()
 
     def _draw_schedule(self, block):
-        rng = np.random.default_rng(derive_seed(self.seed, "schedule", block))
+        rng = np.random.default_rng(stream_seed(self.seed, "schedule", block))
         return rng.choice(len(self.sources), size=SCHEDULE_BLOCK, p=self.weights)
 
     def _sort_window(self, source, window):
@@ -146,7 +145,7 @@ class MixtureDataset(torch.utils.data.Dataset):
         positions = np.arange(window * size, (window + 1) * size)
         lengths = [self._length(source, position) for position in positions.tolist()]
         batches = positions[np.argsort(lengths, kind="stable")].reshape(self.bucket_window, -1)
-        return np.random.default_rng(derive_seed(self.seed, "buckets", source, window)).permutation(batches)
+        return np.random.default_rng(stream_seed(self.seed, "buckets", source, window)).permutation(batches)
 
     def _length(self, source, position):
         try:
@@ -159,9 +158,9 @@ class MixtureDataset(torch.utils.data.Dataset):
         source, first_error = self.sources[number], None
         for attempt in count():
             # the seeds hold the position, not the index: a sample is varied anew in every epoch
-            rng = random.Random(derive_seed(self.seed, "sample", number, position, attempt))
+            rng = random.Random(stream_seed(self.seed, "sample", number, position, attempt))
             index = self.orders[number][position] if attempt == 0 else rng.randrange(len(source))
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "training", number, position))
+            generator = torch.Generator().manual_seed(stream_seed(self.seed, "training", number, position))
             try:
                 sample = source.read(index, rng)
                 return sample.key, self.collates[number].prepare(sample, generator)
@@ -171,7 +170,7 @@ class MixtureDataset(torch.utils.data.Dataset):
             if attempt + 1 == MOST_ATTEMPTS:
                 raise ValueError(
                     f"{MOST_ATTEMPTS} samples in a row of source {source.name!r} ({len(source):,} samples) cannot be "
-                    f"used; the first: {first_error}. Mend the data or take the source out of the mixture."
+                    f"used; the first: {first_error}. Fix the data or take the source out of the mixture."
                 )
 
 
@@ -201,3 +200,85 @@ def _check_weights(sources, weights):
             "Expected positive numbers; leave a source out instead of giving it the weight 0."
         )
     return weights / weights.sum()
+
+
+# The endless shuffled order of one source, computed from a position alone: nothing has to be remembered to resume. ------
+
+
+def stream_seed(*parts):
+    """A seed in [0, 2**63) that is well mixed even when the parts (ints and strings) differ by little."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Memo:
+    """The last few results of a function of hashable arguments. Dropped when pickled, so that workers start small."""
+
+    def __init__(self, function, size):
+        self.function, self.size, self.results = function, size, OrderedDict()
+
+    def __call__(self, *arguments):
+        if arguments in self.results:
+            self.results.move_to_end(arguments)
+            return self.results[arguments]
+        result = self.results[arguments] = self.function(*arguments)
+        if len(self.results) > self.size:
+            self.results.popitem(last=False)
+        return result
+
+    def __getstate__(self):
+        return {"function": self.function, "size": self.size, "results": OrderedDict()}
+
+
+class EndlessOrder:
+    """Position -> index: epoch after epoch, in each of them every sample once.
+
+    In an epoch the groups (files, shards) are permuted; then neighbours are joined to windows of about
+    `shuffle_window` samples, and each window is permuted. So only a few files are in use at a time, and a set of
+    billions of samples needs no permutation of billions. A source smaller than the window is shuffled as a whole.
+
+    Args:
+        groups: samples in each file, in order. Groups larger than the window are cut, so that memory stays bounded.
+        seed: two seeds give two orders.
+        shuffle_window: samples; a window holds fewer than twice as many.
+    """
+
+    def __init__(self, groups, seed, shuffle_window=65_536):
+        self.seed, self.shuffle_window = seed, shuffle_window
+        sizes = np.asarray(groups, dtype=np.int64)
+        if sizes.max(initial=0) > shuffle_window:
+            sizes = np.concatenate([_cut(size, shuffle_window) for size in sizes.tolist()])
+        self.sizes = sizes
+        self.starts = np.cumsum(sizes) - sizes
+        self.total = int(sizes.sum())
+        self._epoch = Memo(self._shuffle_groups, 2)
+        self._window = Memo(self._shuffle_window, 4)
+
+    def __getitem__(self, position):
+        epoch, rest = divmod(position, self.total)
+        _, before, windows = self._epoch(epoch)
+        window = int(windows[np.searchsorted(before, rest, side="right") - 1])
+        first = int(before[np.searchsorted(windows, window)])
+        return int(self._window(epoch, window)[rest - first])
+
+    def _shuffle_groups(self, epoch):
+        """(groups in the epoch's order, samples before each, number of the window each belongs to)."""
+        groups = np.random.default_rng(stream_seed(self.seed, "groups", epoch)).permutation(len(self.sizes))
+        groups = groups[self.sizes[groups] > 0]
+        sizes = self.sizes[groups]
+        before = np.cumsum(sizes) - sizes
+        return groups, before, before // self.shuffle_window
+
+    def _shuffle_window(self, epoch, window):
+        """The indices of one window of an epoch, shuffled."""
+        groups, _, windows = self._epoch(epoch)
+        members = groups[np.searchsorted(windows, window) : np.searchsorted(windows, window, side="right")]
+        indices = np.concatenate(
+            [np.arange(self.starts[group], self.starts[group] + self.sizes[group]) for group in members]
+        )
+        return np.random.default_rng(stream_seed(self.seed, "window", epoch, window)).permutation(indices)
+
+
+def _cut(size, most):
+    whole, rest = divmod(size, most)
+    return np.array([most] * whole + [rest] * bool(rest), dtype=np.int64)

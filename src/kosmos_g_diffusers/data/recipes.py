@@ -1,6 +1,6 @@
 """How captions, edits and compositions become prompts: the rules that every format shares.
 
-They are the official loaders' (laion2b_loader.py, instructpix2pix_loader.py, openimage_loader.py), with one mend: a
+They are the official loaders' (laion2b_loader.py, instructpix2pix_loader.py, openimage_loader.py), with one fix: a
 composition whose caption begins with an entity lost its words is kept; there it raises IndexError and is dropped.
 """
 
@@ -8,10 +8,10 @@ import re
 
 from .sample import BadSample, Sample
 
-WORD_DROPOUT = 0.5  # probability that the words beside the pictures are left out, --random-drop-caption-prob
+WORD_DROPOUT = 0.5  # probability that the words next to the images are left out, --random-drop-caption-prob
 BACKGROUND = 0.5  # probability that an entity is shown with its background
 
-# a colour is no object to cut out, though a language model lists it among the objects
+# a colour is not an object to cut out, though a language model lists it among the objects
 COLOURS = frozenset(
     "yellow blue red green white black brown grey gray purple pink orange cyan silver gold golden".split()
 )
@@ -19,7 +19,7 @@ WORD_ENDS = frozenset(" ,.!?;:)]}")
 
 
 def check_caption(caption, key):
-    """The caption without outer spaces. Raises BadSample when it is empty or no text."""
+    """The caption without outer spaces. Raises BadSample when it is empty or not text."""
     if not isinstance(caption, str) or not caption.strip():
         given = (
             "an empty caption" if isinstance(caption, str) else f"a caption of type {type(caption).__name__}"
@@ -29,13 +29,13 @@ def check_caption(caption, key):
 
 
 def caption_sample(key, caption, target=None):
-    """A caption and the picture that it describes."""
+    """A caption and the image that it describes."""
     caption = check_caption(caption, key)
     return Sample(key, (caption,), target, caption)
 
 
 def edit_sample(key, words, edit, source, target, caption, rng, word_dropout=WORD_DROPOUT):
-    """`words` (what the source shows, dropped with probability `word_dropout`), the source picture, the instruction."""
+    """`words` (what the source shows, dropped with probability `word_dropout`), the source image, the instruction."""
     edit = check_caption(edit, key)
     words = words.strip() if isinstance(words, str) and rng.random() >= word_dropout else ""
     prompt = (words, source, edit) if words else (source, edit)
@@ -43,20 +43,20 @@ def edit_sample(key, words, edit, source, target, caption, rng, word_dropout=WOR
 
 
 def composition_sample(
-    key, caption, entities, picture, target, rng, word_dropout=WORD_DROPOUT, background=BACKGROUND
+    key, caption, entities, image, target, rng, word_dropout=WORD_DROPOUT, background=BACKGROUND
 ):
-    """A caption in which each entity's words are followed by its picture.
+    """A caption in which each entity's words are followed by its image.
 
     Args:
-        entities: words of each entity, in the order of their pictures.
-        picture: function of (number of an entity, whether with its background) -> RGB PIL image.
-        word_dropout: probability that the words of all entities are left out, so that only the pictures tell.
-        background: probability, for each entity, of the picture with its background.
+        entities: words of each entity, in the order of their images.
+        image: function of (number of an entity, whether with its background) -> RGB PIL image.
+        word_dropout: probability that the words of all entities are left out, so that only the images tell.
+        background: probability, for each entity, of the image with its background.
     """
     caption = check_caption(caption, key)
     keep_words = rng.random() >= word_dropout
     prompt = [
-        part if isinstance(part, str) else picture(part, rng.random() < background)
+        part if isinstance(part, str) else image(part, rng.random() < background)
         for part in interleave(caption, entities, keep_words)
     ]
     return Sample(key, tuple(prompt), target, caption)

@@ -1,11 +1,25 @@
-"""What every source of training data gives: samples, and the protocol by which the mixture asks for them."""
+"""What every source of training data gives: samples, and the protocol by which the mixture asks for them.
 
+Bytes that someone else wrote become images here, or a BadSample: nothing trusts its input.
+"""
+
+import base64
+import binascii
+import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import PIL.Image
+
+from ..processing_kosmos_g import open_image
+
+# What Pillow decodes by itself: EPS, for one, would start Ghostscript on the file's program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MOST_IMAGE_BYTES = 64 * 1024**2
+# An image takes 66 tokens of the prompt (64 states and two marks) and a token is about four characters of English.
+IMAGE_LENGTH = 264
 
 
 @dataclass(frozen=True)
@@ -14,8 +28,8 @@ class Sample:
 
     Attributes:
         key: says where it came from, for messages: "captions/0007.tsv:17".
-        prompt: strings and RGB pictures in reading order; a caption is `("a dog",)`.
-        target: RGB picture that stage 3 learns to draw; None if there is none.
+        prompt: strings and RGB images in reading order; a caption is `("a dog",)`.
+        target: RGB image that stage 3 learns to draw; None if there is none.
         caption: plain words for the target, which stage 2 gives to CLIP; None if there are none.
     """
 
@@ -60,11 +74,38 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def length(self, index: int) -> int:
-        """Rough length of the prompt in characters, a picture counting `IMAGE_LENGTH`. Cheap: no picture is decoded."""
+        """Rough length of the prompt in characters, an image counting `IMAGE_LENGTH`. Cheap: no image is decoded."""
 
     def read(self, index: int, rng: random.Random) -> Sample:
         """Sample number `index`; every random choice within it is drawn from `rng`. Raises BadSample."""
 
 
-# A picture takes 66 tokens of the prompt (64 states and two marks) and a token is about four characters of English.
-IMAGE_LENGTH = 264
+def decode_image(data, key):
+    """Bytes of an image file -> RGB PIL image, upright.
+
+    Args:
+        data: bytes of a file in one of `FORMATS`, at most `MOST_IMAGE_BYTES`.
+        key: names the sample in the error.
+
+    Raises:
+        BadSample: cause "image"; too many bytes or pixels, damaged, or not an image.
+    """
+    if len(data) > MOST_IMAGE_BYTES:
+        raise BadSample(
+            "image", f"{key} has an image of {len(data):,} bytes; at most {MOST_IMAGE_BYTES:,} are read"
+        )
+    try:
+        return open_image(PIL.Image.open(io.BytesIO(data), formats=FORMATS), "the image")
+    except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything
+        raise BadSample("image", f"{key} has an image that cannot be read ({error})") from error
+
+
+def decode_base64_image(text, key):
+    """As `decode_image`, from base64 text (bytes)."""
+    if len(text) > MOST_IMAGE_BYTES // 3 * 4:
+        raise BadSample("image", f"{key} has an image of {len(text):,} base64 characters, which is too many")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadSample("image", f"{key} has an image that is not base64 ({error})") from error
+    return decode_image(data, key)

@@ -1,4 +1,4 @@
-"""The files of a set of shards: found, counted, fetched from afar, read."""
+"""The files of a set of shards: found, counted, fetched from afar, read; and where in each its samples lie."""
 
 import glob
 import json
@@ -6,17 +6,24 @@ import logging
 import os
 import re
 import shutil
+import tarfile
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from ..files import cache_path, default_cache_dir, written_atomically
-from .images import MOST_BYTES
-from .manifest import MOST_MANIFEST_BYTES, load_json_file
-from .sample import BadSample
-from .tar_index import index_tar
+from ..files import (
+    MOST_JSON_BYTES,
+    cache_path,
+    default_cache_dir,
+    read_json,
+    remove_partial_files,
+    write_text,
+    written_atomically,
+)
+from .sample import MOST_IMAGE_BYTES, BadSample
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +40,7 @@ class ShardFiles:
         cache_dir, cache_bytes: see `ShardSource`.
 
     `shards.json` lists shards with their numbers of samples, as WebDataset's `wids` does: {"shardlist": [{"url": name,
-    "nsamples": n}, ...]}. It is looked for beside the shards. Without it, they are counted once, which takes a reading
+    "nsamples": n}, ...]}. It is looked for next to the shards. Without it, they are counted once, which takes a reading
     of all headers, and for remote shards the fetching of everything.
 
     Raises:
@@ -69,9 +76,9 @@ class ShardFiles:
 
     def read(self, number, offset, size):
         """Bytes of a shard. Raises BadSample ("shard"; "image" when they are too many)."""
-        if size > MOST_BYTES:
+        if size > MOST_IMAGE_BYTES:
             raise BadSample(
-                "image", f"{self.names[number]} has a member of {size:,} bytes; {MOST_BYTES:,} are read"
+                "image", f"{self.names[number]} has a member of {size:,} bytes; {MOST_IMAGE_BYTES:,} are read"
             )
 
         def read_part(path):
@@ -120,7 +127,7 @@ class ShardFiles:
             return []
         for folder in {Path(url).parent for url in urls}:
             if (folder / INDEX_NAME).is_file():
-                self._note_samples(load_json_file(folder / INDEX_NAME), folder / INDEX_NAME, str(folder))
+                self._note_samples(read_json(folder / INDEX_NAME), folder / INDEX_NAME, str(folder))
         return urls
 
     def _find_remote(self):
@@ -139,7 +146,7 @@ class ShardFiles:
 
     def _read_index(self, path):
         """The shards that a local shards.json lists."""
-        urls = self._note_samples(load_json_file(path), path, str(path.parent))
+        urls = self._note_samples(read_json(path), path, str(path.parent))
         missing = [url for url in urls if not os.path.isfile(url)]
         if missing:
             raise ValueError(
@@ -149,7 +156,7 @@ class ShardFiles:
         return urls
 
     def _note_samples(self, index, path, base):
-        """Remember the counts of a shards.json and return its shards. Raises ValueError if it is none."""
+        """Remember the counts of a shards.json and return its shards. Raises ValueError if it is not one."""
         shards = index.get("shardlist") if isinstance(index, dict) else None
         if not isinstance(shards, list) or not all(
             isinstance(shard, dict)
@@ -159,9 +166,9 @@ class ShardFiles:
             for shard in shards
         ):
             raise ValueError(
-                f'{path} is no list of shards. Expected {{"shardlist": [{{"url": "000.tar", "nsamples": 1000}}, ...]}}.'
+                f'{path} is not a list of shards. Expected {{"shardlist": [{{"url": "000.tar", "nsamples": 1000}}, ...]}}.'
             )
-        # shards lie beside their list: of what it calls them, only the last part counts
+        # shards lie next to their list: of what it calls them, only the last part counts
         urls = [os.path.join(base, os.path.basename(shard["url"])) for shard in shards]
         self._samples.update(zip(urls, (shard["nsamples"] for shard in shards), strict=True))
         return urls
@@ -179,8 +186,7 @@ class ShardFiles:
             logger.warning("%s", error.message)
             return 1
         try:
-            with written_atomically(cached) as file:
-                file.write(str(samples).encode())
+            write_text(cached, str(samples))
         except OSError as error:  # costs time only
             logger.warning("Counts of samples are not kept in %s (%s).", self.cache_dir, error)
         return samples
@@ -198,6 +204,7 @@ class ShardFiles:
             path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # of many workers one fetches, the others wait for it
             if not path.is_file():
+                remove_partial_files(path.parent, path.name)  # of a process that was killed while it fetched
                 try:
                     # the stream is closed first, and that raises when the command behind it failed
                     with written_atomically(path) as file, _open_url(url) as stream:
@@ -225,7 +232,7 @@ class ShardFiles:
 
     def _fetch_json(self, url):
         with _open_url(url) as stream:
-            data = stream.read(MOST_MANIFEST_BYTES)
+            data = stream.read(MOST_JSON_BYTES)
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -260,3 +267,66 @@ def _expand_braces(where):
     if "{" not in where:
         return [where]
     return _webdataset().shardlists.expand_urls(where)
+
+
+@dataclass
+class TarSample:
+    """Members of one sample: extension ("json", "target.jpg") -> (offset, size) of its bytes."""
+
+    key: str
+    members: dict = field(default_factory=dict)
+    problem: str | None = None
+
+
+def index_tar(path):
+    """The samples of a tar file: a list of `TarSample`, in the file's order, found by reading the headers alone.
+
+    As WebDataset has it, a sample is a run of members whose names are alike up to the first dot of the last part.
+    Names are only ever compared, never used as paths; links, devices and sparse files are ignored. Where the file
+    is cut off or damaged, the samples up to there are given, the last of them with its `problem` set.
+
+    Raises:
+        BadSample: cause "shard"; the file is not a plain tar file.
+        OSError: it is not there.
+    """
+    samples, damage = [], None
+    size = os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # tarfile keeps every header otherwise
+                if member.isreg() and not member.issparse():
+                    _add_member(samples, member, size)
+            # tarfile takes a damaged header, or the end of a file that is cut off, for the end of the archive
+            tar.fileobj.seek(tar.offset)
+            end = tar.fileobj.read(tarfile.BLOCKSIZE)
+            if end.count(b"\0") != tarfile.BLOCKSIZE:
+                damage = f"a damaged header at byte {tar.offset:,}" if end else "cut off"
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        damage = error
+    if damage and not samples:
+        raise BadSample("shard", f"{path} cannot be read as an uncompressed tar file ({damage})")
+    if damage and samples[-1].problem is None:  # members of the last sample may be missing
+        samples[-1].problem = f"is the last before the damage of its shard ({damage})"
+    return samples
+
+
+def _add_member(samples, member, size):
+    key, extension = split_name(member.name)
+    if not extension:
+        return
+    if not samples or samples[-1].key != key:
+        samples.append(TarSample(key))
+    sample = samples[-1]
+    if extension in sample.members:
+        sample.problem = f"has two members with the ending .{extension}"
+    if member.offset_data + member.size > size:
+        sample.problem = "is cut off: the shard ends before it does"
+    sample.members[extension] = (member.offset_data, member.size)
+
+
+def split_name(name):
+    """ "a/b.c/0007.target.jpg" -> ("a/b.c/0007", "target.jpg")."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()

@@ -6,7 +6,6 @@ from collections import OrderedDict
 
 import numpy as np
 
-from .images import decode_picture
 from .recipes import (
     BACKGROUND,
     WORD_DROPOUT,
@@ -15,14 +14,14 @@ from .recipes import (
     composition_sample,
     edit_sample,
 )
-from .sample import IMAGE_LENGTH, BadSample, Sample
+from .sample import IMAGE_LENGTH, BadSample, Sample, decode_image
 from .shard_files import ShardFiles
 
-MOST_JSON_BYTES = 1024**2
-MOST_PARTS = 64  # pictures and texts of a prompt, pairs of an edit, entities of a composition
+MOST_RECORD_BYTES = 1024**2
+MOST_PARTS = 64  # images and texts of a prompt, pairs of an edit, entities of a composition
 INDEXED_SAMPLES = 262_144  # of the shards whose index is kept; a shuffle window has to fit
-PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp")
-PICTURE_NAME = re.compile(r"[0-9]{1,3}(\.[a-z]+)?")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+IMAGE_NAME = re.compile(r"[0-9]{1,3}(\.[a-z]+)?")
 
 
 class ShardSource:
@@ -67,11 +66,11 @@ class ShardSource:
     def length(self, index):
         """From the names and sizes of the members: the JSON is little more than the text."""
         members = self._locate(index)[1].members
-        pictures = len({name.partition(".")[0] for name in members if name[0].isdigit()})
+        images = len({name.partition(".")[0] for name in members if name[0].isdigit()})
         if any(name.startswith("0.source.") for name in members):
-            pictures = 1  # of several pairs, one is drawn
+            images = 1  # of several pairs, one is drawn
         text = sum(size for name, (_, size) in members.items() if name in ("json", "txt"))
-        return text + IMAGE_LENGTH * pictures
+        return text + IMAGE_LENGTH * images
 
     def read(self, index, rng):
         shard, sample = self._locate(index)
@@ -83,7 +82,7 @@ class ShardSource:
             return self._read_prompt(record, members)
         if "edit" in record:
             return self._read_edit(record, members, rng)
-        caption = check_caption(record.get("caption"), members.key)
+        caption = record.get("caption")
         if "entities" in record:
             return composition_sample(
                 members.key,
@@ -100,12 +99,12 @@ class ShardSource:
     def _read_prompt(self, record, members):
         parts, prompt = record["prompt"], []
         if not isinstance(parts, list) or not 0 < len(parts) <= MOST_PARTS:
-            raise BadSample("row", f"{members.key}: prompt is no list of 1 to {MOST_PARTS} parts")
+            raise BadSample("row", f"{members.key}: prompt is not a list of 1 to {MOST_PARTS} parts")
         for part in parts:
             if isinstance(part, str):
                 prompt.append(part)
-            elif isinstance(part, dict) and PICTURE_NAME.fullmatch(str(part.get("image"))):
-                prompt.append(members.picture(str(part["image"])))
+            elif isinstance(part, dict) and IMAGE_NAME.fullmatch(str(part.get("image"))):
+                prompt.append(members.image(str(part["image"])))
             else:
                 raise BadSample(
                     "row", f'{members.key}: a part of the prompt is neither text nor {{"image": "0"}}'
@@ -119,16 +118,16 @@ class ShardSource:
         while members.has(f"{pairs}.source") and pairs < MOST_PARTS:
             pairs += 1
         if not pairs:
-            raise BadSample("row", f"{members.key} is an edit without the pictures 0.source and 0.target")
+            raise BadSample("row", f"{members.key} is an edit without the images 0.source and 0.target")
         pair = rng.randrange(pairs)
-        source, target = members.picture(f"{pair}.source"), members.picture(f"{pair}.target")
+        source, target = members.image(f"{pair}.source"), members.image(f"{pair}.target")
         words, caption = record.get("input"), record.get("caption")
         return edit_sample(
             members.key, words, record["edit"], source, target, caption, rng, self.word_dropout
         )
 
     def _locate(self, index):
-        """(number of the shard, TarSample). Raises BadSample for the samples that a shard should have and has not."""
+        """(number of the shard, TarSample). Raises BadSample for the samples that a shard should have but does not."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         samples = self._index(number)
         row = index - int(self._ends[number]) + self.groups[number]
@@ -167,42 +166,44 @@ class Members:
     def record(self):
         """What the JSON says, a dict; of shards without JSON, the text as a caption."""
         if "json" not in self.sample.members and "txt" in self.sample.members:
-            return {"caption": self._bytes("txt", MOST_JSON_BYTES).decode("utf-8", errors="replace")}
+            return {"caption": self._bytes("txt", MOST_RECORD_BYTES).decode("utf-8", errors="replace")}
         if "json" not in self.sample.members:
             endings = ", ".join(sorted(self.sample.members)[:8])
             raise BadSample("row", f"{self.key} has neither .json nor .txt, only {endings}")
         try:
-            record = json.loads(self._bytes("json", MOST_JSON_BYTES))
+            record = json.loads(self._bytes("json", MOST_RECORD_BYTES))
         except (ValueError, RecursionError) as error:
             raise BadSample("row", f"{self.key} has a .json that cannot be read ({error})") from error
         if not isinstance(record, dict):
-            raise BadSample("row", f"{self.key} has a .json that holds a {type(record).__name__}, no object")
+            raise BadSample(
+                "row", f"{self.key} has a .json that holds a {type(record).__name__}, not an object"
+            )
         if record.get("caption") is None and "txt" in self.sample.members:
-            record["caption"] = self._bytes("txt", MOST_JSON_BYTES).decode("utf-8", errors="replace")
+            record["caption"] = self._bytes("txt", MOST_RECORD_BYTES).decode("utf-8", errors="replace")
         return record
 
     def has(self, name):
-        return any(f"{name}.{ending}" in self.sample.members for ending in PICTURE_ENDINGS)
+        return any(f"{name}.{ending}" in self.sample.members for ending in IMAGE_ENDINGS)
 
-    def picture(self, name):
-        for ending in PICTURE_ENDINGS:
+    def image(self, name):
+        for ending in IMAGE_ENDINGS:
             if f"{name}.{ending}" in self.sample.members:
-                return decode_picture(self._bytes(f"{name}.{ending}"), self.key)
-        raise BadSample("image", f"{self.key} has no picture {name} ({'|'.join(PICTURE_ENDINGS)})")
+                return decode_image(self._bytes(f"{name}.{ending}"), self.key)
+        raise BadSample("image", f"{self.key} has no image {name} ({'|'.join(IMAGE_ENDINGS)})")
 
     def entity(self, number, whole):
-        """An entity's picture with its background (`whole`) or cut out; the other one where only that is there."""
+        """An entity's image with its background (`whole`) or cut out; the other one where only that is there."""
         names = [f"{number}", f"{number}.cutout"]
         names = names if whole else names[::-1]
-        return self.picture(next((name for name in names if self.has(name)), names[0]))
+        return self.image(next((name for name in names if self.has(name)), names[0]))
 
     def target(self):
-        """The picture `target`, or the only one that has no name, as in shards made by img2dataset. None without."""
+        """The image `target`, or the only one that has no name, as in shards made by img2dataset. None without."""
         if self.has("target"):
-            return self.picture("target")
-        for ending in PICTURE_ENDINGS:
+            return self.image("target")
+        for ending in IMAGE_ENDINGS:
             if ending in self.sample.members:
-                return decode_picture(self._bytes(ending), self.key)
+                return decode_image(self._bytes(ending), self.key)
         return None
 
     def _bytes(self, name, most=None):
@@ -218,5 +219,5 @@ def _check_texts(texts, name, key):
         or len(texts) > MOST_PARTS
         or not all(isinstance(text, str) for text in texts)
     ):
-        raise BadSample("row", f"{key}: {name} is no list of at most {MOST_PARTS} strings")
+        raise BadSample("row", f"{key}: {name} is not a list of at most {MOST_PARTS} strings")
     return texts

@@ -11,7 +11,7 @@ class TooManyBadSamples(RuntimeError):
 
 
 class SkipCounter:
-    """Counts bad and filtered samples by cause. The loop calls `update` with every batch and logs `summary()` at the end.
+    """Counts bad and filtered samples by cause. The loop calls `add` and logs `summary()` at the end.
 
     Args:
         limit: largest share of the samples read that may be bad; 1 never stops. Filtered samples do not count.
@@ -31,17 +31,16 @@ class SkipCounter:
     def bad(self):
         return sum(number for cause, number in self.counts.items() if not cause.startswith(FILTERED))
 
-    def update(self, batch):
-        """Count what `batch` (of `MixtureDataset`) had to replace. Raises TooManyBadSamples."""
-        self.add(len(batch["keys"]), batch["skipped"], batch["skipped_messages"])
-
     def add(self, used, skipped, messages):
-        """As `update`, from numbers: for a loop that gathers them from several processes.
+        """Count what batches of `MixtureDataset` had to replace.
 
         Args:
             used: samples that went into batches.
             skipped: cause -> number of samples that were replaced.
             messages: (cause, text) pairs, any number of them.
+
+        Raises:
+            TooManyBadSamples: the limit is passed.
         """
         self.seen += used
         for cause, number in skipped.items():
@@ -54,7 +53,7 @@ class SkipCounter:
         if self.seen >= LEAST_SEEN and self.bad > self.limit * self.seen:
             raise TooManyBadSamples(
                 f"{self.bad:,} of {self.seen:,} samples ({self.bad / self.seen:.2%}) could not be used, more than the "
-                f"limit of {self.limit:.2%}.\n{self.summary()}\nMend the data, or raise the limit if this is expected."
+                f"limit of {self.limit:.2%}.\n{self.summary()}\nFix the data, or raise the limit if this is expected."
             )
 
     def summary(self):

@@ -27,9 +27,9 @@ def build_source(
 
     Args:
         spec: one of `FORMS`.
-        word_dropout: probability that the words beside the pictures of a prompt are left out.
-        background: probability that the picture of an entity has its background.
-        min_side: captioned pictures of TSV rows with a smaller side are left out; the official stage 3 takes 384.
+        word_dropout: probability that the words next to the images of a prompt are left out.
+        background: probability that the image of an entity has its background.
+        min_side: captioned images of TSV rows with a smaller side are left out; the official stage 3 takes 384.
         cache_dir: folder for what is kept between runs; None takes kosmos-g in the user's cache folder.
         cache_bytes: most that fetched shards may take there; None for no limit.
 
@@ -68,4 +68,4 @@ def build_source(
             )
         if name:
             return HubDatasetSource.load(name, word_dropout=word_dropout, **options)
-    raise ValueError(f"{spec!r} is no source of training data.\n{FORMS}")
+    raise ValueError(f"{spec!r} is not a source of training data.\n{FORMS}")

@@ -1,5 +1,6 @@
-"""The official training data as it is: rows of text and base64 pictures between tabs."""
+"""The official training data as it is: rows of text and base64 images between tabs, in files that a manifest may list."""
 
+import glob
 import logging
 import os
 from pathlib import Path
@@ -7,18 +8,15 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..files import cache_path, default_cache_dir, written_atomically
-from .images import decode_base64_picture
-from .manifest import find_tsv_files
+from ..files import cache_path, default_cache_dir, read_json, written_atomically
 from .recipes import (
     BACKGROUND,
     WORD_DROPOUT,
     caption_sample,
-    check_caption,
     composition_sample,
     edit_sample,
 )
-from .sample import IMAGE_LENGTH, BadSample, FilteredSample
+from .sample import IMAGE_LENGTH, BadSample, FilteredSample, decode_base64_image
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +24,9 @@ SCAN_BYTES = 16 * 1024**2
 TEXT_BYTES = 16 * 1024  # the words of a row come first: so much of it tells its length
 MOST_ROW_BYTES = 512 * 1024**2
 LAYOUTS = {
-    "captions": "at least 3: anything, caption, picture[, width, height, ...]",
-    "edits": "an even number, at least 4: input, edit, then (before, after) pictures of each seed",
-    "compositions": "3 and 2 for each tag: caption, tags between commas, picture, then each tag's cut-out with and "
+    "captions": "at least 3: anything, caption, image[, width, height, ...]",
+    "edits": "an even number, at least 4: input, edit, then (before, after) images of each seed",
+    "compositions": "3 and 2 for each tag: caption, tags between commas, image, then each tag's cut-out with and "
     "without its background",
 }
 
@@ -42,7 +40,7 @@ class TsvSource:
         name: for messages; None takes the kind.
         word_dropout: probability that an edit loses its input caption, or a composition its entities' words.
         background: probability that an entity is shown with its background.
-        min_side: captioned pictures whose width or height (columns 3 and 4) is smaller are left out; the official
+        min_side: captioned images whose width or height (columns 3 and 4) is smaller are left out; the official
             loader takes 384 in stage 3. 0 keeps all.
         cache_dir: where the beginnings of the lines are kept, which take a reading of every file to find.
 
@@ -98,17 +96,17 @@ class TsvSource:
         return getattr(self, f"_read_{self.kind}")(columns, key, rng)
 
     def _read_captions(self, columns, key, rng):
-        caption = check_caption(_text(columns[1], key), key)
+        caption = _text(columns[1], key)
         sides = [int(side) for side in columns[3:5] if side.isdigit()]
         if len(sides) == 2 and min(sides) < self.min_side:
             raise FilteredSample(
-                "small", f"{key} is a picture of {sides[0]} x {sides[1]}, a side is under {self.min_side}"
+                "small", f"{key} is an image of {sides[0]} x {sides[1]}, a side is under {self.min_side}"
             )
-        return caption_sample(key, caption, decode_base64_picture(columns[2], key))
+        return caption_sample(key, caption, decode_base64_image(columns[2], key))
 
     def _read_edits(self, columns, key, rng):
         pair = 2 + 2 * rng.randrange((len(columns) - 2) // 2)
-        source, target = (decode_base64_picture(column, key) for column in columns[pair : pair + 2])
+        source, target = (decode_base64_image(column, key) for column in columns[pair : pair + 2])
         words, edit = (_text(column, key) for column in columns[:2])
         return edit_sample(key, words, edit, source, target, None, rng, self.word_dropout)
 
@@ -117,8 +115,8 @@ class TsvSource:
             key,
             _text(columns[0], key),
             [tag.strip() for tag in _text(columns[1], key).split(",")],
-            lambda tag, whole: decode_base64_picture(columns[3 + 2 * tag + (not whole)], key),
-            decode_base64_picture(columns[2], key),
+            lambda tag, whole: decode_base64_image(columns[3 + 2 * tag + (not whole)], key),
+            decode_base64_image(columns[2], key),
             rng,
             self.word_dropout,
             self.background,
@@ -198,7 +196,7 @@ def line_offsets(path, cache_dir):
         offsets = np.concatenate(offsets)
         if offsets[-1] != stat.st_size:  # no newline behind the last line
             offsets = np.append(offsets, stat.st_size)
-        while len(offsets) > 1 and offsets[-1] - offsets[-2] <= 2:  # empty lines at the end are no rows
+        while len(offsets) > 1 and offsets[-1] - offsets[-2] <= 2:  # empty lines at the end are not rows
             file.seek(offsets[-2])
             if file.read(2).strip(b"\r\n"):
                 break
@@ -209,3 +207,74 @@ def line_offsets(path, cache_dir):
     except OSError as error:  # a cache that cannot be written costs time only
         logger.warning("The lines of %s are not kept in %s (%s).", path, os.fspath(cache_dir), error)
     return offsets
+
+
+def find_tsv_files(where):
+    """The TSV files that `where` names, in the order of the manifest or of their names.
+
+    Args:
+        where: a train.json manifest, a folder that holds one (in `json/`, as the official ones do, or directly) or else
+            .tsv files, a pattern such as /data/part-*.tsv, or a .tsv file.
+
+    A manifest is a list of `{"source": [file, ...], ...}`. The official loaders look for the files in the folder above
+    `json/` (captions) or in its `data/` (edits, compositions); both are tried here, and the manifest's own folder.
+
+    Raises:
+        ValueError: nothing is found, the manifest is not such a list, or files that it names are missing (all are named).
+    """
+    path = Path(where).expanduser()
+    if path.is_dir():
+        manifests = [path / "json" / "train.json", path / "train.json"]
+        manifest = next((candidate for candidate in manifests if candidate.is_file()), None)
+        if manifest is not None:
+            return read_manifest(manifest)
+        files = sorted(path.glob("*.tsv")) or sorted(path.glob("data/*.tsv"))
+        looked_for = "json/train.json, train.json, *.tsv and data/*.tsv were looked for in this folder"
+    elif path.is_file():
+        return read_manifest(path) if path.suffix == ".json" else [path]
+    else:
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        looked_for = "there is no such file, folder or pattern with a match"
+    if not files:
+        raise ValueError(
+            f"No data found at {where}: {looked_for}. Pass a train.json manifest, its folder, a .tsv file or a pattern."
+        )
+    return files
+
+
+def read_manifest(path):
+    """The existing files that a train.json names, in its order. Raises ValueError as `find_tsv_files` does."""
+    expected = 'Expected a list of {"source": ["0000.tsv", ...]}, as in the official train.json.'
+    entries = read_json(path, expected)
+    if not isinstance(entries, list) or not entries:
+        given = f"a {type(entries).__name__}" if not isinstance(entries, list) else "an empty list"
+        raise ValueError(f"The manifest {path} holds {given}. {expected}")
+    names = []
+    for number, entry in enumerate(entries):
+        source = entry.get("source") if isinstance(entry, dict) else None
+        if not isinstance(source, list) or not all(isinstance(name, str) for name in source):
+            raise ValueError(
+                f"Entry {number} of the manifest {path} has no list of file names under 'source'. {expected}"
+            )
+        names += source
+    if len({entry.get("weight", 1) for entry in entries}) > 1:
+        logger.warning(
+            "The entries of %s have different weights, which are not used: every row comes once in an epoch. To weight "
+            "parts, make a manifest of each and mix them as sources of their own.",
+            path,
+        )
+    folder = Path(path).resolve().parent
+    root = folder.parent if folder.name == "json" else folder
+    found = [
+        next((base / name for base in (root, root / "data", folder) if (base / name).is_file()), None)
+        for name in names
+    ]
+    missing = [name for name, file in zip(names, found, strict=True) if file is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(names)} files that {path} names are missing: {', '.join(missing)}. They were "
+            f"looked for in {root} and {root / 'data'}. Put them there, or take them out of the manifest."
+        )
+    if not found:
+        raise ValueError(f"No data found: the manifest {path} names no files. {expected}")
+    return found

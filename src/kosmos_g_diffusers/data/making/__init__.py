@@ -1,4 +1,4 @@
-"""Making training data: edits from InstructPix2Pix, compositions from pictures alone. docs/making-data.md shows how."""
+"""Making training data: edits from InstructPix2Pix, compositions from images alone. docs/making-data.md shows how."""
 
 from .captioner import Captioner
 from .compose import Composer, ComposeSettings, compose

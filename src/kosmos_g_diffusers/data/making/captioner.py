@@ -1,11 +1,11 @@
-"""Pictures -> captions, by a captioner of transformers that needs no prompt: BLIP-2, BLIP."""
+"""Images -> captions, by a captioner of transformers that needs no prompt: BLIP-2, BLIP."""
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 class Captioner:
-    """Says what pictures show.
+    """Says what images show.
 
     Args:
         model: folder or Hub id, such as Salesforce/blip2-opt-2.7b.
@@ -22,9 +22,9 @@ class Captioner:
         self.max_new_tokens = max_new_tokens
 
     @torch.no_grad()
-    def __call__(self, pictures):
+    def __call__(self, images):
         """A caption, one line, for each of a list of RGB PIL images; the likeliest words, without chance."""
-        inputs = self.processor(images=pictures, return_tensors="pt").to(self.model.device, self.model.dtype)
+        inputs = self.processor(images=images, return_tensors="pt").to(self.model.device, self.model.dtype)
         ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]

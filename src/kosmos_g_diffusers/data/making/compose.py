@@ -1,4 +1,4 @@
-"""Compositions from pictures alone: caption, the things in it, each of them cut out (paper sec. 3, instruction data)."""
+"""Compositions from images alone: caption, the things in it, each of them cut out (paper sec. 3, instruction data)."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,15 +10,15 @@ from ..sample import BadSample, FilteredSample
 from .captioner import Captioner
 from .cutouts import Segmenter, cut_out
 from .entities import EntityFinder, build_chat
-from .inputs import find_pictures, read_ahead, read_picture_file, shrink
-from .output_folder import Making
+from .inputs import find_images, read_ahead, read_image_file, shrink
+from .output_folder import OutputFolder
 
-CUTTING_SIDE = 1024  # pixels; larger pictures are shrunk to it before things are cut out of them
+CUTTING_SIDE = 1024  # pixels; larger images are shrunk to it before things are cut out of them
 
 
 @dataclass(frozen=True)
 class ComposeSettings:
-    """All that decides what becomes of a picture. Kept in the manifest; a run that goes on needs the same.
+    """All that decides what is made of an image. Kept in the manifest; a resumed run needs the same.
 
     Raises:
         ValueError: a number out of its range.
@@ -68,30 +68,30 @@ def compose(
     samples_per_shard=1000,
     sheet_samples=100,
 ):
-    """Make compositions of the pictures in a folder, or go on doing so.
+    """Make compositions of the images in a folder, or continue to.
 
     Args:
-        images: folder of pictures, read with all below it.
-        output: folder of shards, see `Making`.
+        images: folder of images, read with all below it.
+        output: folder of shards, see `OutputFolder`.
         settings: a `ComposeSettings`; None takes the defaults.
         device, dtype: where and in what precision the models run.
-        batch_size: pictures a step, and (picture, thing) pairs that are segmented together.
-        workers: processes that decode pictures ahead; 0 decodes in this one.
-        process_index, num_processes, samples_per_shard: see `Making`.
+        batch_size: images a step, and (image, thing) pairs that are segmented together.
+        workers: processes that decode images ahead; 0 decodes in this one.
+        process_index, num_processes, samples_per_shard: see `OutputFolder`.
         sheet_samples: samples on the contact sheet; 0 writes none.
 
     Returns:
         dict: the manifest.
 
     Raises:
-        ValueError: no pictures, nothing could be made of any, or as `Making` says.
+        ValueError: no images, nothing could be made of any, or as `OutputFolder` says.
         OSError: a model cannot be loaded, or the disk is full.
     """
     settings = settings or ComposeSettings()
-    inputs = find_pictures(images, leave_out=output)
-    # the folder's own name: it may lie elsewhere tomorrow, and pictures are known by their path within it
+    inputs = find_images(images, leave_out=output)
+    # the folder's own name: it may lie elsewhere tomorrow, and images are known by their path within it
     recorded = {"images": Path(images).resolve().name, **asdict(settings), "question": build_chat("...")}
-    making = Making(
+    folder = OutputFolder(
         output,
         "compose",
         recorded,
@@ -99,19 +99,19 @@ def compose(
         num_processes=num_processes,
         samples_per_shard=samples_per_shard,
     )
-    with making:
-        todo = making.todo(inputs)
+    with folder:
+        todo = folder.todo(inputs)
         if todo:
-            batches = read_ahead(SquarePictures(images, todo, settings.min_side), batch_size, workers)
+            batches = read_ahead(SquareImages(images, todo, settings.min_side), batch_size, workers)
             composer = Composer(settings, device=device, dtype=dtype, batch_size=batch_size)
-            with making.progress(todo) as bar:
+            with folder.progress(todo) as bar:
                 for batch in batches:
-                    _write(making, composer, batch)
+                    _write(folder, composer, batch)
                     bar.update(len(batch))
-    return making.finish(sheet_samples)
+    return folder.finish(sheet_samples)
 
 
-class SquarePictures(torch.utils.data.Dataset):
+class SquareImages(torch.utils.data.Dataset):
     """(input, RGB PIL image) of each input: its centre, square; (input, BadSample) where there is none."""
 
     def __init__(self, folder, inputs, min_side):
@@ -123,20 +123,20 @@ class SquarePictures(torch.utils.data.Dataset):
     def __getitem__(self, index):
         item = self.inputs[index]
         try:
-            picture = read_picture_file(self.folder / item.name, item.source)
-            side = min(picture.size)
+            image = read_image_file(self.folder / item.name, item.source)
+            side = min(image.size)
             if side < self.min_side:
-                size = f"{picture.width} x {picture.height}"
+                size = f"{image.width} x {image.height}"
                 raise FilteredSample("small", f"{item.source} is {size}, less than {self.min_side} pixels")
-            left, top = (picture.width - side) // 2, (picture.height - side) // 2
-            return item, shrink(picture.crop((left, top, left + side, top + side)), CUTTING_SIDE)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            return item, shrink(image.crop((left, top, left + side, top + side)), CUTTING_SIDE)
         except BadSample as problem:
             return item, problem
 
 
 @dataclass(frozen=True)
 class Composition:
-    """Attributes: as `ShardWriter.write_composition` takes them; `areas` are shares of the picture, of each entity."""
+    """Attributes: as `ShardWriter.write_composition` takes them; `areas` are shares of the image, of each entity."""
 
     caption: str
     target: object
@@ -163,14 +163,14 @@ class Composer:
         )
         self.segmenter = Segmenter(settings.model_segment, **where, batch_size=batch_size)
 
-    def __call__(self, pictures):
+    def __call__(self, images):
         """For each square RGB PIL image a `Composition`, or the BadSample that says why there is none."""
-        made = [None] * len(pictures)
-        captions = self.captioner(pictures)
+        made = [None] * len(images)
+        captions = self.captioner(images)
         found = self._find_entities(captions)
-        maps = self.segmenter(pictures, found)
-        for number, picture in enumerate(pictures):
-            made[number] = self._compose(picture, captions[number], found[number], maps[number])
+        maps = self.segmenter(images, found)
+        for number, image in enumerate(images):
+            made[number] = self._compose(image, captions[number], found[number], maps[number])
         return made
 
     def _find_entities(self, captions):
@@ -182,14 +182,14 @@ class Composer:
                 found[number] = entities
         return found
 
-    def _compose(self, picture, caption, names, maps):
+    def _compose(self, image, caption, names, maps):
         if not caption:
             return BadSample("caption", "the caption is empty")
         if not names:
             return BadSample("entities", f"no thing to cut out was found in the caption {caption!r}")
         entities, areas, size = [], [], self.settings.size
         for name, logits in zip(names, maps, strict=True):
-            cut = cut_out(picture, logits, self.settings.threshold, self.settings.min_area)
+            cut = cut_out(image, logits, self.settings.threshold, self.settings.min_area)
             if cut is not None:
                 whole, cutout, area = cut
                 entities.append((name, shrink(whole, size), shrink(cutout, size)))
@@ -198,18 +198,18 @@ class Composer:
             return BadSample(
                 "cut-out", f"nothing large enough was found for {', '.join(names)} of {caption!r}"
             )
-        return Composition(caption, picture.resize((size, size)), entities, areas)
+        return Composition(caption, image.resize((size, size)), entities, areas)
 
 
-def _write(making, composer, batch):
-    """Compose the pictures of a batch and write them, in its order."""
-    pictures = [picture for _, picture in batch if not isinstance(picture, BadSample)]
-    made = iter(composer(pictures) if pictures else ())
-    for item, picture in batch:
-        result = picture if isinstance(picture, BadSample) else next(made)
+def _write(folder, composer, batch):
+    """Compose the images of a batch and write them, in its order."""
+    images = [image for _, image in batch if not isinstance(image, BadSample)]
+    made = iter(composer(images) if images else ())
+    for item, image in batch:
+        result = image if isinstance(image, BadSample) else next(made)
         if isinstance(result, BadSample):
-            message = result.message if result is picture else f"{item.source}: {result.message}"
-            making.skip(item, BadSample(result.cause, message))
+            message = result.message if result is image else f"{item.source}: {result.message}"
+            folder.skip(item, BadSample(result.cause, message))
         else:
             note = {"source": item.source, "areas": result.areas}
-            making.writer.write_composition(item.key, result.caption, result.target, result.entities, note)
+            folder.writer.write_composition(item.key, result.caption, result.target, result.entities, note)

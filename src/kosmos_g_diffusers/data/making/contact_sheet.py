@@ -1,24 +1,28 @@
-"""A page on which a person can look at what shards hold: texts, pictures, and each thing beside its cut-out."""
+"""A page on which a person can look at what shards hold: texts, images, and each thing next to its cut-out."""
 
 import base64
-import html
 import io
 import json
 from pathlib import Path
 
+import jinja2
 import numpy as np
 
 from ...files import written_atomically
 from ..recipes import interleave
 from ..sample import BadSample
 from ..shard_files import ShardFiles
-from ..shards import PICTURE_ENDINGS, Members
+from ..shards import IMAGE_ENDINGS, Members
 
 SHEET_NAME = "contact-sheet.html"
 THUMBNAIL = 160  # pixels of the longer side
 QUALITY = 80
 
-STYLE = """
+# everything is in the page, and nothing that a text in it says is loaded or run
+PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>
 body { font: 14px/1.4 sans-serif; margin: 2em; background: #eee; color: #111 }
 article { background: #fff; padding: 1em; margin: 0 0 1em; overflow: auto }
 figure { display: inline-block; margin: 0 .8em .4em 0; vertical-align: top; text-align: center }
@@ -26,9 +30,23 @@ img { display: block; border: 1px solid #aaa; background: #fff }
 figcaption, small { color: #666; font-size: 12px }
 mark { background: #fd6 }
 pre { white-space: pre-wrap }
-"""
-# everything is in the page, and nothing that a text in it says is loaded or run
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+</style>
+<h1>{{ title }}</h1>
+{% if manifest %}<pre>{{ manifest }}</pre>{% endif %}
+{% for sample in samples %}
+<article><small>{{ sample.key }}</small>{{ sample.problem }}
+{% for name, parts in (sample.texts or {}).items() %}
+<div><small>{{ name }}</small>
+{% for plain, marked in parts %}{{ plain }}{% if marked %}<mark>{{ marked }}</mark>{% endif %}{% endfor %}</div>
+{% endfor %}
+{% for figure in sample.figures -%}
+<figure>{% if figure.data %}<img src="data:image/jpeg;base64,{{ figure.data }}" alt="">{% endif %}{{ figure.problem }}
+<figcaption>{{ figure.label }}{% if figure.size %}<br>{{ figure.size }}{% endif %}</figcaption></figure>
+{%- endfor %}
+<div><small>{{ sample.note }}</small></div></article>
+{% endfor %}
+</html>
+""")
 
 
 def write_contact_sheet(where, path, samples=100):
@@ -51,99 +69,80 @@ def write_contact_sheet(where, path, samples=100):
         )
     ends = np.cumsum(counts)
     chosen = np.unique(np.linspace(0, total - 1, min(samples, total)).round().astype(int))
-    articles = []
+    shown = []
     for shard in range(len(files)):
         first = int(ends[shard]) - counts[shard]
         places = [int(number) - first for number in chosen if first <= number < ends[shard]]
         if places:
-            articles += _show_shard(files, shard, places)
+            shown += _describe_shard(files, shard, places)
     manifest = Path(where) / "manifest.json"
-    about = f"<pre>{html.escape(manifest.read_text(encoding='utf-8'))}</pre>" if manifest.is_file() else ""
-    title = f"{len(articles)} of {total:,} samples"
-    page = (
-        f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>{title}</title>"
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{STYLE}</style>'
-        f"<h1>{title}</h1>{about}{''.join(articles)}</html>\n"
+    page = PAGE.render(
+        title=f"{len(shown)} of {total:,} samples",
+        manifest=manifest.read_text(encoding="utf-8") if manifest.is_file() else None,
+        samples=shown,
     )
     with written_atomically(path) as file:
         file.write(page.encode("utf-8", errors="replace"))
     return Path(path)
 
 
-def _show_shard(files, shard, places):
+def _describe_shard(files, shard, places):
+    """What the page shows of samples, as dicts of texts; what is left out of them shows nothing."""
     try:
         samples = files.index(shard)
-        return [_show(Members(files, shard, samples[place])) for place in places if place < len(samples)]
     except BadSample as problem:
-        return [f"<article>{html.escape(str(problem))}</article>"]
+        return [{"problem": problem}]
+    return [_describe(Members(files, shard, samples[place])) for place in places if place < len(samples)]
 
 
-def _show(members):
+def _describe(members):
     try:
         record = members.record()
-        texts = {
-            name: record[name] for name in ("caption", "input", "edit") if isinstance(record.get(name), str)
-        }
-        entities = record.get("entities")
-        entities = [name for name in entities if isinstance(name, str)] if isinstance(entities, list) else []
-        lines = [
-            f"<div><small>{name}</small> {_mark(text, entities) if name == 'caption' else html.escape(text)}</div>"
-            for name, text in texts.items()
-        ]
-        if "prompt" in record:
-            lines.append(
-                f"<div><small>prompt</small> {html.escape(json.dumps(record['prompt'])[:1000])}</div>"
-            )
-        figures = [_figure(members, name, entities) for name in _picture_names(members)]
-        note = f"<small>{html.escape(json.dumps(record.get('note'), ensure_ascii=False)[:500])}</small>"
-        body = f"{''.join(lines)}{''.join(figures)}<div>{note}</div>"
     except BadSample as problem:
-        body = html.escape(str(problem))
-    return f"<article><small>{html.escape(members.key)}</small>{body}</article>"
+        return {"key": members.key, "problem": problem}
+    entities = record.get("entities")
+    entities = [name for name in entities if isinstance(name, str)] if isinstance(entities, list) else []
+    texts = {name: record[name] for name in ("caption", "input", "edit") if isinstance(record.get(name), str)}
+    if "prompt" in record:
+        texts["prompt"] = json.dumps(record["prompt"])[:1000]
+    return {
+        "key": members.key,
+        "texts": {name: _mark(text, entities if name == "caption" else []) for name, text in texts.items()},
+        "figures": [_describe_image(members, name, entities) for name in _image_names(members)],
+        "note": json.dumps(record.get("note"), ensure_ascii=False)[:500],
+    }
 
 
 def _mark(caption, entities):
-    """The caption with its entities marked, as training finds them."""
-    parts = interleave(caption, entities)
-    shown = []
-    for place, part in enumerate(parts):
-        if not isinstance(part, str):
-            continue
-        name = (
-            entities[parts[place + 1]]
-            if place + 1 < len(parts) and not isinstance(parts[place + 1], str)
-            else ""
-        )
-        start = part.lower().rfind(name.lower()) if name else len(part)
-        shown.append(html.escape(part[:start]))
-        if name:
-            shown.append(f"<mark>{html.escape(part[start:])}</mark>")
-    return "".join(shown)
+    """The caption as pairs: text, then an entity where training finds one."""
+    pairs, parts = [], interleave(caption, entities)
+    for part, following in zip(parts, [*parts[1:], ""], strict=True):
+        if isinstance(part, str):
+            name = "" if isinstance(following, str) else entities[following].lower()
+            start = part.lower().rfind(name) if name else len(part)
+            pairs.append((part[:start], part[start:]))
+    return pairs
 
 
-def _picture_names(members):
-    """Names of the pictures: the one to draw first, then "0", "0.cutout", "1", ..."""
+def _image_names(members):
+    """Names of the images: the one to draw first, then "0", "0.cutout", "1", ..."""
     names = {
-        name.rpartition(".")[0]
-        for name in members.sample.members
-        if name.rpartition(".")[2] in PICTURE_ENDINGS
+        name.rpartition(".")[0] for name in members.sample.members if name.rpartition(".")[2] in IMAGE_ENDINGS
     }
     return sorted(names, key=lambda name: (name not in ("", "target"), len(name.partition(".")[0]), name))
 
 
-def _figure(members, name, entities):
+def _describe_image(members, name, entities):
     number, _, rest = name.partition(".")
     label = name or "target"
     if number.isdigit() and int(number) < len(entities):
         label = f"{entities[int(number)]}{' (' + rest + ')' if rest else ''}"
     try:
-        picture = members.picture(name) if name else members.target()
+        image = members.image(name) if name else members.target()
     except BadSample as problem:
-        return f"<figure>{html.escape(problem.message)}<figcaption>{html.escape(label)}</figcaption></figure>"
-    size = f"{picture.width} x {picture.height}"
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        return {"label": label, "problem": problem.message}
+    size = f"{image.width} x {image.height}"
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=QUALITY)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    caption = f"<figcaption>{html.escape(label)}<br>{size}</figcaption>"
-    return f'<figure><img src="data:image/jpeg;base64,{data}" alt="">{caption}</figure>'
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return {"label": label, "size": size, "data": base64.b64encode(buffer.getvalue()).decode()}

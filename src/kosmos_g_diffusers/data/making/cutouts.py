@@ -1,6 +1,6 @@
-"""Pictures and names of things in them -> the things, cut out. CLIPSeg finds them, from words alone.
+"""Images and names of things in them -> the things, cut out. CLIPSeg finds them, from words alone.
 
-Letters: H, W height and width of a picture; h, w of CLIPSeg's map.
+Letters: H, W height and width of an image; h, w of CLIPSeg's map.
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ from transformers import AutoProcessor, CLIPSegForImageSegmentation
 
 
 class Segmenter:
-    """Says where in a picture things are.
+    """Says where in an image things are.
 
     Args:
         model: folder or Hub id of a CLIPSeg, such as CIDAS/clipseg-rd64-refined.
         device, dtype: where and in what precision it runs.
-        batch_size: (picture, name) pairs that go through it together.
+        batch_size: (image, name) pairs that go through it together.
 
     Raises:
         OSError: the model cannot be loaded.
@@ -27,22 +27,22 @@ class Segmenter:
         self.batch_size = batch_size
 
     @torch.no_grad()
-    def __call__(self, pictures, names):
+    def __call__(self, images, names):
         """Maps of logits, above 0 where the thing is more likely than not.
 
         Args:
-            pictures: RGB PIL images.
-            names: for each picture a list of names, which may be empty.
+            images: RGB PIL images.
+            names: for each image a list of names, which may be empty.
 
         Returns:
-            for each picture a list of float32 arrays (h, w), one for each name.
+            for each image a list of float32 arrays (h, w), one for each name.
         """
         pairs = [(number, name) for number, listed in enumerate(names) for name in listed]
-        maps = [[] for _ in pictures]
+        maps = [[] for _ in images]
         for first in range(0, len(pairs), self.batch_size):
             numbers, texts = zip(*pairs[first : first + self.batch_size], strict=True)
-            shown = sorted(set(numbers))  # each picture is resized once, however many things it has
-            pixels = self.processor(images=[pictures[number] for number in shown], return_tensors="pt")
+            shown = sorted(set(numbers))  # each image is resized once, however many things it has
+            pixels = self.processor(images=[images[number] for number in shown], return_tensors="pt")
             inputs = self.processor(text=list(texts), padding=True, truncation=True, return_tensors="pt")
             rows = torch.tensor([shown.index(number) for number in numbers])
             logits = self.model(
@@ -55,27 +55,27 @@ class Segmenter:
         return maps
 
 
-def cut_out(picture, logits, threshold=0.3, min_area=0.005):
-    """The largest piece of a picture where a map is above a threshold, as a square with and without what is around it.
+def cut_out(image, logits, threshold=0.3, min_area=0.005):
+    """The largest piece of an image where a map is above a threshold, as a square with and without what is around it.
 
-    As the official preparation does: the map is brought to the picture's size, grown by a hundredth of it, and of its
-    connected pieces the largest is kept; the square around that is moved into the picture where it would reach out.
+    As the official preparation does: the map is brought to the image's size, grown by a hundredth of it, and of its
+    connected pieces the largest is kept; the square around that is moved into the image where it would reach out.
 
     Args:
-        picture: RGB PIL image (H, W); square, or the cut is no longer than its shorter side.
+        image: RGB PIL image (H, W); square, or the cut is no longer than its shorter side.
         logits: float array (h, w).
         threshold: of the probability, 0 to 1.
-        min_area: share of the picture that the piece has to cover.
+        min_area: share of the image that the piece has to cover.
 
     Returns:
         (whole, cutout, area): RGB PIL images of one size, in `cutout` everything but the thing is white; and the share
-        of the picture that the thing covers. None if there is no piece large enough.
+        of the image that the thing covers. None if there is no piece large enough.
 
     Raises:
         ImportError: OpenCV is not installed.
     """
     cv2 = _import_cv2()
-    width, height = picture.size
+    width, height = image.size
     mask = torch.nn.functional.interpolate(
         torch.from_numpy(np.asarray(logits, dtype=np.float32))[None, None],
         size=(height, width),
@@ -93,7 +93,7 @@ def cut_out(picture, logits, threshold=0.3, min_area=0.005):
     side = min(max(box_width, box_height), width, height)
     left = min(max(left + box_width // 2 - side // 2, 0), width - side)
     top = min(max(top + box_height // 2 - side // 2, 0), height - side)
-    whole = np.asarray(picture)[top : top + side, left : left + side]
+    whole = np.asarray(image)[top : top + side, left : left + side]
     inside = labels[top : top + side, left : left + side] == piece
     cutout = np.where(inside[..., None], whole, np.uint8(255))
     area = float(areas[piece - 1]) / (width * height)

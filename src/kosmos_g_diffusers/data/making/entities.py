@@ -7,7 +7,8 @@ from transformers import AutoTokenizer, pipeline
 
 from ..recipes import interleave
 
-# what the official preparation asks for: foreground objects, nouns alone, no places, no adjectives, commas between
+# what the official preparation asks for: foreground objects, nouns alone, no places, no adjectives, commas between;
+# manifests hold the question, and a run is resumed with the same one only: its words stay as they are
 INSTRUCTION = (
     "I will give you captions of pictures. For each, name the people, animals and objects in the foreground that could be "
     "cut out of the picture. Use the nouns of the caption as they stand there, without articles and adjectives. Leave out "
@@ -71,9 +72,8 @@ class EntityFinder:
             return_full_text=False,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
-            tokenizer_encode_kwargs={
-                "enable_thinking": False
-            },  # templates that know no such switch pass it over
+            # templates that do not know it ignore it
+            tokenizer_encode_kwargs={"enable_thinking": False},
         )
         return [output[0]["generated_text"] for output in outputs]
 
@@ -95,7 +95,7 @@ def parse_entities(answer, caption):
     The answer may be separated by commas, semicolons or lines, be a JSON list, have bullets, numbers, quotes, articles,
     remarks in parentheses, or thoughts before it. What the caption does not name as a whole word is left out: so a
     model can be wrong, talk, or obey the caption, and nothing but words of the caption comes through. Colours and
-    entities within others ("dog" beside "hot dog") are left out as `interleave` does when training reads the sample.
+    entities within others ("dog" next to "hot dog") are left out as `interleave` does when training reads the sample.
     """
     entities = {}
     for phrase in _phrases(THOUGHTS.sub(" ", answer[:MOST_CHARACTERS])):

@@ -1,6 +1,5 @@
 """What samples are made of: the files of a folder, read ahead by workers. Names and bytes may come from anyone."""
 
-import hashlib
 import logging
 import os
 import re
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import torch.utils.data
 
-from ..images import MOST_BYTES, decode_picture
-from ..sample import BadSample
+from ...files import hash_bytes
+from ..sample import MOST_IMAGE_BYTES, BadSample, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ class Input:
     @property
     def key(self):
         """Of the sample: what is plain in the name, and a hash of all of it. The same name gives the same key."""
-        digest = hashlib.sha256(os.fsencode(self.name)).hexdigest()[:16]
+        digest = hash_bytes(os.fsencode(self.name))[:16]
         plain = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(self.name).stem).strip("-")[:32]
         return f"{plain}-{digest}" if plain else digest
 
@@ -41,8 +40,8 @@ class Input:
         return os.fsencode(self.name).decode("utf-8", errors="replace")
 
 
-def find_pictures(folder, leave_out=None):
-    """The picture files in a folder and all below it, as a sorted list of `Input`, named by their path from there.
+def find_images(folder, leave_out=None):
+    """The image files in a folder and all below it, as a sorted list of `Input`, named by their path from there.
 
     A file counts by its ending; what it holds is looked at when it is read. Links to folders are not followed.
 
@@ -50,11 +49,11 @@ def find_pictures(folder, leave_out=None):
         leave_out: a folder in it that is passed over, such as the one that is written.
 
     Raises:
-        ValueError: there is no such folder, or no picture in it.
+        ValueError: there is no such folder, or no image in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}. Pass the folder of the pictures.")
+        raise ValueError(f"There is no folder {folder}. Pass the folder of the images.")
     leave_out = None if leave_out is None else Path(leave_out).resolve()
     found, others = [], 0
     for place, folders, files in os.walk(folder, onerror=_log_unreadable):
@@ -66,30 +65,30 @@ def find_pictures(folder, leave_out=None):
                 others += 1
     if not found:
         raise ValueError(
-            f"There is no picture in {folder} ({others:,} other files). Expected files ending in {', '.join(sorted(ENDINGS))}."
+            f"There is no image in {folder} ({others:,} other files). Expected files ending in {', '.join(sorted(ENDINGS))}."
         )
-    logger.info("%s: %s pictures, %s other files", folder, f"{len(found):,}", f"{others:,}")
+    logger.info("%s: %s images, %s other files", folder, f"{len(found):,}", f"{others:,}")
     return [Input(name) for name in sorted(found)]
 
 
-def read_picture_file(path, key):
-    """A picture file -> RGB PIL image, upright. Raises BadSample ("image")."""
+def read_image_file(path, key):
+    """An image file -> RGB PIL image, upright. Raises BadSample ("image")."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            raise BadSample("image", f"{key} is no regular file")
+            raise BadSample("image", f"{key} is not a regular file")
         with open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(MOST_IMAGE_BYTES + 1)
     except OSError as error:
         raise BadSample("image", f"{key} cannot be read ({error.strerror})") from error
-    return decode_picture(data, key)
+    return decode_image(data, key)
 
 
-def shrink(picture, shorter_side):
-    """A picture whose shorter side is at most `shorter_side` pixels; smaller ones are left as they are."""
-    scale = shorter_side / min(picture.size)
+def shrink(image, shorter_side):
+    """An image whose shorter side is at most `shorter_side` pixels; smaller ones are left as they are."""
+    scale = shorter_side / min(image.size)
     if scale >= 1:
-        return picture
-    return picture.resize([max(shorter_side, round(side * scale)) for side in picture.size])
+        return image
+    return image.resize([max(shorter_side, round(side * scale)) for side in image.size])
 
 
 def read_ahead(dataset, batch_size, workers):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch.utils.data
 
-from .. import HubDatasetSource
-from ..manifest import load_json_file
+from ...files import read_json
+from ..hub_datasets import HubDatasetSource
 from ..sample import BadSample
-from .inputs import Input, read_ahead, read_picture_file, shrink
-from .output_folder import Making
+from .inputs import Input, read_ahead, read_image_file, shrink
+from .output_folder import OutputFolder
 
 # timbrooks/instructpix2pix-clip-filtered; what HubDatasetSource calls them -> there
 COLUMNS = {
@@ -27,7 +27,7 @@ MOST_PAIRS = 64  # of an edit; training reads no more
 
 @dataclass(frozen=True)
 class EditSettings:
-    """What is read and how it is stored. Kept in the manifest; a run that goes on needs the same.
+    """What is read and how it is stored. Kept in the manifest; a resumed run needs the same.
 
     Raises:
         ValueError: not one of folder and dataset, a column missing, or a size out of its range.
@@ -65,27 +65,27 @@ def instructpix2pix(
     samples_per_shard=1000,
     sheet_samples=100,
 ):
-    """Write InstructPix2Pix as shards of edits, or go on doing so.
+    """Write InstructPix2Pix as shards of edits, or continue to.
 
     Args:
-        output: folder of shards, see `Making`.
+        output: folder of shards, see `OutputFolder`.
         settings: an `EditSettings`.
-        workers: processes that decode pictures; 0 decodes in this one.
-        process_index, num_processes, samples_per_shard: see `Making`.
+        workers: processes that decode images; 0 decodes in this one.
+        process_index, num_processes, samples_per_shard: see `OutputFolder`.
         sheet_samples: samples on the contact sheet; 0 writes none.
 
     Returns:
         dict: the manifest.
 
     Raises:
-        ValueError: nothing is found where it should be, or as `Making` says.
+        ValueError: nothing is found where it should be, or as `OutputFolder` says.
         ImportError: the package datasets is not installed.
     """
     edits = EditFolder(settings.folder) if settings.dataset is None else EditDataset(settings)
     recorded = asdict(settings)
     if settings.folder is not None:  # its own name: it may lie elsewhere tomorrow
         recorded = {"folder": Path(settings.folder).resolve().name, "size": settings.size}
-    making = Making(
+    folder = OutputFolder(
         output,
         "instructpix2pix",
         recorded,
@@ -93,15 +93,15 @@ def instructpix2pix(
         num_processes=num_processes,
         samples_per_shard=samples_per_shard,
     )
-    with making:
-        todo = making.todo(edits.inputs)
+    with folder:
+        todo = folder.todo(edits.inputs)
         if todo:
-            with making.progress(todo) as bar:
+            with folder.progress(todo) as bar:
                 for batch in read_ahead(Edits(edits, todo, settings.size), 8, workers):
                     for item, edit in batch:
-                        _write(making, item, edit)
+                        _write(folder, item, edit)
                     bar.update(len(batch))
-    return making.finish(sheet_samples)
+    return folder.finish(sheet_samples)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Edit:
 
 
 class Edits(torch.utils.data.Dataset):
-    """(input, `Edit`) of each input, pictures shrunk; (input, BadSample) where there is none."""
+    """(input, `Edit`) of each input, images shrunk; (input, BadSample) where there is none."""
 
     def __init__(self, edits, inputs, size):
         self.edits, self.inputs, self.size = edits, inputs, size
@@ -130,7 +130,7 @@ class Edits(torch.utils.data.Dataset):
             edit = self.edits.read(item)
         except BadSample as problem:
             return item, problem
-        pairs = [tuple(shrink(picture, self.size) for picture in pair) for pair in edit.pairs]
+        pairs = [tuple(shrink(image, self.size) for image in pair) for pair in edit.pairs]
         return item, Edit(edit.edit, pairs, edit.words, edit.caption, edit.problems)
 
 
@@ -140,7 +140,7 @@ class EditFolder:
     `seeds.json` lists them: [[NAME, [SEED, ...]], ...]. Without it the folder is searched.
 
     Raises:
-        ValueError: nothing is found, or seeds.json is no such list.
+        ValueError: nothing is found, or seeds.json is not such a list.
     """
 
     def __init__(self, folder):
@@ -151,7 +151,7 @@ class EditFolder:
         self.seeds = self._read_seeds(index) if index.is_file() else self._find_seeds()
         if not self.seeds:
             raise ValueError(
-                f"There are no edits in {folder}. Expected NAME/prompt.json with pictures NAME/SEED_0.jpg and NAME/SEED_1.jpg."
+                f"There are no edits in {folder}. Expected NAME/prompt.json with images NAME/SEED_0.jpg and NAME/SEED_1.jpg."
             )
         self.inputs = [Input(name) for name in self.seeds]
 
@@ -159,7 +159,7 @@ class EditFolder:
         """The `Edit` of an input. Raises BadSample."""
         place = self.folder / item.name
         try:
-            prompt = load_json_file(place / "prompt.json")
+            prompt = read_json(place / "prompt.json")
         except (OSError, ValueError) as error:
             raise BadSample("row", f"{item.source} has no prompt.json that can be read ({error})") from error
         edit = prompt.get("edit") if isinstance(prompt, dict) else None
@@ -170,19 +170,19 @@ class EditFolder:
             try:
                 pairs.append(
                     tuple(
-                        read_picture_file(place / f"{seed}_{half}.jpg", f"{item.source}/{seed}_{half}.jpg")
+                        read_image_file(place / f"{seed}_{half}.jpg", f"{item.source}/{seed}_{half}.jpg")
                         for half in (0, 1)
                     )
                 )
             except BadSample as problem:
                 problems.append(problem.message)
         if not pairs:
-            raise BadSample("image", problems[0] if problems else f"{item.source} has no pictures")
+            raise BadSample("image", problems[0] if problems else f"{item.source} has no images")
         words, caption = (_line(prompt.get(name)) for name in ("input", "output"))
         return Edit(_line(edit), pairs, words, caption, tuple(problems))
 
     def _read_seeds(self, index):
-        listed = load_json_file(index)
+        listed = read_json(index)
         seeds = {}
         for entry in listed if isinstance(listed, list) else [None]:
             sound = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
@@ -190,7 +190,7 @@ class EditFolder:
             sound = sound and isinstance(entry[0], str) and Path(entry[0]).name == entry[0] not in ("", "..")
             if not sound or not all(SEED.fullmatch(str(seed)) for seed in entry[1]):
                 raise ValueError(
-                    f"{index} is no list of seeds: entry {str(entry)[:100]!r}. Expected [[NAME, [SEED, ...]], ...]. Delete it "
+                    f"{index} is not a list of seeds: entry {str(entry)[:100]!r}. Expected [[NAME, [SEED, ...]], ...]. Delete it "
                     "to have the folder searched."
                 )
             seeds[entry[0]] = [str(seed) for seed in entry[1]]
@@ -233,11 +233,11 @@ class EditDataset:
         return Edit(edit, [(before, sample.target)], words[0] if words else None, sample.caption)
 
 
-def _write(making, item, edit):
+def _write(folder, item, edit):
     if isinstance(edit, BadSample):
-        return making.skip(item, edit)
+        return folder.skip(item, edit)
     note = {"source": item.source} | ({"left_out": list(edit.problems)} if edit.problems else {})
-    making.writer.write_edit(item.key, edit.edit, edit.pairs, edit.words, edit.caption, note)
+    folder.writer.write_edit(item.key, edit.edit, edit.pairs, edit.words, edit.caption, note)
 
 
 def _line(text):

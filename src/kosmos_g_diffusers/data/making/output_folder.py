@@ -18,10 +18,10 @@ import filelock
 from tqdm.auto import tqdm
 
 from ...environment import package_versions
-from ...files import written_atomically
-from .. import BadSample, ShardWriter, write_shard_index
-from ..manifest import load_json_file
-from ..tar_index import index_tar
+from ...files import read_json, remove_partial_files, write_text
+from ..sample import BadSample
+from ..shard_files import index_tar
+from ..shard_writer import ShardWriter, write_shard_index
 from .contact_sheet import SHEET_NAME, write_contact_sheet
 
 logger = logging.getLogger(__name__)
@@ -32,22 +32,22 @@ EXAMPLES = 3  # messages kept for each cause
 MOST_SHOWN = 200  # characters of a setting in an error
 
 
-class Making:
-    """A share of the making of a folder: to be used in `with`, then `finish()`.
+class OutputFolder:
+    """A folder of shards as one of the processes that fill it sees it: use it in `with`, then call `finish()`.
 
-    Every input ends either as a sample of a complete shard or as a line of a skipped file. Those two are all that a run
-    started again needs to go on: whatever is in neither is made, so nothing is lost and nothing made twice. The number
+    Every input ends either as a sample of a complete shard or as a line of a skipped file. Those two are all that a
+    resumed run needs: whatever is in neither is made, so nothing is lost and nothing made twice. The number
     of processes may change from run to run, and inputs may be added.
 
     Args:
-        folder: new, empty, or one that the same making was started in.
+        folder: new, empty, or one that was begun with the same command and settings.
         command: what makes it, for the manifest: "compose".
         settings: dict of all that decides what is made; has to be the same in every run.
         process_index, num_processes: which share of the inputs is ours. Processes need not know of each other.
         samples_per_shard: a process that is killed loses at most the work on so many samples.
 
     Raises:
-        ValueError: settings differ from those in the folder, shards are damaged or of unknown making, or another process
+        ValueError: settings differ from those in the folder, shards are damaged or of unknown origin, or another process
             writes the same share.
     """
 
@@ -78,8 +78,7 @@ class Making:
         try:
             with filelock.FileLock(self.folder / ".manifest.lock"):
                 self._check_manifest()
-            for part in self.folder.glob(f"{self.prefix}-*.part"):  # a run that was killed while writing
-                part.unlink()
+            remove_partial_files(self.folder, f"{self.prefix}-*")  # of a run that was killed while writing
             self.done = self._read_done()
             self.writer = ShardWriter(self.folder, self.prefix, self.samples_per_shard)
             self._skips = open(self._skip_file(), "ab+")
@@ -92,7 +91,7 @@ class Making:
 
     def __exit__(self, error_type, error, traceback):
         try:
-            # after an error too: every sample that was handed over is whole, and took time to make
+            # after an error too: every sample that was written is complete, and took time to make
             self.writer.close()
         finally:
             self._skips.close()
@@ -117,7 +116,7 @@ class Making:
     def skip(self, item, problem):
         """Note that nothing can be made of an input. It is not tried again."""
         line = {"key": item.key, "source": item.source, "cause": problem.cause, "message": problem.message}
-        # backslashes for what is not ASCII: a message may hold what is no UTF-8
+        # backslashes for what is not ASCII: a message may hold what is not UTF-8
         self._skips.write(json.dumps(line).encode() + b"\n")
         self._skips.flush()
 
@@ -143,9 +142,9 @@ class Making:
                 if self.num_processes == 1:
                     raise ValueError(f"Nothing could be made of any input. {summarize(skipped)}")
                 logger.warning("No process has made a sample yet. %s", summarize(skipped))
-                return load_json_file(self.folder / MANIFEST_NAME)
-            index = load_json_file(write_shard_index(self.folder))
-            manifest = load_json_file(self.folder / MANIFEST_NAME)
+                return read_json(self.folder / MANIFEST_NAME)
+            index = read_json(write_shard_index(self.folder))
+            manifest = read_json(self.folder / MANIFEST_NAME)
             manifest["shards"] = len(index["shardlist"])
             manifest["samples"] = sum(shard["nsamples"] for shard in index["shardlist"])
             manifest["skipped"] = dict(Counter(line["cause"] for line in skipped).most_common())
@@ -165,17 +164,13 @@ class Making:
                     f"{self.folder} holds shards but no {MANIFEST_NAME}: they were made by something else. Pass a new or "
                     "empty folder."
                 )
-            return self._write_manifest(
-                {
-                    "format": FORMAT_VERSION,
-                    "command": self.command,
-                    "settings": self.settings,
-                    "versions": package_versions(),
-                }
-            )
-        manifest = load_json_file(path)
+            manifest = {"format": FORMAT_VERSION, "command": self.command, "settings": self.settings}
+            return self._write_manifest(manifest | {"versions": package_versions()})
+        manifest = read_json(path)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
-            raise ValueError(f"{path} is no manifest of format {FORMAT_VERSION}. Pass a new or empty folder.")
+            raise ValueError(
+                f"{path} is not a manifest of format {FORMAT_VERSION}. Pass a new or empty folder."
+            )
         there, ours = manifest.get("settings"), self.settings
         if manifest.get("command") != self.command or not isinstance(there, dict):
             raise ValueError(
@@ -187,13 +182,12 @@ class Making:
                 f"{name} {_short(there.get(name))} there, {_short(ours.get(name))} now" for name in names
             )
             raise ValueError(
-                f"What is in {self.folder} was made with other settings: {differences}. Pass the same to go on, or another "
+                f"What is in {self.folder} was made with other settings: {differences}. Pass the same to continue, or another "
                 "folder to begin anew."
             )
 
     def _write_manifest(self, manifest):
-        with written_atomically(self.folder / MANIFEST_NAME) as file:
-            file.write(json.dumps(manifest, indent=1).encode())
+        write_text(self.folder / MANIFEST_NAME, json.dumps(manifest, indent=1))
 
     def _read_done(self):
         """Keys of all inputs that any process has finished."""
