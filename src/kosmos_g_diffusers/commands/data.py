@@ -24,6 +24,7 @@ from dataclasses import fields
 from ..data.making import ComposeSettings, EditSettings, compose, instructpix2pix, write_contact_sheet
 from ..data.making.instructpix2pix import COLUMNS
 from ..environment import DTYPES, as_dtype, check_device, default_device, default_dtype
+from ..fields import add_flags
 
 
 def add_arguments(parser):
@@ -41,26 +42,7 @@ def add_arguments(parser):
 def _add_compose(parser):
     add = parser.add_argument
     add("--images", required=True, metavar="FOLDER", help="images, in it and all folders below")
-    settings = {
-        "model_caption": "BLIP-2 or BLIP, folder or Hub id",
-        "model_entities": "language model with a chat template, folder or Hub id",
-        "model_segment": "CLIPSeg, folder or Hub id",
-        "threshold": "probability above which a pixel belongs to a thing",
-        "min_area": "share of the picture that a thing has to cover",
-        "max_entities": "things cut out of a picture",
-        "size": "pixels, sides of the picture to draw, and most of a cut-out",
-        "min_side": "pixels; smaller pictures are skipped",
-        "caption_tokens": "most tokens of a caption",
-        "entity_tokens": "most tokens of the language model's answer",
-    }
-    for field in fields(ComposeSettings):
-        add(
-            f"--{field.name.replace('_', '-')}",
-            type=field.type,
-            default=field.default,
-            metavar="MODEL" if field.type is str else "N",
-            help=f"{settings[field.name]} (default: %(default)s)",
-        )
+    add_flags(parser, ComposeSettings)
     add("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator, of this process, if there is one)")
     add("--dtype", choices=DTYPES, help="of the models (default: float32 on cpu, else bfloat16)")
     add("--batch-size", type=int, default=8, metavar="N", help="images a step (default: %(default)s)")
@@ -145,16 +127,15 @@ def run(arguments):
     }
     with _sigterm_stops():
         if arguments.action == "compose":
-            settings = ComposeSettings(
-                **{f.name: getattr(arguments, f.name) for f in fields(ComposeSettings)}
-            )
+            names = {entry.name for entry in fields(ComposeSettings)}
+            given = {name: value for name, value in vars(arguments).items() if name in names}
             device = arguments.device or _own_device()
             check_device(device)
             dtype = arguments.dtype or default_dtype(device, half="bfloat16")
             manifest = compose(
                 arguments.images,
                 arguments.output,
-                settings,
+                ComposeSettings(**given),
                 device=device,
                 dtype=as_dtype(dtype),
                 batch_size=arguments.batch_size,

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.utils.data
 
+from ...fields import check, setting
 from ..sample import BadSample, FilteredSample
 from .captioner import Captioner
 from .cutouts import Segmenter, cut_out
@@ -21,37 +22,31 @@ class ComposeSettings:
     """All that decides what is made of an image. Kept in the manifest; a resumed run needs the same.
 
     Raises:
-        ValueError: a number out of its range.
+        TypeError, ValueError: a value of another type, or out of its range.
     """
 
-    model_caption: str = "Salesforce/blip2-opt-2.7b"  # folder or Hub id; as in the official preparation
-    model_entities: str = (
-        "Qwen/Qwen2.5-7B-Instruct"  # there mosaicml/mpt-7b-instruct, which has no chat template
+    # as in the official preparation, but for the language model: mosaicml/mpt-7b-instruct there has no chat template
+    model_caption: str = setting(
+        "Salesforce/blip2-opt-2.7b", "BLIP-2 or BLIP, folder or Hub id", metavar="MODEL"
     )
-    model_segment: str = "CIDAS/clipseg-rd64-refined"  # as there
-    threshold: float = 0.3  # probability above which a pixel belongs to a thing; as there
-    min_area: float = 0.005  # share of the picture that a thing has to cover; there any
-    max_entities: int = 8  # a picture
-    size: int = 512  # pixels, sides of the picture to draw; things cut out are shrunk to it
-    min_side: int = 256  # pixels; pictures with a shorter side below it are skipped
-    caption_tokens: int = 32  # at most
-    entity_tokens: int = 64  # at most, of the language model's answer
+    model_entities: str = setting(
+        "Qwen/Qwen2.5-7B-Instruct", "language model with a chat template, folder or Hub id", metavar="MODEL"
+    )
+    model_segment: str = setting("CIDAS/clipseg-rd64-refined", "CLIPSeg, folder or Hub id", metavar="MODEL")
+    threshold: float = setting(0.3, "probability above which a pixel belongs to a thing", low=0, high=1)
+    # in the official preparation any share
+    min_area: float = setting(0.005, "share of the image that a thing has to cover", low=0, high=1)
+    # training reads no more than 64
+    max_entities: int = setting(8, "things cut out of an image", low=1, high=64)
+    size: int = setting(
+        512, "pixels, sides of the image to draw, and most of a cut-out", low=8, high=CUTTING_SIDE
+    )
+    min_side: int = setting(256, "pixels; smaller images are skipped", low=1, high=100_000)
+    caption_tokens: int = setting(32, "most tokens of a caption", low=1, high=1000)
+    entity_tokens: int = setting(64, "most tokens of the language model's answer", low=1, high=10_000)
 
     def __post_init__(self):
-        ranges = {
-            "threshold": (0, 1),
-            "min_area": (0, 1),
-            "max_entities": (1, 64),  # training reads no more
-            "size": (8, CUTTING_SIDE),
-            "min_side": (1, 100_000),
-            "caption_tokens": (1, 1000),
-            "entity_tokens": (1, 10_000),
-        }
-        for name, (least, most) in ranges.items():
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; expected a number from {least} to {most}."
-                )
+        check(self)
 
 
 def compose(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.utils.data
 
+from ...fields import check_value
 from ...files import read_json
 from ..hub_datasets import HubDatasetSource
 from ..sample import BadSample
@@ -38,9 +39,8 @@ class EditSettings:
     split: str = "train"
     revision: str | None = None
     columns: tuple = tuple(COLUMNS.items())  # (use, column) pairs of the data set, see COLUMNS
-    size: int = (
-        512  # pixels of the shorter side, to which larger pictures are shrunk; as in the official preparation
-    )
+    # pixels of the shorter side, to which larger images are shrunk; as in the official preparation
+    size: int = 512
 
     def __post_init__(self):
         if (self.folder is None) == (self.dataset is None):
@@ -51,8 +51,7 @@ class EditSettings:
             raise ValueError(
                 f"No column was given for {', '.join(missing)}. An edit needs all of edit, source and image."
             )
-        if not 8 <= self.size <= 8192:
-            raise ValueError(f"size is {self.size}; expected a number from 8 to 8192.")
+        check_value("size", self.size, int, low=8, high=8192)
 
 
 def instructpix2pix(
