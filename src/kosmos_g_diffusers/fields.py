@@ -11,7 +11,7 @@ class Settings:
 import argparse
 import math
 import types
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, field, fields
 
 TYPE, CHOICE, RANGE = "type", "choice", "range"  # what may be wrong with a value
 
@@ -85,26 +85,30 @@ def add_flags(parser, settings, leave_out=(), defaults=None):
     entries = fields(settings) if isinstance(settings, type) else settings
     for entry in entries:
         if entry.metadata.get("help") and entry.name not in leave_out:
-            add_flag(parser, entry, (defaults or {}).get(entry.name, entry.default))
+            kind, metadata = _without_none(entry.type), entry.metadata
+            default = (defaults or {}).get(entry.name, entry.default)
+            add_flag(
+                parser, entry.name, kind, default, metadata["help"], metadata["choices"], metadata["metavar"]
+            )
 
 
-def add_flag(parser, entry: Field, default):
-    """The flag of one field: `--name-of-the-field`."""
-    text, choices, metavar = (entry.metadata[name] for name in ("help", "choices", "metavar"))
+def add_flag(parser, name, kind, default, text, choices=(), metavar=None):
+    """The flag `--name` of one setting of a type; its help is `text` and, unless that or zero says it, the default."""
     if default not in ("", (), 0, False, None, MISSING) and "(default:" not in text:
-        text += f" (default: {default:g})" if entry.type is float else f" (default: {default})"
-    options = {"dest": entry.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-    flag, kind = "--" + entry.name.replace("_", "-"), _without_none(entry.type)
+        text += f" (default: {default:g})" if kind is float else f" (default: {default})"
+    options = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    flag = "--" + name.replace("_", "-")
     if kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     elif choices:
-        named = metavar or "|".join(choice for choice in choices if choice)
-        parser.add_argument(flag, choices=choices, metavar=named, **options)
+        metavar = metavar or "|".join(choice for choice in choices if choice)
+        parser.add_argument(flag, choices=choices, metavar=metavar, **options)
     elif kind in (tuple[str, ...], tuple[float, ...]):
         parser.add_argument(flag, nargs="+", type=kind.__args__[0], metavar=metavar, **options)
     else:
-        metavar = metavar or {int: "N", float: "NUMBER"}.get(kind)
-        parser.add_argument(flag, type=kind, metavar=metavar, **options)
+        parser.add_argument(
+            flag, type=kind, metavar=metavar or {int: "N", float: "NUMBER"}.get(kind), **options
+        )
 
 
 def _without_none(kind):

@@ -124,11 +124,9 @@ def test_unknown_parameter_and_wrong_values_are_refused_before_anything_is_loade
 
 
 def test_picture_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(
-        ValueError, match="The picture of the control 'tile' cannot be read from .*nowhere.png"
-    ):
+    with pytest.raises(ValueError, match="The image of the control 'tile' cannot be read from .*nowhere.png"):
         control_image("tile", tmp_path / "nowhere.png")
-    with pytest.raises(TypeError, match="The picture of the control 'tile' is of type int"):
+    with pytest.raises(TypeError, match="The image of the control 'tile' is of type int"):
         control_image("tile", 3)
 
 
@@ -252,7 +250,7 @@ def test_inpaint_marks_the_holes_and_a_file_of_it_gives_them_back(photo, tmp_pat
 def test_inpaint_needs_a_mask_of_the_size_of_the_picture_and_others_take_none(photo, tmp_path):
     with pytest.raises(ValueError, match="'inpaint' needs a mask"):
         control_image("inpaint", photo)
-    with pytest.raises(ValueError, match="is 8 x 8 pixels, its picture 451 x 300"):
+    with pytest.raises(ValueError, match="is 8 x 8 pixels, its image 451 x 300"):
         control_image("inpaint", photo, mask=PIL.Image.new("L", (8, 8)))
     with pytest.raises(ValueError, match="'tile' takes no mask"):
         control_image("tile", photo, mask=photo)
@@ -520,7 +518,7 @@ def test_controlnet_that_cannot_be_loaded_is_named(empty_cache, tmp_path):
     with pytest.raises(ValueError, match=f"The ControlNet '{tmp_path}' cannot be loaded"):
         load_controlnet(tmp_path)
     with pytest.raises(
-        ValueError, match="'cany' is no folder, no Hub id and no control. Known controls: canny,"
+        ValueError, match="'cany' is not a folder, a Hub id or a control. Known controls: canny,"
     ):
         load_controlnet("cany")
 
@@ -707,7 +705,7 @@ def test_mistakes_with_controls_are_explained(folder, capsys):
     assert "(32, 32), and an image of (64, 64)" in error(
         "--control", "tile:@a.png", "--control", "tile:@small.png"
     )
-    assert "'nowhere' is no folder, no Hub id and no control" in error(*drawing, "--controlnet", "nowhere")
+    assert "'nowhere' is not a folder, a Hub id or a control" in error(*drawing, "--controlnet", "nowhere")
     assert not Path("out.png").exists()
 
 

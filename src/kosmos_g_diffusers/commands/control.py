@@ -1,7 +1,7 @@
-"""Make the control image of a picture, as a ControlNet reads it.
+"""Make the control image of an image, as a ControlNet reads it.
 
-The image has the picture's own size, both sides rounded down to multiples of 8, unless --short-side says otherwise. Look
-at it, mend it in a paint program, and pass it to kosmos-g generate --control NAME:@edges.png. For inpaint the holes are
+The control image has the size of the image, both sides rounded down to multiples of 8, unless --short-side says otherwise. Look
+at it, change it in a paint program, and pass it to kosmos-g generate --control NAME:@edges.png. For inpaint the holes are
 its transparent pixels.
 
 examples:
@@ -11,62 +11,56 @@ examples:
   kosmos-g control inpaint photo.png --mask mask.png --output holes.png
 """
 
-import argparse
-import os
 from pathlib import Path
 
 from ..control.controls import CONTROLS, control_image, control_preview
+from ..environment import check_device
+from ..fields import add_flag
+from ..files import written_atomically
 
 
 def add_arguments(parser):
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="kind of control; --list shows them")
-    add("picture", nargs="?", metavar="PICTURE", help="file to make it of")
+    add("image", nargs="?", metavar="IMAGE", help="file to make it of")
     add("--list", action="store_true", help="print the table of controls and stop")
     add("-o", "--output", default="control.png", metavar="FILE", help="PNG to write (default: control.png)")
     add("--force", action="store_true", help="overwrite the file if it is there")
-    add("--mask", metavar="FILE", help="for inpaint: picture that is white where something new belongs")
-    add("--short-side", type=int, metavar="PIXELS", help="of the image (default: the picture's own)")
+    add("--mask", metavar="FILE", help="for inpaint: image that is white where something new belongs")
+    add("--short-side", type=int, metavar="PIXELS", help="of the control image (default: the image's own)")
     add("--weights", metavar="FOLDER", help="files of the annotator (default: from the Hub)")
     add("--device", default="cpu", help="where the annotator runs: cpu, cuda, mps, ... (default: cpu)")
     for name, controls in _controls_by_parameter().items():
         parameter = CONTROLS[controls[0]].parameters[name]
         text = f"{', '.join(controls)}: {parameter.help} (default: {parameter.default})"
-        if isinstance(parameter.default, bool):
-            add(f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            kind = type(parameter.default)
-            add(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
+        add_flag(parser, name, type(parameter.default), parameter.default, text)
 
 
 def run(arguments):
     if arguments.list:
         return print(_table())
-    if arguments.name is None or arguments.picture is None:
+    if arguments.name is None or arguments.image is None:
         raise ValueError(
-            "Name a control and a picture: kosmos-g control canny photo.png. --list shows the controls."
+            "Name a control and an image: kosmos-g control canny photo.png. --list shows the controls."
         )
     output = Path(arguments.output)
     if output.suffix.lower() != ".png":
         raise ValueError(f"The output {arguments.output!r} does not end in .png.")
     if output.exists() and not arguments.force:
         raise FileExistsError(f"{output} would be overwritten. Pass --force, or another --output.")
+    check_device(arguments.device)
     parameters = {name: value for name, value in vars(arguments).items() if name in _controls_by_parameter()}
     image = control_image(
         arguments.name,
-        arguments.picture,
+        arguments.image,
         mask=arguments.mask,
         short_side=arguments.short_side,
         weights=arguments.weights,
         device=arguments.device,
         **parameters,
     )
-    part = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        control_preview(image).save(part, format="PNG")
-        os.replace(part, output)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_atomically(output) as file:
+        control_preview(image).save(file, format="PNG")
     print(output)
 
 
@@ -82,8 +76,8 @@ def _controls_by_parameter():
 def _table():
     lines = []
     for name, control in CONTROLS.items():
-        knobs = ", ".join(f"{key} {knob.default}" for key, knob in control.parameters.items())
+        settings = ", ".join(f"{key} {parameter.default}" for key, parameter in control.parameters.items())
         lines.append(f"{name:<17}{control.description}")
         lines.append(f"{'':<17}ControlNet {control.controlnet}")
-        lines.append(f"{'':<17}needs {control.weights or 'no download'}{'; ' + knobs if knobs else ''}")
+        lines.append(f"{'':<17}needs {control.weights or 'no download'}{'; ' + settings if settings else ''}")
     return "\n".join(lines)

@@ -65,15 +65,15 @@ def _quiet():
         yield
 
 
-def _detect(detector, picture, resolution=None, sizes=SIZES, **arguments):
-    """Let a detector of controlnet_aux look at `picture`, its shorter side `resolution` pixels (None: as it is).
+def _detect(detector, image, resolution=None, sizes=SIZES, **arguments):
+    """Let a detector of controlnet_aux look at `image`, its shorter side `resolution` pixels (None: as it is).
 
-    A detector bends what it looks at to sides of multiples of 64. So it gets a picture that has such sides, mirrored at
+    A detector bends what it looks at to sides of multiples of 64. So it gets an image that has such sides, mirrored at
     the right and at the bottom, and what it finds there is cut off.
     """
-    scale = 1 if resolution is None else resolution / min(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    array = np.asarray(picture.resize((width, height), PIL.Image.Resampling.LANCZOS))
+    scale = 1 if resolution is None else resolution / min(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    array = np.asarray(image.resize((width, height), PIL.Image.Resampling.LANCZOS))
     margins = ((0, -height % SIDE_MULTIPLE), (0, -width % SIDE_MULTIPLE), (0, 0))
     array = np.pad(array, margins, mode="symmetric")
     arguments.update(dict.fromkeys(sizes, min(array.shape[:2])))
@@ -114,7 +114,7 @@ def load_shuffle(weights, device):
 
 def load_drawing(weights, device):
     """White strokes on black from a drawing with dark strokes on white, at the threshold of ControlNet's own demo."""
-    return lambda picture: picture.convert("L").point(lambda value: 255 if value < 127 else 0)
+    return lambda image: image.convert("L").point(lambda value: 255 if value < 127 else 0)
 
 
 def load_depth(weights, device):
@@ -122,7 +122,7 @@ def load_depth(weights, device):
     from transformers import pipeline
 
     estimator = pipeline("depth-estimation", model=weights, device=device)
-    return lambda picture: estimator(picture)["depth"]
+    return lambda image: estimator(image)["depth"]
 
 
 def load_segmentation(weights, device):
@@ -134,9 +134,9 @@ def load_segmentation(weights, device):
     processor = AutoImageProcessor.from_pretrained(weights)
 
     @torch.no_grad()
-    def segment(picture):
-        output = model(**processor(picture, return_tensors="pt").to(device))
-        sizes = [(picture.height, picture.width)]
+    def segment(image):
+        output = model(**processor(image, return_tensors="pt").to(device))
+        sizes = [(image.height, image.width)]
         classes = processor.post_process_semantic_segmentation(output, target_sizes=sizes)[0]
         return PIL.Image.fromarray(palette[classes.cpu().numpy()])
 

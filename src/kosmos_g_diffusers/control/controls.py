@@ -1,4 +1,4 @@
-"""Control images: from a picture and the name of a control to what a ControlNet of Stable Diffusion 1.5 reads.
+"""Control images: from an image and the name of a control to what a ControlNet of Stable Diffusion 1.5 reads.
 
 CONTROLS is the table. Nothing is imported or fetched before it is used. Images are RGB, [0, 255].
 """
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 ANNOTATORS = "lllyasviel/Annotators"  # Hub id of the weights that controlnet_aux reads
 SIDE_MULTIPLE = 8  # image pixels along a side of a latent pixel
-MAX_SIDE_RATIO = 8  # a thinner picture, scaled to a short side of 512, would have many millions of pixels
+MAX_SIDE_RATIO = 8  # a thinner image, scaled to a short side of 512, would have many millions of pixels
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Control:
 
     description: str
     controlnet: str  # Hub id, for Stable Diffusion 1.5
-    annotator: object = None  # "module.Class" of controlnet_aux, or a loader; None is the picture itself
+    annotator: object = None  # "module.Class" of controlnet_aux, or a loader; None is the image itself
     weights: str | None = None  # Hub id of the annotator's weights; None: nothing to fetch
     files: tuple = ()  # those it reads of that repo; () is all
     parameters: dict = field(default_factory=dict)
@@ -67,7 +67,7 @@ CONTROLS = {
         "lllyasviel/control_v11p_sd15_canny",
         "canny.CannyDetector",
         parameters={
-            "low": Parameter(100, "gradient down to which an edge goes on", "low_threshold", 0, 2000),
+            "low": Parameter(100, "gradient down to which an edge continues", "low_threshold", 0, 2000),
             "high": Parameter(200, "gradient from which an edge begins", "high_threshold", 0, 2000),
         },
     ),
@@ -179,10 +179,10 @@ CONTROLS = {
             "scale": Parameter(256, "size of the waves, in pixels", "f", 8, 4096),
         },
     ),
-    "ip2p": Control("the picture itself, changed as the prompt says", "lllyasviel/control_v11e_sd15_ip2p"),
-    "tile": Control("the picture itself, its details drawn anew", "lllyasviel/control_v11f1e_sd15_tile"),
+    "ip2p": Control("the image itself, changed as the prompt says", "lllyasviel/control_v11e_sd15_ip2p"),
+    "tile": Control("the image itself, its details drawn anew", "lllyasviel/control_v11f1e_sd15_tile"),
     "inpaint": Control(
-        "the picture, filled where a mask is white", "lllyasviel/control_v11p_sd15_inpaint", needs_mask=True
+        "the image, filled where a mask is white", "lllyasviel/control_v11p_sd15_inpaint", needs_mask=True
     ),
 }
 
@@ -204,7 +204,7 @@ def load_annotator(name, weights=None, device="cpu"):
         weights: folder with the files of `CONTROLS[name].files`, or another Hub id; None is `CONTROLS[name].weights`.
 
     Returns:
-        A function (RGB PIL image, keywords of the annotator) -> PIL image; None where the picture itself is the control.
+        A function (RGB PIL image, keywords of the annotator) -> PIL image; None where the image itself is the control.
 
     Raises:
         ValueError: an unknown name, or weights that cannot be fetched or read.
@@ -244,15 +244,15 @@ def control_image(
     device="cpu",
     **parameters,
 ):
-    """Make the control image `name` of a picture.
+    """Make the control image `name` of an image.
 
-    It has the picture's own size, both sides rounded down to multiples of 8 as diffusers rounds, or the size that
-    `control_size` makes of the picture, `height`, `width` and `short_side`. The picture is resized to it, never cropped.
+    It has the image's own size, both sides rounded down to multiples of 8 as diffusers rounds, or the size that
+    `control_size` makes of the image, `height`, `width` and `short_side`. The image is resized to it, never cropped.
 
     Args:
         name: of CONTROLS.
         image: PIL image, path, URL, array or tensor, as for `open_image`.
-        mask: for inpaint; a picture of the same size, white where something new belongs.
+        mask: for inpaint; an image of the same size, white where something new belongs.
         annotator: from `load_annotator(name)`; None loads it for this call, with `weights` and `device`.
         parameters: those of `CONTROLS[name].parameters`.
 
@@ -261,7 +261,7 @@ def control_image(
         PIL image can hold; `control_preview` makes one of it. The pipelines take both.
 
     Raises:
-        ValueError, TypeError: an unknown name or parameter, a value out of range, a picture, mask or size that cannot be
+        ValueError, TypeError: an unknown name or parameter, a value out of range, an image, mask or size that cannot be
             used, or weights that cannot be loaded.
         ImportError: the extra `control` is not installed.
     """
@@ -279,27 +279,27 @@ def control_image(
         arguments[parameter.keyword or key] = value
     if control.needs_mask and mask is None:
         raise ValueError(
-            f"The control {name!r} needs a mask: a picture that is white where it is to be filled."
+            f"The control {name!r} needs a mask: an image that is white where it is to be filled."
         )
     if mask is not None and not control.needs_mask:
         raise ValueError(f"The control {name!r} takes no mask, and one was given.")
-    picture = open_image(image, f"The picture of the control {name!r}")
+    image = open_image(image, f"The image of the control {name!r}")
     if mask is not None:
         mask = open_image(mask, f"The mask of the control {name!r}")
-        if mask.size != picture.size:
+        if mask.size != image.size:
             raise ValueError(
-                f"The mask of the control {name!r} is {_text(mask.size)} pixels, its picture {_text(picture.size)}. Pass a "
-                "mask of the picture's size."
+                f"The mask of the control {name!r} is {_text(mask.size)} pixels, its image {_text(image.size)}. Pass a "
+                "mask of the image's size."
             )
-    height, width = control_size(picture, height, width, short_side)
-    picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    height, width = control_size(image, height, width, short_side)
+    image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
     if mask is not None:
-        return _with_holes(picture, mask.convert("L").resize((width, height), PIL.Image.Resampling.NEAREST))
+        return _with_holes(image, mask.convert("L").resize((width, height), PIL.Image.Resampling.NEAREST))
     if control.annotator is None:
-        return picture
+        return image
     if annotator is None:
         annotator = load_annotator(name, weights, device)
-    result = annotator(picture, **arguments).convert("RGB")
+    result = annotator(image, **arguments).convert("RGB")
     if result.size != (width, height):
         result = result.resize((width, height), PIL.Image.Resampling.BILINEAR)
     if all(low == high for low, high in result.getextrema()):
@@ -307,21 +307,21 @@ def control_image(
     return result
 
 
-def control_size(picture, height=None, width=None, short_side=None):
-    """Size for the control image of a PIL image -> (height, width), multiples of 8, of the picture's shape.
+def control_size(image, height=None, width=None, short_side=None):
+    """Size for the control image of a PIL image -> (height, width), multiples of 8, of the image's shape.
 
     Args:
         height, width: of the image to be made; what is not given follows from the other.
-        short_side: without both, pixels of the shorter side; None takes the picture's own.
+        short_side: without both, pixels of the shorter side; None takes the image's own.
 
     Raises:
-        ValueError: the size is no multiple of 8 or of another shape than the picture, or the picture is too small or too
+        ValueError: the size is not a multiple of 8 or of another shape than the image, or the image is too small or too
             thin.
     """
-    sides = (picture.height, picture.width)
+    sides = (image.height, image.width)
     if min(sides) < SIDE_MULTIPLE or max(sides) > MAX_SIDE_RATIO * min(sides):
         raise ValueError(
-            f"A picture of {_text(picture.size)} pixels makes no control image. Pass one with sides of at least "
+            f"An image of {_text(image.size)} pixels makes no control image. Pass one with sides of at least "
             f"{SIDE_MULTIPLE} pixels, the longer at most {MAX_SIDE_RATIO} times the shorter."
         )
     given = (height, width)
@@ -339,8 +339,8 @@ def control_size(picture, height=None, width=None, short_side=None):
     for index, side in enumerate(given):
         if side is not None and abs(side - exact[index]) >= SIDE_MULTIPLE:
             raise ValueError(
-                f"An image of {width} x {height} pixels was asked for, and the picture of the control, {_text(picture.size)}, "
-                f"has another shape: {fitting[1]} x {fitting[0]} fits. Ask for that, or crop the picture."
+                f"An image of {width} x {height} pixels was asked for, and the image of the control, {_text(image.size)}, "
+                f"has another shape: {fitting[1]} x {fitting[0]} fits. Ask for that, or crop the image."
             )
     return tuple(own if side is None else side for side, own in zip(given, fitting, strict=True))
 
@@ -349,23 +349,23 @@ def open_control(name, image):
     """A control image that is ready, as `control_image` returns it; for inpaint its transparent pixels are the holes.
 
     Raises:
-        ValueError: an unknown name, a picture that cannot be read, sides that are no multiples of 8, or no holes.
+        ValueError: an unknown name, an image that cannot be read, sides that are no multiples of 8, or no holes.
     """
     control = find_control(name)
-    picture = open_image(image, f"The control image for {name!r}")
-    if picture.width % SIDE_MULTIPLE or picture.height % SIDE_MULTIPLE:
+    upright = open_image(image, f"The control image for {name!r}")
+    if upright.width % SIDE_MULTIPLE or upright.height % SIDE_MULTIPLE:
         raise ValueError(
-            f"The control image for {name!r} is {_text(picture.size)} pixels; expected multiples of {SIDE_MULTIPLE}. Make it "
-            f"with: kosmos-g control {name} PICTURE"
+            f"The control image for {name!r} is {_text(upright.size)} pixels; expected multiples of {SIDE_MULTIPLE}. Make it "
+            f"with: kosmos-g control {name} IMAGE"
         )
     if not control.needs_mask:
-        return picture
+        return upright
     with PIL.Image.open(image) as opened:
         alpha = PIL.ImageOps.exif_transpose(opened.convert("RGBA")).getchannel("A")
     if alpha.getextrema()[0] > 127:
         raise ValueError(
             f"The control image for {name!r} has no transparent pixels, and those are what is filled. Make it with: "
-            f"kosmos-g control {name} PICTURE --mask MASK"
+            f"kosmos-g control {name} IMAGE --mask MASK"
         )
     return _with_holes(opened.convert("RGB"), PIL.ImageOps.invert(alpha))
 
@@ -379,9 +379,9 @@ def control_preview(control):
     return PIL.Image.fromarray((rgba * 255).round().byte().permute(1, 2, 0).numpy(), "RGBA")
 
 
-def _with_holes(picture, mask):
+def _with_holes(image, mask):
     """RGB and L image of one size -> (1, 3, H, W) in [0, 1], -1 where the mask is light."""
-    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    values = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     return torch.where(torch.from_numpy(np.array(mask)) > 127, -1.0, values)
 
 
@@ -397,7 +397,7 @@ def load_controlnet(source, dtype=torch.float32):
     repo = CONTROLS[source].controlnet if source in CONTROLS else str(source)
     if repo == source and not Path(source).exists() and repo.count("/") != 1:
         raise ValueError(
-            f"{source!r} is no folder, no Hub id and no control. Known controls: {', '.join(CONTROLS)}."
+            f"{source!r} is not a folder, a Hub id or a control. Known controls: {', '.join(CONTROLS)}."
         )
     load = ControlNetModel.from_single_file if Path(repo).is_file() else ControlNetModel.from_pretrained
     try:
