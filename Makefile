@@ -25,7 +25,7 @@ test: env  ## lint, then run the test suite
 test-oldest: $(VENV_OLDEST)/.installed  ## run the test suite on the lowest versions that setup.cfg allows
 	$(PYTEST_ENV) $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
 
-style: env  ## mend what ruff can mend
+style: env  ## fix what ruff can fix
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
