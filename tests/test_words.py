@@ -1,9 +1,6 @@
 """One word for one thing, and the field's: words that the code and the documents no longer use."""
 
-import re
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = [
