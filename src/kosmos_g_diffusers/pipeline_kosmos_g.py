@@ -658,9 +658,8 @@ class KosmosGPromptMixin:
         }
         super().save_pretrained(save_directory, **kwargs)
         shutil.copyfile(__file__, Path(save_directory) / f"{MODULES[2]}.py")  # the components copied theirs
-        if (
-            Path(__file__).with_name("model_card.py").is_file()
-        ):  # in the package alone: a saved folder has no copy
+        # in the package alone: a saved folder has no copy
+        if Path(__file__).with_name("model_card.py").is_file():
             importlib.import_module(".model_card", __package__).write_model_card(self, save_directory)
         if push_to_hub:
             upload["repo_id"] = upload["repo_id"] or Path(save_directory).name

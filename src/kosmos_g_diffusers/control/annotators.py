@@ -42,10 +42,8 @@ def aux_module(name):
     try:
         with _quiet():
             return importlib.import_module(f"{alias}.{name}")
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: torchvision beside another torch than its own
+    # RuntimeError: torchvision next to another torch than its own
+    except (ImportError, RuntimeError) as error:
         raise ImportError(
             f"controlnet_aux.{name} cannot be imported ({error}). Install what it needs: {INSTALL}"
         ) from error
@@ -54,14 +52,11 @@ def aux_module(name):
 @contextlib.contextmanager
 def _quiet():
     """Keep from the user what controlnet_aux says of itself while it loads."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):  # NormalBae prints its progress
+    # NormalBae prints its progress
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", ".*scipy.ndimage.filters", DeprecationWarning)
-        warnings.filterwarnings(
-            "ignore", ".*torch.jit.script.* is deprecated"
-        )  # category differs between releases
+        # its category differs between releases
+        warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated")
         yield
 
 
