@@ -145,14 +145,14 @@ def draw_colours_at_random(scene, rng):
     return tuple(colours), ground
 
 
-def render(scene, rng, image_size=IMAGE_SIZE, colours=None):
+def render(scene, rng, colours=None):
     """Draw a scene; rng (a random.Random) places the sprites and varies their size a little.
 
     Args:
         colours: of `draw_colours_at_random`, in place of those that the scene names.
 
     Returns:
-        RGB image of image_size x image_size pixels.
+        RGB image of IMAGE_SIZE x IMAGE_SIZE pixels.
     """
     named = tuple(COLOURS[sprite.colour] for sprite in scene.sprites), BACKGROUNDS[scene.background]
     paints, ground = colours or named
@@ -165,12 +165,7 @@ def render(scene, rng, image_size=IMAGE_SIZE, colours=None):
         reach = min(right - left - 2 * radius, 2 * JITTER) / 2
         centre = (left + right) / 2 + rng.uniform(-reach, reach), half + rng.uniform(-JITTER, JITTER)
         paint_sprite(image, sprite, centre, radius, paints[index])
-    image = image.reduce(SUPERSAMPLING)
-    return (
-        image
-        if image_size == IMAGE_SIZE
-        else image.resize((image_size, image_size), Image.Resampling.LANCZOS)
-    )
+    return image.reduce(SUPERSAMPLING)
 
 
 def paint_sprite(image, sprite, centre, radius, colour):
