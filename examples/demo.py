@@ -7,15 +7,13 @@ With a converted checkpoint (kosmos-g convert --help) the same code draws from p
     python examples/demo.py --model ./kosmos-g
 """
 
-import argparse
 import textwrap
-from pathlib import Path
 
 import torch
-from common import GUIDANCE, GUIDANCE_TINY, IMAGES, STEPS, STEPS_TINY
+from common import IMAGES, parse_arguments
 from PIL import Image, ImageDraw, ImageOps
 
-from kosmos_g_diffusers import SPRITES, KosmosGPipeline
+from kosmos_g_diffusers import KosmosGPipeline
 from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
 
 PHOTO_PROMPTS = [("<i> in the style of <i>", ["cat.jpg", "coffee.jpg"])]
@@ -32,44 +30,28 @@ TEXT_WIDTH, GAP = 210, 8  # pixels of the sheet
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write a few images of prompts of pictures and words.")
-    parser.add_argument(
-        "--model",
-        help="folder or Hub id of a Kosmos-G model (default: the small model that ships, of sprites)",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("out"), help="folder to write into (default: out)"
-    )
-    parser.add_argument(
-        "--steps", type=int, help=f"denoising steps (default: {STEPS_TINY}, with --model {STEPS})"
-    )
-    arguments = parser.parse_args()
-    if arguments.model is None:
-        prompts, steps, guidance, side = SPRITE_PROMPTS, STEPS_TINY, GUIDANCE_TINY, 128
-    else:
-        prompts, steps, guidance, side = PHOTO_PROMPTS, STEPS, GUIDANCE, 256
-
-    pipe = KosmosGPipeline.from_pretrained(arguments.model or SPRITES, torch_dtype=torch.float32)
-    pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    arguments = parse_arguments(__doc__, SPRITE_PROMPTS, PHOTO_PROMPTS)
+    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+    pipe.to(arguments.device)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, (prompt, names) in enumerate(prompts):
+    for number, (prompt, names) in enumerate(arguments.prompt):
         print(f'"{prompt}"', *names)
         pictures = [Image.open(IMAGES / name) for name in names]
         drawn = pipe(
             prompt,
             images=pictures,
             num_images_per_prompt=IMAGES_PER_PROMPT,
-            num_inference_steps=arguments.steps or steps,
-            guidance_scale=guidance,
+            num_inference_steps=arguments.steps,
+            guidance_scale=arguments.guidance,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(IMAGES_PER_PROMPT)],
         ).images
         for seed, image in enumerate(drawn):
             image.save(arguments.output / f"demo_{number}_{seed}.png")
         rows.append((pictures, prompt, drawn))
-    draw_sheet(rows, side).save(arguments.output / "demo.png")
+    draw_sheet(rows, 128 if arguments.small else 256).save(arguments.output / "demo.png")
     print(f"{arguments.output / 'demo.png'}, and each image beside it")
-    if arguments.model is None:
+    if arguments.small:
         print(SPRITES_NOTE)
 
 
