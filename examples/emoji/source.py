@@ -2,18 +2,17 @@
 
 from functools import lru_cache
 
-from pictures import GROUNDS, TURNS, article, say_looks, turn_hue, view
-
 from kosmos_g_diffusers.data import IMAGE_LENGTH, Sample
 from kosmos_g_diffusers.sprites.world import make_rng
+
+from .pictures import GROUNDS, TURNS, article, say_looks, turn_hue, view
 
 SIZE = 32  # of the pictures to draw
 PHOTO_SIZE = 64  # of the pictures in a prompt
 GROUP = 1_000
 KINDS = ("captions", "pictures", "compositions")
-NAME_DROPOUT = (
-    0.3  # probability that a caption says the category for the name: looks alone must be enough to draw by
-)
+# probability that a caption says the category for the name: looks alone must be enough to draw by
+NAME_DROPOUT = 0.3
 
 
 class EmojiSource:
