@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("packages", "pictures", "source", "models", "train", "evaluate")
+MODULES = ("packages", "views", "source", "models", "train", "evaluate")
 COLOURS = {"red": (200, 30, 40), "blue": (40, 90, 200), "green": (60, 160, 60), "purple": (120, 70, 180)}
 
 
@@ -116,19 +116,19 @@ def test_subjects_with_a_near_twin_are_never_held_out(emoji, subjects):
 
 
 def test_looks_are_said_as_they_were_painted(emoji, subjects):
-    said = [emoji.pictures.say_looks(subject.picture) for subject in subjects]
+    said = [emoji.views.say_looks(subject.picture) for subject in subjects]
     assert said == ["tall red", "wide blue", "green and white", "purple"]
-    turned = emoji.pictures.turn_hue(subjects[0].picture, 120)
-    assert emoji.pictures.say_looks(turned) == "tall green"
+    turned = emoji.views.turn_hue(subjects[0].picture, 120)
+    assert emoji.views.say_looks(turned) == "tall green"
 
 
 def test_a_view_has_the_subject_somewhere_on_its_ground(emoji, subjects):
     corners = []
     for seed in range(20):
-        picture = emoji.pictures.view(subjects[0].picture, "yellow", 32, random.Random(seed))
+        picture = emoji.views.view(subjects[0].picture, "yellow", 32, random.Random(seed))
         pixels = np.asarray(picture)
         assert picture.size == (32, 32)
-        ground = (pixels == emoji.pictures.PLAIN["yellow"]).all(-1)
+        ground = (pixels == emoji.views.PLAIN["yellow"]).all(-1)
         red = (np.abs(pixels.astype(int) - COLOURS["red"]) < 30).all(-1)
         assert ground.sum() > 500 and red.sum() > 20
         corners.append(tuple(np.argwhere(red).min(0)))
@@ -139,10 +139,10 @@ def test_compositions_show_the_subject_on_another_ground_than_is_asked_for(emoji
     source = emoji.source.EmojiSource("compositions", subjects, 500)
     for index in range(50):
         *words, photo, ground = source.read(index, random.Random(index)).prompt
-        assert photo.size == (64, 64) and ground in emoji.pictures.GROUNDS.values()
+        assert photo.size == (64, 64) and ground in emoji.views.GROUNDS.values()
         colour = ground.split()[-2]
-        if colour in emoji.pictures.PLAIN:
-            assert photo.getpixel((0, 0)) != emoji.pictures.PLAIN[colour]
+        if colour in emoji.views.PLAIN:
+            assert photo.getpixel((0, 0)) != emoji.views.PLAIN[colour]
         assert len(words) <= 1
 
 

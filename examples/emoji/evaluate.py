@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from kosmos_g_diffusers.sprites.world import make_rng
 
 from .packages import load_subjects, split
-from .pictures import GROUNDS, PLAIN, TINTS, article, say_looks, view
+from .views import GROUNDS, PLAIN, TINTS, article, say_looks, view
 from .source import SIZE, draw_photo
 
 BATCH = 50  # images drawn at once

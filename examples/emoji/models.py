@@ -2,7 +2,7 @@
 
 from ..sprites.base import FACTOR, TEXT_WIDTH
 from .packages import CATEGORIES
-from .pictures import GROUNDS, SHADES
+from .views import GROUNDS, SHADES
 from .source import SIZE
 
 CHANNELS = (

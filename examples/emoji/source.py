@@ -5,7 +5,7 @@ from functools import lru_cache
 from kosmos_g_diffusers.data import IMAGE_LENGTH, Sample
 from kosmos_g_diffusers.sprites.world import make_rng
 
-from .pictures import GROUNDS, TURNS, article, say_looks, turn_hue, view
+from .views import GROUNDS, TURNS, article, say_looks, turn_hue, view
 
 SIZE = 32  # of the pictures to draw
 PHOTO_SIZE = 64  # of the pictures in a prompt

@@ -1,6 +1,6 @@
 """Peak memory and time of each memory and speed knob on the full-size model, over those of the plain pipeline:
 
-    python benchmarks/knobs.py
+    python benchmarks/settings.py
 
 Writes a folder of random weights into a temporary one (5.3 GiB in bf16) and draws from it once for every knob, each in a
 process of its own. A C++ compiler is needed for the rows of torch.compile, torchao for the row of int8 weights.
