@@ -1,4 +1,4 @@
-"""Animate what a picture shows, with diffusers' own AnimateDiff pipeline:
+"""Animate what an image shows, with diffusers' own AnimateDiff pipeline:
 
     python examples/animate.py
 

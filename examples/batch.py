@@ -1,4 +1,4 @@
-"""Draw several prompts at once, each with as many pictures as it likes, two images of each:
+"""Draw several prompts at once, each with any number of reference images; two images are drawn of each:
 
     python examples/batch.py
 

@@ -1,4 +1,4 @@
-"""What the examples share: their command line, their pictures, the file they write, and stand-ins for downloads."""
+"""What the examples share: their command line, their images, the file they write, and stand-ins for downloads."""
 
 import argparse
 import copy
@@ -59,7 +59,7 @@ def subjects(arguments):
 
 
 def move(sprite, right, down):
-    """The picture of a sprite with the sprite elsewhere, as long as it stays inside: its ground is of one colour."""
+    """The image of a sprite with the sprite elsewhere, as long as it stays inside: its ground is of one colour."""
     return ImageChops.offset(sprite, right, down)
 
 
@@ -82,15 +82,15 @@ def enlarge(image, times):
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
-def canny_edges(picture, arguments):
+def canny_edges(image, arguments):
     """Canny edges; for the small model, plain differences of neighbouring pixels where controlnet_aux is missing."""
     try:
-        return control_image("canny", picture)
+        return control_image("canny", image)
     except ImportError as error:
         if not arguments.small:
             raise
         print(f"{error} Here plain differences of neighbouring pixels stand in for Canny edges.")
-        channels = picture.filter(ImageFilter.FIND_EDGES).split()
+        channels = image.filter(ImageFilter.FIND_EDGES).split()
         edges = ImageChops.lighter(ImageChops.lighter(*channels[:2]), channels[2])
         edges = edges.point([255 * (value > 100) for value in range(256)])
         # the filter leaves the outermost pixels as they are

@@ -1,4 +1,4 @@
-"""Draw a prompt of words and a picture along the edges of another picture:
+"""Draw a prompt of words and an image along the edges of another image:
 
     python examples/controlnet.py
 

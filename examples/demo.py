@@ -1,4 +1,4 @@
-"""Draw prompts of pictures and words, on any machine, in a minute:
+"""Draw prompts of words and images, on any machine, in a minute:
 
     python examples/demo.py
 
@@ -37,10 +37,10 @@ def main():
     rows = []
     for number, (prompt, names) in enumerate(arguments.prompt):
         print(f'"{prompt}"', *names)
-        pictures = [Image.open(IMAGES / name) for name in names]
+        reference_images = [Image.open(IMAGES / name) for name in names]
         drawn = pipe(
             prompt,
-            images=pictures,
+            images=reference_images,
             num_images_per_prompt=IMAGES_PER_PROMPT,
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance,
@@ -48,26 +48,25 @@ def main():
         ).images
         for seed, image in enumerate(drawn):
             image.save(arguments.output / f"demo_{number}_{seed}.png")
-        rows.append((pictures, prompt, drawn))
+        rows.append((reference_images, prompt, drawn))
     draw_sheet(rows, 128 if arguments.small else 256).save(arguments.output / "demo.png")
-    print(f"{arguments.output / 'demo.png'}, and each image beside it")
+    print(f"{arguments.output / 'demo.png'}, and each image next to it")
     if arguments.small:
         print(SPRITES_NOTE)
 
 
 def draw_sheet(rows, side):
-    """A row for each (pictures, prompt, images drawn): tiles of `side` pixels, the prompt written between them."""
-    n_pictures = max(len(pictures) for pictures, _, _ in rows)
-    left = n_pictures * (side + GAP) + GAP
+    """A row for each (reference images, prompt, images drawn): tiles of `side` pixels, the prompt between them."""
+    left = max(len(reference_images) for reference_images, _, _ in rows) * (side + GAP) + GAP
     width = left + TEXT_WIDTH + IMAGES_PER_PROMPT * (side + GAP)
     sheet = Image.new("RGB", (width, len(rows) * (side + GAP) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (pictures, prompt, drawn) in enumerate(rows):
+    for number, (reference_images, prompt, drawn) in enumerate(rows):
         top = GAP + number * (side + GAP)
         draw.text((left, top + side // 2), textwrap.fill(prompt, 24), "black", anchor="lm", font_size=15)
-        places = [left - (side + GAP) * (len(pictures) - index) for index in range(len(pictures))]
+        places = [left - (side + GAP) * behind for behind in range(len(reference_images), 0, -1)]
         places += [left + TEXT_WIDTH + index * (side + GAP) for index in range(len(drawn))]
-        for place, image in zip(places, [*pictures, *drawn], strict=True):
+        for place, image in zip(places, [*reference_images, *drawn], strict=True):
             # sprites have 64 pixels: enlarged, not blurred
             resampling = Image.Resampling.NEAREST if image.width < side else Image.Resampling.BICUBIC
             tile = ImageOps.fit(image.convert("RGB"), (side, side), resampling)

@@ -22,7 +22,7 @@ first, _ = subjects(arguments)
 
 if arguments.small:
     guidance_scale = 3.0
-    print("The small model has no LCM-LoRA: its pictures are simple enough for the scheduler alone.")
+    print("The small model has no LCM-LoRA: its images are simple enough for the scheduler alone.")
 else:
     pipe.load_lora_weights("latent-consistency/lcm-lora-sdv1-5")
     pipe.fuse_lora()

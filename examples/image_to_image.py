@@ -1,4 +1,4 @@
-"""Change one picture after a prompt that holds another:
+"""Change an image as a prompt says that holds another image:
 
     python examples/image_to_image.py
 
@@ -25,7 +25,7 @@ image = pipe(
     arguments.prompt,
     images=[first],  # of the prompt
     image=before,  # what is changed
-    strength=0.7,  # how far: 0 leaves the picture, 1 leaves nothing of it
+    strength=0.7,  # how far: 0 leaves the image, 1 leaves nothing of it
     num_inference_steps=arguments.steps,
     guidance_scale=arguments.guidance,
     generator=torch.Generator("cpu").manual_seed(0),

@@ -1,4 +1,4 @@
-"""Make a picture a word, and use the word in a pipeline of diffusers that knows nothing of pictures in prompts:
+"""Make a word of an image, and use it in a pipeline of diffusers that knows nothing of images in prompts:
 
     python examples/image_words.py
 

@@ -1,4 +1,4 @@
-"""Put what one picture shows into a hole of another:
+"""Draw what one image shows into a hole of another:
 
     python examples/inpaint.py
 
@@ -21,16 +21,16 @@ first, second = subjects(arguments)
 
 side = pipe.unet.config.sample_size * pipe.vae_scale_factor
 if arguments.small:  # the hole is next to the second sprite; of two, the small model wants both in the prompt
-    images, before = [second, first], move(second, -18, 0)
+    reference_images, before = [second, first], move(second, -18, 0)
     hole = (side // 2, 0, side, side)
 else:
-    images, before = [first], ImageOps.fit(second, (side, side))
+    reference_images, before = [first], ImageOps.fit(second, (side, side))
     hole = (side // 4, side // 4, side * 3 // 4, side * 3 // 4)
 mask = Image.new("L", before.size)
 ImageDraw.Draw(mask).rectangle(hole, fill=255)  # white is drawn
 image = pipe(
     arguments.prompt,
-    images=images,  # of the prompt
+    images=reference_images,  # of the prompt
     image=before,  # what is changed
     mask_image=mask,
     num_inference_steps=arguments.steps,

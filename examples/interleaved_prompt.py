@@ -1,4 +1,4 @@
-"""Draw a prompt of words and pictures, written in three ways that mean the same:
+"""Draw a prompt of words and images, written in three ways that mean the same:
 
     python examples/interleaved_prompt.py
 

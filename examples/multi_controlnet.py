@@ -23,12 +23,15 @@ first, second = subjects(arguments)
 
 side = pipe.unet.config.sample_size * pipe.vae_scale_factor
 if arguments.small:  # the small model has one ControlNet; twice the same, it places a star and a heart
-    images, controlnets = [first, second], [load_sprites_controlnet("canny")] * 2
+    reference_images, controlnets = [first, second], [load_sprites_controlnet("canny")] * 2
     places = [("plain_star.png", -17, -6), ("plain_heart.png", 17, 6)]
     controls = [canny_edges(move(Image.open(IMAGES / name), *by), arguments) for name, *by in places]
     scales, ends = [0.8, 0.8], [1.0, 1.0]
 else:  # edges give the outlines, the image itself, for a while, the colours
-    images, repos = [first], ["lllyasviel/control_v11p_sd15_canny", "lllyasviel/control_v11f1e_sd15_tile"]
+    reference_images, repos = (
+        [first],
+        ["lllyasviel/control_v11p_sd15_canny", "lllyasviel/control_v11f1e_sd15_tile"],
+    )
     controlnets = [load_controlnet(repo, arguments.dtype) for repo in repos]
     photo = ImageOps.fit(second, (side, side))
     controls = [canny_edges(photo, arguments), photo]
@@ -38,7 +41,7 @@ pipe.to(arguments.device)
 
 image = pipe(
     arguments.prompt,
-    images=images,
+    images=reference_images,
     image=controls,  # one for each ControlNet, as are these:
     controlnet_conditioning_scale=scales,
     control_guidance_end=ends,

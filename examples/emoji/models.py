@@ -2,8 +2,8 @@
 
 from ..sprites.base import FACTOR, TEXT_WIDTH
 from .packages import CATEGORIES
-from .views import GROUNDS, SHADES
 from .source import SIZE
+from .views import GROUNDS, SHADES
 
 CHANNELS = (
     8  # twice Stable Diffusion's, for latents of 8 x 8: a quarter of the U-Net's work on the sprites' 16 x 16

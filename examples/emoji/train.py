@@ -1,4 +1,4 @@
-"""Train a small model on pictures that people know: emoji on grounds, 32 px, from nothing, on a CPU.
+"""Train a small model on images that people know: emoji on grounds, 32 px, from nothing, on a CPU.
 
     python -m examples.emoji.train --packages runs/emoji-packages --output runs/emoji
 
@@ -150,7 +150,7 @@ def main():
     torch.manual_seed(0)
     arguments.output.mkdir(parents=True, exist_ok=True)
     subjects, _ = split(load_subjects(arguments.packages))
-    # a trial needs no more pictures than its steps read
+    # a trial needs no more images than its steps read
     run = Run(arguments.output, subjects, arguments.steps, **({"samples": 1000} if arguments.steps else {}))
     for name in arguments.only:
         print(f"== {name}", flush=True)

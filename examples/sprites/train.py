@@ -40,7 +40,7 @@ from controlnet import ControlNetStage, EdgesCollate
 from diffusers import ControlNetModel
 from lanes import run_lanes
 
-from kosmos_g_diffusers import KosmosGProcessor
+from kosmos_g_diffusers import SPRITES, KosmosGProcessor
 from kosmos_g_diffusers.conversion.initial_weights import build_fresh
 from kosmos_g_diffusers.data import AlignCollate, InstructCollate, PretrainCollate, add_share
 from kosmos_g_diffusers.modeling_aligner_n import AlignerNetN
@@ -135,7 +135,7 @@ def write_model(run, name="model", encoder_from="instruct-asked"):
     pipeline.save_pretrained(unfinished)
     for copy in unfinished.rglob("*.py"):
         copy.unlink()  # of the package, in which this folder lies
-    shutil.copy(Path(__file__).with_name("CARD.md"), unfinished / "README.md")
+    shutil.copy(Path(SPRITES) / "README.md", unfinished)
     controlnet.half().save_pretrained(unfinished / "controlnet")
     for path in unfinished.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes files that no other user may read

@@ -1,6 +1,6 @@
-"""The miniature world: pictures of one or two coloured sprites on a coloured background, and captions that say it all.
+"""The miniature world: images of one or two coloured sprites on a coloured background, and captions that say it all.
 
-Every picture is drawn from a `Scene`, so what is true of it is known. A fifth of the (shape, colour, pattern) triples is
+Every image is drawn from a `Scene`, so what is true of it is known. A fifth of the (shape, colour, pattern) triples is
 held out: no training data shows or names them, and what a model makes of them tells whether it has learned to combine.
 """
 
@@ -125,7 +125,7 @@ def other_colours(sprite):
 
 
 def draw_colours_at_random(scene, rng):
-    """Colours for a scene, out of all there are: what is no held-out triple in any of them.
+    """Colours for a scene, out of all there are: none makes a held-out triple of a sprite.
 
     Returns:
         ((R, G, B) of each sprite, (R, G, B) of the background), 0 to 255, which differ as much as named colours do.
@@ -169,7 +169,7 @@ def render(scene, rng, colours=None):
 
 
 def paint_sprite(image, sprite, centre, radius, colour):
-    """Draw a sprite in (R, G, B) onto an image of SUPERSAMPLING times its size; centre and radius in pixels of the picture."""
+    """Draw a sprite in (R, G, B) onto an image of SUPERSAMPLING times its size; centre and radius in pixels of its own size."""
     scale = SUPERSAMPLING
     side = math.ceil(2 * radius * scale) + 2
     silhouette, hole = Image.new("L", (side, side)), Image.new("L", (side, side))
