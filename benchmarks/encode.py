@@ -15,7 +15,7 @@ from parts.measure import StageClock, now, ratio, report, significant, spread, t
 from parts.models import DTYPES, PHOTOS, UNET, VAE, assemble, build_at_random, build_text_encoder, build_tiny
 from PIL import Image
 
-# as DreamBench writes them, with the picture in the place of the subject
+# as DreamBench writes them, with the image in the place of the subject
 PROMPTS = [
     "{}, red",
     "{}, purple",

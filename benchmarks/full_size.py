@@ -78,7 +78,7 @@ def measure_encoder(pipe, photos, n_prompts, rounds, multiply):
 
 
 def draw(pipe, photos, steps):
-    """Seconds of each stage of one image with guidance, photos and text to picture."""
+    """Seconds of each stage of one image with guidance, photos and text to image."""
     stages = {
         **encoder_stages(pipe.text_encoder),
         "U-Net": (pipe.unet, pipe.unet),

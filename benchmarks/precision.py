@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py
 
-Beside it the error of the same function, weights and dtype run plainly by transformers' own Kosmos-2 model with its
+Next to it the error of the same function, weights and dtype run plainly by transformers' own Kosmos-2 model with its
 eager attention (softmax and GELU in the dtype itself).
 """
 

@@ -11,11 +11,13 @@ learning rate is 0, so that the losses of all ways are those of the same weights
 import argparse
 import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from parts.arguments import parse
@@ -33,10 +35,7 @@ from kosmos_g_diffusers.training.config import TrainConfig
 from kosmos_g_diffusers.training.loop import train
 from kosmos_g_diffusers.training.stages import AlignStage, InstructStage, PretrainStage
 
-sys.path.append(str(Path(__file__).parents[1] / "examples" / "sprites"))
-import base  # noqa: E402
-import kosmos  # noqa: E402
-
+base = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "examples" / "sprites" / "base.py")))
 BATCH_SIZES = {"pretrain": 64, "align": 128, "instruct": 48}  # of examples/sprites
 WORKS = {
     "pretrain": ("vision_states",),
@@ -52,8 +51,8 @@ WARM_UP, TAIL = 2, 3  # steps around those that are timed; in the last ones the 
 def build(stage, bucket_window):
     """(stage module, collate, keyword arguments of MixtureDataset) of the sprite configuration, with fresh weights."""
     torch.manual_seed(0)
-    tokenizer = kosmos.build_tokenizer()
-    encoder, processor = kosmos.build_text_encoder(tokenizer), KosmosGProcessor(tokenizer)
+    tokenizer = base.build_tokenizer()
+    encoder, processor = base.build_text_encoder(tokenizer), KosmosGProcessor(tokenizer)
     clip_tokenizer, scheduler = base.build_clip_tokenizer(), base.build_scheduler()
     options = {"batch_size": BATCH_SIZES[stage], "bucket_window": bucket_window}
     if stage == "pretrain":
@@ -65,9 +64,9 @@ def build(stage, bucket_window):
         module = AlignStage(encoder, build_fresh(AlignerNetN, encoder.config, 1), diffusion.text_encoder)
         collate = AlignCollate(processor, clip_tokenizer, max_text_tokens=None)
         return module, collate, {"sources": [SpriteSource("captions")], **options}
-    module = InstructStage(encoder, diffusion.unet, base.VaeStage().vae, scheduler)
+    module = InstructStage(encoder, diffusion.unet, base.build_vae(), scheduler)
     collate = InstructCollate(processor, IMAGE_SIZE, vae_scale_factor=4, max_text_tokens=None, resize=False)
-    return module, collate, kosmos.build_instruct_mixture() | options
+    return module, collate, base.build_instruct_mixture() | options
 
 
 def train_plainly(stage, dataset, steps):

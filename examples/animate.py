@@ -1,6 +1,6 @@
-"""Animate what a picture shows, with diffusers' own AnimateDiff pipeline:
+"""Animate what an image shows, with diffusers' own AnimateDiff pipeline:
 
-    python examples/animate.py --tiny
+    python examples/animate.py
 
 With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
@@ -13,17 +13,16 @@ from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
 
 from kosmos_g_diffusers import KosmosGPipeline
 
-arguments = parse_arguments(__doc__)
+arguments = parse_arguments(__doc__, sprites="<my-own> on a mint background", photos="<my-own> running")
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, _ = subjects(arguments)
 pipe.add_image_word("<my-own>", first)  # a word that this stock pipeline understands as well
 
-if arguments.tiny:
-    prompt, adapter = "<my-own> on a mint background", resting_adapter(pipe.unet)
+if arguments.small:
+    adapter = resting_adapter(pipe.unet)
     print("No motion was learned for the small model: each frame is a drawing of its own.")
 else:
-    prompt = "<my-own> running"
     adapter = MotionAdapter.from_pretrained(
         "guoyww/animatediff-motion-adapter-v1-5-2", torch_dtype=arguments.dtype
     )
@@ -35,7 +34,7 @@ animate = AnimateDiffPipeline.from_pipe(pipe, motion_adapter=adapter, torch_dtyp
 animate.to(arguments.device)
 
 frames = animate(
-    prompt,
+    arguments.prompt,
     num_frames=16,
     num_inference_steps=arguments.steps,
     guidance_scale=arguments.guidance,

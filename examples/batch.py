@@ -1,6 +1,6 @@
-"""Draw several prompts at once, each with as many pictures as it likes, two images of each:
+"""Draw several prompts at once, each with any number of reference images; two images are drawn of each:
 
-    python examples/batch.py --tiny
+    python examples/batch.py
 
 With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
@@ -12,23 +12,23 @@ from common import parse_arguments, save, subjects
 
 from kosmos_g_diffusers import KosmosGPipeline
 
-arguments = parse_arguments(__doc__)
+arguments = parse_arguments(
+    __doc__,
+    sprites=[
+        "<i>, pink",
+        "<i> and <i> on a white background",
+        "a large cyan plain moon on a brown background",
+    ],
+    photos=["<i> wearing a hat", "<i> in the style of <i>", "a cup on a table"],
+)
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, second = subjects(arguments)
 
-if arguments.tiny:
-    prompts = [
-        "<i>, pink",
-        "<i> and <i> on a white background",
-        "a large cyan plain moon on a brown background",
-    ]
-else:
-    prompts = ["<i> wearing a hat", "<i> in the style of <i>", "a cup on a table"]
 images = pipe(
-    prompts,
+    arguments.prompt,
     images=[[first], [first, second], []],
-    negative_prompt=None if arguments.tiny else "blurry",  # one for all, or a list with one for each
+    negative_prompt=arguments.negative_prompt,  # one for all, or a list with one for each
     num_images_per_prompt=2,
     num_inference_steps=arguments.steps,
     guidance_scale=arguments.guidance,

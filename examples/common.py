@@ -1,4 +1,4 @@
-"""What the examples share: their command line, their pictures, the file they write, and stand-ins for downloads."""
+"""What the examples share: their command line, their images, the file they write, and stand-ins for downloads."""
 
 import argparse
 import copy
@@ -11,50 +11,55 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from kosmos_g_diffusers import SPRITES
 from kosmos_g_diffusers.control.controls import control_image
-from kosmos_g_diffusers.environment import default_device
+from kosmos_g_diffusers.environment import as_dtype, default_device, default_dtype
 from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
 
 IMAGES = Path(__file__).parent / "images"
-STEPS, STEPS_TINY = 30, 20
-GUIDANCE, GUIDANCE_TINY = 6.0, 5.0
-ENLARGE_TINY = 4  # its images have sides of 64 pixels, too few to look at
+ENLARGE_SPRITES = 4  # images with sides of 64 pixels are too small to look at
 
 
-def parse_arguments(description):
-    """Read the command line: `tiny`, `model`, `output` and `steps`, and the device, dtype and guidance that suit it."""
+def parse_arguments(description, sprites=None, photos=None):
+    """Read the command line, and find what suits the model.
+
+    Args:
+        sprites, photos: the prompt for the small model that ships, and for a model that `--model` names.
+
+    Returns:
+        Namespace of `model`, `output`, `steps`, `small` (whether it is the small model), `prompt`, `negative_prompt`,
+        `guidance`, `device` and `dtype`.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument(
-        "--tiny", action="store_true", help="the small model that ships, of sprites, on the CPU, offline"
+    parser.add_argument(
+        "--model",
+        help="folder or Hub id of a Kosmos-G model (default: the small model that ships, of sprites)",
     )
-    model.add_argument("--model", help="folder or Hub id of a Kosmos-G model (kosmos-g convert makes one)")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # accepted: it was needed once
     parser.add_argument(
         "--output", type=Path, default=Path("out"), help="folder to write into (default: out)"
     )
-    parser.add_argument(
-        "--steps", type=int, help=f"denoising steps (default: {STEPS}, with --tiny {STEPS_TINY})"
-    )
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 20, with --model 30)")
     arguments = parser.parse_args()
-    if arguments.tiny:
-        arguments.model = SPRITES
-    if arguments.steps is None:
-        arguments.steps = STEPS_TINY if arguments.tiny else STEPS
-    arguments.guidance = GUIDANCE_TINY if arguments.tiny else GUIDANCE
-    arguments.device = "cpu" if arguments.tiny else default_device()
-    arguments.dtype = torch.float32 if arguments.device == "cpu" else torch.float16
+    arguments.small = small = arguments.model is None
+    arguments.model = arguments.model or SPRITES
+    arguments.steps = arguments.steps or (20 if small else 30)
+    arguments.prompt = sprites if small else photos
+    arguments.negative_prompt = None if small else "blurry"  # a word that the small model does not know
+    arguments.guidance = 5.0 if small else 6.0
+    arguments.device = "cpu" if small else default_device()
+    arguments.dtype = as_dtype(default_dtype(arguments.device))
     return arguments
 
 
 def subjects(arguments):
-    """Two pictures for prompts: photos, or with --tiny sprites that the small model was never shown."""
-    names = ("star.png", "heart.png") if arguments.tiny else ("cat.jpg", "coffee.jpg")
+    """Two images for prompts: sprites that the small model was never shown, or with --model photos."""
+    names = ("star.png", "heart.png") if arguments.small else ("cat.jpg", "coffee.jpg")
     return [Image.open(IMAGES / name) for name in names]
 
 
 def move(sprite, right, down):
-    """The picture of a sprite with the sprite elsewhere, as long as it stays inside: its ground is of one colour."""
+    """The image of a sprite with the sprite elsewhere, as long as it stays inside: its ground is of one colour."""
     return ImageChops.offset(sprite, right, down)
 
 
@@ -62,14 +67,14 @@ def save(images, name, arguments, rows=1):
     """Write images of one size as a grid, or as the frames of a GIF, and print where the file is."""
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / name
-    if arguments.tiny:
-        images = [enlarge(image, ENLARGE_TINY) for image in images]
+    if arguments.small:
+        images = [enlarge(image, ENLARGE_SPRITES) for image in images]
     if path.suffix == ".gif":
         export_to_gif(images, str(path))
     else:
         make_image_grid([image.convert("RGB") for image in images], rows, len(images) // rows).save(path)
     print(path)
-    if arguments.tiny:
+    if arguments.small:
         print(SPRITES_NOTE)
 
 
@@ -77,15 +82,15 @@ def enlarge(image, times):
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
-def canny_edges(picture, arguments):
-    """Canny edges; with --tiny, plain differences of neighbouring pixels where controlnet_aux is missing."""
+def canny_edges(image, arguments):
+    """Canny edges; for the small model, plain differences of neighbouring pixels where controlnet_aux is missing."""
     try:
-        return control_image("canny", picture)
+        return control_image("canny", image)
     except ImportError as error:
-        if not arguments.tiny:
+        if not arguments.small:
             raise
         print(f"{error} Here plain differences of neighbouring pixels stand in for Canny edges.")
-        channels = picture.filter(ImageFilter.FIND_EDGES).split()
+        channels = image.filter(ImageFilter.FIND_EDGES).split()
         edges = ImageChops.lighter(ImageChops.lighter(*channels[:2]), channels[2])
         edges = edges.point([255 * (value > 100) for value in range(256)])
         # the filter leaves the outermost pixels as they are

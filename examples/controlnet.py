@@ -1,6 +1,6 @@
-"""Draw a prompt of words and a picture along the edges of another picture:
+"""Draw a prompt of words and an image along the edges of another image:
 
-    python examples/controlnet.py --tiny
+    python examples/controlnet.py
 
 With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
@@ -17,15 +17,15 @@ from kosmos_g_diffusers import KosmosGControlNetPipeline, KosmosGPipeline
 from kosmos_g_diffusers.control.controls import load_controlnet
 from kosmos_g_diffusers.sprites.pretrained import load_sprites_controlnet
 
-arguments = parse_arguments(__doc__)
+arguments = parse_arguments(__doc__, sprites="<i> on a mint background", photos="<i>, oil painting")
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 first, second = subjects(arguments)
 
-if arguments.tiny:  # the edges say where, the picture of the prompt which colour and pattern
-    prompt, other = "<i> on a mint background", move(Image.open(IMAGES / "plain_star.png"), -8, 8)
+if arguments.small:  # the edges say where, the image of the prompt which colour and pattern
+    other, scale = move(Image.open(IMAGES / "plain_star.png"), -8, 8), 1.0
     controlnet = load_sprites_controlnet("canny")
 else:  # any ControlNet that was made for Stable Diffusion 1.5
-    prompt, other = "<i>, oil painting", second
+    other, scale = second, 0.8
     controlnet = load_controlnet("lllyasviel/control_v11p_sd15_canny", arguments.dtype)
 pipe = KosmosGControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
 pipe.to(arguments.device)
@@ -33,10 +33,10 @@ pipe.to(arguments.device)
 side = pipe.unet.config.sample_size * pipe.vae_scale_factor
 edges = canny_edges(ImageOps.fit(other, (side, side)), arguments)
 image = pipe(
-    prompt,
+    arguments.prompt,
     images=[first],  # of the prompt
     image=edges,  # of the ControlNet
-    controlnet_conditioning_scale=1.0 if arguments.tiny else 0.8,
+    controlnet_conditioning_scale=scale,
     num_inference_steps=arguments.steps,
     guidance_scale=arguments.guidance,
     generator=torch.Generator("cpu").manual_seed(0),

@@ -1,4 +1,4 @@
-"""Draw prompts of pictures and words, on any machine, in a minute:
+"""Draw prompts of words and images, on any machine, in a minute:
 
     python examples/demo.py
 
@@ -7,15 +7,13 @@ With a converted checkpoint (kosmos-g convert --help) the same code draws from p
     python examples/demo.py --model ./kosmos-g
 """
 
-import argparse
 import textwrap
-from pathlib import Path
 
 import torch
-from common import GUIDANCE, GUIDANCE_TINY, IMAGES, STEPS, STEPS_TINY
+from common import IMAGES, parse_arguments
 from PIL import Image, ImageDraw, ImageOps
 
-from kosmos_g_diffusers import SPRITES, KosmosGPipeline
+from kosmos_g_diffusers import KosmosGPipeline
 from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
 
 PHOTO_PROMPTS = [("<i> in the style of <i>", ["cat.jpg", "coffee.jpg"])]
@@ -32,60 +30,43 @@ TEXT_WIDTH, GAP = 210, 8  # pixels of the sheet
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write a few images of prompts of pictures and words.")
-    parser.add_argument(
-        "--model",
-        help="folder or Hub id of a Kosmos-G model (default: the small model that ships, of sprites)",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("out"), help="folder to write into (default: out)"
-    )
-    parser.add_argument(
-        "--steps", type=int, help=f"denoising steps (default: {STEPS_TINY}, with --model {STEPS})"
-    )
-    arguments = parser.parse_args()
-    if arguments.model is None:
-        prompts, steps, guidance, side = SPRITE_PROMPTS, STEPS_TINY, GUIDANCE_TINY, 128
-    else:
-        prompts, steps, guidance, side = PHOTO_PROMPTS, STEPS, GUIDANCE, 256
-
-    pipe = KosmosGPipeline.from_pretrained(arguments.model or SPRITES, torch_dtype=torch.float32)
-    pipe.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    arguments = parse_arguments(__doc__, SPRITE_PROMPTS, PHOTO_PROMPTS)
+    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+    pipe.to(arguments.device)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, (prompt, names) in enumerate(prompts):
+    for number, (prompt, names) in enumerate(arguments.prompt):
         print(f'"{prompt}"', *names)
-        pictures = [Image.open(IMAGES / name) for name in names]
+        reference_images = [Image.open(IMAGES / name) for name in names]
         drawn = pipe(
             prompt,
-            images=pictures,
+            images=reference_images,
             num_images_per_prompt=IMAGES_PER_PROMPT,
-            num_inference_steps=arguments.steps or steps,
-            guidance_scale=guidance,
+            num_inference_steps=arguments.steps,
+            guidance_scale=arguments.guidance,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(IMAGES_PER_PROMPT)],
         ).images
         for seed, image in enumerate(drawn):
             image.save(arguments.output / f"demo_{number}_{seed}.png")
-        rows.append((pictures, prompt, drawn))
-    draw_sheet(rows, side).save(arguments.output / "demo.png")
-    print(f"{arguments.output / 'demo.png'}, and each image beside it")
-    if arguments.model is None:
+        rows.append((reference_images, prompt, drawn))
+    draw_sheet(rows, 128 if arguments.small else 256).save(arguments.output / "demo.png")
+    print(f"{arguments.output / 'demo.png'}, and each image next to it")
+    if arguments.small:
         print(SPRITES_NOTE)
 
 
 def draw_sheet(rows, side):
-    """A row for each (pictures, prompt, images drawn): tiles of `side` pixels, the prompt written between them."""
-    n_pictures = max(len(pictures) for pictures, _, _ in rows)
-    left = n_pictures * (side + GAP) + GAP
+    """A row for each (reference images, prompt, images drawn): tiles of `side` pixels, the prompt between them."""
+    left = max(len(reference_images) for reference_images, _, _ in rows) * (side + GAP) + GAP
     width = left + TEXT_WIDTH + IMAGES_PER_PROMPT * (side + GAP)
     sheet = Image.new("RGB", (width, len(rows) * (side + GAP) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (pictures, prompt, drawn) in enumerate(rows):
+    for number, (reference_images, prompt, drawn) in enumerate(rows):
         top = GAP + number * (side + GAP)
         draw.text((left, top + side // 2), textwrap.fill(prompt, 24), "black", anchor="lm", font_size=15)
-        places = [left - (side + GAP) * (len(pictures) - index) for index in range(len(pictures))]
+        places = [left - (side + GAP) * behind for behind in range(len(reference_images), 0, -1)]
         places += [left + TEXT_WIDTH + index * (side + GAP) for index in range(len(drawn))]
-        for place, image in zip(places, [*pictures, *drawn], strict=True):
+        for place, image in zip(places, [*reference_images, *drawn], strict=True):
             # sprites have 64 pixels: enlarged, not blurred
             resampling = Image.Resampling.NEAREST if image.width < side else Image.Resampling.BICUBIC
             tile = ImageOps.fit(image.convert("RGB"), (side, side), resampling)

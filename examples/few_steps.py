@@ -1,6 +1,6 @@
 """Draw in four steps instead of thirty, with LCM-LoRA and its scheduler:
 
-    python examples/few_steps.py --tiny
+    python examples/few_steps.py
 
 With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
@@ -15,23 +15,23 @@ from diffusers import LCMScheduler
 
 from kosmos_g_diffusers import KosmosGPipeline
 
-arguments = parse_arguments(__doc__)
+arguments = parse_arguments(__doc__, sprites="<i> on a mint background", photos="<i> in the snow")
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, _ = subjects(arguments)
 
-if arguments.tiny:
-    prompt, guidance_scale = "<i> on a mint background", 3.0
-    print("The small model has no LCM-LoRA: its pictures are simple enough for the scheduler alone.")
+if arguments.small:
+    guidance_scale = 3.0
+    print("The small model has no LCM-LoRA: its images are simple enough for the scheduler alone.")
 else:
     pipe.load_lora_weights("latent-consistency/lcm-lora-sdv1-5")
     pipe.fuse_lora()
     # 1 to 2: the LoRA has learned guidance; at 1 each step is one pass instead of two
-    prompt, guidance_scale = "<i> in the snow", 1.0
+    guidance_scale = 1.0
 pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 
 image = pipe(
-    prompt,
+    arguments.prompt,
     images=[first],
     num_inference_steps=4,
     guidance_scale=guidance_scale,

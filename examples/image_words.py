@@ -1,6 +1,6 @@
-"""Make a picture a word, and use the word in a pipeline of diffusers that knows nothing of pictures in prompts:
+"""Make a word of an image, and use it in a pipeline of diffusers that knows nothing of images in prompts:
 
-    python examples/image_words.py --tiny
+    python examples/image_words.py
 
 With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
@@ -14,25 +14,25 @@ from PIL import ImageOps
 
 from kosmos_g_diffusers import KosmosGPipeline
 
-arguments = parse_arguments(__doc__)
+arguments = parse_arguments(
+    __doc__,
+    sprites=["<my-own> on a mint background", "<my-own> on a grey background"],
+    photos=["<my-own> wearing a hat", "<my-own> and a cup"],
+)
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, second = subjects(arguments)
 
-if arguments.tiny:
-    prompts = ["<my-own> on a mint background", "<my-own> on a grey background"]
-else:
-    prompts = ["<my-own> wearing a hat", "<my-own> and a cup"]
 pipe.add_image_word("<my-own>", first)  # encoded once, here
 settings = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
 generator = torch.Generator("cpu").manual_seed(0)
-drawn = pipe(prompts[0], generator=generator, **settings).images[0]
+drawn = pipe(arguments.prompt[0], generator=generator, **settings).images[0]
 
 # torch_dtype: diffusers' own from_pipe would cast what is shared to float32
 stock = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=pipe.dtype)
 before = ImageOps.fit(second, drawn.size)
 generator = torch.Generator("cpu").manual_seed(0)
-changed = stock(prompts[1], image=before, strength=0.8, generator=generator, **settings).images[0]
+changed = stock(arguments.prompt[1], image=before, strength=0.8, generator=generator, **settings).images[0]
 
 save([drawn, before, changed], "image_words.png", arguments)
 

@@ -1,6 +1,6 @@
-"""Draw a prompt of words and pictures, written in three ways that mean the same:
+"""Draw a prompt of words and images, written in three ways that mean the same:
 
-    python examples/interleaved_prompt.py --tiny
+    python examples/interleaved_prompt.py
 
 With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
@@ -12,39 +12,39 @@ from common import parse_arguments, save, subjects
 
 from kosmos_g_diffusers import KosmosGPipeline
 
-arguments = parse_arguments(__doc__)
+arguments = parse_arguments(
+    __doc__, sprites="<i> and <i> on a white background", photos="<i> in the style of <i>"
+)
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, second = subjects(arguments)
 
 
-def draw(prompt, **pictures):
+def draw(prompt, **images):
     return pipe(
         prompt,
-        **pictures,
+        **images,
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance,
         generator=torch.Generator("cpu").manual_seed(0),
     ).images[0]
 
 
-# words and pictures in reading order; pictures may also be paths and URLs
-if arguments.tiny:
-    parts = [first, "and", second, "on a white background"]
-else:
-    parts = [first, "in the style of", second]
-reading_order = draw(parts)
+# a string with a mark for each image
+marks = draw(arguments.prompt, images=[first, second])
 
-# a string with a mark for each picture: "<i> in the style of <i>"
-text = " ".join(part if isinstance(part, str) else "<i>" for part in parts)
-marks = draw(text, images=[first, second])
+# words and images in reading order; images may also be paths and URLs
+_, between, behind = arguments.prompt.split("<i>")
+reading_order = draw([first, between, second, behind])
 
-# chat content, as multimodal language models take it: [{"type": "image", "image": first}, {"type": "text", ...
+# chat content, as multimodal language models take it
 chat = draw(
     [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
-        for part in parts
+        {"type": "image", "image": first},
+        {"type": "text", "text": between},
+        {"type": "image", "image": second},
+        {"type": "text", "text": behind},
     ]
 )
 
-save([reading_order, marks, chat], "interleaved_prompt.png", arguments)
+save([marks, reading_order, chat], "interleaved_prompt.png", arguments)

@@ -1,6 +1,6 @@
 """Draw with a LoRA made for Stable Diffusion 1.5, and without it:
 
-    python examples/lora.py --tiny
+    python examples/lora.py
 
 With a converted checkpoint (kosmos-g convert --help) instead of the small model of sprites that ships:
 
@@ -14,7 +14,7 @@ from common import parse_arguments, random_lora, save, subjects
 
 from kosmos_g_diffusers import KosmosGPipeline
 
-arguments = parse_arguments(__doc__)
+arguments = parse_arguments(__doc__, sprites="<i> on a mint background", photos="<i>, pixel art")
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, _ = subjects(arguments)
@@ -22,7 +22,7 @@ first, _ = subjects(arguments)
 
 def draw():
     return pipe(
-        "<i> on a mint background" if arguments.tiny else "<i>, pixel art",
+        arguments.prompt,
         images=[first],
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance,
@@ -30,7 +30,7 @@ def draw():
     ).images[0]
 
 
-if arguments.tiny:
+if arguments.small:
     lora, scale = random_lora(pipe.unet), 3.0
     print("The LoRA has random weights: it disturbs the drawing, which shows that it acts.")
 else:

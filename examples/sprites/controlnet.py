@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
-from base import LATENT_NOISE, build_clip_tokenizer
+from base import LATENT_NOISE, build_clip_tokenizer, copy_part
 from diffusers import ControlNetModel
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 
 from kosmos_g_diffusers.control.controls import control_image, load_annotator
 from kosmos_g_diffusers.data import preprocess_target
@@ -39,7 +40,7 @@ class EdgesCollate:
         }
 
     def __call__(self, rows):
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return default_collate(rows)
 
 
 class ControlNetStage(nn.Module):
@@ -70,9 +71,4 @@ class ControlNetStage(nn.Module):
         return {"denoising": F.mse_loss(prediction.float(), target.float())}
 
     def save_pretrained(self, folder, state_dict=None):
-        copy = ControlNetModel.from_config(self.controlnet.config)
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        copy.load_state_dict(
-            {name.removeprefix("controlnet."): tensor for name, tensor in state_dict.items()}
-        )
-        copy.save_pretrained(Path(folder) / "controlnet")
+        copy_part(self, "controlnet", state_dict).save_pretrained(Path(folder) / "controlnet")

@@ -21,7 +21,7 @@ def run_lanes(script, run, threads):
     """Run every phase of LANES in a process of its own, two at a time; bars show how far they are.
 
     What a phase prints goes to <run>/<phase>.log. SIGTERM and Ctrl-C reach the phases, which save and stop; so does the
-    failure of the phase beside them.
+    failure of a phase of the other lane.
 
     Returns:
         The exit code of the first phase that failed or was stopped; 0 if all are done.

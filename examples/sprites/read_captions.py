@@ -1,9 +1,9 @@
-"""What the small model says of pictures: captions of held-out sprites, compared with what the pictures show.
+"""What the small model says of images: captions of held-out sprites, compared with what the images show.
 
     python examples/sprites/read_captions.py --output out/sprites-captions
 
-Each picture shows one held-out sprite, or two, and the model goes on with "An image of", as `kosmos-g caption` asks. The
-control compares each caption with the picture before. Writes report.md.
+Each image shows one held-out sprite, or two, and the model continues "An image of", as `kosmos-g caption` asks. The
+control compares each caption with the image before. Writes report.md.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def parse(caption):
     return {**said, "background": background.split()[:1]}
 
 
-def judge(scenes, captions):
+def score(scenes, captions):
     """Shares of the captions that say each thing right, of all sprites and of no others, and all of it word by word."""
     rights = []
     for scene, caption in zip(scenes, captions, strict=True):
@@ -66,19 +66,19 @@ def main():
     )
     parser.add_argument("--model", default=SPRITES, help="folder (default: the small model that ships)")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=500, help="pictures of each kind (default: 500)")
+    parser.add_argument("--count", type=int, default=500, help="images of each kind (default: 500)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     answer = load_answerer(arguments.model, torch.float32, "cpu")
     scores = {}
     for n_sprites, head in ((1, "one sprite"), (2, "two sprites")):
         scenes, captions = tell(answer, n_sprites, arguments.count, arguments.seed)
-        scores[head] = judge(scenes, captions)
-        scores[f"{head}, picture before"] = judge(scenes[-1:] + scenes[:-1], captions)
+        scores[head] = score(scenes, captions)
+        scores[f"{head}, image before"] = score(scenes[-1:] + scenes[:-1], captions)
 
     lines = [f"| said right | {' | '.join(scores)} |", "|---" * (1 + len(scores)) + "|"]
     for name in scores["one sprite"]:
-        lines.append(f"| {name} | {' | '.join(f'{score[name]:.3f}' for score in scores.values())} |")
+        lines.append(f"| {name} | {' | '.join(f'{shares[name]:.3f}' for shares in scores.values())} |")
     report = "\n".join(lines) + "\n"
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "report.md").write_text(report, encoding="utf-8")

@@ -1,10 +1,10 @@
-"""What edges decide, and what the picture of the prompt: held-out sprites drawn along edges, read by rules.
+"""What edges decide, and what the image of the prompt: held-out sprites drawn along edges, read by rules.
 
     python examples/sprites/read_controlnet.py --output out/sprites-controlnet
 
 Each prompt shows a held-out sprite, `<i> on a mint background`. The edges are those of a plain sprite of the same shape and
 size in another colour, off the middle: they know a place and an outline, but neither colour nor pattern. Writes report.md
-and sheet.png: of each row the picture of the prompt, the edges, the image, and the image of the same seed without edges.
+and sheet.png: of each row the image of the prompt, the edges, the image, and the image of the same seed without edges.
 """
 
 import argparse
@@ -85,8 +85,8 @@ def draw(pipe, tasks, scale, seed):
     return images
 
 
-def judge(tasks, images):
-    """Shares of the images with each thing right; `place of others` is judged by the edges of the task before."""
+def score(tasks, images):
+    """Shares of the images with each thing right; `place of others` is scored by the edges of the task before."""
     rights = []
     for index, (task, image) in enumerate(zip(tasks, images, strict=True)):
         scene, place = read(image), find_place(image)
@@ -107,7 +107,7 @@ def judge(tasks, images):
 
 
 def write_sheet(tasks, drawn, path):
-    """The first tasks: picture, edges, and an image of each column of `drawn`; each four times as large."""
+    """The first tasks: image, edges, and an image of each column of `drawn`; each four times as large."""
     side = 4 * IMAGE_SIZE
     sheet = Image.new("RGB", ((2 + len(drawn)) * side, SHEET_ROWS * side), "white")
     for row, task in enumerate(tasks[:SHEET_ROWS]):
@@ -134,14 +134,14 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     tasks = draw_tasks(arguments.count, arguments.seed)
     drawn = [draw(pipe, tasks, scale, arguments.seed) for scale in arguments.scales]
-    scores = [judge(tasks, images) for images in drawn]
+    scores = [score(tasks, images) for images in drawn]
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_sheet(tasks, drawn, arguments.output / "sheet.png")
     heads = ["seen", *(f"edges x {scale:g}" for scale in arguments.scales)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in scores[0]:
-        lines.append(f"| {name} | {' | '.join(f'{score[name]:.3f}' for score in scores)} |")
+        lines.append(f"| {name} | {' | '.join(f'{shares[name]:.3f}' for shares in scores)} |")
     report = "\n".join(lines) + "\n"
     (arguments.output / "report.md").write_text(report, encoding="utf-8")
     print(report + f"\n{arguments.output / 'sheet.png'}")

@@ -1,4 +1,4 @@
-"""Sprites as training data: nothing held out is shown or named, pictures follow from the number, words vary."""
+"""Sprites as training data: nothing held out is shown or named, images follow from the number, words vary."""
 
 import random
 import re
@@ -32,9 +32,9 @@ def read(kind, index, seed=0):
     return SpriteSource(kind, 500).read(index, random.Random(seed))
 
 
-def pictures_of(sample):
-    pictures = [part for part in sample.prompt if isinstance(part, Image.Image)]
-    return [np.asarray(picture) for picture in (*pictures, sample.target) if picture is not None]
+def images_of(sample):
+    images = [part for part in sample.prompt if isinstance(part, Image.Image)]
+    return [np.asarray(image) for image in (*images, sample.target) if image is not None]
 
 
 @pytest.mark.parametrize("kind", ["pictures", "compositions", "edits"])  # the others leave attributes out
@@ -46,7 +46,7 @@ def test_captions_say_every_sprite_and_none_is_held_out(kind):
             assert (shape, colour, pattern) not in HELD_OUT_TRIPLES, size
 
 
-def test_pictures_of_any_colours_show_nothing_held_out():
+def test_images_of_any_colours_show_nothing_held_out():
     named, n_any = [*COLOURS, *BACKGROUNDS], 0
     for index in range(300):
         rng = make_rng("any colours", index)
@@ -56,9 +56,9 @@ def test_pictures_of_any_colours_show_nothing_held_out():
             distances = {name: np.linalg.norm(np.subtract(paint, colour)) for name, colour in COLOURS.items()}
             assert (sprite.shape, min(distances, key=distances.get), sprite.pattern) in TRAINING_TRIPLES
             assert np.linalg.norm(np.subtract(paint, ground)) > 60
-        picture, caption = read("varied pictures", index).prompt
+        image, caption = read("varied pictures", index).prompt
         # the corner is background
-        if picture.getpixel((0, 0)) not in BACKGROUNDS.values():
+        if image.getpixel((0, 0)) not in BACKGROUNDS.values():
             n_any += 1
             assert not any(name in caption.split() for name in named)
     assert 120 < n_any < 180
@@ -68,8 +68,8 @@ def test_captions_that_are_asked_for_begin_with_what_the_command_asks():
     processor = KosmosGProcessor(KosmosGTokenizer.from_pretrained(SPRITES, subfolder="tokenizer"))
     for index in range(5):
         sample = read("asked pictures", index)
-        picture, words = sample.prompt
-        asked = processor(f"<i> {CAPTION_PROMPT}", [picture])["input_ids"][0].tolist()
+        image, words = sample.prompt
+        asked = processor(f"<i> {CAPTION_PROMPT}", [image])["input_ids"][0].tolist()
         ids = PretrainCollate(processor).prepare(sample, None)["ids"]
         assert ids[: len(asked)] == asked and len(ids) > len(asked)
         assert processor.tokenizer.decode(ids[len(asked) :]).strip() == sample.caption
@@ -84,13 +84,13 @@ def test_words_of_prompts_name_nothing_held_out(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_follow_from_the_number_alone(kind):
+def test_images_follow_from_the_number_alone(kind):
     for index in range(20):
-        first, second = (pictures_of(read(kind, index, seed)) for seed in (0, 1))
-        # with other random numbers a sprite of two may be in words: the pictures that are there are the same
-        assert any(np.array_equal(first[-1], picture) for picture in second)
-        assert {picture.tobytes() for picture in min(first, second, key=len)} <= {
-            picture.tobytes() for picture in max(first, second, key=len)
+        first, second = (images_of(read(kind, index, seed)) for seed in (0, 1))
+        # with other random numbers a sprite of two may be in words: the images that are there are the same
+        assert any(np.array_equal(first[-1], image) for image in second)
+        assert {image.tobytes() for image in min(first, second, key=len)} <= {
+            image.tobytes() for image in max(first, second, key=len)
         } or kind == "compositions"
 
 
@@ -98,13 +98,13 @@ def test_words_vary_from_reading_to_reading():
     assert len({read("captions", 3, seed).prompt for seed in range(50)}) > 3
 
 
-def test_compositions_put_pictures_where_words_were():
+def test_compositions_put_images_where_words_were():
     for index in range(50):
         sample = read("compositions", index)
         background = sample.caption.rpartition(" on a ")[2].split()[0]
         assert background in BACKGROUNDS and sample.prompt[-1] == f"on a {background} background"
-        pictures = sum(isinstance(part, Image.Image) for part in sample.prompt)
-        assert 1 <= pictures <= 1 + (" and " in sample.caption)
+        images = sum(isinstance(part, Image.Image) for part in sample.prompt)
+        assert 1 <= images <= 1 + (" and " in sample.caption)
 
 
 def test_entity_words_are_dropped_as_often_as_asked():
@@ -112,8 +112,8 @@ def test_entity_words_are_dropped_as_often_as_asked():
         source, found = SpriteSource("compositions", 500, entity_dropout), []
         for index in range(200):
             prompt = source.read(index, random.Random(index)).prompt
-            pictures = [n for n, part in enumerate(prompt) if isinstance(part, Image.Image)]
-            found += [n > 0 and bool(SPRITE.fullmatch(str(prompt[n - 1]))) for n in pictures]
+            images = [n for n, part in enumerate(prompt) if isinstance(part, Image.Image)]
+            found += [n > 0 and bool(SPRITE.fullmatch(str(prompt[n - 1]))) for n in images]
         return sum(found) / len(found)
 
     assert share(1.0) == 0 and share(0.0) == 1 and 0.4 < share(0.5) < 0.6
@@ -122,9 +122,9 @@ def test_entity_words_are_dropped_as_often_as_asked():
 def test_an_edit_names_what_its_target_has():
     for index in range(50):
         sample = read("edits", index)
-        picture, words = sample.prompt
+        image, words = sample.prompt
         assert words.removeprefix(", ") in sample.caption.split()
-        assert not np.array_equal(picture, sample.target)
+        assert not np.array_equal(image, sample.target)
 
 
 def test_another_kind_is_refused():

@@ -1,4 +1,4 @@
-"""Says what a picture of the miniature world shows: the judge of pictures that a trained model drew.
+"""Says what an image of the miniature world shows: the scorer of images that a trained model drew.
 
 Rules alone, nothing learned: it knows the world's drawing and nothing of any model. It expects soft edges, noise, colours
 a little off, wobbly outlines and sprites in any place.
@@ -26,7 +26,7 @@ from .world import (
     paint_sprite,
 )
 
-# distance in RGB from the backdrop of what is none of it; the world's colours keep 88 from its backgrounds
+# distance in RGB from the backdrop of what does not belong to it; the world's colours keep 88 from its backgrounds
 CONTRAST = 45.0
 SMALLEST_AREA = 40  # pixels that a sprite has at least; the smallest of the world have 145
 WIDEST = 35  # pixels; what is wider is two sprites that touch
@@ -36,16 +36,16 @@ HALF_PERIOD = 3  # pixels from the middle of a stripe to the middle of a gap, ab
 
 
 def read(image):
-    """What a picture shows: always the best guess, however odd the picture is.
+    """What an image shows: always the best guess, however odd the image is.
 
     Args:
         image: PIL image of 64 x 64 pixels or uint8 array (64, 64, 3), RGB in [0, 255].
 
     Returns:
-        `Scene` of the sprites found from left to right. There may be none, as in an empty picture, or more than two.
+        `Scene` of the sprites found from left to right. There may be none, as in an empty image, or more than two.
 
     Raises:
-        ValueError: if the picture has another size or kind of numbers.
+        ValueError: if the image has another size or kind of numbers.
     """
     pixels = _to_array(image)
     top, bottom, left, right = pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]
@@ -67,7 +67,7 @@ def _to_array(image):
     array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if array.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or array.dtype != np.uint8:
         raise ValueError(
-            f"The picture has shape {array.shape} and numbers of type {array.dtype}. Expected a PIL image of "
+            f"The image has shape {array.shape} and numbers of type {array.dtype}. Expected a PIL image of "
             f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels or a uint8 array of shape ({IMAGE_SIZE}, {IMAGE_SIZE}, 3): resize a "
             f"PIL image with image.resize(({IMAGE_SIZE}, {IMAGE_SIZE})), scale an array to [0, 255] and use astype."
         )
@@ -177,7 +177,7 @@ def _read_sprite(pixels, backdrop, presence):
 
 
 def _read_colour(pixels, presence):
-    """Name of the colour that most pixels are, darkened by ink up to half, and what that paint is in this picture."""
+    """Name of the colour that most pixels are, darkened by ink up to half, and what that paint is in this image."""
     weights = presence[presence > 0.5]
     pixels = pixels[presence > 0.5] - np.array(INK)
     paints = np.array(list(COLOURS.values())) - np.array(INK)
@@ -204,7 +204,7 @@ def _unmix(pixels, backdrop, paint):
 def _centre(cover, ink):
     """The windows (WINDOW, WINDOW) of both around the cover's centre of mass, which is between pixels."""
     steps, half = np.arange(IMAGE_SIZE) + 0.5, WINDOW // 2
-    weights = cover + 1e-6  # a strange picture may cover nothing
+    weights = cover + 1e-6  # a strange image may cover nothing
     (row, y), (column, x) = (
         divmod(float(weights.sum(1 - axis) @ steps / weights.sum()), 1) for axis in (0, 1)
     )

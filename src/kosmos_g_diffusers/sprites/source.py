@@ -1,4 +1,4 @@
-"""Sprites as training data: a sample's pictures follow from its number and are drawn when it is read."""
+"""Sprites as training data: a sample's images follow from its number and are drawn when it is read."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from .world import (
 )
 
 GROUP = 1_000  # samples; each of them is a file of other sources
-ANY_COLOURS = 0.5  # share of the varied pictures
+ANY_COLOURS = 0.5  # share of the varied images
 # shares of captions that are whole and that leave parts out; the rest names shapes alone. Shapes are hardest to see, and said
 # behind colour and pattern they are guessed from what triples there are: then none is right that is held out
 CAPTIONS = {
@@ -31,20 +31,20 @@ KINDS = (*CAPTIONS, "compositions", "edits")
 
 
 class SpriteSource:
-    """Samples of the miniature world's training part, a `Source` of training.data.
+    """Samples of the miniature world's training part, a `Source` of the package's `data`.
 
     Args:
         kind: what the samples are.
             "captions": words alone; a part of them leaves attributes or the background out.
-            "pictures": a picture, then the caption that says all of it: what stage 1 learns to say first.
-            "varied pictures": a picture, then a caption that may leave parts out or name shapes alone: what it learns to
-            say next. Half of the pictures have any colours instead of the named ones, and a caption without colours: else
+            "pictures": an image, then the caption that says all of it: what stage 1 learns to say first.
+            "varied pictures": an image, then a caption that may leave parts out or name shapes alone: what it learns to
+            say next. Half of the images have any colours instead of the named ones, and a caption without colours: else
             shapes are learned anew in each of the eight colours, and not recognised in those in which they are held out.
-            "asked pictures": a picture, "An image of" and the caption that says all: how `kosmos-g caption` asks.
-            "compositions": one or two sprites, pictures in place of their words (or behind them, with probability
+            "asked pictures": an image, "An image of" and the caption that says all: how `kosmos-g caption` asks.
+            "compositions": one or two sprites, images in place of their words (or behind them, with probability
             1 - entity_dropout), on a background; now and then one of two stays in words.
-            "edits": a picture, and a colour, pattern or size that the target has instead.
-        size: samples. Their pictures are fixed, so that work on them can be kept; words are varied at every reading.
+            "edits": an image, and a colour, pattern or size that the target has instead.
+        size: samples. Their images are fixed, so that work on them can be kept; words are varied at every reading.
         entity_dropout: see "compositions".
     """
 
@@ -68,18 +68,18 @@ class SpriteSource:
             return self._edit(key, fixed)
         scene = draw_scene_at_random(fixed, self._n_sprites(index))
         if self.kind == "varied pictures" and fixed.random() < ANY_COLOURS:
-            picture = render(scene, fixed, colours=draw_colours_at_random(scene, fixed))
+            image = render(scene, fixed, colours=draw_colours_at_random(scene, fixed))
             caption = leave_colours_out(scene, rng)
-            return Sample(key, (picture, caption), None, caption)
-        picture = render(scene, fixed)
+            return Sample(key, (image, caption), None, caption)
+        image = render(scene, fixed)
         if self.kind in CAPTIONS:
             caption = self._caption(scene, rng)
             if self.kind == "captions":
-                return Sample(key, (caption,), picture, caption)
+                return Sample(key, (caption,), image, caption)
             if self.kind == "asked pictures":
-                return Sample(key, (picture, f"{CAPTION_PROMPT} {caption}"), None, caption)
-            return Sample(key, (picture, caption), None, caption)
-        return Sample(key, self._compose(scene, fixed, rng), picture, scene.caption)
+                return Sample(key, (image, f"{CAPTION_PROMPT} {caption}"), None, caption)
+            return Sample(key, (image, caption), None, caption)
+        return Sample(key, self._compose(scene, fixed, rng), image, scene.caption)
 
     def _n_sprites(self, index):
         return 1 if self.kind == "edits" else 1 + make_rng(self.name, index).randrange(2)
@@ -94,12 +94,11 @@ class SpriteSource:
         return " and ".join(f"a {sprite.shape}" for sprite in scene.sprites)
 
     def _compose(self, scene, fixed, rng):
-        """Prompt in reading order: pictures for sprites, then the background."""
+        """Prompt in reading order: images for sprites, then the background."""
         photos = [draw_photo(sprite, fixed) for sprite in scene.sprites]
         prompt = []
-        in_words = (
-            rng.randrange(6) if len(scene.sprites) == 2 else None
-        )  # 0 and 1: that sprite has no picture
+        # 0 and 1: that sprite has no image
+        in_words = rng.randrange(6) if len(scene.sprites) == 2 else None
         for index, sprite in enumerate(scene.sprites):
             if index:
                 prompt.append("and")
@@ -129,7 +128,7 @@ class SpriteSource:
 
 
 def draw_photo(sprite, rng):
-    """A picture of one sprite alone, on a background of its own: what stands for `<i>` in a prompt."""
+    """An image of one sprite alone, on a background of its own: what stands for `<i>` in a prompt."""
     return render(Scene((sprite,), rng.choice(list(BACKGROUNDS))), rng)
 
 

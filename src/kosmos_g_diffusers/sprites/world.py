@@ -1,6 +1,6 @@
-"""The miniature world: pictures of one or two coloured sprites on a coloured background, and captions that say it all.
+"""The miniature world: images of one or two coloured sprites on a coloured background, and captions that say it all.
 
-Every picture is drawn from a `Scene`, so what is true of it is known. A fifth of the (shape, colour, pattern) triples is
+Every image is drawn from a `Scene`, so what is true of it is known. A fifth of the (shape, colour, pattern) triples is
 held out: no training data shows or names them, and what a model makes of them tells whether it has learned to combine.
 """
 
@@ -125,7 +125,7 @@ def other_colours(sprite):
 
 
 def draw_colours_at_random(scene, rng):
-    """Colours for a scene, out of all there are: what is no held-out triple in any of them.
+    """Colours for a scene, out of all there are: none makes a held-out triple of a sprite.
 
     Returns:
         ((R, G, B) of each sprite, (R, G, B) of the background), 0 to 255, which differ as much as named colours do.
@@ -145,14 +145,14 @@ def draw_colours_at_random(scene, rng):
     return tuple(colours), ground
 
 
-def render(scene, rng, image_size=IMAGE_SIZE, colours=None):
+def render(scene, rng, colours=None):
     """Draw a scene; rng (a random.Random) places the sprites and varies their size a little.
 
     Args:
         colours: of `draw_colours_at_random`, in place of those that the scene names.
 
     Returns:
-        RGB image of image_size x image_size pixels.
+        RGB image of IMAGE_SIZE x IMAGE_SIZE pixels.
     """
     named = tuple(COLOURS[sprite.colour] for sprite in scene.sprites), BACKGROUNDS[scene.background]
     paints, ground = colours or named
@@ -165,16 +165,11 @@ def render(scene, rng, image_size=IMAGE_SIZE, colours=None):
         reach = min(right - left - 2 * radius, 2 * JITTER) / 2
         centre = (left + right) / 2 + rng.uniform(-reach, reach), half + rng.uniform(-JITTER, JITTER)
         paint_sprite(image, sprite, centre, radius, paints[index])
-    image = image.reduce(SUPERSAMPLING)
-    return (
-        image
-        if image_size == IMAGE_SIZE
-        else image.resize((image_size, image_size), Image.Resampling.LANCZOS)
-    )
+    return image.reduce(SUPERSAMPLING)
 
 
 def paint_sprite(image, sprite, centre, radius, colour):
-    """Draw a sprite in (R, G, B) onto an image of SUPERSAMPLING times its size; centre and radius in pixels of the picture."""
+    """Draw a sprite in (R, G, B) onto an image of SUPERSAMPLING times its size; centre and radius in pixels of its own size."""
     scale = SUPERSAMPLING
     side = math.ceil(2 * radius * scale) + 2
     silhouette, hole = Image.new("L", (side, side)), Image.new("L", (side, side))

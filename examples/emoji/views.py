@@ -49,14 +49,14 @@ LONG = 1.5  # ratio of sides from which a subject is called tall or wide
 
 
 def view(subject, ground, size, rng, turn=0, scale=(0.6, 0.95), tilt=15.0):
-    """An RGB picture, `size` x `size`, of a subject somewhere on a ground.
+    """An RGB image, `size` x `size`, of a subject somewhere on a ground.
 
     Args:
         subject: RGBA PIL image.
         ground: of GROUNDS.
         rng: random.Random; decides place, size, mirroring, tilt and the piece of the ground.
         turn: degrees of hue.
-        scale: of the subject, in sides of the picture: from, to.
+        scale: of the subject, in sides of the image: from, to.
         tilt: degrees, at most, to either side.
     """
     canvas = _cut_ground(ground, size, rng)
@@ -71,18 +71,18 @@ def view(subject, ground, size, rng, turn=0, scale=(0.6, 0.95), tilt=15.0):
     return canvas
 
 
-def turn_hue(picture, degrees):
-    """An RGBA picture with its hue turned; greys stay as they are."""
-    hue, saturation, value = picture.convert("RGB").convert("HSV").split()
+def turn_hue(image, degrees):
+    """An RGBA image with its hue turned; greys stay as they are."""
+    hue, saturation, value = image.convert("RGB").convert("HSV").split()
     hue = hue.point(lambda byte: (byte + round(degrees / 360 * 256)) % 256)
     turned = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    turned.putalpha(picture.getchannel("A"))
+    turned.putalpha(image.getchannel("A"))
     return turned
 
 
-def say_looks(picture):
-    """What an RGBA picture looks like, in words: tall or wide if it is, then one or two colours. "tall red and white"."""
-    pixels = np.asarray(picture.resize((24, 24), Image.Resampling.BOX))
+def say_looks(image):
+    """What an RGBA image looks like, in words: tall or wide if it is, then one or two colours. "tall red and white"."""
+    pixels = np.asarray(image.resize((24, 24), Image.Resampling.BOX))
     opaque = pixels[..., 3] >= 128
     if not opaque.any():  # faint all over
         opaque = pixels[..., 3] >= pixels[..., 3].max()

@@ -1,8 +1,8 @@
-"""Peak memory and time of each memory and speed knob on the full-size model, over those of the plain pipeline:
+"""Peak memory and time of each memory and speed setting on the full-size model, over those of the plain pipeline:
 
-    python benchmarks/knobs.py
+    python benchmarks/settings.py
 
-Writes a folder of random weights into a temporary one (5.3 GiB in bf16) and draws from it once for every knob, each in a
+Writes a folder of random weights into a temporary one (5.3 GiB in bf16) and draws from it once for every setting, each in a
 process of its own. A C++ compiler is needed for the rows of torch.compile, torchao for the row of int8 weights.
 """
 
@@ -62,50 +62,50 @@ def quantize():
     return diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
 
 
-def give_back_memory():
-    """Hand back to the system what is free: glibc keeps gigabytes of it after a model was quantised."""
+def release_memory():
+    """Return free memory to the system: glibc keeps gigabytes of it after a model was quantised."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @dataclass(frozen=True)
-class Knob:
-    turn: Callable | None = None  # takes the loaded pipeline
+class Setting:
+    apply: Callable | None = None  # takes the loaded pipeline
     plain: str = "plain"  # the row it is compared with
     size: int = 512  # pixels of a side
     steps: int | None = None  # of the denoising; None takes the command line's
-    n_pictures: int = 1
+    n_images: int = 1
     frees_encoder: bool = False
     quantizes: bool = False
 
 
 def compiling(backend):
     return {
-        "pipe.text_encoder.compile()": Knob(lambda pipe: pipe.text_encoder.compile(backend=backend)),
-        "pipe.unet.compile_repeated_blocks()": Knob(
+        "pipe.text_encoder.compile()": Setting(lambda pipe: pipe.text_encoder.compile(backend=backend)),
+        "pipe.unet.compile_repeated_blocks()": Setting(
             lambda pipe: pipe.unet.compile_repeated_blocks(backend=backend)
         ),
-        "pipe.unet.compile()": Knob(lambda pipe: pipe.unet.compile(backend=backend)),
+        "pipe.unet.compile()": Setting(lambda pipe: pipe.unet.compile(backend=backend)),
     }
 
 
-LARGE, PAIR = "plain, 768 x 768, one step", "plain, two pictures"
-KNOBS = {
-    "plain": Knob(),
-    "encoder freed, text_encoder=None": Knob(frees_encoder=True),
-    "enable_attention_slicing()": Knob(lambda pipe: pipe.enable_attention_slicing()),
-    "channels_last, U-Net and VAE": Knob(lay_channels_last),
-    "int8 weights of encoder and U-Net (torchao)": Knob(quantizes=True),
-    "enable_group_offload, leaves, CPU to CPU": Knob(offload_groups),
-    "enable_group_offload, leaves, to disk": Knob(
+LARGE, PAIR = "plain, 768 x 768, one step", "plain, two images"
+SETTINGS = {
+    "plain": Setting(),
+    "encoder freed, text_encoder=None": Setting(frees_encoder=True),
+    "enable_attention_slicing()": Setting(lambda pipe: pipe.enable_attention_slicing()),
+    "channels_last, U-Net and VAE": Setting(lay_channels_last),
+    "int8 weights of encoder and U-Net (torchao)": Setting(quantizes=True),
+    "enable_group_offload, leaves, CPU to CPU": Setting(offload_groups),
+    "enable_group_offload, leaves, to disk": Setting(
         lambda pipe: offload_groups(pipe, os.path.join(tempfile.gettempdir(), "groups"))
     ),
-    LARGE: Knob(plain=LARGE, size=768, steps=1),
-    "vae.enable_tiling(), 768 x 768, one step": Knob(
+    LARGE: Setting(plain=LARGE, size=768, steps=1),
+    "vae.enable_tiling(), 768 x 768, one step": Setting(
         lambda pipe: pipe.vae.enable_tiling(), LARGE, size=768, steps=1
     ),
-    PAIR: Knob(plain=PAIR, n_pictures=2),
-    "vae.enable_slicing(), two pictures": Knob(lambda pipe: pipe.vae.enable_slicing(), PAIR, n_pictures=2),
+    PAIR: Setting(plain=PAIR, n_images=2),
+    "vae.enable_slicing(), two images": Setting(lambda pipe: pipe.vae.enable_slicing(), PAIR, n_images=2),
     **compiling("inductor"),
 }
 NEEDS_ACCELERATOR = (
@@ -116,29 +116,29 @@ NEEDS_ACCELERATOR = (
 )
 
 
-def measure(folder, knob, steps, tiny):
-    """Load the folder, turn the knob and draw twice the same; a dict of what it took."""
+def measure(folder, setting, steps, tiny):
+    """Load the folder, apply the setting and draw twice the same; a dict of what it took."""
     photos = [Image.open(path) for path in PHOTOS]
-    options = {"quantization_config": quantize()} if knob.quantizes else {}
+    options = {"quantization_config": quantize()} if setting.quantizes else {}
     encode_seconds, calls = 0.0, []
     with PeakMemory() as loading:
         pipe = KosmosGPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, **options)
         pipe.set_progress_bar_config(disable=True)
-        if knob.turn is not None:
-            knob.turn(pipe)
-    give_back_memory()
+        if setting.apply is not None:
+            setting.apply(pipe)
+    release_memory()
     with PeakMemory() as drawing:
         prompt = {"prompt": PROMPT, "images": photos}
-        if knob.frees_encoder:
+        if setting.frees_encoder:
             prompt, encode_seconds = encode_and_free(pipe, photos)
         for _ in range(2):  # the first call reads the weights, and compiles
             start, wall = now(), time.perf_counter()
             pipe(
                 **prompt,
-                height=None if tiny else knob.size,
-                width=None if tiny else knob.size,
-                num_images_per_prompt=knob.n_pictures,
-                num_inference_steps=knob.steps or steps,
+                height=None if tiny else setting.size,
+                width=None if tiny else setting.size,
+                num_images_per_prompt=setting.n_images,
+                num_inference_steps=setting.steps or steps,
                 guidance_scale=6.0,
                 generator=torch.Generator().manual_seed(0),
             )
@@ -155,7 +155,7 @@ def measure(folder, knob, steps, tiny):
 
 def measure_apart(name, folder, arguments):
     """What `measure` finds in a fresh process, or why it found nothing."""
-    if KNOBS[name].quantizes and importlib.util.find_spec("torchao") is None:
+    if SETTINGS[name].quantizes and importlib.util.find_spec("torchao") is None:
         return "needs torchao, which is not installed"
     command = [sys.executable, __file__, "--run", name, "--folder", folder, "--steps", str(arguments.steps)]
     command += ["--tiny"] if arguments.tiny else []
@@ -176,22 +176,30 @@ def measure_apart(name, folder, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Peak memory and time of each knob over the plain pipeline.")
+    parser = argparse.ArgumentParser(
+        description="Peak memory and time of each setting over the plain pipeline."
+    )
     parser.add_argument("--steps", type=int, default=2, help="of the call that is timed (default: 2)")
     parser.add_argument(
-        "--limit", type=int, default=600, help="seconds after which a knob is given up (default: 600)"
+        "--limit", type=int, default=600, help="seconds after which a setting is cancelled (default: 600)"
     )
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="plain rows, and knobs that contain a text")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="plain rows, and settings that contain a text"
+    )
     parser.add_argument("--folder", help="where the temporary folder is made (default: the system's)")
-    parser.add_argument("--run", choices=KNOBS, help=argparse.SUPPRESS)  # the knob, in the fresh process
+    parser.add_argument(
+        "--run", choices=SETTINGS, help=argparse.SUPPRESS
+    )  # the setting, in the fresh process
     arguments = parse(parser)
     if arguments.run is not None:
-        knobs = {**KNOBS, **compiling("eager")} if arguments.tiny else KNOBS
-        found = measure(arguments.folder, knobs[arguments.run], arguments.steps, arguments.tiny)
+        settings = {**SETTINGS, **compiling("eager")} if arguments.tiny else SETTINGS
+        found = measure(arguments.folder, settings[arguments.run], arguments.steps, arguments.tiny)
         return print(json.dumps(found))
 
-    wanted = [name for name in KNOBS if not arguments.only or any(text in name for text in arguments.only)]
-    names = [name for name in KNOBS if name in wanted or name in {KNOBS[other].plain for other in wanted}]
+    wanted = [name for name in SETTINGS if not arguments.only or any(text in name for text in arguments.only)]
+    names = [
+        name for name in SETTINGS if name in wanted or name in {SETTINGS[other].plain for other in wanted}
+    ]
     figures, rows = {}, []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         (build_tiny if arguments.tiny else build_full_size)(
@@ -199,7 +207,7 @@ def main():
         ).save_pretrained(folder)
         for name in names:
             found = figures[name] = measure_apart(name, folder, arguments)
-            plain = figures[KNOBS[name].plain]
+            plain = figures[SETTINGS[name].plain]
             if isinstance(found, str) or isinstance(plain, str):
                 rows.append([name, found, "", "", "", "", "", ""])
             else:
@@ -221,7 +229,7 @@ def main():
             [name, "needs an accelerator, not measured", "", "", "", "", "", ""] for name in NEEDS_ACCELERATOR
         ]
     columns = [
-        "knob",
+        "setting",
         "peak, loading",
         "peak, drawing",
         "over plain",
@@ -230,9 +238,7 @@ def main():
         "over plain",
         "first call, seconds more than plain",
     ]
-    report(
-        "One picture of 512 x 512 from two photos and text, in bf16", columns, rows, figures, arguments.json
-    )
+    report("One image of 512 x 512 from two photos and text, in bf16", columns, rows, figures, arguments.json)
 
 
 if __name__ == "__main__":
