@@ -58,9 +58,8 @@ def main():
     parser.add_argument(
         "--folder", type=Path, help="where the temporary folder is made (default: the system's)"
     )
-    parser.add_argument(
-        "--load", type=Path, help=argparse.SUPPRESS
-    )  # the folder to load, in the fresh process
+    # the folder to load, in the fresh process
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parse(parser)
     if arguments.load is not None:
         return load(arguments.load, DTYPES[arguments.load_dtype])

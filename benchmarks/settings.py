@@ -187,9 +187,8 @@ def main():
         "--only", nargs="+", metavar="TEXT", help="plain rows, and settings that contain a text"
     )
     parser.add_argument("--folder", help="where the temporary folder is made (default: the system's)")
-    parser.add_argument(
-        "--run", choices=SETTINGS, help=argparse.SUPPRESS
-    )  # the setting, in the fresh process
+    # the setting, in the fresh process
+    parser.add_argument("--run", choices=SETTINGS, help=argparse.SUPPRESS)
     arguments = parse(parser)
     if arguments.run is not None:
         settings = {**SETTINGS, **compiling("eager")} if arguments.tiny else SETTINGS

@@ -12,11 +12,12 @@ from kosmos_g_diffusers import (
     KosmosGTextEncoder,
     KosmosGTextEncoderConfig,
     KosmosGTokenizer,
+    environment,
 )
 from kosmos_g_diffusers.testing import build_tiny_pipeline
 
 PHOTOS = [Path(__file__).parents[2] / "examples" / "images" / name for name in ("cat.jpg", "coffee.jpg")]
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {name: environment.as_dtype(name) for name in environment.DTYPES}
 
 # stable-diffusion-v1-5: unet/config.json, vae/config.json and scheduler/scheduler_config.json
 UNET = {
