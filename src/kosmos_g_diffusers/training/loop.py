@@ -28,7 +28,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data import SkipCounter
+from ..data.skips import GatheredSkips
 from ..files import written_atomically
 from . import checkpoints
 from .agreement import agree_on_batches
@@ -112,7 +112,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         ema = EMAModel(averaged, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
         accelerator.register_for_checkpointing(ema)
     saver = Saver(config, accelerator, wrapped, stage, ema, save_model or stage.save_pretrained)
-    skips = _Skips(config.max_bad_samples, accelerator)
+    skips = GatheredSkips(config.max_bad_samples, accelerator)
     step = saver.resume(skips.counter)
     log = _Log(config, step, accelerator)
     loader = DataLoader(
@@ -204,27 +204,6 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         )
         stop.take_effect()
     return checkpoint
-
-
-class _Skips:
-    """Counts of the samples that could not be used, gathered from all processes now and then."""
-
-    def __init__(self, limit, accelerator):
-        self.counter, self.accelerator = SkipCounter(limit), accelerator
-        self._used, self._skipped, self._messages = 0, {}, []
-
-    def note(self, batch):
-        self._used += len(batch["keys"])
-        for cause, number in batch["skipped"].items():
-            self._skipped[cause] = self._skipped.get(cause, 0) + number
-        self._messages += batch["skipped_messages"]
-
-    def count(self):
-        """Add what was noted to the counter, on all processes alike. Raises TooManyBadSamples."""
-        noted = [(self._used, self._skipped, self._messages)]
-        self._used, self._skipped, self._messages = 0, {}, []
-        for used, skipped, messages in gather_object(noted) if self.accelerator.num_processes > 1 else noted:
-            self.counter.add(used, skipped, messages)
 
 
 class _Log:
