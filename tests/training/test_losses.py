@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kosmos_g_diffusers.training.losses import align_losses, denoising_loss, language_loss
+from kosmos_g_diffusers.training.stages import align_losses, denoising_loss, language_loss
 
 
 def _normal(*shape, seed=0, **kwargs):

@@ -25,14 +25,15 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.skips import GatheredSkips
 from ..files import written_atomically
 from . import checkpoints
-from .agreement import agree_on_batches
 from .saver import Saver
+from .stages import AlignStage
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -204,6 +205,39 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         )
         stop.take_effect()
     return checkpoint
+
+
+def agree_on_batches(batches, stage, accelerator):
+    """Adjust a step's batches, in place, by what the other processes have.
+
+    So together they learn what one learns from all their samples. Gradients are averaged over processes and over the
+    passes of a step, which is right for losses that are means over as many numbers everywhere; these two are not.
+
+    - Language modelling: labels are counted over the whole step, so that each weighs the same wherever it is read.
+    - Alignment: the loss counts padded columns, so all processes pad to the longest prompt of any of them. It costs
+      nothing where they wait for each other anyway.
+
+    Args:
+        batches: the dicts of this process's forward passes, on the accelerator's device.
+        stage: the stage, which knows the id of padding.
+        accelerator: accelerate.Accelerator.
+    """
+    labelled = [batch for batch in batches if "labels" in batch]  # the same passes in all processes
+    if labelled:
+        counts = [batch["labels"].ne(-100).sum() for batch in labelled]
+        total = accelerator.reduce(torch.stack(counts).sum(), "sum").clamp(min=1)
+        for batch in labelled:
+            batch["n_labels"] = total / (accelerator.num_processes * len(labelled))
+    elif isinstance(stage, AlignStage) and accelerator.num_processes > 1:
+        lengths = [batch["input_ids"].shape[1] for batch in batches]
+        longest = accelerator.gather(torch.tensor([lengths], device=accelerator.device)).amax(0)
+        for batch, length in zip(batches, longest.tolist(), strict=True):
+            columns = (0, length - batch["input_ids"].shape[1])
+            pad = stage.text_encoder.config.text_config.pad_token_id
+            batch["input_ids"] = F.pad(batch["input_ids"], columns, value=pad)
+            for name in ("attention_mask", "image_token_mask"):
+                if name in batch:
+                    batch[name] = F.pad(batch[name], columns, value=False)
 
 
 class _Log:
