@@ -433,7 +433,7 @@ def test_tensorboard(tmp_path):
 
 
 def test_tracker_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr("kosmos_g_diffusers.training.loop.is_wandb_available", lambda: False)
+    monkeypatch.setattr("kosmos_g_diffusers.training.log.is_wandb_available", lambda: False)
     with pytest.raises(ImportError, match="pip install wandb"):
         run(settings(tmp_path, tracker="wandb"))
     assert not list(tmp_path.iterdir())

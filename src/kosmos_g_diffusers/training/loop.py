@@ -4,13 +4,10 @@ It trains any module whose call takes a batch and returns a dict of losses (see 
 batch of a number (see data/mixture.py). accelerate brings precision, processes, DDP, FSDP and DeepSpeed.
 """
 
-import json
 import random
 import signal
 import sys
-import time
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
     gather_object,
-    is_tensorboard_available,
-    is_wandb_available,
     set_seed,
 )
 from diffusers.optimization import get_scheduler
@@ -30,9 +25,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.skips import GatheredSkips
-from ..files import written_atomically
 from . import checkpoints
-from .saver import Saver
+from .checkpoints import Saver
+from .log import Log, check_tracker
 from .stages import AlignStage
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -73,7 +68,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
     """
     run = Path(config.output)
     checkpoints.check_settings(config)
-    _check_tracker(config.tracker)
+    check_tracker(config.tracker)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.tracker or None,
@@ -115,7 +110,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
     saver = Saver(config, accelerator, wrapped, stage, ema, save_model or stage.save_pretrained)
     skips = GatheredSkips(config.max_bad_samples, accelerator)
     step = saver.resume(skips.counter)
-    log = _Log(config, step, accelerator)
+    log = Log(config, step, accelerator)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -240,58 +235,6 @@ def agree_on_batches(batches, stage, accelerator):
                     batch[name] = F.pad(batch[name], columns, value=False)
 
 
-class _Log:
-    """log.jsonl of the main process, without the lines of steps that a resumed run makes again; and the tracker."""
-
-    def __init__(self, config, step, accelerator):
-        self.path, self.accelerator = Path(config.output) / "log.jsonl", accelerator
-        self.samples = config.batch_size * config.accumulation * accelerator.num_processes
-        self.step, self.time = step, time.perf_counter()
-        if accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            # the last line may have been cut off
-            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-            with written_atomically(self.path) as file:
-                file.write(b"".join(kept))
-        if config.tracker:
-            settings = {name: _plain(value) for name, value in asdict(config).items()}
-            accelerator.init_trackers(
-                "kosmos-g", settings, {"wandb": {"dir": config.output, "name": Path(config.output).name}}
-            )
-
-    def write(self, step, losses, lr, grad_norm):
-        """Log the means over processes; returns what the progress bar shows."""
-        names = sorted(losses)
-        means = self.accelerator.reduce(torch.stack([losses[name] for name in names]), "mean")
-        losses = dict(zip(names, means.tolist(), strict=True))
-        now = time.perf_counter()
-        rate = (step - self.step) * self.samples / (now - self.time)
-        self.step, self.time = step, now
-        values = {
-            **losses,
-            "lr": lr,
-            "grad_norm": float(grad_norm or 0),
-            "samples_per_second": round(rate, 3),
-        }
-        self.accelerator.log(values, step=step)
-        if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        return {name: f"{value:.4f}" for name, value in losses.items()} | {"samples/s": f"{rate:.1f}"}
-
-    def show(self, step, path):
-        """Give a picture to the tracker as well."""
-        import PIL.Image
-
-        for tracker in self.accelerator.trackers:
-            picture = PIL.Image.open(path).convert("RGB")
-            if tracker.name == "tensorboard":
-                picture = np.asarray(picture)[None]
-                tracker.log_images({"samples": picture}, step=step, dataformats="NHWC")
-            else:
-                tracker.log_images({"samples": [picture]}, step=step)
-
-
 class _StopSignal:
     """SIGTERM and Ctrl-C, remembered until the step is done; a second Ctrl-C stops at once.
 
@@ -345,15 +288,6 @@ def _leaving_no_trace(stage, accelerator):
             np.random.set_state(numpy_state)
 
 
-def _check_tracker(tracker):
-    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    if tracker and not available[tracker]():  # accelerate would log nothing and say nothing
-        raise ImportError(
-            f"The tracker {tracker} is not installed. Install it: pip install {tracker}. Or leave --tracker out: "
-            "log.jsonl in the run's folder has the same numbers."
-        )
-
-
 def _check_sharding(config, accelerator):
     """FSDP and DeepSpeed hold no process's weights whole: what needs them whole is refused."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -404,8 +338,3 @@ def _leave_signals_to_main(worker):
     """A signal to the whole process group must not kill the workers before the main process has saved."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _plain(value):
-    """A setting as the trackers take it."""
-    return value if isinstance(value, (bool, int, float, str)) else " ".join(map(str, value))
