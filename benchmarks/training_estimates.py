@@ -77,7 +77,7 @@ def count(stage_name, lora_rank=0, checkpointing=False):
                     work()
                 frozen[name] = frozen_counter.get_total_flops() / 10
     kept = (large - small) / 10
-    held = sum(parameter.numel() for model in stage._frozen for parameter in model.parameters())
+    held = sum(parameter.numel() for model in stage.frozen_models for parameter in model.parameters())
     return Cost(
         trained=sum(parameter.numel() for parameter in stage.parameters() if parameter.requires_grad),
         weights=2 * held + sum(parameter.nbytes for parameter in stage.parameters()),
@@ -111,7 +111,7 @@ def build_stage(name, lora_rank):
 
 def bytes_kept(name, stage, batch_size):
     """Bytes that autograd keeps, weights not counted."""
-    models = (stage, *stage._frozen)
+    models = (stage, *stage.frozen_models)
     weights = {parameter.untyped_storage()._cdata for model in models for parameter in model.parameters()}
     kept = {}
 
@@ -133,10 +133,10 @@ def frozen_work(name, stage, batch_size):
         size = stage.text_encoder.config.vision_config.image_size
         works["vision_states"] = lambda: stage.vision_states(torch.zeros(pictures, 3, size, size))
     if name == "align":
-        length = stage._frozen[0].config.max_position_embeddings
+        length = stage.target.config.max_position_embeddings
         works["clip_embeds"] = lambda: stage.clip_embeds(torch.zeros(batch_size, length, dtype=torch.int64))
     if name == "instruct":
-        side = 8 * stage._frozen[0].config.sample_size
+        side = 8 * stage.unet.config.sample_size
         works["latent_parameters"] = lambda: stage.latent_parameters(torch.zeros(batch_size, 3, side, side))
     return works
 
@@ -166,7 +166,7 @@ def backward(name, stage, batch_size, run_backward=True, found=None):
             again = stage.aligner_n(condition, tokens)
             loss = (condition - frozen["clip_embeds"]).square().mean() + again.square().mean()
         elif name == "instruct":
-            unet, _ = stage._frozen
+            unet = stage.unet
             latents = frozen["latent_parameters"][:, : unet.config.in_channels]
             loss = unet(latents, torch.zeros(batch_size, dtype=torch.int64), condition).sample.square().mean()
     if run_backward:
@@ -177,7 +177,7 @@ def build_at_random(stage_name, lora_rank):
     """A stage in memory: random weights, frozen ones in bfloat16."""
     with torch.device("meta"):
         stage = build_stage(stage_name, lora_rank).train()
-    for model in (stage, *stage._frozen):
+    for model in (stage, *stage.frozen_models):
         if model is not stage:
             model.to(torch.bfloat16)
         for module in model.modules():

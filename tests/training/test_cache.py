@@ -276,11 +276,11 @@ def test_other_weights_precision_or_dtype_look_elsewhere(build_stage, tmp_path):
     vision = stage.text_encoder.vision_model.model
     for name, weight, changes in (
         ("vision_states", vision.encoder.layers[-1].mlp.fc1.weight, False),  # it trains
-        ("latent_parameters", stage._frozen[1].decoder.conv_in.weight, False),
+        ("latent_parameters", stage.vae.decoder.conv_in.weight, False),
         ("vision_states", vision.encoder.layers[0].mlp.fc1.weight, True),
         ("vision_states", vision.embeddings.class_embedding, True),
-        ("latent_parameters", stage._frozen[1].encoder.conv_in.weight, True),
-        ("latent_parameters", stage._frozen[1].quant_conv.bias, True),
+        ("latent_parameters", stage.vae.encoder.conv_in.weight, True),
+        ("latent_parameters", stage.vae.quant_conv.bias, True),
     ):
         before = weight.detach().clone()
         weight.data.view(-1)[0] += 1e-3

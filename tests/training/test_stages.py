@@ -250,11 +250,11 @@ def test_frozen_models_are_no_part_of_the_stage(build_stage, pipe, batch, name):
     names = {name.split(".")[0] for name in stage.state_dict()}
     assert names == ({"text_encoder", "aligner_n"} if name == "align" else {"text_encoder"})
     _gradients(stage, batch)
-    for model in stage._frozen:
+    for model in stage.frozen_models:
         assert not model.training
         assert all(not p.requires_grad and p.grad is None for p in model.parameters())
     stage.move_frozen(dtype=torch.bfloat16)
-    assert all(model.dtype == torch.bfloat16 for model in stage._frozen)
+    assert all(model.dtype == torch.bfloat16 for model in stage.frozen_models)
     losses = stage(batch)
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     assert stage.text_encoder.dtype == torch.float32

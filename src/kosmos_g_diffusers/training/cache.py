@@ -208,7 +208,7 @@ def find_frozen_work(stage):
                 )
             )
     if isinstance(stage, InstructStage):
-        _, vae = stage._frozen
+        vae = stage.vae
         modules = nn.ModuleList(part for part in (vae.encoder, vae.quant_conv) if part is not None)
         works.append(
             FrozenWork(
@@ -220,8 +220,7 @@ def find_frozen_work(stage):
             )
         )
     if isinstance(stage, AlignStage):
-        (target,) = stage._frozen
-        inputs = ("clip_input_ids", "clip_attention_mask")
+        target, inputs = stage.target, ("clip_input_ids", "clip_attention_mask")
         works.append(
             FrozenWork(
                 "clip_embeds", inputs, nn.ModuleList([target]), target.config.to_dict(), stage.clip_embeds

@@ -158,7 +158,7 @@ def build_run(name, config, sources=None):
         run.save_model = partial(_save_adapter, stage)
     if config.sample_every:
         drawing = decoder_folder(folder, run_folder)
-        unet, vae = stage._frozen if name == "instruct" else _load_decoder(drawing)
+        unet, vae = (stage.unet, stage.vae) if name == "instruct" else _load_decoder(drawing)
         run.draw_samples = SampleSheet(
             config.sample_prompts,
             tokenizer=tokenizer,

@@ -1,8 +1,8 @@
 """The three training stages of the Kosmos-G paper as modules: what trains, and from a batch to the losses (sec. 2).
 
 `stage(batch)` returns a dict of float32 scalars whose sum is minimised. A stage registers only what belongs to a
-checkpoint, the encoder and AlignerNet N. Frozen models of another kind (U-Net, VAE, CLIP) it merely holds, so that
-optimisers, DDP and FSDP do not see them: move them with `move_frozen`.
+checkpoint, the encoder and AlignerNet N. Frozen models of another kind (`stage.unet`, `.vae`, `.target`) it merely holds, so
+that optimisers, DDP and FSDP do not see them: move them with `move_frozen`.
 
 Letters of the shapes: B samples, L tokens, N images of the whole batch, S their size, T tokens and W width of the vision
 tower, Q states an image, D width of the language model, K states of the condition, A their width, P positions of the
@@ -32,13 +32,13 @@ class Stage(nn.Module):
         text_encoder: KosmosGTextEncoder, float32. All of it is frozen but what the stage trains.
         trained: modules of the encoder that train, besides the vision tower.
         train_vision: "none", "last" (the last block and the norm after it, as in the official stage 3) or "all".
-        frozen: models that are held and not registered.
+        frozen: models by the names of the attributes that hold them, unregistered; `frozen_models` has them all.
 
     Raises:
         ValueError: `train_vision` is none of these.
     """
 
-    def __init__(self, text_encoder, trained, train_vision, frozen=()):
+    def __init__(self, text_encoder, trained, train_vision, **frozen):
         super().__init__()
         vision = text_encoder.vision_model.model
         choices = {"none": [], "last": [vision.encoder.layers[-1], vision.post_layernorm], "all": [vision]}
@@ -51,7 +51,8 @@ class Stage(nn.Module):
             module.requires_grad_(True)
         self.text_encoder = text_encoder
         self.train_vision = train_vision
-        self._frozen = tuple(model.requires_grad_(False).eval() for model in frozen)  # hidden from nn.Module
+        self.frozen_models = tuple(model.requires_grad_(False).eval() for model in frozen.values())
+        self.__dict__.update(frozen)  # past nn.Module, which would register them
 
     @property
     def _no_split_modules(self):
@@ -60,7 +61,7 @@ class Stage(nn.Module):
 
     def move_frozen(self, device=None, dtype=None):
         """Move the models that are held; half precision will do, as they do not change. Returns the stage."""
-        for model in self._frozen:
+        for model in self.frozen_models:
             model.to(device=device, dtype=dtype)
         return self
 
@@ -208,7 +209,7 @@ class AlignStage(Stage):
                 f"target text encoder has {expected[0]} of width {expected[1]}. Start from an encoder whose "
                 "configuration has the target's figures: kosmos-g init with this Stable Diffusion as --base makes one."
             )
-        super().__init__(text_encoder, [text_encoder.aligner], "none", [target_text_encoder])
+        super().__init__(text_encoder, [text_encoder.aligner], "none", target=target_text_encoder)
         self.aligner_n = aligner_n.requires_grad_(True)
 
     def save_pretrained(self, folder, state_dict=None):
@@ -219,9 +220,8 @@ class AlignStage(Stage):
     @torch.no_grad()
     def clip_embeds(self, clip_input_ids, clip_attention_mask=None):
         """(B, P) ids, and mask for targets that use one -> (B, P, A), the target's last states."""
-        (target,) = self._frozen
         with _own_precision(clip_input_ids):
-            return target(clip_input_ids, attention_mask=clip_attention_mask)[0].float()
+            return self.target(clip_input_ids, attention_mask=clip_attention_mask)[0].float()
 
     def forward(self, batch):
         """Losses of a batch.
@@ -280,22 +280,20 @@ class InstructStage(Stage):
                 "predicts 'epsilon' or 'v_prediction'."
             )
         trained = [text_encoder.aligner, text_encoder.language_model, text_encoder.image_to_text_projection]
-        super().__init__(text_encoder, trained, train_vision, [unet, vae])
+        super().__init__(text_encoder, trained, train_vision, unet=unet, vae=vae)
         # the schedulers that draw add noise in ways of their own; this one knows the training's
         self.noise_scheduler = DDPMScheduler.from_config(scheduler.config)
         self.words_weight = words_weight
 
     def gradient_checkpointing_enable(self):
         super().gradient_checkpointing_enable()
-        unet, _ = self._frozen
-        unet.enable_gradient_checkpointing()
+        self.unet.enable_gradient_checkpointing()
 
     @torch.no_grad()
     def latent_parameters(self, target_pixel_values):
         """(B, 3, H, W) in [-1, 1] -> (B, 8, h, w), mean and log-variance of the VAE's latents, float32."""
-        _, vae = self._frozen
         with _own_precision(target_pixel_values):
-            return vae.encode(target_pixel_values.to(vae.dtype)).latent_dist.parameters.float()
+            return self.vae.encode(target_pixel_values.to(self.vae.dtype)).latent_dist.parameters.float()
 
     def forward(self, batch):
         """Losses of a batch.
@@ -312,19 +310,19 @@ class InstructStage(Stage):
         """
         if "timesteps" not in batch:
             return self._words(batch)
-        unet, vae = self._frozen
         parameters = batch.get("latent_parameters")
         if parameters is None:
             parameters = self.latent_parameters(batch["target_pixel_values"])
         posterior = DiagonalGaussianDistribution(parameters.float())
-        latents = (posterior.mean + posterior.std * batch["latent_noise"]) * vae.config.scaling_factor
+        latents = (posterior.mean + posterior.std * batch["latent_noise"]) * self.vae.config.scaling_factor
         noise, timesteps, scheduler = batch["noise"], batch["timesteps"], self.noise_scheduler
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = noise
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, timesteps)
         condition = self._condition_or_null(batch)
-        prediction = unet(noisy.to(unet.dtype), timesteps, condition.to(unet.dtype)).sample
+        dtype = self.unet.dtype
+        prediction = self.unet(noisy.to(dtype), timesteps, condition.to(dtype)).sample
         return {"denoising": denoising_loss(prediction, target)}
 
     def _words(self, batch):
