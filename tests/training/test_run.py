@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.training_runs import (  # noqa: F401  fixtures
     FORK,
     data,
@@ -456,6 +456,16 @@ def test_folders_that_are_no_model(make_config, tmp_path):
         build_run("align", make_config("align", "new", model=str(tmp_path)))
     with pytest.raises(ValueError, match="is no folder, and not on the Hub"):
         build_run("align", make_config("align", "new", model="nobody/nothing"))
+
+
+def test_model_with_a_weight_missing_is_refused(make_config, model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    del weights["aligner.query_embeds"]
+    save_file(weights, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="The text_encoder of .*: 1 weights .*such as aligner.query_embeds"):
+        build_run("align", make_config("align", model=str(folder)))
 
 
 def test_run_of_another_stage_is_refused(make_config, monkeypatch, capsys):

@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from ..environment import MIXED_PRECISIONS, as_dtype
 from .cache_store import KEEP_FREE, TensorStore, as_bytes, content_key
 from .stages import AlignStage, InstructStage
 
@@ -29,7 +30,6 @@ FORMAT_VERSION = 1  # of the folders; raise it when the same work would be kept 
 # what the workers hand to `complete`, behind the name of a work
 FOUND, MISSING, KEYS = ".found", ".missing", ".keys"
 NOT_ARCHITECTURE = {"transformers_version", "dtype", "torch_dtype", "architectures"}
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class FrozenCache:
     def __init__(self, folder, stage, mixed_precision="no", *, dtype=None, only=None, keep_free=KEEP_FREE):
         if dtype is None:
             dtype = torch.float32 if mixed_precision == "no" else torch.float16
-        self.stage, self.precision = stage, PRECISIONS[mixed_precision]
+        self.stage, self.precision = stage, as_dtype(MIXED_PRECISIONS[mixed_precision])
         works = find_frozen_work(stage)
         names = [work.name for work in works]
         if not names or set(only or ()) - set(names):

@@ -49,8 +49,16 @@ def partial_folder(run, step):
     return Path(run) / f".checkpoint-{step:08d}.partial"
 
 
-def check_settings(config):
-    """Raise ValueError if `config.output` holds a run that was begun with other settings, or something else."""
+def begin_run(config, state):
+    """Make the run's folder, write its settings, and clear away what a run that was killed left half done.
+
+    Args:
+        config: TrainConfig.
+        state: accelerate's Accelerator or PartialState. All processes call this; the main one writes.
+
+    Raises:
+        ValueError: `config.output` holds a run that was begun with other settings, or something else.
+    """
     run = Path(config.output)
     if not config.output:
         raise ValueError("No output was given. Pass --output FOLDER, where the run keeps its checkpoints.")
@@ -60,16 +68,14 @@ def check_settings(config):
         raise ValueError(
             f"{run} exists and is no run: it has no {SETTINGS}. Pass a new folder, or one of an earlier run to go on."
         )
-
-
-def begin_run(config):
-    """Make the run's folder, write its settings, and clear away what a run that was killed left half done."""
-    run = Path(config.output)
-    run.mkdir(parents=True, exist_ok=True)
-    for path in run.glob(HIDDEN):
-        shutil.rmtree(path)
-    remove_partial_files(run)
-    config.save(run / SETTINGS)
+    state.wait_for_everyone()  # all have looked at the folder before it changes
+    if state.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        for path in run.glob(HIDDEN):
+            shutil.rmtree(path)
+        remove_partial_files(run)
+        config.save(run / SETTINGS)
+    state.wait_for_everyone()
 
 
 def publish(partial, folder):

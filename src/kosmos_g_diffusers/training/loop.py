@@ -13,11 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import DistributedType, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
@@ -25,12 +21,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.skips import GatheredSkips
-from . import checkpoints
-from .checkpoints import Saver
+from ..environment import MIXED_PRECISIONS, as_dtype
+from .checkpoints import Saver, begin_run, list_checkpoints
 from .log import Log, check_tracker
 from .stages import AlignStage
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -38,7 +33,7 @@ class TrainingStopped(RuntimeError):
     """A loss or gradient that is not finite; the message names the step, the samples and the last good checkpoint."""
 
 
-def train(config, stage, dataset, *, save_model=None, draw_samples=None, progress_bar=True):
+def train(config, stage, dataset, *, save_model=None, draw_samples=None, progress_bar=True, begun=False):
     """Train a stage, or go on with the run in `config.output`.
 
     SIGTERM and Ctrl-C do what they do elsewhere, end the program, but save a checkpoint first; after anything worse the
@@ -53,6 +48,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         draw_samples: called with (stage, path of a PNG) every `config.sample_every` steps on the main process. The stage
             has the averaged weights then, if there is an average; whatever happens in it, training goes on as without.
         progress_bar: show one on the main process.
+        begun: `checkpoints.begin_run` was called for this run, and need not be again.
 
     Returns:
         Path of the last checkpoint.
@@ -67,7 +63,6 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         SystemExit, KeyboardInterrupt: after SIGTERM (with the code 143) and Ctrl-C, when a checkpoint is saved.
     """
     run = Path(config.output)
-    checkpoints.check_settings(config)
     check_tracker(config.tracker)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -76,12 +71,10 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         step_scheduler_with_optimizer=False,
     )
     _check_sharding(config, accelerator)
-    accelerator.wait_for_everyone()  # all have looked at the folder before it changes
-    if accelerator.is_main_process:
-        checkpoints.begin_run(config)
-    accelerator.wait_for_everyone()
+    if not begun:
+        begin_run(config, accelerator)
     set_seed(config.seed, device_specific=True)
-    stage.move_frozen(accelerator.device, DTYPES[config.mixed_precision])
+    stage.move_frozen(accelerator.device, as_dtype(MIXED_PRECISIONS[config.mixed_precision]))
     if config.gradient_checkpointing:
         stage.gradient_checkpointing_enable()
     stage.train()
@@ -191,7 +184,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         accelerator.print(skips.counter.summary())
     for tracker in accelerator.trackers:  # end_training would also leave the process group
         tracker.finish()
-    checkpoint = checkpoints.list_checkpoints(run)[-1]
+    checkpoint = list_checkpoints(run)[-1]
     if stop.signal:
         accelerator.print(
             f"Stopped by {signal.Signals(stop.signal).name} at step {step:,} of {config.steps:,}, saved in {checkpoint}. "
