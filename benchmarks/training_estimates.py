@@ -255,9 +255,8 @@ def print_caches(measured):
         row = [name + (" with adapters" if lora_rank else ""), f"{cost.operations / 1e12:.2f}"]
         row += [", ".join(f"{work} {operations / 1e12:.3f}" for work, operations in cost.frozen.items())]
         row += [f"{left / 1e12:.2f}", f"{cost.operations / left:.2f}"]
-        if measured and (
-            name == "align" or lora_rank
-        ):  # the others need more memory than small machines have
+        # the others need more memory than small machines have
+        if measured and (name == "align" or lora_rank):
             seconds, shorter = measure_caches(name, batch_size, lora_rank)
             row += [str(batch_size), f"{seconds:.1f}", f"{shorter:.1f}", f"{seconds / shorter:.2f}"]
         print(f"| {' | '.join(row + [''] * (len(heads) - len(row)))} |", flush=True)

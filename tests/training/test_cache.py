@@ -483,10 +483,8 @@ def test_keys_follow_from_values_shape_and_dtype():
 def test_shards_of_killed_writers_are_cleared_away(tmp_path, monkeypatch):
     (tmp_path / "0.safetensors.abc.part").write_bytes(b"half a shard")
     keys, values = _entries()
-    for abandoned, left in (
-        (3600, 2),
-        (-1, 2),
-    ):  # seconds; the second time, the fragment goes and a shard comes
+    # seconds; the second time, the fragment goes and a shard comes
+    for abandoned, left in ((3600, 2), (-1, 2)):
         monkeypatch.setattr("kosmos_g_diffusers.training.cache_store.ABANDONED", abandoned)
         store = _store(tmp_path)
         store.add(keys, values)

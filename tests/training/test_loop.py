@@ -167,7 +167,9 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, changes):
         with pytest.raises(Stopped):
             train(config, ToyStage(), data, progress_bar=False)
         assert not multiprocessing.active_children()  # which ignore signals: a program would not end
-        random_numbers(), torch.manual_seed(123), random.seed(4)
+        random_numbers()
+        torch.manual_seed(123)
+        random.seed(4)
     assert checkpoints.list_checkpoints(config.output)[-1].name == "checkpoint-00000006"
     resumed = run(config)
     assert resumed.name == whole.name == "checkpoint-00000008"
@@ -401,7 +403,10 @@ def test_drawing_samples_leaves_no_trace(tmp_path):
     def draw(stage, path):
         assert not stage.training and path.parent.is_dir()
         seen.append((path.name, stage.head.weight.detach().clone()))
-        random_numbers(), torch.manual_seed(9), random.seed(9), np.random.seed(9)
+        random_numbers()
+        torch.manual_seed(9)
+        random.seed(9)
+        np.random.seed(9)
         path.write_bytes(b"")
 
     changes = {"ema_decay": 0.9}

@@ -319,9 +319,8 @@ def test_alignment_goes_on_from_an_official_checkpoint(make_config, converted, r
     checkpoint = train_stage(config)
     kept, before = (load_file(place / "aligner_n/model.safetensors") for place in (checkpoint, converted))
     assert kept.keys() == before.keys() and not torch.equal(kept["query_embeds"], before["query_embeds"])
-    again = build_run(
-        "align", make_config("align", "again", model=str(checkpoint))
-    )  # names no target: it is kept
+    # names no target: it is kept
+    again = build_run("align", make_config("align", "again", model=str(checkpoint)))
     assert torch.equal(again.stage.state_dict()["aligner_n.query_embeds"], kept["query_embeds"])
 
 

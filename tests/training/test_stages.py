@@ -411,7 +411,8 @@ def test_dropout_is_where_the_official_code_has_it(build_pipe, build_stage, batc
             assert elements == [0.1] * (1 + 2 * 2)
             # resampler; none in 2 + 2 layers of vision tower and language model, nor in 2 + 2 * 2 of the AlignerNet
             assert sorted(attentions) == [0.0] * 10 + [0.1]
-            elements.clear(), attentions.clear()
+            elements.clear()
+            attentions.clear()
             stage.eval()._condition_or_null(batch)
             assert not elements and not any(attentions)
 

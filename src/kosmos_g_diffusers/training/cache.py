@@ -111,9 +111,8 @@ class FrozenCache:
         """A batch of a `CachedCollate`, on the stage's device -> one that the stage reads; what was missing is kept."""
         batch = dict(batch)
         device = next(iter(batch.values())).device
-        with torch.autocast(
-            device.type, enabled=False
-        ):  # it would not put float16 together where it computes in bf16
+        # autocast would not put float16 together where it computes in bf16
+        with torch.autocast(device.type, enabled=False):
             for work in self.works:
                 values, missing = batch.pop(work.name + FOUND, None), batch.pop(work.name + MISSING, None)
                 if missing is not None:

@@ -286,10 +286,8 @@ def _check_sharding(config, accelerator):
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # it asks, as no DataLoader of its own is prepared; passes are counted and divided by the loop
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"] = (
-            config.batch_size,
-            1,
-        )
+        settings["train_micro_batch_size_per_gpu"] = config.batch_size
+        settings["gradient_accumulation_steps"] = 1
     for name in ("ema_decay", "sample_every"):
         if accelerator.distributed_type in SHARDING and getattr(config, name):
             raise ValueError(
@@ -317,9 +315,7 @@ def _read(loader):
         yield from batches
     except ValueError as error:
         message = str(error)
-        if message.startswith(
-            "Caught ValueError in DataLoader worker"
-        ):  # and goes on with the worker's traceback
+        if message.startswith("Caught ValueError in DataLoader worker"):  # a traceback of the worker follows
             message = message.rpartition("\nValueError: ")[2].strip()
         raise ValueError(message) from error
     finally:

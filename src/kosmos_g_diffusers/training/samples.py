@@ -47,7 +47,8 @@ class SampleSheet:
         """Write a sheet, a picture for each prompt."""
         encoder, places = stage.text_encoder, (self.unet.device, self.vae.device)
         device = encoder.get_input_embeddings().weight.device
-        self.unet.to(device), self.vae.to(device)
+        self.unet.to(device)
+        self.vae.to(device)
         pictures = []
         for number, prompt in enumerate(self.prompts):
             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -63,7 +64,8 @@ class SampleSheet:
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
             ).images
-        self.unet.to(places[0]), self.vae.to(places[1])
+        self.unet.to(places[0])
+        self.vae.to(places[1])
         with written_atomically(path) as file:
             grid_of(pictures).save(file, format="PNG")
 
