@@ -39,8 +39,8 @@ RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 GPUS = {"paper": 256, "one_node": 8, "one_gpu": 1}  # by the first words of a recipe's name
 PEAKS = {"A100": 312e12, "H100": 989e12}  # operations a second in bfloat16, dense, by NVIDIA's data sheets
 BANDWIDTHS = {256: 25e9, 8: 200e9}  # bytes a second of each GPU to the others: 200 Gbit/s network; NVLink
-TOKENS = {"pretrain": 100, "align": 32, "instruct": 128}  # of a padded sample, roughly, pictures included
-PICTURES = {"pretrain": 1.0, "align": 0.0, "instruct": 1.2}  # of a sample
+TOKENS = {"pretrain": 100, "align": 32, "instruct": 128}  # of a padded sample, roughly, images included
+IMAGES = {"pretrain": 1.0, "align": 0.0, "instruct": 1.2}  # of a sample
 GIB = 2**30
 
 
@@ -128,10 +128,10 @@ def bytes_kept(name, stage, batch_size):
 
 def frozen_work(name, stage, batch_size):
     """What gives the same in every step: a dict of functions without arguments, by the names of FrozenCache."""
-    works, pictures = {}, round(PICTURES[name] * batch_size)
-    if pictures:
+    works, images = {}, round(IMAGES[name] * batch_size)
+    if images:
         size = stage.text_encoder.config.vision_config.image_size
-        works["vision_states"] = lambda: stage.vision_states(torch.zeros(pictures, 3, size, size))
+        works["vision_states"] = lambda: stage.vision_states(torch.zeros(images, 3, size, size))
     if name == "align":
         length = stage.target.config.max_position_embeddings
         works["clip_embeds"] = lambda: stage.clip_embeds(torch.zeros(batch_size, length, dtype=torch.int64))
@@ -148,16 +148,16 @@ def backward(name, stage, batch_size, run_backward=True, found=None):
         found: results of `frozen_work` that need not be computed.
     """
     encoder, config = stage.text_encoder, stage.text_encoder.config
-    tokens, pictures = TOKENS[name], round(PICTURES[name] * batch_size)
+    tokens, images = TOKENS[name], round(IMAGES[name] * batch_size)
     ids = torch.zeros(batch_size, tokens, dtype=torch.int64)
     mask = torch.zeros(batch_size, tokens, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
         frozen = found or {key: work() for key, work in frozen_work(name, stage, batch_size).items()}
-        images = stage._image_embeds(frozen) if pictures else None
+        image_embeds = stage._image_embeds(frozen) if images else None
         with torch.no_grad() if name == "align" else nullcontext():
-            states = encoder.get_language_hidden_states(ids, images, mask)
+            states = encoder.get_language_hidden_states(ids, image_embeds, mask)
         if name == "pretrain":
-            words = batch_size * tokens - pictures * config.latent_query_num
+            words = batch_size * tokens - images * config.latent_query_num
             logits = states.flatten(0, 1)[:words] @ encoder.get_input_embeddings().weight.T
             loss = torch.nn.functional.cross_entropy(logits.float(), ids.flatten()[:words])
         else:

@@ -30,7 +30,7 @@ WORKS = {
 
 
 class Source:
-    """Six samples: two pictures in the prompt, one, or none."""
+    """Six samples: two images in the prompt, one, or none."""
 
     name, groups = "photos", [6]
 
@@ -195,7 +195,7 @@ def test_frozen_models_do_not_run_twice(build_stage, build_collate, read, tmp_pa
     cache.flush()
     again = build_stage(name)
     with frozen_models_must_not_run(again):
-        # a batch without pictures would send one of zeros through the tower, to keep the trained weights in use
+        # a batch without images would send one of zeros through the tower, to keep the trained weights in use
         for batch in read(make_cache(tmp_path, again).attach(build_collate(name, 0.0)), workers=2):
             again(batch)
 

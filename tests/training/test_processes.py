@@ -45,7 +45,7 @@ def test_two_processes_learn_what_one_learns_from_the_doubled_batch(tmp_path):
     together = weights(tmp_path / "two" / "checkpoint-00000020")
     for name, expected in one.items():
         torch.testing.assert_close(together[name], expected, atol=1e-6, rtol=1e-4)
-    # it goes on as two, and not as one
+    # it is resumed by two, and not by one
     shutil.rmtree(tmp_path / "two" / "checkpoint-00000020")
     assert run_processes(train_toy, two) == [0, 0]
     again = weights(tmp_path / "two" / "checkpoint-00000020")

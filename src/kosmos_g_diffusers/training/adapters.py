@@ -2,7 +2,7 @@
 
 Adapted are all linear layers of the language model (queries, keys, values and outputs of attention, both layers of the
 feed-forward networks) and of AlignerNet M (the same, in its cross-attention as well, and its input projection). The
-vision tower, the resampler, embeddings and norms stay as they are: states of pictures, and so image words, stay valid.
+vision tower, the resampler, embeddings and norms stay as they are: states of images, and so image words, stay valid.
 
 An adapter folder has peft's own format: adapter_config.json and adapter_model.safetensors.
 """

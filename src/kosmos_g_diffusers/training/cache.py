@@ -8,7 +8,7 @@
 The workers that read the data look for kept results and bring what is missing as it is. The stage computes that before
 its forward pass, and from then on it is kept. docs/training-caches.md says how much disk it takes and when it pays.
 
-Letters of the shapes: n entries of a batch (samples, or pictures), m of them that were not found.
+Letters of the shapes: n entries of a batch (samples, or images), m of them that were not found.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class FrozenWork:
         name: of the result, under which the stage takes it from a batch.
         inputs: names of what it is computed from; the second and later ones may be absent.
         modules: that compute it, all frozen.
-        config: what beside their weights decides what they compute.
+        config: what besides their weights decides what they compute.
         compute: takes the inputs (n, ...), returns (n, ...).
     """
 
@@ -197,7 +197,7 @@ def find_frozen_work(stage):
     frozen = not any(parameter.requires_grad for parameter in blocks.parameters())
     vision_config = encoder.config.vision_config
     if frozen and not vision_config.attention_dropout:
-        # these gather a layer's weights in all processes at once, and only some may have pictures to compute
+        # these gather a layer's weights in all processes at once, and only some may have images to compute
         if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             logger.warning("States of the vision tower are not kept under FSDP and DeepSpeed.")
         else:

@@ -130,7 +130,7 @@ class TensorStore:
         except OSError as error:
             self._writes = False
             logger.warning(
-                "Frozen work is no longer kept in %s (%s). Training goes on and computes it; make room before the next "
+                "Frozen work is no longer kept in %s (%s). Training continues and computes it; make room before the next "
                 "run, or give it another cache folder.", self.folder, error,
             )  # fmt: skip
         else:

@@ -1,6 +1,6 @@
-"""Checkpoints of a run: folders that appear whole or not at all, the newest of which a run goes on from.
+"""Checkpoints of a run: folders that appear atomically; a run resumes from the newest.
 
-Each holds accelerate's training state beside what `from_pretrained` reads.
+Each holds accelerate's training state next to what `from_pretrained` reads.
 
 RUN/config.json                       settings, resolved
 RUN/log.jsonl                         a line every `log_every` steps
@@ -66,7 +66,7 @@ def begin_run(config, state):
         config.check_resumes(TrainConfig.load(run / SETTINGS), run)
     elif run.exists() and (not run.is_dir() or any(path.suffix != ".part" for path in run.iterdir())):
         raise ValueError(
-            f"{run} exists and is no run: it has no {SETTINGS}. Pass a new folder, or one of an earlier run to go on."
+            f"{run} exists and is not a run: it has no {SETTINGS}. Pass a new folder, or one of an earlier run to resume it."
         )
     state.wait_for_everyone()  # all have looked at the folder before it changes
     if state.is_main_process:
@@ -140,7 +140,7 @@ class Saver:
             self.ema.restore(parameters)
 
     def save(self, step, skips):
-        """Write the checkpoint of a step, whole or not at all, and remove older ones.
+        """Write the checkpoint of a step atomically, and remove older ones.
 
         Raises:
             OSError: it cannot be written, with the last good checkpoint.
@@ -186,7 +186,7 @@ class Saver:
         if progress["processes"] != self.accelerator.num_processes:
             raise ValueError(
                 f"The run in {self.run} was begun on {progress['processes']} processes; this one has "
-                f"{self.accelerator.num_processes}. Go on with as many, or give a new run another --output."
+                f"{self.accelerator.num_processes}. Continue with as many, or give a new run another --output."
             )
         self.accelerator.load_state(str(found[-1] / STATE))
         if self.ema is not None:

@@ -170,7 +170,7 @@ class TrainConfig:
             raise type(error)(f"{source}: {error}") from error
 
     def save(self, path):
-        """Write the settings as JSON, whole or not at all."""
+        """Write the settings as JSON, atomically."""
         with written_atomically(path) as file:
             file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
 
@@ -186,7 +186,7 @@ class TrainConfig:
         return cls.from_dict(values, source=str(path))
 
     def check_resumes(self, earlier, folder):
-        """Raise ValueError if a run with the settings `earlier` in `folder` must not go on with these."""
+        """Raise ValueError if a run with the settings `earlier` in `folder` must not be resumed with these."""
         changed = [
             f"{entry.name} (was {getattr(earlier, entry.name)!r}, now {getattr(self, entry.name)!r})"
             for entry in fields(self)
@@ -194,7 +194,7 @@ class TrainConfig:
         ]
         if changed:
             raise ValueError(
-                f"The run in {folder} has other settings: {', '.join(changed)}. Go on with the settings it was begun "
+                f"The run in {folder} has other settings: {', '.join(changed)}. Continue with the settings it was begun "
                 "with, or give a new run another --output."
             )
 

@@ -63,14 +63,14 @@ class Log:
         return {name: f"{value:.4f}" for name, value in losses.items()} | {"samples/s": f"{rate:.1f}"}
 
     def show(self, step, path):
-        """Give a picture to the tracker as well."""
+        """Give an image to the tracker as well."""
         for tracker in self.accelerator.trackers:
-            picture = PIL.Image.open(path).convert("RGB")
+            image = PIL.Image.open(path).convert("RGB")
             if tracker.name == "tensorboard":
-                picture = np.asarray(picture)[None]
-                tracker.log_images({"samples": picture}, step=step, dataformats="NHWC")
+                image = np.asarray(image)[None]
+                tracker.log_images({"samples": image}, step=step, dataformats="NHWC")
             else:
-                tracker.log_images({"samples": [picture]}, step=step)
+                tracker.log_images({"samples": [image]}, step=step)
 
 
 def _plain(value):

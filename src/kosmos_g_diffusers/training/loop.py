@@ -34,10 +34,10 @@ class TrainingStopped(RuntimeError):
 
 
 def train(config, stage, dataset, *, save_model=None, draw_samples=None, progress_bar=True, begun=False):
-    """Train a stage, or go on with the run in `config.output`.
+    """Train a stage, or resume the run in `config.output`.
 
     SIGTERM and Ctrl-C do what they do elsewhere, end the program, but save a checkpoint first; after anything worse the
-    run goes on from the last one. On a CPU a run that was resumed ends with the same bits.
+    run resumes from the last one. On a CPU a run that was resumed ends with the same bits.
 
     Args:
         config: TrainConfig.
@@ -46,7 +46,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         dataset: `dataset[n]` is the batch of this process for forward pass n, without end: a MixtureDataset.
         save_model: called with (folder, state_dict) instead of `stage.save_pretrained`.
         draw_samples: called with (stage, path of a PNG) every `config.sample_every` steps on the main process. The stage
-            has the averaged weights then, if there is an average; whatever happens in it, training goes on as without.
+            has the averaged weights then, if there is an average; whatever happens in it, training continues as without.
         progress_bar: show one on the main process.
         begun: `checkpoints.begin_run` was called for this run, and need not be again.
 
@@ -188,7 +188,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
     if stop.signal:
         accelerator.print(
             f"Stopped by {signal.Signals(stop.signal).name} at step {step:,} of {config.steps:,}, saved in {checkpoint}. "
-            "The same command goes on from there.",
+            "The same command resumes from there.",
             file=sys.stderr,
         )
         stop.take_effect()
@@ -304,7 +304,7 @@ def _check_finite(value, name, step, keys, saver):
     keys = gather_object(keys)
     raise TrainingStopped(
         f"The {name} of step {step:,} is {value.item()}, made of the samples {', '.join(keys)}. {saver.last_good()} "
-        "Look at these samples, or go on with a smaller lr or without half precision."
+        "Look at these samples, or resume with a smaller lr or without half precision."
     )
 
 

@@ -16,7 +16,7 @@ from ..pipeline_kosmos_g import KosmosGPipeline
 from . import adapters, checkpoints
 
 INDEX, CARD = "model_index.json", "README.md"
-# what draws, beside the text encoder and its tokenizer
+# what draws, besides the text encoder and its tokenizer
 DECODER = ("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
 DECODER_FOLDER = "decoder"  # of a run: the target's parts, in the place of the model's
 NOT_LINKED = (checkpoints.STATE, adapters.FOLDER, CARD)
@@ -41,7 +41,7 @@ def locate_model(model):
             folder = Path(snapshot_download(str(model)))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"The model {model} is no folder, and not on the Hub as far as can be seen ({first_line(error)}). Pass a folder that "
+                f"The model {model} is not a folder, and not on the Hub as far as can be seen ({first_line(error)}). Pass a folder that "
                 "kosmos-g init or kosmos-g convert wrote, or a Hub id and a connection."
             ) from error
     if (folder / "text_encoder" / "config.json").is_file():

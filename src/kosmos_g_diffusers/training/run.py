@@ -35,7 +35,7 @@ MAX_TEXT_TOKENS = {"pretrain": None, "align": 85, "instruct": 128}  # of the off
 
 
 def run_stage(name, config, sources=None, *, progress_bar=True, announce=None):
-    """Train a stage of Kosmos-G, or go on with the run in `config.output`.
+    """Train a stage of Kosmos-G, or resume the run in `config.output`.
 
     Args:
         name: "pretrain", "align" or "instruct".
@@ -168,7 +168,7 @@ class Run:
             aligner_n = build_fresh(AlignerNetN, sizes, config.seed + 1)
             if not fresh:
                 self.notes.append(
-                    "The model has no AlignerNet N, the way back that this stage needs: a new one is made."
+                    "The model has no AlignerNet N, the inverse projection that this stage needs: a new one is made."
                 )
         if config.target and self.state.is_main_process:
             save_decoder(config.target, target, target_tokenizer, folder, config.output)
@@ -269,7 +269,7 @@ class Run:
 def _check_config(name, config):
     """The settings with the stage's name in them; ValueError for some that the stage cannot follow."""
     if name not in STAGES:
-        raise ValueError(f"{name!r} is no stage. Expected one of {', '.join(STAGES)}.")
+        raise ValueError(f"{name!r} is not a stage. Expected one of {', '.join(STAGES)}.")
     if config.stage not in ("", name):
         raise ValueError(f"These settings are for the stage {config.stage!r}, not for {name!r}.")
     for setting, stage in (
@@ -322,7 +322,7 @@ def _load_decoder(folder):
 
 
 def _own_resolution(unet, vae):
-    """Side of the pictures that a U-Net was made for, in pixels."""
+    """Side of the images that a U-Net was made for, in pixels."""
     return unet.config.sample_size * _scale_factor(vae)
 
 

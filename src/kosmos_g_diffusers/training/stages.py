@@ -6,7 +6,7 @@ that optimisers, DDP and FSDP do not see them: move them with `move_frozen`.
 
 Letters of the shapes: B samples, L tokens, N images of the whole batch, S their size, T tokens and W width of the vision
 tower, Q states an image, D width of the language model, K states of the condition, A their width, P positions of the
-target text encoder, H, W and h, w sizes of target pictures and of their latents, C channels, V size of the vocabulary. All
+target text encoder, H, W and h, w sizes of target images and of their latents, C channels, V size of the vocabulary. All
 losses are computed and returned in float32.
 """
 
@@ -97,7 +97,7 @@ class Stage(nn.Module):
         return states
 
     def _image_embeds(self, batch):
-        """Pictures of a batch -> (N, Q, D), as `KosmosGTextEncoder.get_image_features`; None if there are none."""
+        """Images of a batch -> (N, Q, D), as `KosmosGTextEncoder.get_image_features`; None if there are none."""
         encoder, states = self.text_encoder, batch.get("vision_states")
         if states is not None:
             if self.train_vision == "all":
@@ -111,7 +111,7 @@ class Stage(nn.Module):
             if pixel_values is None:
                 if not encoder.image_to_text_projection.latent_query.requires_grad:
                     return None
-                # a picture that no slot takes: its gradients are zero, and all weights are used
+                # an image that no slot takes: its gradients are zero, and all weights are used
                 size = encoder.config.vision_config.image_size
                 pixel_values = torch.zeros(1, 3, size, size, device=batch["input_ids"].device)
             states = self.vision_states(pixel_values.to(encoder.dtype))
@@ -132,11 +132,11 @@ class Stage(nn.Module):
             )
         slots = batch.get("image_token_mask")
         slots = torch.zeros_like(input_ids, dtype=torch.bool) if slots is None else slots.bool()
-        pictures = batch.get("vision_states", batch.get("pixel_values"))
-        n_slots, n_pictures = int(slots.sum()), 0 if pictures is None else len(pictures)
-        if n_slots != n_pictures * config.latent_query_num:
+        images = batch.get("vision_states", batch.get("pixel_values"))
+        n_slots, n_images = int(slots.sum()), 0 if images is None else len(images)
+        if n_slots != n_images * config.latent_query_num:
             raise ValueError(
-                f"image_token_mask marks {n_slots} slots, but the batch holds {n_pictures} pictures of "
+                f"image_token_mask marks {n_slots} slots, but the batch holds {n_images} images of "
                 f"{config.latent_query_num} states each. Make both with one call of KosmosGProcessor."
             )
         return encoder.get_language_hidden_states(input_ids, self._image_embeds(batch), slots)
@@ -154,7 +154,7 @@ class Stage(nn.Module):
 
 
 class PretrainStage(Stage):
-    """Stage 1, multimodal language modelling: the next token after words and pictures (sec. 2.1).
+    """Stage 1, multimodal language modelling: the next token after words and images (sec. 2.1).
 
     Trains the language model (its head is its embedding), the resampler and, as far as `train_vision` says, the vision
     tower; the AlignerNet stays as it is. A model that starts from nothing needs train_vision="all".
@@ -174,7 +174,7 @@ class PretrainStage(Stage):
         Args:
             batch: dict with `input_ids` (B, L); `labels` (B, L), the token after each position, -100 where none is to
                 be predicted; `image_token_mask` (B, L) and `pixel_values` (N, 3, S, S) or `vision_states` (N, T, W),
-                if there are pictures; `n_labels`, what the sum is divided by instead of the number of labels (so that
+                if there are images; `n_labels`, what the sum is divided by instead of the number of labels (so that
                 processes and accumulated batches with different numbers can give the mean of them all).
 
         Returns:
@@ -187,7 +187,7 @@ class AlignStage(Stage):
     """Stage 2, alignment: AlignerNet M's condition becomes what the decoder's own text encoder says (sec. 2.2).
 
     Trains AlignerNet M and N. The language model is frozen; its dropout works in training mode, as in the official code.
-    Captions need no pictures; with FSDP a step's batches have some on all processes or on none.
+    Captions need no images; with FSDP a step's batches have some on all processes or on none.
 
     Args:
         text_encoder: KosmosGTextEncoder.
@@ -227,7 +227,7 @@ class AlignStage(Stage):
         """Losses of a batch.
 
         Args:
-            batch: dict with `input_ids`, `attention_mask` (B, L) and pictures as for `PretrainStage`; `clip_input_ids`
+            batch: dict with `input_ids`, `attention_mask` (B, L) and images as for `PretrainStage`; `clip_input_ids`
                 (B, P), padded to the full length, and `clip_attention_mask` if the target uses one, or `clip_embeds`
                 (B, P, A), which were computed once.
 
@@ -256,7 +256,7 @@ class InstructStage(Stage):
         scheduler: any of diffusers' whose configuration says how noise is added and what the U-Net predicts.
         train_vision: see `Stage`.
         words_weight: factor of the loss of stage 1's batches. Well-trained words have far larger gradients than
-            pictures; unweighted, these are hardly learned beside them.
+            images; unweighted, these are hardly learned next to them.
 
     Raises:
         ValueError: a U-Net that reads another condition or other latents, or predicts neither noise nor velocity.
@@ -299,7 +299,7 @@ class InstructStage(Stage):
         """Losses of a batch.
 
         Args:
-            batch: dict with `input_ids`, `attention_mask` (B, L) and pictures as for `PretrainStage`;
+            batch: dict with `input_ids`, `attention_mask` (B, L) and images as for `PretrainStage`;
                 `target_pixel_values` (B, 3, H, W) in [-1, 1], or `latent_parameters` (B, 8, h, w), which were computed
                 once; the random numbers of the step: `latent_noise` (B, 4, h, w) of the VAE's sample, `noise`
                 (B, 4, h, w), `timesteps` (B,) int64, and `drop_condition` (B,) bool, True for samples that are drawn
@@ -351,7 +351,7 @@ class InstructStage(Stage):
 def language_loss(hidden_states, embedding, labels, n_labels=None):
     """Cross-entropy of the next token (stage 1, sec. 2.1 of the Kosmos-G paper).
 
-    Only the states that predict something are multiplied with the vocabulary: logits of picture slots and padding would
+    Only the states that predict something are multiplied with the vocabulary: logits of image slots and padding would
     be most of the memory.
 
     Args:
@@ -370,7 +370,7 @@ def language_loss(hidden_states, embedding, labels, n_labels=None):
 
 
 def align_losses(condition, clip_embeds, reconstruction, hidden_states):
-    """Distance to CLIP's states and of the way back (stage 2, sec. 2.2; unilm/models/aligner.py:56, :66).
+    """Distance to CLIP's states, and error of the inverse projection (stage 2, sec. 2.2; unilm/models/aligner.py:56, :66).
 
     Args:
         condition: (B, K, A), of AlignerNet M.
@@ -406,7 +406,7 @@ def denoising_loss(prediction, target):
 
 
 def _kept_rows(batch, keep, config):
-    """The prompts where `keep` (B,) is set, with their pictures, and behind them the null prompt."""
+    """The prompts where `keep` (B,) is set, with their images, and behind them the null prompt."""
     input_ids, attention_mask = batch["input_ids"], batch["attention_mask"].bool()
     null = torch.full_like(input_ids[:1], config.text_config.pad_token_id)
     null[:, 0] = config.text_config.bos_token_id
@@ -418,11 +418,11 @@ def _kept_rows(batch, keep, config):
     slots = batch.get("image_token_mask")
     if slots is not None:
         rows["image_token_mask"] = torch.cat([slots[keep], torch.zeros_like(slots[:1])])
-        pictures_of_row = slots.sum(1) // config.latent_query_num
-        keep_picture = keep.repeat_interleave(pictures_of_row)
+        images_of_row = slots.sum(1) // config.latent_query_num
+        keep_image = keep.repeat_interleave(images_of_row)
         for name in ("pixel_values", "vision_states"):
-            if name in batch and keep_picture.any():
-                rows[name] = batch[name][keep_picture]
+            if name in batch and keep_image.any():
+                rows[name] = batch[name][keep_image]
     length = int(rows["attention_mask"].sum(1).max())  # the longest prompt may have been dropped
     return {name: tensor[:, :length] if tensor.ndim == 2 else tensor for name, tensor in rows.items()}
 
