@@ -153,7 +153,7 @@ def backward(name, stage, batch_size, run_backward=True, found=None):
     mask = torch.zeros(batch_size, tokens, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
         frozen = found or {key: work() for key, work in frozen_work(name, stage, batch_size).items()}
-        image_embeds = stage._image_embeds(frozen) if images else None
+        image_embeds = stage.image_embeds(frozen) if images else None
         with torch.no_grad() if name == "align" else nullcontext():
             states = encoder.get_language_hidden_states(ids, image_embeds, mask)
         if name == "pretrain":

@@ -482,7 +482,7 @@ def test_caches_do_not_change_the_loss(build_stage, batch):
 def test_images_of_a_stage_are_those_of_the_encoder(build_stage, batch):
     stage = build_stage("pretrain").eval()
     expected = stage.text_encoder.get_image_features(batch["pixel_values"])
-    assert torch.equal(stage._image_embeds(batch), expected)
+    assert torch.equal(stage.image_embeds(batch), expected)
 
 
 def test_cached_vision_states_are_refused_when_the_tower_trains(build_stage, batch):

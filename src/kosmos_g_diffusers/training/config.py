@@ -130,7 +130,7 @@ class TrainConfig:
         """Settings of a TOML file, with `overrides` over them and the defaults of `stage` under them.
 
         Raises:
-            ValueError: no such file, not TOML, a table in it, or a key that is no setting (named, with its neighbours).
+            ValueError: no such file, not TOML, a table in it, or a key that is not a setting (named, with its neighbours).
         """
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -145,7 +145,7 @@ class TrainConfig:
         """Settings of a dict over the defaults of `stage`; `source` begins the errors.
 
         Raises:
-            ValueError: a key that is no setting, a value out of range, or settings of another stage.
+            ValueError: a key that is not a setting, a value out of range, or settings of another stage.
             TypeError: a value of another type.
         """
         known = {entry.name for entry in fields(cls)}

@@ -41,8 +41,8 @@ def locate_model(model):
             folder = Path(snapshot_download(str(model)))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"The model {model} is not a folder, and not on the Hub as far as can be seen ({first_line(error)}). Pass a folder that "
-                "kosmos-g init or kosmos-g convert wrote, or a Hub id and a connection."
+                f"The model {model} is not a folder, and not on the Hub as far as can be seen ({first_line(error)}). Pass a "
+                "folder that kosmos-g init or kosmos-g convert wrote, or a Hub id and a connection."
             ) from error
     if (folder / "text_encoder" / "config.json").is_file():
         return folder

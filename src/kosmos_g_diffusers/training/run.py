@@ -145,8 +145,8 @@ class Run:
         config, folder, text_encoder = self.config, self.folder, self.text_encoder
         if not config.target and not (folder / MODEL_FOLDER).is_dir():
             raise ValueError(
-                f"{folder} does not say which text encoder to imitate: it has no {MODEL_FOLDER}. Pass --target with the Stable "
-                "Diffusion that shall draw, such as stable-diffusion-v1-5/stable-diffusion-v1-5."
+                f"{folder} does not say which text encoder to imitate: it has no {MODEL_FOLDER}. Pass --target with "
+                "the Stable Diffusion that shall draw, such as stable-diffusion-v1-5/stable-diffusion-v1-5."
             )
         target, target_tokenizer = load_target(config.target or folder)
         sizes = text_encoder.config

@@ -96,7 +96,7 @@ class Stage(nn.Module):
             states = layer(states, None)
         return states
 
-    def _image_embeds(self, batch):
+    def image_embeds(self, batch):
         """Images of a batch -> (N, Q, D), as `KosmosGTextEncoder.get_image_features`; None if there are none."""
         encoder, states = self.text_encoder, batch.get("vision_states")
         if states is not None:
@@ -139,7 +139,7 @@ class Stage(nn.Module):
                 f"image_token_mask marks {n_slots} slots, but the batch holds {n_images} images of "
                 f"{config.latent_query_num} states each. Make both with one call of KosmosGProcessor."
             )
-        return encoder.get_language_hidden_states(input_ids, self._image_embeds(batch), slots)
+        return encoder.get_language_hidden_states(input_ids, self.image_embeds(batch), slots)
 
     def _language_loss(self, language_states, batch):
         """(B, L, D) -> scalar; the head is the embedding."""
