@@ -1,4 +1,4 @@
-"""Samples a second and memory of the training stages, with and without each cache, beside a plain loop:
+"""Samples a second and memory of the training stages, with and without each cache, compared with a plain loop:
 
     python benchmarks/train.py
 
@@ -89,7 +89,7 @@ def train_plainly(stage, dataset, steps):
 
 
 def measure(stage_name, way, steps, workers, folder):
-    """Train, timing so many steps; a dict of seconds, samples, tokens, pictures, memory and losses."""
+    """Train, timing so many steps; a dict of seconds, samples, tokens, images, memory and losses."""
     stage, collate, data = build(stage_name, 1 if way == PLAIN else BUCKET_WINDOW)
     cache, total = None, WARM_UP + steps + TAIL
     if way not in (PLAIN, LOOP):
@@ -97,12 +97,12 @@ def measure(stage_name, way, steps, workers, folder):
         cache = FrozenCache(folder / stage_name, stage, "bf16", only=only, keep_free=0)
         collate = cache.attach(collate)
     dataset = MixtureDataset(collate=collate, **data)
-    seen = []  # at the beginning of each step: seconds of this process and its workers, tokens, pictures
+    seen = []  # at the beginning of each step: seconds of this process and its workers, tokens, images
 
     def note(_, inputs):
         (batch,) = inputs
-        pictures = batch.get("vision_states.found", batch.get("pixel_values", ()))
-        seen.append((now() + worker_seconds(), batch["input_ids"].numel(), len(pictures)))
+        images = batch.get("vision_states.found", batch.get("pixel_values", ()))
+        seen.append((now() + worker_seconds(), batch["input_ids"].numel(), len(images)))
 
     # before the cache's own hook, whose work belongs to the step
     stage.register_forward_pre_hook(note, prepend=True)
@@ -125,7 +125,7 @@ def measure(stage_name, way, steps, workers, folder):
         "seconds": seen[WARM_UP + steps][0] - timed[0][0],
         "samples": samples,
         "tokens": sum(tokens for _, tokens, _ in timed) / samples,
-        "pictures": sum(pictures for *_, pictures in timed) / samples,
+        "images": sum(images for *_, images in timed) / samples,
         "peak": peak.resident,
         "losses": losses,
         "computed": {} if cache is None else cache.computed,
@@ -180,7 +180,7 @@ def compare(stage, arguments, folder):
             [
                 stage, way, significant(statistics.median(speeds)),
                 *(_ratio(runs, found[other]) for other in (PLAIN, LOOP)),
-                f"{runs[0]['tokens']:.1f}", f"{runs[0]['pictures']:.2f}",
+                f"{runs[0]['tokens']:.1f}", f"{runs[0]['images']:.2f}",
                 gib(max(run["peak"] for run in runs)),
                 "" if way == PLAIN else f"{max(changes):.1e}",
             ]
@@ -222,7 +222,7 @@ def main():
             rows += stage_rows
     columns = [
         "stage", "way", "samples/s", "over the plain loop", "over the package's loop", "tokens a sample",
-        "pictures a sample", "peak memory", "largest relative change of a loss",
+        "images a sample", "peak memory", "largest relative change of a loss",
     ]  # fmt: skip
     report("Training of examples/sprites, bf16", columns, rows, figures, arguments.json)
 

@@ -39,8 +39,8 @@ RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 GPUS = {"paper": 256, "one_node": 8, "one_gpu": 1}  # by the first words of a recipe's name
 PEAKS = {"A100": 312e12, "H100": 989e12}  # operations a second in bfloat16, dense, by NVIDIA's data sheets
 BANDWIDTHS = {256: 25e9, 8: 200e9}  # bytes a second of each GPU to the others: 200 Gbit/s network; NVLink
-TOKENS = {"pretrain": 100, "align": 32, "instruct": 128}  # of a padded sample, roughly, pictures included
-PICTURES = {"pretrain": 1.0, "align": 0.0, "instruct": 1.2}  # of a sample
+TOKENS = {"pretrain": 100, "align": 32, "instruct": 128}  # of a padded sample, roughly, images included
+IMAGES = {"pretrain": 1.0, "align": 0.0, "instruct": 1.2}  # of a sample
 GIB = 2**30
 
 
@@ -77,7 +77,7 @@ def count(stage_name, lora_rank=0, checkpointing=False):
                     work()
                 frozen[name] = frozen_counter.get_total_flops() / 10
     kept = (large - small) / 10
-    held = sum(parameter.numel() for model in stage._frozen for parameter in model.parameters())
+    held = sum(parameter.numel() for model in stage.frozen_models for parameter in model.parameters())
     return Cost(
         trained=sum(parameter.numel() for parameter in stage.parameters() if parameter.requires_grad),
         weights=2 * held + sum(parameter.nbytes for parameter in stage.parameters()),
@@ -111,7 +111,7 @@ def build_stage(name, lora_rank):
 
 def bytes_kept(name, stage, batch_size):
     """Bytes that autograd keeps, weights not counted."""
-    models = (stage, *stage._frozen)
+    models = (stage, *stage.frozen_models)
     weights = {parameter.untyped_storage()._cdata for model in models for parameter in model.parameters()}
     kept = {}
 
@@ -128,15 +128,15 @@ def bytes_kept(name, stage, batch_size):
 
 def frozen_work(name, stage, batch_size):
     """What gives the same in every step: a dict of functions without arguments, by the names of FrozenCache."""
-    works, pictures = {}, round(PICTURES[name] * batch_size)
-    if pictures:
+    works, images = {}, round(IMAGES[name] * batch_size)
+    if images:
         size = stage.text_encoder.config.vision_config.image_size
-        works["vision_states"] = lambda: stage.vision_states(torch.zeros(pictures, 3, size, size))
+        works["vision_states"] = lambda: stage.vision_states(torch.zeros(images, 3, size, size))
     if name == "align":
-        length = stage._frozen[0].config.max_position_embeddings
+        length = stage.target.config.max_position_embeddings
         works["clip_embeds"] = lambda: stage.clip_embeds(torch.zeros(batch_size, length, dtype=torch.int64))
     if name == "instruct":
-        side = 8 * stage._frozen[0].config.sample_size
+        side = 8 * stage.unet.config.sample_size
         works["latent_parameters"] = lambda: stage.latent_parameters(torch.zeros(batch_size, 3, side, side))
     return works
 
@@ -148,16 +148,16 @@ def backward(name, stage, batch_size, run_backward=True, found=None):
         found: results of `frozen_work` that need not be computed.
     """
     encoder, config = stage.text_encoder, stage.text_encoder.config
-    tokens, pictures = TOKENS[name], round(PICTURES[name] * batch_size)
+    tokens, images = TOKENS[name], round(IMAGES[name] * batch_size)
     ids = torch.zeros(batch_size, tokens, dtype=torch.int64)
     mask = torch.zeros(batch_size, tokens, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
         frozen = found or {key: work() for key, work in frozen_work(name, stage, batch_size).items()}
-        images = stage._image_embeds(frozen) if pictures else None
+        image_embeds = stage.image_embeds(frozen) if images else None
         with torch.no_grad() if name == "align" else nullcontext():
-            states = encoder.get_language_hidden_states(ids, images, mask)
+            states = encoder.get_language_hidden_states(ids, image_embeds, mask)
         if name == "pretrain":
-            words = batch_size * tokens - pictures * config.latent_query_num
+            words = batch_size * tokens - images * config.latent_query_num
             logits = states.flatten(0, 1)[:words] @ encoder.get_input_embeddings().weight.T
             loss = torch.nn.functional.cross_entropy(logits.float(), ids.flatten()[:words])
         else:
@@ -166,7 +166,7 @@ def backward(name, stage, batch_size, run_backward=True, found=None):
             again = stage.aligner_n(condition, tokens)
             loss = (condition - frozen["clip_embeds"]).square().mean() + again.square().mean()
         elif name == "instruct":
-            unet, _ = stage._frozen
+            unet = stage.unet
             latents = frozen["latent_parameters"][:, : unet.config.in_channels]
             loss = unet(latents, torch.zeros(batch_size, dtype=torch.int64), condition).sample.square().mean()
     if run_backward:
@@ -177,7 +177,7 @@ def build_at_random(stage_name, lora_rank):
     """A stage in memory: random weights, frozen ones in bfloat16."""
     with torch.device("meta"):
         stage = build_stage(stage_name, lora_rank).train()
-    for model in (stage, *stage._frozen):
+    for model in (stage, *stage.frozen_models):
         if model is not stage:
             model.to(torch.bfloat16)
         for module in model.modules():
@@ -255,9 +255,8 @@ def print_caches(measured):
         row = [name + (" with adapters" if lora_rank else ""), f"{cost.operations / 1e12:.2f}"]
         row += [", ".join(f"{work} {operations / 1e12:.3f}" for work, operations in cost.frozen.items())]
         row += [f"{left / 1e12:.2f}", f"{cost.operations / left:.2f}"]
-        if measured and (
-            name == "align" or lora_rank
-        ):  # the others need more memory than small machines have
+        # the others need more memory than small machines have
+        if measured and (name == "align" or lora_rank):
             seconds, shorter = measure_caches(name, batch_size, lora_rank)
             row += [str(batch_size), f"{seconds:.1f}", f"{shorter:.1f}", f"{seconds / shorter:.2f}"]
         print(f"| {' | '.join(row + [''] * (len(heads) - len(row)))} |", flush=True)

@@ -10,6 +10,7 @@ This file is copied into saved model folders and stands alone: it needs torch an
 """
 
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
@@ -215,6 +216,22 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         if "dtype" in kwargs and kwargs["dtype"] is None:
             kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @wraps(
+        Kosmos2PreTrainedModel.save_pretrained, assigned=()
+    )  # diffusers asks for the names of its arguments
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers', which knows adapters of `add_adapter`. ValueError for layers that peft itself has wrapped.
+
+        Their names are no format: a folder with them would load with random weights.
+        """
+        wrapped = any(".base_layer." in name for name, _ in self.named_parameters())
+        if wrapped and not self._hf_peft_config_loaded:
+            raise ValueError(
+                "The text encoder has an adapter, and neither part can be saved like this. Call merge_adapter to save it "
+                "with the weights, remove_adapter to save it without, or save_adapter to save it alone."
+            )
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -180,24 +180,24 @@ def save_model(folder):
 
 
 def save_data(folder, size=60):
-    """WebDataset shards of captions, edits and compositions, 32 px pictures of plain colours."""
+    """WebDataset shards of captions, edits and compositions, 32 px images of plain colours."""
     rng = np.random.default_rng(0)
     words = ("red", "green", "blue", "a hat", "the suit of painting")
 
-    def picture():
+    def image():
         return PIL.Image.new("RGB", (32, 32), tuple(int(value) for value in rng.integers(0, 256, 3)))
 
     with ShardWriter(folder, samples_per_shard=20) as writer:
         for number in range(size):
             key, caption = f"{number:04d}", f"{words[number % 5]} {words[number % 3]}"
             if number % 3 == 0:
-                writer.write_caption(key, caption, picture())
+                writer.write_caption(key, caption, image())
             elif number % 3 == 1:
-                pair = (picture(), picture())
+                pair = (image(), image())
                 writer.write_edit(key, "made of furniture", [pair], words=caption, caption=caption)
             else:
-                entity = (words[number % 5], picture(), picture())
-                writer.write_composition(key, caption, picture(), [entity])
+                entity = (words[number % 5], image(), image())
+                writer.write_composition(key, caption, image(), [entity])
     return folder
 
 

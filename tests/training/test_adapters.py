@@ -153,6 +153,13 @@ def test_encoder_with_an_adapter_is_not_saved(pipe, adapter, tmp_path):
         load_adapter(pipe, adapter)
 
 
+def test_adapter_of_transformers_own_method_is_saved_by_it(pipe, tmp_path):
+    pipe.text_encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    pipe.save_pretrained(tmp_path)
+    saved = {path.name for path in (tmp_path / "text_encoder").iterdir()}
+    assert {CONFIG, WEIGHTS} <= saved and "model.safetensors" not in saved
+
+
 def test_encoder_without_an_adapter(pipe, tmp_path):
     for function in (merge_adapter, remove_adapter):
         with pytest.raises(ValueError, match="has no adapter. Put one on with load_adapter"):

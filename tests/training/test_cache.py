@@ -30,7 +30,7 @@ WORKS = {
 
 
 class Source:
-    """Six samples: two pictures in the prompt, one, or none."""
+    """Six samples: two images in the prompt, one, or none."""
 
     name, groups = "photos", [6]
 
@@ -195,7 +195,7 @@ def test_frozen_models_do_not_run_twice(build_stage, build_collate, read, tmp_pa
     cache.flush()
     again = build_stage(name)
     with frozen_models_must_not_run(again):
-        # a batch without pictures would send one of zeros through the tower, to keep the trained weights in use
+        # a batch without images would send one of zeros through the tower, to keep the trained weights in use
         for batch in read(make_cache(tmp_path, again).attach(build_collate(name, 0.0)), workers=2):
             again(batch)
 
@@ -276,11 +276,11 @@ def test_other_weights_precision_or_dtype_look_elsewhere(build_stage, tmp_path):
     vision = stage.text_encoder.vision_model.model
     for name, weight, changes in (
         ("vision_states", vision.encoder.layers[-1].mlp.fc1.weight, False),  # it trains
-        ("latent_parameters", stage._frozen[1].decoder.conv_in.weight, False),
+        ("latent_parameters", stage.vae.decoder.conv_in.weight, False),
         ("vision_states", vision.encoder.layers[0].mlp.fc1.weight, True),
         ("vision_states", vision.embeddings.class_embedding, True),
-        ("latent_parameters", stage._frozen[1].encoder.conv_in.weight, True),
-        ("latent_parameters", stage._frozen[1].quant_conv.bias, True),
+        ("latent_parameters", stage.vae.encoder.conv_in.weight, True),
+        ("latent_parameters", stage.vae.quant_conv.bias, True),
     ):
         before = weight.detach().clone()
         weight.data.view(-1)[0] += 1e-3
@@ -483,10 +483,8 @@ def test_keys_follow_from_values_shape_and_dtype():
 def test_shards_of_killed_writers_are_cleared_away(tmp_path, monkeypatch):
     (tmp_path / "0.safetensors.abc.part").write_bytes(b"half a shard")
     keys, values = _entries()
-    for abandoned, left in (
-        (3600, 2),
-        (-1, 2),
-    ):  # seconds; the second time, the fragment goes and a shard comes
+    # seconds; the second time, the fragment goes and a shard comes
+    for abandoned, left in ((3600, 2), (-1, 2)):
         monkeypatch.setattr("kosmos_g_diffusers.training.cache_store.ABANDONED", abandoned)
         store = _store(tmp_path)
         store.add(keys, values)

@@ -105,7 +105,7 @@ def test_run_is_plain_training(tmp_path, accumulation):
     for name, expected in state.items():
         torch.testing.assert_close(trained[name], expected, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(saved[name], average[name], atol=1e-6, rtol=1e-5)
-        assert (saved[name] - trained[name]).abs().max() > 1e-4, "the average is no average"
+        assert (saved[name] - trained[name]).abs().max() > 1e-4, "the average is not an average"
     assert torch.equal(saved["frozen.weight"], ToyStage().frozen.weight)
     lines = read_log(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 9))
@@ -147,7 +147,7 @@ def test_workers_change_nothing(tmp_path):
     assert same(weights(none), weights(run(settings(tmp_path / "two", workers=2))))
 
 
-# Going on --------------------------------------------------------------------------------------------------------
+# Resuming ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,9 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, changes):
         with pytest.raises(Stopped):
             train(config, ToyStage(), data, progress_bar=False)
         assert not multiprocessing.active_children()  # which ignore signals: a program would not end
-        random_numbers(), torch.manual_seed(123), random.seed(4)
+        random_numbers()
+        torch.manual_seed(123)
+        random.seed(4)
     assert checkpoints.list_checkpoints(config.output)[-1].name == "checkpoint-00000006"
     resumed = run(config)
     assert resumed.name == whole.name == "checkpoint-00000008"
@@ -257,7 +259,7 @@ def test_signal_saves_first_and_says_where(tmp_path, number, capfd):
     (stopped,) = checkpoints.list_checkpoints(config.output)
     step = checkpoints.read_progress(stopped)["step"]
     assert 0 < step < 100
-    said = f"Stopped by {number.name} at step {step} of 100, saved in {stopped}. The same command goes on from there."
+    said = f"Stopped by {number.name} at step {step} of 100, saved in {stopped}. The same command resumes from there."
     assert said in capfd.readouterr().err
     whole = run(settings(tmp_path / "whole", steps=100, save_every=1000))
     assert same(weights(whole), weights(run(config)))
@@ -341,15 +343,15 @@ def test_writers_of_libraries_fail_alike(tmp_path, size):
 def test_run_of_other_settings_is_refused(tmp_path):
     run(settings(tmp_path))
     with pytest.raises(
-        ValueError, match=r"other settings: lr \(was 0.01, now 0.1\), seed \(was 0, now 1\)\. Go on"
+        ValueError, match=r"other settings: lr \(was 0.01, now 0.1\), seed \(was 0, now 1\)\. Continue"
     ):
         run(settings(tmp_path, lr=0.1, seed=1, log_every=2))
     run(settings(tmp_path, log_every=2))  # what is not learned may change
 
 
-def test_folder_that_is_no_run_is_refused(tmp_path):
+def test_folder_that_is_not_a_run_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("dear")
-    with pytest.raises(ValueError, match="is no run"):
+    with pytest.raises(ValueError, match="is not a run"):
         run(settings(tmp_path))
     assert os.listdir(tmp_path) == ["thesis.tex"]
     with pytest.raises(ValueError, match="No output was given"):
@@ -379,7 +381,7 @@ def test_source_without_a_usable_sample_is_named(tmp_path, workers):
         train(config, ToyStage(), dataset(config, source=ToySource(bad=range(50))), progress_bar=False)
 
 
-def test_counts_of_bad_samples_go_on(tmp_path, capsys):
+def test_counts_of_bad_samples_are_resumed(tmp_path, capsys):
     whole = settings(tmp_path / "whole", max_bad_samples=0.9)
     train(whole, ToyStage(), dataset(whole, source=ToySource(bad=range(10))), progress_bar=False)
     summary = capsys.readouterr().out
@@ -392,7 +394,7 @@ def test_counts_of_bad_samples_go_on(tmp_path, capsys):
     assert capsys.readouterr().out == summary
 
 
-# Beside the training ---------------------------------------------------------------------------------------------
+# Next to the training -------------------------------------------------------------------------------------------
 
 
 def test_drawing_samples_leaves_no_trace(tmp_path):
@@ -401,7 +403,10 @@ def test_drawing_samples_leaves_no_trace(tmp_path):
     def draw(stage, path):
         assert not stage.training and path.parent.is_dir()
         seen.append((path.name, stage.head.weight.detach().clone()))
-        random_numbers(), torch.manual_seed(9), random.seed(9), np.random.seed(9)
+        random_numbers()
+        torch.manual_seed(9)
+        random.seed(9)
+        np.random.seed(9)
         path.write_bytes(b"")
 
     changes = {"ema_decay": 0.9}
@@ -433,7 +438,7 @@ def test_tensorboard(tmp_path):
 
 
 def test_tracker_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr("kosmos_g_diffusers.training.loop.is_wandb_available", lambda: False)
+    monkeypatch.setattr("kosmos_g_diffusers.training.log.is_wandb_available", lambda: False)
     with pytest.raises(ImportError, match="pip install wandb"):
         run(settings(tmp_path, tracker="wandb"))
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kosmos_g_diffusers.training.losses import align_losses, denoising_loss, language_loss
+from kosmos_g_diffusers.training.stages import align_losses, denoising_loss, language_loss
 
 
 def _normal(*shape, seed=0, **kwargs):
@@ -11,7 +11,7 @@ def _normal(*shape, seed=0, **kwargs):
 
 @pytest.fixture
 def predicted():
-    """Hidden states, embedding and labels of two sequences; the first begins with a picture and the second is padded."""
+    """Hidden states, embedding and labels of two sequences; the first begins with an image and the second is padded."""
     labels = torch.tensor([[-100, -100, 4, 0], [3, 2, -100, -100]])
     return _normal(2, 4, 8), _normal(5, 8, seed=1), labels
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.training_runs import (  # noqa: F401  fixtures
     FORK,
     data,
@@ -35,7 +35,7 @@ from kosmos_g_diffusers.training.adapters import load_adapter, merge_adapter
 
 @pytest.fixture
 def prompts(tmp_path):
-    """JSON file of two prompts, one with a picture beside it."""
+    """JSON file of two prompts, one with an image next to it."""
     PIL.Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     (tmp_path / "prompts.json").write_text('["a hat", [{"image": "red.png"}, "in the suit"]]')
     return str(tmp_path / "prompts.json")
@@ -75,8 +75,8 @@ def test_each_stage_starts_from_the_one_before_and_is_a_pipeline(
         assert str(tmp_path) not in card
     assert all((one - other).abs().max() > 1e-4 for one, other in zip(embeds, embeds[1:], strict=False))
     pipe = KosmosGPipeline.from_pretrained(folder)
-    picture = pipe("a hat", num_inference_steps=1).images[0]
-    assert picture.size == (64, 64)
+    image = pipe("a hat", num_inference_steps=1).images[0]
+    assert image.size == (64, 64)
 
 
 def test_only_what_the_stage_trains_changes(make_config, model):
@@ -301,8 +301,8 @@ def converted(reference, golden_encoder, tmp_path_factory):
     )
 
 
-def test_alignment_goes_on_from_an_official_checkpoint(make_config, converted, reference, tmp_path):
-    """Both AlignerNets are the checkpoint's, and N stays beside the model."""
+def test_alignment_continues_from_an_official_checkpoint(make_config, converted, reference, tmp_path):
+    """Both AlignerNets are the checkpoint's, and N stays next to the model."""
     config = make_config(
         "align", model=str(converted), target=str(tmp_path / "clip"), steps=2, warmup_steps=1
     )
@@ -319,9 +319,8 @@ def test_alignment_goes_on_from_an_official_checkpoint(make_config, converted, r
     checkpoint = train_stage(config)
     kept, before = (load_file(place / "aligner_n/model.safetensors") for place in (checkpoint, converted))
     assert kept.keys() == before.keys() and not torch.equal(kept["query_embeds"], before["query_embeds"])
-    again = build_run(
-        "align", make_config("align", "again", model=str(checkpoint))
-    )  # names no target: it is kept
+    # names no target: it is kept
+    again = build_run("align", make_config("align", "again", model=str(checkpoint)))
     assert torch.equal(again.stage.state_dict()["aligner_n.query_embeds"], kept["query_embeds"])
 
 
@@ -373,7 +372,7 @@ def test_the_same_model_is_aligned_to_another_decoder(make_config, other_decoder
     assert pipe("a hat", num_inference_steps=1).images[0].size == (8, 8)
     target, _ = load_target(checkpoint)
     assert target.config.hidden_size == 48
-    # goes on, and to the next stages without naming the target again
+    # resumed, and on to the next stages without naming the target again
     shutil.rmtree(checkpoint)
     assert train_stage(config) == checkpoint
     train_stage(make_config("align", "again", model=str(checkpoint), steps=1))
@@ -442,7 +441,7 @@ def test_sample_prompts_that_cannot_be_drawn(make_config, tmp_path, text, words)
         build_run("instruct", config)
 
 
-def test_folders_that_are_no_model(make_config, tmp_path):
+def test_folders_that_are_not_a_model(make_config, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoint-00000005").mkdir(parents=True)
     with pytest.raises(
@@ -454,8 +453,18 @@ def test_folders_that_are_no_model(make_config, tmp_path):
         build_run("align", make_config("align", "new", model=str(run / "checkpoint-00000005")))
     with pytest.raises(ValueError, match="holds no text_encoder/config.json"):
         build_run("align", make_config("align", "new", model=str(tmp_path)))
-    with pytest.raises(ValueError, match="is no folder, and not on the Hub"):
+    with pytest.raises(ValueError, match="is not a folder, and not on the Hub"):
         build_run("align", make_config("align", "new", model="nobody/nothing"))
+
+
+def test_model_with_a_weight_missing_is_refused(make_config, model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    del weights["aligner.query_embeds"]
+    save_file(weights, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="The text_encoder of .*: 1 weights .*such as aligner.query_embeds"):
+        build_run("align", make_config("align", model=str(folder)))
 
 
 def test_run_of_another_stage_is_refused(make_config, monkeypatch, capsys):

@@ -59,7 +59,7 @@ def build_stage(build_pipe):
 
 @pytest.fixture
 def batch(pipe, photos):
-    """A batch that every stage reads: three prompts of different lengths, two of them with pictures."""
+    """A batch that every stage reads: three prompts of different lengths, two of them with images."""
     prompts = [[photos[0], "in the suit of", photos[1]], "a furniture", ["painting of", photos[2]]]
     batch = dict(KosmosGProcessor(pipe.tokenizer)(prompts))
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ def batch(pipe, photos):
     return batch
 
 
-def _without_pictures(batch):
+def _without_images(batch):
     rows = {name: value[1:2] for name, value in batch.items() if name != "pixel_values"}
     rows["input_ids"] = torch.where(rows["image_token_mask"], 1, rows["input_ids"])
     return rows
@@ -200,10 +200,10 @@ def test_instruct_stage_gives_the_official_loss(official, reference):
 
 
 @pytest.mark.parametrize("name", ["pretrain", "align", "instruct"])
-@pytest.mark.parametrize("pictures", [True, False])
-def test_every_trained_weight_gets_a_gradient_and_no_other(build_stage, batch, name, pictures):
+@pytest.mark.parametrize("images", [True, False])
+def test_every_trained_weight_gets_a_gradient_and_no_other(build_stage, batch, name, images):
     stage = build_stage(name)
-    _, gradients = _gradients(stage, batch if pictures else _without_pictures(batch))
+    _, gradients = _gradients(stage, batch if images else _without_images(batch))
     trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
     assert {name for name, grad in gradients.items() if grad is not None} == trained
     parts = {".".join(name.split(".")[:2]) for name in trained}
@@ -237,8 +237,8 @@ def test_unknown_choice_of_vision_training_is_refused(pipe):
         PretrainStage(pipe.text_encoder, train_vision="some")
 
 
-def test_text_leaves_the_picture_weights_gradients_zero(build_stage, batch):
-    _, gradients = _gradients(build_stage("instruct"), _without_pictures(batch))
+def test_text_leaves_the_image_weights_gradients_zero(build_stage, batch):
+    _, gradients = _gradients(build_stage("instruct"), _without_images(batch))
     assert not gradients["text_encoder.image_to_text_projection.dense.weight"].any()
     assert gradients["text_encoder.aligner.query_embeds"].any()
 
@@ -249,11 +249,11 @@ def test_frozen_models_are_no_part_of_the_stage(build_stage, pipe, batch, name):
     names = {name.split(".")[0] for name in stage.state_dict()}
     assert names == ({"text_encoder", "aligner_n"} if name == "align" else {"text_encoder"})
     _gradients(stage, batch)
-    for model in stage._frozen:
+    for model in stage.frozen_models:
         assert not model.training
         assert all(not p.requires_grad and p.grad is None for p in model.parameters())
     stage.move_frozen(dtype=torch.bfloat16)
-    assert all(model.dtype == torch.bfloat16 for model in stage._frozen)
+    assert all(model.dtype == torch.bfloat16 for model in stage.frozen_models)
     losses = stage(batch)
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     assert stage.text_encoder.dtype == torch.float32
@@ -410,7 +410,8 @@ def test_dropout_is_where_the_official_code_has_it(build_pipe, build_stage, batc
             assert elements == [0.1] * (1 + 2 * 2)
             # resampler; none in 2 + 2 layers of vision tower and language model, nor in 2 + 2 * 2 of the AlignerNet
             assert sorted(attentions) == [0.0] * 10 + [0.1]
-            elements.clear(), attentions.clear()
+            elements.clear()
+            attentions.clear()
             stage.eval()._condition_or_null(batch)
             assert not elements and not any(attentions)
 
@@ -477,10 +478,10 @@ def test_caches_do_not_change_the_loss(build_stage, batch):
     assert torch.equal(align(embeds)["mse"], align(batch)["mse"])
 
 
-def test_pictures_of_a_stage_are_those_of_the_encoder(build_stage, batch):
+def test_images_of_a_stage_are_those_of_the_encoder(build_stage, batch):
     stage = build_stage("pretrain").eval()
     expected = stage.text_encoder.get_image_features(batch["pixel_values"])
-    assert torch.equal(stage._image_embeds(batch), expected)
+    assert torch.equal(stage.image_embeds(batch), expected)
 
 
 def test_cached_vision_states_are_refused_when_the_tower_trains(build_stage, batch):
@@ -562,7 +563,7 @@ def test_diffusion_models_that_do_not_fit_are_refused(pipe, golden_components):
 
 def test_batches_that_do_not_fit_are_refused(build_stage, batch):
     stage = build_stage("pretrain")
-    with pytest.raises(ValueError, match="12 slots, but the batch holds 2 pictures"):
+    with pytest.raises(ValueError, match="12 slots, but the batch holds 2 images"):
         stage({**batch, "pixel_values": batch["pixel_values"][:2]})
     with pytest.raises(ValueError, match="300 tokens.*at most 256"):
         stage({"input_ids": torch.zeros(1, 300, dtype=torch.int64), "labels": torch.zeros(1, 300)})

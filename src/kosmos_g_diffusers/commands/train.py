@@ -1,9 +1,9 @@
-"""Train Kosmos-G, or go on with a run.
+"""Train Kosmos-G, or resume a run.
 
 Three stages follow each other. A checkpoint of one is a whole pipeline folder: what the next starts from, and what
-KosmosGPipeline.from_pretrained and kosmos-g generate read. The same command goes on with a run that ended early: after
-SIGTERM (exit code 143) or Ctrl-C (130) where it stopped, after worse from its last checkpoint. Settings come from --config,
-and flags beside it win.
+KosmosGPipeline.from_pretrained and kosmos-g generate read. The same command resumes a run that ended early: after
+SIGTERM (exit code 143) or Ctrl-C (130) from where it stopped, otherwise from its last checkpoint. Settings come from --config,
+and flags given with it win.
 
 examples:
   kosmos-g train align --help
@@ -23,7 +23,7 @@ from ..training.config import add_arguments as add_settings
 
 STAGES = {
     "pretrain": (
-        "Stage 1, multimodal language modelling: the next token after words and pictures.",
+        "Stage 1, multimodal language modelling: the next token after words and images.",
         "Trains the language model, the resampler and a part of the vision tower (--train-vision). kosmos-g init starts from\n"
         "Kosmos-2, which has been through this stage.",
         "--data tsv:captions:/data/laion shards:/data/interleaved --data-weights 1 1",
@@ -35,7 +35,7 @@ STAGES = {
         "--data tsv:captions:/data/laion",
     ),
     "instruct": (
-        "Stage 3, instruction tuning: the frozen U-Net says what a prompt of words and pictures should have said.",
+        "Stage 3, instruction tuning: the frozen U-Net says what a prompt of words and images should have said.",
         "Trains the AlignerNet, the language model, the resampler and the end of the vision tower; with --lora-rank adapters\n"
         "of the language model and the AlignerNet alone.",
         "--data tsv:captions:/data/laion tsv:edits:/data/edits tsv:compositions:/data/openimages --data-weights 1 2 2",

@@ -73,3 +73,34 @@ class SkipCounter:
     def load_state_dict(self, state):
         self.seen, self.counts = state["seen"], dict(state["counts"])
         self.examples = {cause: list(messages) for cause, messages in state["examples"].items()}
+
+
+class GatheredSkips:
+    """A SkipCounter of all processes of a run, which tell each other what they noted now and then.
+
+    Args:
+        limit: of the counter.
+        accelerator: accelerate.Accelerator.
+    """
+
+    def __init__(self, limit, accelerator):
+        self.counter, self.accelerator = SkipCounter(limit), accelerator
+        self._used, self._skipped, self._messages = 0, {}, []
+
+    def note(self, batch):
+        """Note what `batch` (of `MixtureDataset`) had to replace."""
+        self._used += len(batch["keys"])
+        for cause, number in batch["skipped"].items():
+            self._skipped[cause] = self._skipped.get(cause, 0) + number
+        self._messages += batch["skipped_messages"]
+
+    def count(self):
+        """Add what was noted to the counter, on all processes alike. Raises TooManyBadSamples."""
+        noted = [(self._used, self._skipped, self._messages)]
+        self._used, self._skipped, self._messages = 0, {}, []
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            noted = gather_object(noted)
+        for used, skipped, messages in noted:
+            self.counter.add(used, skipped, messages)

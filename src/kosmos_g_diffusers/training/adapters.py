@@ -2,7 +2,7 @@
 
 Adapted are all linear layers of the language model (queries, keys, values and outputs of attention, both layers of the
 feed-forward networks) and of AlignerNet M (the same, in its cross-attention as well, and its input projection). The
-vision tower, the resampler, embeddings and norms stay as they are: states of pictures, and so image words, stay valid.
+vision tower, the resampler, embeddings and norms stay as they are: states of images, and so image words, stay valid.
 
 An adapter folder has peft's own format: adapter_config.json and adapter_model.safetensors.
 """
@@ -49,7 +49,6 @@ def add_adapter(text_encoder, rank, frozen_dtype=None, seed=0):
     for name, parameter in text_encoder.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-    _forbid_saving(text_encoder)
 
 
 def save_adapter(text_encoder, folder, state_dict=None):
@@ -122,7 +121,6 @@ def load_adapter(pipeline_or_encoder, folder):
     assert not result.unexpected_keys, result.unexpected_keys
     encoder.requires_grad_(False)
     encoder.eval()
-    _forbid_saving(encoder)
 
 
 def merge_adapter(pipeline_or_encoder):
@@ -151,19 +149,7 @@ def _unload(pipeline_or_encoder, merge):
                 module.merge()
             parent, _, child = name.rpartition(".")
             setattr(encoder.get_submodule(parent), child, module.get_base_layer())
-    del encoder.peft_config, encoder.save_pretrained
-
-
-def _forbid_saving(text_encoder):
-    """The names of wrapped layers are no format: a folder with them would load with random weights."""
-
-    def save_pretrained(*args, **kwargs):
-        raise ValueError(
-            "The text encoder has an adapter, and neither part can be saved like this. Call merge_adapter to save it with "
-            "the weights, remove_adapter to save it without, or save_adapter to save it alone."
-        )
-
-    text_encoder.save_pretrained = save_pretrained
+    del encoder.peft_config
 
 
 def _encoder_of(pipeline_or_encoder):

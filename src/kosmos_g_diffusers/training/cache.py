@@ -8,7 +8,7 @@
 The workers that read the data look for kept results and bring what is missing as it is. The stage computes that before
 its forward pass, and from then on it is kept. docs/training-caches.md says how much disk it takes and when it pays.
 
-Letters of the shapes: n entries of a batch (samples, or pictures), m of them that were not found.
+Letters of the shapes: n entries of a batch (samples, or images), m of them that were not found.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from ..environment import MIXED_PRECISIONS, as_dtype
 from .cache_store import KEEP_FREE, TensorStore, as_bytes, content_key
 from .stages import AlignStage, InstructStage
 
@@ -29,7 +30,6 @@ FORMAT_VERSION = 1  # of the folders; raise it when the same work would be kept 
 # what the workers hand to `complete`, behind the name of a work
 FOUND, MISSING, KEYS = ".found", ".missing", ".keys"
 NOT_ARCHITECTURE = {"transformers_version", "dtype", "torch_dtype", "architectures"}
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class FrozenWork:
         name: of the result, under which the stage takes it from a batch.
         inputs: names of what it is computed from; the second and later ones may be absent.
         modules: that compute it, all frozen.
-        config: what beside their weights decides what they compute.
+        config: what besides their weights decides what they compute.
         compute: takes the inputs (n, ...), returns (n, ...).
     """
 
@@ -77,7 +77,7 @@ class FrozenCache:
     def __init__(self, folder, stage, mixed_precision="no", *, dtype=None, only=None, keep_free=KEEP_FREE):
         if dtype is None:
             dtype = torch.float32 if mixed_precision == "no" else torch.float16
-        self.stage, self.precision = stage, PRECISIONS[mixed_precision]
+        self.stage, self.precision = stage, as_dtype(MIXED_PRECISIONS[mixed_precision])
         works = find_frozen_work(stage)
         names = [work.name for work in works]
         if not names or set(only or ()) - set(names):
@@ -111,9 +111,8 @@ class FrozenCache:
         """A batch of a `CachedCollate`, on the stage's device -> one that the stage reads; what was missing is kept."""
         batch = dict(batch)
         device = next(iter(batch.values())).device
-        with torch.autocast(
-            device.type, enabled=False
-        ):  # it would not put float16 together where it computes in bf16
+        # autocast would not put float16 together where it computes in bf16
+        with torch.autocast(device.type, enabled=False):
             for work in self.works:
                 values, missing = batch.pop(work.name + FOUND, None), batch.pop(work.name + MISSING, None)
                 if missing is not None:
@@ -198,7 +197,7 @@ def find_frozen_work(stage):
     frozen = not any(parameter.requires_grad for parameter in blocks.parameters())
     vision_config = encoder.config.vision_config
     if frozen and not vision_config.attention_dropout:
-        # these gather a layer's weights in all processes at once, and only some may have pictures to compute
+        # these gather a layer's weights in all processes at once, and only some may have images to compute
         if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             logger.warning("States of the vision tower are not kept under FSDP and DeepSpeed.")
         else:
@@ -208,7 +207,7 @@ def find_frozen_work(stage):
                 )
             )
     if isinstance(stage, InstructStage):
-        _, vae = stage._frozen
+        vae = stage.vae
         modules = nn.ModuleList(part for part in (vae.encoder, vae.quant_conv) if part is not None)
         works.append(
             FrozenWork(
@@ -220,8 +219,7 @@ def find_frozen_work(stage):
             )
         )
     if isinstance(stage, AlignStage):
-        (target,) = stage._frozen
-        inputs = ("clip_input_ids", "clip_attention_mask")
+        target, inputs = stage.target, ("clip_input_ids", "clip_attention_mask")
         works.append(
             FrozenWork(
                 "clip_embeds", inputs, nn.ModuleList([target]), target.config.to_dict(), stage.clip_embeds

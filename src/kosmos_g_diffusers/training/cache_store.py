@@ -10,7 +10,6 @@ import hashlib
 import logging
 import secrets
 import shutil
-import time
 import zlib
 from pathlib import Path
 
@@ -18,13 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..files import written_atomically
+from ..files import remove_partial_files, written_atomically
 
 KEY_BYTES = 16
 KEEP_FREE = 10 * 2**30
-ABANDONED = (
-    3600  # seconds after which a shard that is still being written belongs to a process that was killed
-)
+# seconds after which a shard that is still being written belongs to a process that was killed
+ABANDONED = 3600
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +58,8 @@ class TensorStore:
         self.folder, self.dtype = Path(folder), dtype
         self.shard_bytes, self.shard_entries, self.keep_free = shard_bytes, shard_entries, keep_free
         self._places = {}  # key -> (name of its shard, row)
-        self._shards = (
-            set()
-        )  # names of those whose keys are in _places, and of those that are not to be read again
+        # names of those whose keys are in _places, and of those that are not to be read again
+        self._shards = set()
         self._pending = {}  # key -> value, of the shard to be written
         self._writes = True
 
@@ -124,7 +121,7 @@ class TensorStore:
         name = f"{secrets.token_hex(8)}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_abandoned()
+            remove_partial_files(self.folder, older_than=ABANDONED)
             free = shutil.disk_usage(self.folder).free
             if free - values.nbytes < self.keep_free:
                 raise OSError(f"{free / 2**30:.1f} GiB are free, {self.keep_free / 2**30:.1f} are to be left")
@@ -133,7 +130,7 @@ class TensorStore:
         except OSError as error:
             self._writes = False
             logger.warning(
-                "Frozen work is no longer kept in %s (%s). Training goes on and computes it; make room before the next "
+                "Frozen work is no longer kept in %s (%s). Training continues and computes it; make room before the next "
                 "run, or give it another cache folder.", self.folder, error,
             )  # fmt: skip
         else:
@@ -204,14 +201,6 @@ class TensorStore:
         self._places = {key: place for key, place in self._places.items() if place[0] != name}
         self._shards.add(name)
         return before - len(self._places)
-
-    def _remove_abandoned(self):
-        for path in self.folder.glob("*.part"):
-            try:
-                if time.time() - path.stat().st_mtime > ABANDONED:
-                    path.unlink()
-            except FileNotFoundError:  # another process was quicker
-                pass
 
 
 def _checksum(key, value):

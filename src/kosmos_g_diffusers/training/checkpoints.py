@@ -1,4 +1,6 @@
-"""Checkpoints of a run: folders that appear whole or not at all, the newest of which a run goes on from.
+"""Checkpoints of a run: folders that appear atomically; a run resumes from the newest.
+
+Each holds accelerate's training state next to what `from_pretrained` reads.
 
 RUN/config.json                       settings, resolved
 RUN/log.jsonl                         a line every `log_every` steps
@@ -11,8 +13,13 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..files import read_json, remove_partial_files
 from .config import TrainConfig
 
 NAME = re.compile(r"checkpoint-(\d{8})")
@@ -20,6 +27,9 @@ HIDDEN = ".checkpoint-*"  # what is being written or removed
 STATE = "training_state"
 PROGRESS = "progress.json"
 SETTINGS = "config.json"
+TRAINED = "trained.safetensors"
+# what a full disk raises: Python's own writes, safetensors', torch.save's
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 
 
 def list_checkpoints(run):
@@ -39,8 +49,16 @@ def partial_folder(run, step):
     return Path(run) / f".checkpoint-{step:08d}.partial"
 
 
-def check_settings(config):
-    """Raise ValueError if `config.output` holds a run that was begun with other settings, or something else."""
+def begin_run(config, state):
+    """Make the run's folder, write its settings, and clear away what a run that was killed left half done.
+
+    Args:
+        config: TrainConfig.
+        state: accelerate's Accelerator or PartialState. All processes call this; the main one writes.
+
+    Raises:
+        ValueError: `config.output` holds a run that was begun with other settings, or something else.
+    """
     run = Path(config.output)
     if not config.output:
         raise ValueError("No output was given. Pass --output FOLDER, where the run keeps its checkpoints.")
@@ -48,17 +66,16 @@ def check_settings(config):
         config.check_resumes(TrainConfig.load(run / SETTINGS), run)
     elif run.exists() and (not run.is_dir() or any(path.suffix != ".part" for path in run.iterdir())):
         raise ValueError(
-            f"{run} exists and is no run: it has no {SETTINGS}. Pass a new folder, or one of an earlier run to go on."
+            f"{run} exists and is not a run: it has no {SETTINGS}. Pass a new folder, or one of an earlier run to resume it."
         )
-
-
-def begin_run(config):
-    """Make the run's folder, write its settings, and clear away what a run that was killed left half done."""
-    run = Path(config.output)
-    run.mkdir(parents=True, exist_ok=True)
-    for path in run.glob(HIDDEN):
-        shutil.rmtree(path)
-    config.save(run / SETTINGS)
+    state.wait_for_everyone()  # all have looked at the folder before it changes
+    if state.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        for path in run.glob(HIDDEN):
+            shutil.rmtree(path)
+        remove_partial_files(run)
+        config.save(run / SETTINGS)
+    state.wait_for_everyone()
 
 
 def publish(partial, folder):
@@ -83,7 +100,128 @@ def write_progress(folder, progress):
 
 
 def read_progress(folder):
-    return json.loads((Path(folder) / STATE / PROGRESS).read_text(encoding="utf-8"))
+    return read_json(
+        Path(folder) / STATE / PROGRESS, "Remove this checkpoint; the one before it is used then."
+    )
+
+
+class Saver:
+    """Writes and reads the checkpoints of one run.
+
+    Args:
+        config: TrainConfig.
+        accelerator: accelerate.Accelerator, which has prepared the stage and the optimizer.
+        wrapped: the stage as it came back from there.
+        stage: the stage itself.
+        ema: diffusers' EMAModel over the trained weights, or None.
+        save_model: called with (folder, state_dict) on the main process.
+    """
+
+    def __init__(self, config, accelerator, wrapped, stage, ema, save_model):
+        self.config, self.run, self.accelerator = config, Path(config.output), accelerator
+        self.wrapped, self.stage, self.ema, self.save_model = wrapped, stage, ema, save_model
+        self._keep_trained_weights_only()
+
+    def trained_parameters(self):
+        return [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def averaged_weights(self):
+        """Context in which the stage has the averaged weights, if there is an average; its own come back unchanged."""
+        if self.ema is None:
+            yield
+            return
+        parameters = self.trained_parameters()
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def save(self, step, skips):
+        """Write the checkpoint of a step atomically, and remove older ones.
+
+        Raises:
+            OSError: it cannot be written, with the last good checkpoint.
+        """
+        accelerator, partial = self.accelerator, partial_folder(self.run, step)
+        try:
+            if accelerator.is_main_process:
+                (partial / STATE).mkdir(parents=True, exist_ok=True)
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(partial / STATE))
+            with self.averaged_weights():
+                # of all processes, where weights are sharded
+                state = accelerator.get_state_dict(self.wrapped)
+                if accelerator.is_main_process:
+                    self.save_model(partial, state)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                progress = {"step": step, "skips": skips.state_dict(), "processes": accelerator.num_processes}
+                write_progress(partial, progress)
+                publish(partial, checkpoint_folder(self.run, step))
+                prune(self.run, self.config.keep_checkpoints)
+        except WRITE_ERRORS as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"Checkpoint {step:,} could not be written to {self.run}: {error}. {self.last_good()} If the disk is full, "
+                "make room and run the same command again."
+            ) from error
+        accelerator.wait_for_everyone()
+
+    def resume(self, skips):
+        """Load the newest checkpoint, if there is one.
+
+        Returns:
+            The step it was saved after; 0 if there is none.
+
+        Raises:
+            ValueError: it was written by another number of processes.
+        """
+        found = list_checkpoints(self.run)
+        if not found:
+            return 0
+        progress = read_progress(found[-1])
+        if progress["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"The run in {self.run} was begun on {progress['processes']} processes; this one has "
+                f"{self.accelerator.num_processes}. Continue with as many, or give a new run another --output."
+            )
+        self.accelerator.load_state(str(found[-1] / STATE))
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # it is read to the CPU
+        skips.load_state_dict(progress["skips"])
+        return progress["step"]
+
+    def last_good(self):
+        """A sentence that names the newest checkpoint."""
+        found = list_checkpoints(self.run)
+        return f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."
+
+    def _keep_trained_weights_only(self):
+        """Have accelerate save and load the weights that train, not the frozen rest, which is there already.
+
+        FSDP and DeepSpeed save theirs in formats of their own.
+        """
+        accelerator = self.accelerator
+        trained = {name for name, parameter in self.stage.named_parameters() if parameter.requires_grad}
+
+        def save(models, weights, folder):
+            if weights and accelerator.is_main_process:
+                state = {name.removeprefix("module."): tensor for name, tensor in weights[0].items()}
+                save_file({name: state[name].contiguous() for name in trained}, Path(folder) / TRAINED)
+            weights.clear()
+
+        def load(models, folder):
+            if models:
+                state = load_file(Path(folder) / TRAINED)
+                assert set(state) == trained, "the stage trains other weights than the checkpoint holds"
+                accelerator.unwrap_model(models[0]).load_state_dict(state, strict=False)
+            models.clear()
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
 
 
 def _remove(folder):

@@ -119,7 +119,7 @@ class TrainConfig:
         """Settings of a TOML file, with `overrides` over them and the defaults of `stage` under them.
 
         Raises:
-            ValueError: no such file, not TOML, a table in it, or a key that is no setting (named, with its neighbours).
+            ValueError: no such file, not TOML, a table in it, or a key that is not a setting (named, with its neighbours).
         """
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ class TrainConfig:
         """Settings of a dict over the defaults of `stage`; `source` begins the errors.
 
         Raises:
-            ValueError: a key that is no setting, a value out of range, or settings of another stage.
+            ValueError: a key that is not a setting, a value out of range, or settings of another stage.
             TypeError: a value of another type.
         """
         known = {entry.name for entry in fields(cls)}
@@ -159,7 +159,7 @@ class TrainConfig:
             raise type(error)(f"{source}: {error}") from error
 
     def save(self, path):
-        """Write the settings as JSON, whole or not at all."""
+        """Write the settings as JSON, atomically."""
         with written_atomically(path) as file:
             file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
 
@@ -175,7 +175,7 @@ class TrainConfig:
         return cls.from_dict(values, source=str(path))
 
     def check_resumes(self, earlier, folder):
-        """Raise ValueError if a run with the settings `earlier` in `folder` must not go on with these."""
+        """Raise ValueError if a run with the settings `earlier` in `folder` must not be resumed with these."""
         changed = [
             f"{entry.name} (was {getattr(earlier, entry.name)!r}, now {getattr(self, entry.name)!r})"
             for entry in fields(self)
@@ -183,7 +183,7 @@ class TrainConfig:
         ]
         if changed:
             raise ValueError(
-                f"The run in {folder} has other settings: {', '.join(changed)}. Go on with the settings it was begun "
+                f"The run in {folder} has other settings: {', '.join(changed)}. Continue with the settings it was begun "
                 "with, or give a new run another --output."
             )
 

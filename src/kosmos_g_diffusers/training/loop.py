@@ -4,37 +4,28 @@ It trains any module whose call takes a batch and returns a dict of losses (see 
 batch of a number (see data/mixture.py). accelerate brings precision, processes, DDP, FSDP and DeepSpeed.
 """
 
-import json
 import random
 import signal
 import sys
-import time
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    gather_object,
-    is_tensorboard_available,
-    is_wandb_available,
-    set_seed,
-)
+from accelerate.utils import DistributedType, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data import SkipCounter
-from ..files import written_atomically
-from . import checkpoints
-from .agreement import agree_on_batches
-from .saver import Saver
+from ..data.skips import GatheredSkips
+from ..environment import MIXED_PRECISIONS, as_dtype
+from .checkpoints import Saver, begin_run, list_checkpoints
+from .log import Log, check_tracker
+from .stages import AlignStage
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -42,11 +33,11 @@ class TrainingStopped(RuntimeError):
     """A loss or gradient that is not finite; the message names the step, the samples and the last good checkpoint."""
 
 
-def train(config, stage, dataset, *, save_model=None, draw_samples=None, progress_bar=True):
-    """Train a stage, or go on with the run in `config.output`.
+def train(config, stage, dataset, *, save_model=None, draw_samples=None, progress_bar=True, begun=False):
+    """Train a stage, or resume the run in `config.output`.
 
     SIGTERM and Ctrl-C do what they do elsewhere, end the program, but save a checkpoint first; after anything worse the
-    run goes on from the last one. On a CPU a run that was resumed ends with the same bits.
+    run resumes from the last one. On a CPU a run that was resumed ends with the same bits.
 
     Args:
         config: TrainConfig.
@@ -55,8 +46,9 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         dataset: `dataset[n]` is the batch of this process for forward pass n, without end: a MixtureDataset.
         save_model: called with (folder, state_dict) instead of `stage.save_pretrained`.
         draw_samples: called with (stage, path of a PNG) every `config.sample_every` steps on the main process. The stage
-            has the averaged weights then, if there is an average; whatever happens in it, training goes on as without.
+            has the averaged weights then, if there is an average; whatever happens in it, training continues as without.
         progress_bar: show one on the main process.
+        begun: `checkpoints.begin_run` was called for this run, and need not be again.
 
     Returns:
         Path of the last checkpoint.
@@ -71,8 +63,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         SystemExit, KeyboardInterrupt: after SIGTERM (with the code 143) and Ctrl-C, when a checkpoint is saved.
     """
     run = Path(config.output)
-    checkpoints.check_settings(config)
-    _check_tracker(config.tracker)
+    check_tracker(config.tracker)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.tracker or None,
@@ -80,12 +71,10 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         step_scheduler_with_optimizer=False,
     )
     _check_sharding(config, accelerator)
-    accelerator.wait_for_everyone()  # all have looked at the folder before it changes
-    if accelerator.is_main_process:
-        checkpoints.begin_run(config)
-    accelerator.wait_for_everyone()
+    if not begun:
+        begin_run(config, accelerator)
     set_seed(config.seed, device_specific=True)
-    stage.move_frozen(accelerator.device, DTYPES[config.mixed_precision])
+    stage.move_frozen(accelerator.device, as_dtype(MIXED_PRECISIONS[config.mixed_precision]))
     if config.gradient_checkpointing:
         stage.gradient_checkpointing_enable()
     stage.train()
@@ -112,9 +101,9 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         ema = EMAModel(averaged, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
         accelerator.register_for_checkpointing(ema)
     saver = Saver(config, accelerator, wrapped, stage, ema, save_model or stage.save_pretrained)
-    skips = _Skips(config.max_bad_samples, accelerator)
+    skips = GatheredSkips(config.max_bad_samples, accelerator)
     step = saver.resume(skips.counter)
-    log = _Log(config, step, accelerator)
+    log = Log(config, step, accelerator)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -195,88 +184,48 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         accelerator.print(skips.counter.summary())
     for tracker in accelerator.trackers:  # end_training would also leave the process group
         tracker.finish()
-    checkpoint = checkpoints.list_checkpoints(run)[-1]
+    checkpoint = list_checkpoints(run)[-1]
     if stop.signal:
         accelerator.print(
             f"Stopped by {signal.Signals(stop.signal).name} at step {step:,} of {config.steps:,}, saved in {checkpoint}. "
-            "The same command goes on from there.",
+            "The same command resumes from there.",
             file=sys.stderr,
         )
         stop.take_effect()
     return checkpoint
 
 
-class _Skips:
-    """Counts of the samples that could not be used, gathered from all processes now and then."""
+def agree_on_batches(batches, stage, accelerator):
+    """Adjust a step's batches, in place, by what the other processes have.
 
-    def __init__(self, limit, accelerator):
-        self.counter, self.accelerator = SkipCounter(limit), accelerator
-        self._used, self._skipped, self._messages = 0, {}, []
+    So together they learn what one learns from all their samples. Gradients are averaged over processes and over the
+    passes of a step, which is right for losses that are means over as many numbers everywhere; these two are not.
 
-    def note(self, batch):
-        self._used += len(batch["keys"])
-        for cause, number in batch["skipped"].items():
-            self._skipped[cause] = self._skipped.get(cause, 0) + number
-        self._messages += batch["skipped_messages"]
+    - Language modelling: labels are counted over the whole step, so that each weighs the same wherever it is read.
+    - Alignment: the loss counts padded columns, so all processes pad to the longest prompt of any of them. It costs
+      nothing where they wait for each other anyway.
 
-    def count(self):
-        """Add what was noted to the counter, on all processes alike. Raises TooManyBadSamples."""
-        noted = [(self._used, self._skipped, self._messages)]
-        self._used, self._skipped, self._messages = 0, {}, []
-        for used, skipped, messages in gather_object(noted) if self.accelerator.num_processes > 1 else noted:
-            self.counter.add(used, skipped, messages)
-
-
-class _Log:
-    """log.jsonl of the main process, without the lines of steps that a resumed run makes again; and the tracker."""
-
-    def __init__(self, config, step, accelerator):
-        self.path, self.accelerator = Path(config.output) / "log.jsonl", accelerator
-        self.samples = config.batch_size * config.accumulation * accelerator.num_processes
-        self.step, self.time = step, time.perf_counter()
-        if accelerator.is_main_process and self.path.exists():
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            # the last line may have been cut off
-            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-            with written_atomically(self.path) as file:
-                file.write(b"".join(kept))
-        if config.tracker:
-            settings = {name: _plain(value) for name, value in asdict(config).items()}
-            accelerator.init_trackers(
-                "kosmos-g", settings, {"wandb": {"dir": config.output, "name": Path(config.output).name}}
-            )
-
-    def write(self, step, losses, lr, grad_norm):
-        """Log the means over processes; returns what the progress bar shows."""
-        names = sorted(losses)
-        means = self.accelerator.reduce(torch.stack([losses[name] for name in names]), "mean")
-        losses = dict(zip(names, means.tolist(), strict=True))
-        now = time.perf_counter()
-        rate = (step - self.step) * self.samples / (now - self.time)
-        self.step, self.time = step, now
-        values = {
-            **losses,
-            "lr": lr,
-            "grad_norm": float(grad_norm or 0),
-            "samples_per_second": round(rate, 3),
-        }
-        self.accelerator.log(values, step=step)
-        if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        return {name: f"{value:.4f}" for name, value in losses.items()} | {"samples/s": f"{rate:.1f}"}
-
-    def show(self, step, path):
-        """Give a picture to the tracker as well."""
-        import PIL.Image
-
-        for tracker in self.accelerator.trackers:
-            picture = PIL.Image.open(path).convert("RGB")
-            if tracker.name == "tensorboard":
-                picture = np.asarray(picture)[None]
-                tracker.log_images({"samples": picture}, step=step, dataformats="NHWC")
-            else:
-                tracker.log_images({"samples": [picture]}, step=step)
+    Args:
+        batches: the dicts of this process's forward passes, on the accelerator's device.
+        stage: the stage, which knows the id of padding.
+        accelerator: accelerate.Accelerator.
+    """
+    labelled = [batch for batch in batches if "labels" in batch]  # the same passes in all processes
+    if labelled:
+        counts = [batch["labels"].ne(-100).sum() for batch in labelled]
+        total = accelerator.reduce(torch.stack(counts).sum(), "sum").clamp(min=1)
+        for batch in labelled:
+            batch["n_labels"] = total / (accelerator.num_processes * len(labelled))
+    elif isinstance(stage, AlignStage) and accelerator.num_processes > 1:
+        lengths = [batch["input_ids"].shape[1] for batch in batches]
+        longest = accelerator.gather(torch.tensor([lengths], device=accelerator.device)).amax(0)
+        for batch, length in zip(batches, longest.tolist(), strict=True):
+            columns = (0, length - batch["input_ids"].shape[1])
+            pad = stage.text_encoder.config.text_config.pad_token_id
+            batch["input_ids"] = F.pad(batch["input_ids"], columns, value=pad)
+            for name in ("attention_mask", "image_token_mask"):
+                if name in batch:
+                    batch[name] = F.pad(batch[name], columns, value=False)
 
 
 class _StopSignal:
@@ -332,24 +281,13 @@ def _leaving_no_trace(stage, accelerator):
             np.random.set_state(numpy_state)
 
 
-def _check_tracker(tracker):
-    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    if tracker and not available[tracker]():  # accelerate would log nothing and say nothing
-        raise ImportError(
-            f"The tracker {tracker} is not installed. Install it: pip install {tracker}. Or leave --tracker out: "
-            "log.jsonl in the run's folder has the same numbers."
-        )
-
-
 def _check_sharding(config, accelerator):
     """FSDP and DeepSpeed hold no process's weights whole: what needs them whole is refused."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # it asks, as no DataLoader of its own is prepared; passes are counted and divided by the loop
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"] = (
-            config.batch_size,
-            1,
-        )
+        settings["train_micro_batch_size_per_gpu"] = config.batch_size
+        settings["gradient_accumulation_steps"] = 1
     for name in ("ema_decay", "sample_every"):
         if accelerator.distributed_type in SHARDING and getattr(config, name):
             raise ValueError(
@@ -366,7 +304,7 @@ def _check_finite(value, name, step, keys, saver):
     keys = gather_object(keys)
     raise TrainingStopped(
         f"The {name} of step {step:,} is {value.item()}, made of the samples {', '.join(keys)}. {saver.last_good()} "
-        "Look at these samples, or go on with a smaller lr or without half precision."
+        "Look at these samples, or resume with a smaller lr or without half precision."
     )
 
 
@@ -377,9 +315,7 @@ def _read(loader):
         yield from batches
     except ValueError as error:
         message = str(error)
-        if message.startswith(
-            "Caught ValueError in DataLoader worker"
-        ):  # and goes on with the worker's traceback
+        if message.startswith("Caught ValueError in DataLoader worker"):  # a traceback of the worker follows
             message = message.rpartition("\nValueError: ")[2].strip()
         raise ValueError(message) from error
     finally:
@@ -391,8 +327,3 @@ def _leave_signals_to_main(worker):
     """A signal to the whole process group must not kill the workers before the main process has saved."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _plain(value):
-    """A setting as the trackers take it."""
-    return value if isinstance(value, (bool, int, float, str)) else " ".join(map(str, value))

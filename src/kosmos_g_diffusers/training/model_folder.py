@@ -11,11 +11,12 @@ from diffusers import DDIMScheduler
 from huggingface_hub import snapshot_download
 
 from ..conversion.target import MODEL_FOLDER, TOKENIZER_FOLDER
+from ..files import first_line, read_json
 from ..pipeline_kosmos_g import KosmosGPipeline
 from . import adapters, checkpoints
 
 INDEX, CARD = "model_index.json", "README.md"
-# what draws, beside the text encoder and its tokenizer
+# what draws, besides the text encoder and its tokenizer
 DECODER = ("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
 DECODER_FOLDER = "decoder"  # of a run: the target's parts, in the place of the model's
 NOT_LINKED = (checkpoints.STATE, adapters.FOLDER, CARD)
@@ -39,10 +40,9 @@ def locate_model(model):
         try:
             folder = Path(snapshot_download(str(model)))
         except (OSError, ValueError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"The model {model} is no folder, and not on the Hub as far as can be seen ({first}). Pass a folder that "
-                "kosmos-g init or kosmos-g convert wrote, or a Hub id and a connection."
+                f"The model {model} is not a folder, and not on the Hub as far as can be seen ({first_line(error)}). Pass a "
+                "folder that kosmos-g init or kosmos-g convert wrote, or a Hub id and a connection."
             ) from error
     if (folder / "text_encoder" / "config.json").is_file():
         return folder
@@ -156,9 +156,4 @@ def _library(part):
 
 
 def _read_index(folder):
-    path = Path(folder) / INDEX
-    if not path.is_file():
-        raise ValueError(
-            f"There is no {INDEX} in {folder}. Pass a whole pipeline folder, as kosmos-g init writes."
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(Path(folder) / INDEX, "Pass a whole pipeline folder, as kosmos-g init writes.")

@@ -1,7 +1,5 @@
 """From settings to a run: the models, the data, what its checkpoints hold, and the loop over them."""
 
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +10,16 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from ..conversion.initial_weights import build_fresh
 from ..conversion.target import MODEL_FOLDER, load_target
 from ..data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate, add_share, build_source
+from ..environment import MIXED_PRECISIONS, as_dtype
+from ..loading import IncompleteWeights, load_pretrained
 from ..modeling_aligner_n import AlignerNetN
 from ..modeling_kosmos_g import AlignerNet, KosmosGTextEncoder
 from ..processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
-from . import adapters, checkpoints
+from . import adapters
+from .cache import FrozenCache
+from .checkpoints import begin_run
 from .config import STAGES
-from .loop import DTYPES, train
+from .loop import train
 from .model_folder import (
     DECODER_FOLDER,
     complete,
@@ -32,50 +34,8 @@ from .stages import AlignStage, InstructStage, PretrainStage
 MAX_TEXT_TOKENS = {"pretrain": None, "align": 85, "instruct": 128}  # of the official loaders
 
 
-@dataclass
-class Run:
-    """What `train` takes, made of settings.
-
-    Attributes:
-        config: TrainConfig.
-        stage: PretrainStage, AlignStage or InstructStage.
-        dataset: MixtureDataset of this process.
-        save_model: writes the rest of a checkpoint, see `train`.
-        draw_samples: SampleSheet, or None.
-        cache: FrozenCache, or None.
-        notes: sentences about choices that were made, for a person.
-    """
-
-    config: object
-    stage: object
-    dataset: object
-    save_model: object
-    draw_samples: object = None
-    cache: object = None
-    notes: list = field(default_factory=list)
-
-    def describe(self):
-        """What will be trained on what, in a few lines."""
-        config, state = self.config, process_state()
-        weights = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
-        samples = config.batch_size * config.accumulation * state.num_processes
-        sources = ", ".join(f"{source.name} ({len(source):,} samples)" for source in self.dataset.sources)
-        count = sum(parameter.numel() for parameter in weights)
-        return "\n".join(
-            [
-                f"{config.stage}: {count:,} of {sum(p.numel() for p in self.stage.parameters()):,} weights train, from "
-                f"{config.model}",
-                f"data: {sources}",
-                f"{config.steps:,} steps of {samples:,} samples ({config.batch_size} x {config.accumulation} passes x "
-                f"{state.num_processes} processes) on {state.device}, mixed precision {config.mixed_precision}",
-                f"output: {config.output}",
-                *self.notes,
-            ]
-        )
-
-
 def run_stage(name, config, sources=None, *, progress_bar=True, announce=None):
-    """Train a stage of Kosmos-G, or go on with the run in `config.output`.
+    """Train a stage of Kosmos-G, or resume the run in `config.output`.
 
     Args:
         name: "pretrain", "align" or "instruct".
@@ -92,85 +52,19 @@ def run_stage(name, config, sources=None, *, progress_bar=True, announce=None):
         and what `train` raises.
     """
     run = build_run(name, config, sources)
-    announces = announce is not None and process_state().is_main_process
+    announces = announce is not None and run.state.is_main_process
     if announces:
         announce(run.describe())
     try:
-        return train(
-            run.config,
-            run.stage,
-            run.dataset,
-            save_model=run.save_model,
-            draw_samples=run.draw_samples,
-            progress_bar=progress_bar,
-        )
+        return run.train(progress_bar)
     finally:
-        if run.cache is not None:
-            run.cache.flush()
-            if announces:
-                announce(run.cache.summary())
+        if announces and run.cache is not None:
+            announce(run.cache.summary())
 
 
 def build_run(name, config, sources=None):
-    """The parts of a run; arguments and errors as `run_stage`. Writes its settings into `config.output`."""
-    config = _check_config(name, config)
-    checkpoints.check_settings(config)
-    folder = locate_model(config.model)
-    state = process_state()
-    sources = _build_sources(config, config.data) if sources is None else list(sources)
-    text_encoder = KosmosGTextEncoder.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
-    tokenizer = KosmosGTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    sizes = text_encoder.config
-    processor = KosmosGProcessor(tokenizer, sizes.vision_config.image_size, sizes.latent_query_num)
-    with state.main_process_first():
-        if state.is_main_process:
-            checkpoints.begin_run(config)
-        build = {"pretrain": _pretrain, "align": _align, "instruct": _instruct}[name]
-        stage, collate, notes = build(config, folder, text_encoder, processor)
-    collates, weights = [collate] * len(sources), list(config.data_weights) or [1.0] * len(sources)
-    if config.words and len(weights) == len(sources):  # else the mixture says what does not fit
-        words = _build_sources(config, config.words)
-        weights = add_share(weights, config.words_share, len(words))
-        sources = [*sources, *words]
-        collates += [PretrainCollate(processor)] * len(words)
-        named = ", ".join(source.name for source in words)
-        notes.append(f"words: {config.words_share:.0%} of the batches are of {named}, learned as in stage 1")
-    cache = None
-    if config.cache:
-        from .cache import FrozenCache
-
-        cache = FrozenCache(config.cache, stage, config.mixed_precision)
-        collates = [cache.attach(each) for each in collates]
-    dataset = MixtureDataset(
-        sources,
-        collates,
-        batch_size=config.batch_size,
-        weights=weights,
-        seed=config.seed,
-        process_index=state.process_index,
-        num_processes=state.num_processes,
-        bucket_window=config.bucket_window,
-    )
-    run_folder = Path(config.output)
-    rest = [path for path in (run_folder / DECODER_FOLDER, folder) if path.is_dir()]
-    run = Run(config, stage, dataset, partial(_save_model, stage, rest, config), None, cache, notes)
-    if config.lora_rank:
-        run.save_model = partial(_save_adapter, stage)
-    if config.sample_every:
-        drawing = decoder_folder(folder, run_folder)
-        unet, vae = stage._frozen if name == "instruct" else _load_decoder(drawing)
-        run.draw_samples = SampleSheet(
-            config.sample_prompts,
-            tokenizer=tokenizer,
-            unet=unet,
-            vae=vae,
-            scheduler=load_scheduler(drawing),
-            text_encoder=text_encoder,
-            resolution=config.resolution or _own_resolution(unet, vae),
-            dtype=DTYPES[config.mixed_precision],
-            seed=config.seed,
-        )
-    return run
+    """A `Run`, not yet trained; arguments and errors as `run_stage`. Its settings are written into `config.output`."""
+    return Run(name, config, sources)
 
 
 def process_state():
@@ -178,94 +72,204 @@ def process_state():
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-# The stages ------------------------------------------------------------------------------------------------------
+class Run:
+    """A stage of Kosmos-G with its models and data; see `build_run`.
 
+    Attributes:
+        config: TrainConfig.
+        stage: PretrainStage, AlignStage or InstructStage.
+        dataset: MixtureDataset of this process.
+        cache: FrozenCache, or None.
+        notes: sentences about choices that were made, for a person.
+    """
 
-def _pretrain(config, folder, text_encoder, processor):
-    collate = PretrainCollate(processor, max_text_tokens=_max_text_tokens(config))
-    return PretrainStage(text_encoder, config.train_vision), collate, []
+    def __init__(self, name, config, sources=None):
+        self.config = config = _check_config(name, config)
+        self.state, self.notes = process_state(), []
+        self.folder = locate_model(config.model)
+        sources = _build_sources(config, config.data) if sources is None else list(sources)
+        begin_run(config, self.state)
+        self.text_encoder = _load(KosmosGTextEncoder, self.folder, "text_encoder")
+        tokenizer = KosmosGTokenizer.from_pretrained(self.folder, subfolder="tokenizer")
+        sizes = self.text_encoder.config
+        self.processor = KosmosGProcessor(tokenizer, sizes.vision_config.image_size, sizes.latent_query_num)
+        build = {"pretrain": self._pretrain, "align": self._align, "instruct": self._instruct}[name]
+        with self.state.main_process_first():  # it writes the decoder that the others read
+            self.stage, collate = build()
+        self.cache = FrozenCache(config.cache, self.stage, config.mixed_precision) if config.cache else None
+        self.dataset = self._mix(sources, collate)
+        self.draw_samples = self._build_sheet() if config.sample_every else None
 
-
-def _align(config, folder, text_encoder, processor):
-    if not config.target and not (folder / MODEL_FOLDER).is_dir():
-        raise ValueError(
-            f"{folder} does not say which text encoder to imitate: it has no {MODEL_FOLDER}. Pass --target with the Stable "
-            "Diffusion that shall draw, such as stable-diffusion-v1-5/stable-diffusion-v1-5."
+    def describe(self):
+        """What will be trained on what, in a few lines."""
+        config, processes = self.config, self.state.num_processes
+        weights = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
+        samples = config.batch_size * config.accumulation * processes
+        sources = ", ".join(f"{source.name} ({len(source):,} samples)" for source in self.dataset.sources)
+        count = sum(parameter.numel() for parameter in weights)
+        return "\n".join(
+            [
+                f"{config.stage}: {count:,} of {sum(p.numel() for p in self.stage.parameters()):,} weights train, from "
+                f"{config.model}",
+                f"data: {sources}",
+                f"{config.steps:,} steps of {samples:,} samples ({config.batch_size} x {config.accumulation} passes x "
+                f"{processes} processes) on {self.state.device}, mixed precision {config.mixed_precision}",
+                f"output: {config.output}",
+                *self.notes,
+            ]
         )
-    target, target_tokenizer = load_target(config.target or folder)
-    notes, encoder_config = [], text_encoder.config
-    given = (encoder_config.num_queries, encoder_config.aligner_hidden_size)
-    wanted = (target.config.max_position_embeddings, target.config.hidden_size)
-    fresh = given != wanted
-    if fresh:
-        encoder_config.num_queries, encoder_config.aligner_hidden_size = wanted
-        encoder_config.aligner_attention_heads = target.config.num_attention_heads
-        encoder_config.aligner_ffn_dim = target.config.intermediate_size
-        text_encoder.aligner = build_fresh(AlignerNet, encoder_config, config.seed)
-        notes.append(
-            f"The AlignerNet of {given[0]} states of width {given[1]} is replaced by a new one, for the target's "
-            f"{wanted[0]} of width {wanted[1]}."
-        )
-    if not fresh and (folder / "aligner_n").is_dir():
-        aligner_n = AlignerNetN.from_pretrained(folder / "aligner_n", encoder_config)
-    else:
-        aligner_n = build_fresh(AlignerNetN, encoder_config, config.seed + 1)
-        if not fresh:
-            notes.append(
-                "The model has no AlignerNet N, the way back that this stage needs: a new one is made."
+
+    def train(self, progress_bar=True):
+        """Train it to the end; returns and raises as `run_stage`."""
+        try:
+            return train(
+                self.config,
+                self.stage,
+                self.dataset,
+                save_model=self._save_adapter if self.config.lora_rank else self._save_model,
+                draw_samples=self.draw_samples,
+                progress_bar=progress_bar,
+                begun=True,
             )
-    if config.target and process_state().is_main_process:
-        save_decoder(config.target, target, target_tokenizer, folder, config.output)
-    if fresh and not (Path(config.output) / DECODER_FOLDER / "unet").is_dir():
-        raise ValueError(
-            f"The target {config.target} has no U-Net, and that of {folder} reads conditions of width {given[1]}, not "
-            f"{wanted[1]}. Pass the whole Stable Diffusion as --target."
+        finally:
+            if self.cache is not None:
+                self.cache.flush()
+
+    # The stages: (stage, collate) ------------------------------------------------------------------------------------
+
+    def _pretrain(self):
+        collate = PretrainCollate(self.processor, max_text_tokens=self._max_text_tokens())
+        return PretrainStage(self.text_encoder, self.config.train_vision), collate
+
+    def _align(self):
+        config, folder, text_encoder = self.config, self.folder, self.text_encoder
+        if not config.target and not (folder / MODEL_FOLDER).is_dir():
+            raise ValueError(
+                f"{folder} does not say which text encoder to imitate: it has no {MODEL_FOLDER}. Pass --target with "
+                "the Stable Diffusion that shall draw, such as stable-diffusion-v1-5/stable-diffusion-v1-5."
+            )
+        target, target_tokenizer = load_target(config.target or folder)
+        sizes = text_encoder.config
+        given = (sizes.num_queries, sizes.aligner_hidden_size)
+        wanted = (target.config.max_position_embeddings, target.config.hidden_size)
+        fresh = given != wanted
+        if fresh:
+            sizes.num_queries, sizes.aligner_hidden_size = wanted
+            sizes.aligner_attention_heads = target.config.num_attention_heads
+            sizes.aligner_ffn_dim = target.config.intermediate_size
+            text_encoder.aligner = build_fresh(AlignerNet, sizes, config.seed)
+            self.notes.append(
+                f"The AlignerNet of {given[0]} states of width {given[1]} is replaced by a new one, for the target's "
+                f"{wanted[0]} of width {wanted[1]}."
+            )
+        if not fresh and (folder / "aligner_n").is_dir():
+            aligner_n = AlignerNetN.from_pretrained(folder / "aligner_n", sizes)
+        else:
+            aligner_n = build_fresh(AlignerNetN, sizes, config.seed + 1)
+            if not fresh:
+                self.notes.append(
+                    "The model has no AlignerNet N, the inverse projection that this stage needs: a new one is made."
+                )
+        if config.target and self.state.is_main_process:
+            save_decoder(config.target, target, target_tokenizer, folder, config.output)
+        if fresh and not (Path(config.output) / DECODER_FOLDER / "unet").is_dir():
+            raise ValueError(
+                f"The target {config.target} has no U-Net, and that of {folder} reads conditions of width {given[1]}, not "
+                f"{wanted[1]}. Pass the whole Stable Diffusion as --target."
+            )
+        collate = AlignCollate(self.processor, target_tokenizer, max_text_tokens=self._max_text_tokens())
+        return AlignStage(text_encoder, aligner_n, target), collate
+
+    def _instruct(self):
+        config, text_encoder = self.config, self.text_encoder
+        unet, vae = _load_decoder(self.folder)
+        scheduler = load_scheduler(self.folder)
+        train_vision = "none" if config.lora_rank else config.train_vision
+        stage = InstructStage(text_encoder, unet, vae, scheduler, train_vision, config.words_weight)
+        if config.lora_rank:
+            half = self._autocast_dtype()
+            adapters.add_adapter(
+                text_encoder, config.lora_rank, None if half == torch.float32 else half, config.seed
+            )
+        collate = InstructCollate(
+            self.processor,
+            config.resolution or _own_resolution(unet, vae),
+            num_train_timesteps=scheduler.config.num_train_timesteps,
+            latent_channels=vae.config.latent_channels,
+            vae_scale_factor=_scale_factor(vae),
+            condition_dropout=config.condition_dropout,
+            max_text_tokens=self._max_text_tokens(),
         )
-    collate = AlignCollate(processor, target_tokenizer, max_text_tokens=_max_text_tokens(config))
-    return AlignStage(text_encoder, aligner_n, target), collate, notes
+        return stage, collate
 
+    def _max_text_tokens(self):
+        return self.config.max_text_tokens or MAX_TEXT_TOKENS[self.config.stage]
 
-def _instruct(config, folder, text_encoder, processor):
-    unet, vae = _load_decoder(folder)
-    scheduler = load_scheduler(folder)
-    train_vision = "none" if config.lora_rank else config.train_vision
-    stage = InstructStage(text_encoder, unet, vae, scheduler, train_vision, config.words_weight)
-    if config.lora_rank:
-        half = DTYPES[config.mixed_precision]
-        adapters.add_adapter(
-            text_encoder, config.lora_rank, None if half == torch.float32 else half, config.seed
+    def _autocast_dtype(self):
+        return as_dtype(MIXED_PRECISIONS[self.config.mixed_precision])
+
+    # Data, sheets and checkpoints ------------------------------------------------------------------------------------
+
+    def _mix(self, sources, collate):
+        """MixtureDataset of this process: the sources, and those of stage 1 that keep the model's words."""
+        config, state = self.config, self.state
+        collates, weights = [collate] * len(sources), list(config.data_weights) or [1.0] * len(sources)
+        if config.words and len(weights) == len(sources):  # else the mixture says what does not fit
+            words = _build_sources(config, config.words)
+            weights = add_share(weights, config.words_share, len(words))
+            sources = [*sources, *words]
+            collates += [PretrainCollate(self.processor)] * len(words)
+            named = ", ".join(source.name for source in words)
+            self.notes.append(
+                f"words: {config.words_share:.0%} of the batches are of {named}, learned as in stage 1"
+            )
+        if self.cache is not None:
+            collates = [self.cache.attach(each) for each in collates]
+        return MixtureDataset(
+            sources,
+            collates,
+            batch_size=config.batch_size,
+            weights=weights,
+            seed=config.seed,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+            bucket_window=config.bucket_window,
         )
-    collate = InstructCollate(
-        processor,
-        config.resolution or _own_resolution(unet, vae),
-        num_train_timesteps=scheduler.config.num_train_timesteps,
-        latent_channels=vae.config.latent_channels,
-        vae_scale_factor=_scale_factor(vae),
-        condition_dropout=config.condition_dropout,
-        max_text_tokens=_max_text_tokens(config),
-    )
-    return stage, collate, []
 
+    def _build_sheet(self):
+        config, stage = self.config, self.stage
+        folder = decoder_folder(self.folder, config.output)
+        unet, vae = (stage.unet, stage.vae) if config.stage == "instruct" else _load_decoder(folder)
+        return SampleSheet(
+            config.sample_prompts,
+            tokenizer=self.processor.tokenizer,
+            unet=unet,
+            vae=vae,
+            scheduler=load_scheduler(folder),
+            text_encoder=self.text_encoder,
+            resolution=config.resolution or _own_resolution(unet, vae),
+            dtype=self._autocast_dtype(),
+            seed=config.seed,
+        )
 
-def _save_model(stage, rest, config, folder, state_dict):
-    stage.save_pretrained(folder, state_dict)
-    complete(folder, rest, config)
+    def _save_model(self, folder, state_dict):
+        self.stage.save_pretrained(folder, state_dict)
+        parts = (Path(self.config.output) / DECODER_FOLDER, self.folder)
+        complete(folder, [part for part in parts if part.is_dir()], self.config)
 
-
-def _save_adapter(stage, folder, state_dict):
-    part = {
-        name.removeprefix("text_encoder."): tensor for name, tensor in state_dict.items() if ".lora_" in name
-    }
-    adapters.save_adapter(stage.text_encoder, Path(folder) / adapters.FOLDER, part)
-
-
-# Settings --------------------------------------------------------------------------------------------------------
+    def _save_adapter(self, folder, state_dict):
+        part = {
+            name.removeprefix("text_encoder."): weight
+            for name, weight in state_dict.items()
+            if ".lora_" in name
+        }
+        adapters.save_adapter(self.text_encoder, Path(folder) / adapters.FOLDER, part)
 
 
 def _check_config(name, config):
     """The settings with the stage's name in them; ValueError for some that the stage cannot follow."""
     if name not in STAGES:
-        raise ValueError(f"{name!r} is no stage. Expected one of {', '.join(STAGES)}.")
+        raise ValueError(f"{name!r} is not a stage. Expected one of {', '.join(STAGES)}.")
     if config.stage not in ("", name):
         raise ValueError(f"These settings are for the stage {config.stage!r}, not for {name!r}.")
     for setting, stage in (
@@ -302,18 +306,23 @@ def _build_sources(config, lines):
     ]
 
 
-def _max_text_tokens(config):
-    return config.max_text_tokens or MAX_TEXT_TOKENS[config.stage]
+def _load(model_class, folder, part):
+    """A part of a pipeline folder, float32."""
+    try:
+        return load_pretrained(model_class, folder, subfolder=part)
+    except IncompleteWeights as error:
+        raise ValueError(
+            f"The {part} of {folder} cannot be read: {error}. Download or make the folder again."
+        ) from error
 
 
 def _load_decoder(folder):
-    """(U-Net, VAE) of a pipeline folder, float32."""
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-    return unet, AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    """(U-Net, VAE) of a pipeline folder."""
+    return _load(UNet2DConditionModel, folder, "unet"), _load(AutoencoderKL, folder, "vae")
 
 
 def _own_resolution(unet, vae):
-    """Side of the pictures that a U-Net was made for, in pixels."""
+    """Side of the images that a U-Net was made for, in pixels."""
     return unet.config.sample_size * _scale_factor(vae)
 
 

@@ -1,4 +1,4 @@
-"""Sheets of pictures that a model draws while it trains: the same prompts and noise every time."""
+"""Sheets of images that a model draws while it trains: the same prompts and noise every time."""
 
 import json
 from pathlib import Path
@@ -19,17 +19,17 @@ class SampleSheet:
 
     Args:
         path: JSON file with a list of prompts, each a string or a list in reading order of strings and
-            {"image": "file"}; files are looked for beside it.
+            {"image": "file"}; files are looked for next to it.
         tokenizer: of the text encoder.
         unet, vae, scheduler: of the Stable Diffusion that draws. They are moved where the text encoder is for as long as
             it takes, unless they are there.
         text_encoder: to check the prompts with.
-        resolution: side of the pictures, in pixels.
+        resolution: side of the images, in pixels.
         dtype: of autocast while the text encoder runs; torch.float32 is without.
         seed: of the noise.
 
     Raises:
-        ValueError: no such file, no list of prompts, or a picture that is not there.
+        ValueError: no such file, no list of prompts, or an image that is not there.
     """
 
     def __init__(self, path, *, tokenizer, unet, vae, scheduler, text_encoder, resolution, dtype, seed):
@@ -44,17 +44,18 @@ class SampleSheet:
 
     @torch.no_grad()
     def __call__(self, stage, path):
-        """Write a sheet, a picture for each prompt."""
+        """Write a sheet, an image for each prompt."""
         encoder, places = stage.text_encoder, (self.unet.device, self.vae.device)
         device = encoder.get_input_embeddings().weight.device
-        self.unet.to(device), self.vae.to(device)
-        pictures = []
+        self.unet.to(device)
+        self.vae.to(device)
+        images = []
         for number, prompt in enumerate(self.prompts):
             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
                 embeds = self._pipeline(encoder).encode_prompt([prompt], device)
             drawing = self._pipeline(None)
             drawing.set_progress_bar_config(disable=True)
-            pictures += drawing(
+            images += drawing(
                 prompt_embeds=embeds[0].to(self.unet.dtype),
                 negative_prompt_embeds=embeds[1].to(self.unet.dtype),
                 generator=torch.Generator().manual_seed(self.seed + number),
@@ -63,9 +64,10 @@ class SampleSheet:
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
             ).images
-        self.unet.to(places[0]), self.vae.to(places[1])
+        self.unet.to(places[0])
+        self.vae.to(places[1])
         with written_atomically(path) as file:
-            grid_of(pictures).save(file, format="PNG")
+            grid_of(images).save(file, format="PNG")
 
     def _pipeline(self, text_encoder):
         return KosmosGPipeline(

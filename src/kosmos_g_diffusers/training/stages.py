@@ -1,12 +1,13 @@
 """The three training stages of the Kosmos-G paper as modules: what trains, and from a batch to the losses (sec. 2).
 
 `stage(batch)` returns a dict of float32 scalars whose sum is minimised. A stage registers only what belongs to a
-checkpoint, the encoder and AlignerNet N. Frozen models of another kind (U-Net, VAE, CLIP) it merely holds, so that
-optimisers, DDP and FSDP do not see them: move them with `move_frozen`.
+checkpoint, the encoder and AlignerNet N. Frozen models of another kind (`stage.unet`, `.vae`, `.target`) it merely holds, so
+that optimisers, DDP and FSDP do not see them: move them with `move_frozen`.
 
 Letters of the shapes: B samples, L tokens, N images of the whole batch, S their size, T tokens and W width of the vision
 tower, Q states an image, D width of the language model, K states of the condition, A their width, P positions of the
-target text encoder, H, W and h, w sizes of target pictures and of their latents.
+target text encoder, H, W and h, w sizes of target images and of their latents, C channels, V size of the vocabulary. All
+losses are computed and returned in float32.
 """
 
 from functools import partial
@@ -16,10 +17,9 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-from .losses import align_losses, denoising_loss, language_loss
 
 
 class Stage(nn.Module):
@@ -32,13 +32,13 @@ class Stage(nn.Module):
         text_encoder: KosmosGTextEncoder, float32. All of it is frozen but what the stage trains.
         trained: modules of the encoder that train, besides the vision tower.
         train_vision: "none", "last" (the last block and the norm after it, as in the official stage 3) or "all".
-        frozen: models that are held and not registered.
+        frozen: models by the names of the attributes that hold them, unregistered; `frozen_models` has them all.
 
     Raises:
         ValueError: `train_vision` is none of these.
     """
 
-    def __init__(self, text_encoder, trained, train_vision, frozen=()):
+    def __init__(self, text_encoder, trained, train_vision, **frozen):
         super().__init__()
         vision = text_encoder.vision_model.model
         choices = {"none": [], "last": [vision.encoder.layers[-1], vision.post_layernorm], "all": [vision]}
@@ -51,7 +51,8 @@ class Stage(nn.Module):
             module.requires_grad_(True)
         self.text_encoder = text_encoder
         self.train_vision = train_vision
-        self._frozen = tuple(model.requires_grad_(False).eval() for model in frozen)  # hidden from nn.Module
+        self.frozen_models = tuple(model.requires_grad_(False).eval() for model in frozen.values())
+        self.__dict__.update(frozen)  # past nn.Module, which would register them
 
     @property
     def _no_split_modules(self):
@@ -60,7 +61,7 @@ class Stage(nn.Module):
 
     def move_frozen(self, device=None, dtype=None):
         """Move the models that are held; half precision will do, as they do not change. Returns the stage."""
-        for model in self._frozen:
+        for model in self.frozen_models:
             model.to(device=device, dtype=dtype)
         return self
 
@@ -95,8 +96,8 @@ class Stage(nn.Module):
             states = layer(states, None)
         return states
 
-    def _image_embeds(self, batch):
-        """Pictures of a batch -> (N, Q, D), as `KosmosGTextEncoder.get_image_features`; None if there are none."""
+    def image_embeds(self, batch):
+        """Images of a batch -> (N, Q, D), as `KosmosGTextEncoder.get_image_features`; None if there are none."""
         encoder, states = self.text_encoder, batch.get("vision_states")
         if states is not None:
             if self.train_vision == "all":
@@ -110,13 +111,13 @@ class Stage(nn.Module):
             if pixel_values is None:
                 if not encoder.image_to_text_projection.latent_query.requires_grad:
                     return None
-                # a picture that no slot takes: its gradients are zero, and all weights are used
+                # an image that no slot takes: its gradients are zero, and all weights are used
                 size = encoder.config.vision_config.image_size
                 pixel_values = torch.zeros(1, 3, size, size, device=batch["input_ids"].device)
             states = self.vision_states(pixel_values.to(encoder.dtype))
         vision = encoder.vision_model.model
         states = vision.encoder.layers[-1](states, None)
-        states = nn.functional.normalize(vision.post_layernorm(states), dim=-1)
+        states = F.normalize(vision.post_layernorm(states), dim=-1)
         return encoder.image_to_text_projection(states)[0]
 
     def _language_states(self, batch):
@@ -131,14 +132,14 @@ class Stage(nn.Module):
             )
         slots = batch.get("image_token_mask")
         slots = torch.zeros_like(input_ids, dtype=torch.bool) if slots is None else slots.bool()
-        pictures = batch.get("vision_states", batch.get("pixel_values"))
-        n_slots, n_pictures = int(slots.sum()), 0 if pictures is None else len(pictures)
-        if n_slots != n_pictures * config.latent_query_num:
+        images = batch.get("vision_states", batch.get("pixel_values"))
+        n_slots, n_images = int(slots.sum()), 0 if images is None else len(images)
+        if n_slots != n_images * config.latent_query_num:
             raise ValueError(
-                f"image_token_mask marks {n_slots} slots, but the batch holds {n_pictures} pictures of "
+                f"image_token_mask marks {n_slots} slots, but the batch holds {n_images} images of "
                 f"{config.latent_query_num} states each. Make both with one call of KosmosGProcessor."
             )
-        return encoder.get_language_hidden_states(input_ids, self._image_embeds(batch), slots)
+        return encoder.get_language_hidden_states(input_ids, self.image_embeds(batch), slots)
 
     def _language_loss(self, language_states, batch):
         """(B, L, D) -> scalar; the head is the embedding."""
@@ -153,7 +154,7 @@ class Stage(nn.Module):
 
 
 class PretrainStage(Stage):
-    """Stage 1, multimodal language modelling: the next token after words and pictures (sec. 2.1).
+    """Stage 1, multimodal language modelling: the next token after words and images (sec. 2.1).
 
     Trains the language model (its head is its embedding), the resampler and, as far as `train_vision` says, the vision
     tower; the AlignerNet stays as it is. A model that starts from nothing needs train_vision="all".
@@ -173,7 +174,7 @@ class PretrainStage(Stage):
         Args:
             batch: dict with `input_ids` (B, L); `labels` (B, L), the token after each position, -100 where none is to
                 be predicted; `image_token_mask` (B, L) and `pixel_values` (N, 3, S, S) or `vision_states` (N, T, W),
-                if there are pictures; `n_labels`, what the sum is divided by instead of the number of labels (so that
+                if there are images; `n_labels`, what the sum is divided by instead of the number of labels (so that
                 processes and accumulated batches with different numbers can give the mean of them all).
 
         Returns:
@@ -186,7 +187,7 @@ class AlignStage(Stage):
     """Stage 2, alignment: AlignerNet M's condition becomes what the decoder's own text encoder says (sec. 2.2).
 
     Trains AlignerNet M and N. The language model is frozen; its dropout works in training mode, as in the official code.
-    Captions need no pictures; with FSDP a step's batches have some on all processes or on none.
+    Captions need no images; with FSDP a step's batches have some on all processes or on none.
 
     Args:
         text_encoder: KosmosGTextEncoder.
@@ -208,7 +209,7 @@ class AlignStage(Stage):
                 f"target text encoder has {expected[0]} of width {expected[1]}. Start from an encoder whose "
                 "configuration has the target's figures: kosmos-g init with this Stable Diffusion as --base makes one."
             )
-        super().__init__(text_encoder, [text_encoder.aligner], "none", [target_text_encoder])
+        super().__init__(text_encoder, [text_encoder.aligner], "none", target=target_text_encoder)
         self.aligner_n = aligner_n.requires_grad_(True)
 
     def save_pretrained(self, folder, state_dict=None):
@@ -219,15 +220,14 @@ class AlignStage(Stage):
     @torch.no_grad()
     def clip_embeds(self, clip_input_ids, clip_attention_mask=None):
         """(B, P) ids, and mask for targets that use one -> (B, P, A), the target's last states."""
-        (target,) = self._frozen
         with _own_precision(clip_input_ids):
-            return target(clip_input_ids, attention_mask=clip_attention_mask)[0].float()
+            return self.target(clip_input_ids, attention_mask=clip_attention_mask)[0].float()
 
     def forward(self, batch):
         """Losses of a batch.
 
         Args:
-            batch: dict with `input_ids`, `attention_mask` (B, L) and pictures as for `PretrainStage`; `clip_input_ids`
+            batch: dict with `input_ids`, `attention_mask` (B, L) and images as for `PretrainStage`; `clip_input_ids`
                 (B, P), padded to the full length, and `clip_attention_mask` if the target uses one, or `clip_embeds`
                 (B, P, A), which were computed once.
 
@@ -256,7 +256,7 @@ class InstructStage(Stage):
         scheduler: any of diffusers' whose configuration says how noise is added and what the U-Net predicts.
         train_vision: see `Stage`.
         words_weight: factor of the loss of stage 1's batches. Well-trained words have far larger gradients than
-            pictures; unweighted, these are hardly learned beside them.
+            images; unweighted, these are hardly learned next to them.
 
     Raises:
         ValueError: a U-Net that reads another condition or other latents, or predicts neither noise nor velocity.
@@ -280,28 +280,26 @@ class InstructStage(Stage):
                 "predicts 'epsilon' or 'v_prediction'."
             )
         trained = [text_encoder.aligner, text_encoder.language_model, text_encoder.image_to_text_projection]
-        super().__init__(text_encoder, trained, train_vision, [unet, vae])
+        super().__init__(text_encoder, trained, train_vision, unet=unet, vae=vae)
         # the schedulers that draw add noise in ways of their own; this one knows the training's
         self.noise_scheduler = DDPMScheduler.from_config(scheduler.config)
         self.words_weight = words_weight
 
     def gradient_checkpointing_enable(self):
         super().gradient_checkpointing_enable()
-        unet, _ = self._frozen
-        unet.enable_gradient_checkpointing()
+        self.unet.enable_gradient_checkpointing()
 
     @torch.no_grad()
     def latent_parameters(self, target_pixel_values):
         """(B, 3, H, W) in [-1, 1] -> (B, 8, h, w), mean and log-variance of the VAE's latents, float32."""
-        _, vae = self._frozen
         with _own_precision(target_pixel_values):
-            return vae.encode(target_pixel_values.to(vae.dtype)).latent_dist.parameters.float()
+            return self.vae.encode(target_pixel_values.to(self.vae.dtype)).latent_dist.parameters.float()
 
     def forward(self, batch):
         """Losses of a batch.
 
         Args:
-            batch: dict with `input_ids`, `attention_mask` (B, L) and pictures as for `PretrainStage`;
+            batch: dict with `input_ids`, `attention_mask` (B, L) and images as for `PretrainStage`;
                 `target_pixel_values` (B, 3, H, W) in [-1, 1], or `latent_parameters` (B, 8, h, w), which were computed
                 once; the random numbers of the step: `latent_noise` (B, 4, h, w) of the VAE's sample, `noise`
                 (B, 4, h, w), `timesteps` (B,) int64, and `drop_condition` (B,) bool, True for samples that are drawn
@@ -312,19 +310,19 @@ class InstructStage(Stage):
         """
         if "timesteps" not in batch:
             return self._words(batch)
-        unet, vae = self._frozen
         parameters = batch.get("latent_parameters")
         if parameters is None:
             parameters = self.latent_parameters(batch["target_pixel_values"])
         posterior = DiagonalGaussianDistribution(parameters.float())
-        latents = (posterior.mean + posterior.std * batch["latent_noise"]) * vae.config.scaling_factor
+        latents = (posterior.mean + posterior.std * batch["latent_noise"]) * self.vae.config.scaling_factor
         noise, timesteps, scheduler = batch["noise"], batch["timesteps"], self.noise_scheduler
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = noise
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, timesteps)
         condition = self._condition_or_null(batch)
-        prediction = unet(noisy.to(unet.dtype), timesteps, condition.to(unet.dtype)).sample
+        dtype = self.unet.dtype
+        prediction = self.unet(noisy.to(dtype), timesteps, condition.to(dtype)).sample
         return {"denoising": denoising_loss(prediction, target)}
 
     def _words(self, batch):
@@ -347,8 +345,68 @@ class InstructStage(Stage):
         return condition[torch.where(drop, len(condition) - 1, (~drop).cumsum(0) - 1)]
 
 
+# Losses ----------------------------------------------------------------------------------------------------------
+
+
+def language_loss(hidden_states, embedding, labels, n_labels=None):
+    """Cross-entropy of the next token (stage 1, sec. 2.1 of the Kosmos-G paper).
+
+    Only the states that predict something are multiplied with the vocabulary: logits of image slots and padding would
+    be most of the memory.
+
+    Args:
+        hidden_states: (B, L, D), the language model's final states.
+        embedding: (V, D), the token embedding, which is the language model's head as well.
+        labels: (B, L) int64, the token that follows each position (already shifted); -100 where nothing is predicted.
+        n_labels: number to divide the sum by; None takes the number of labels, so that the loss is their mean.
+
+    Returns:
+        Scalar; 0 when there is no label.
+    """
+    predicts = labels.ne(-100)
+    logits = F.linear(hidden_states[predicts], embedding)
+    total = F.cross_entropy(logits.float(), labels[predicts], reduction="sum")
+    return total / (predicts.sum().clamp(min=1) if n_labels is None else n_labels)
+
+
+def align_losses(condition, clip_embeds, reconstruction, hidden_states):
+    """Distance to CLIP's states, and error of the inverse projection (stage 2, sec. 2.2; unilm/models/aligner.py:56, :66).
+
+    Args:
+        condition: (B, K, A), of AlignerNet M.
+        clip_embeds: (B, K, A), the target text encoder's last hidden states.
+        reconstruction: (B, L, D), of AlignerNet N.
+        hidden_states: (B, L, D), the language model's states. Padded columns count, as in the official code.
+
+    Returns:
+        dict of the scalars `mse` and `rec`, to be added.
+    """
+    # the official factor 77 / L: a long prompt has to go through as few states as a short one
+    ratio = condition.shape[1] / hidden_states.shape[1]
+    return {
+        "mse": F.mse_loss(condition.float(), clip_embeds.float()),
+        "rec": F.mse_loss(reconstruction.float(), hidden_states.float()) * ratio,
+    }
+
+
+def denoising_loss(prediction, target):
+    """The U-Net's own loss (stage 3, sec. 2.3; diffusion.py:64-84 of the official code).
+
+    Args:
+        prediction, target: (B, C, H, W), the noise or the velocity.
+
+    Returns:
+        Scalar, the mean over samples of the mean over each (the official code adds the samples and divides by their
+        number later).
+    """
+    return F.mse_loss(prediction.float(), target.float())
+
+
+# Of a batch ------------------------------------------------------------------------------------------------------
+
+
 def _kept_rows(batch, keep, config):
-    """The prompts where `keep` (B,) is set, with their pictures, and behind them the null prompt."""
+    """The prompts where `keep` (B,) is set, with their images, and behind them the null prompt."""
     input_ids, attention_mask = batch["input_ids"], batch["attention_mask"].bool()
     null = torch.full_like(input_ids[:1], config.text_config.pad_token_id)
     null[:, 0] = config.text_config.bos_token_id
@@ -360,11 +418,11 @@ def _kept_rows(batch, keep, config):
     slots = batch.get("image_token_mask")
     if slots is not None:
         rows["image_token_mask"] = torch.cat([slots[keep], torch.zeros_like(slots[:1])])
-        pictures_of_row = slots.sum(1) // config.latent_query_num
-        keep_picture = keep.repeat_interleave(pictures_of_row)
+        images_of_row = slots.sum(1) // config.latent_query_num
+        keep_image = keep.repeat_interleave(images_of_row)
         for name in ("pixel_values", "vision_states"):
-            if name in batch and keep_picture.any():
-                rows[name] = batch[name][keep_picture]
+            if name in batch and keep_image.any():
+                rows[name] = batch[name][keep_image]
     length = int(rows["attention_mask"].sum(1).max())  # the longest prompt may have been dropped
     return {name: tensor[:, :length] if tensor.ndim == 2 else tensor for name, tensor in rows.items()}
 

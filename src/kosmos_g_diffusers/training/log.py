@@ -1,0 +1,78 @@
+"""What a run says while it trains: log.jsonl, the progress bar's numbers, and a tracker such as tensorboard."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+from ..files import written_atomically
+
+
+def check_tracker(tracker):
+    """ImportError if the tracker of this name is not installed; "" is none."""
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if tracker and not available[tracker]():  # accelerate would log nothing and say nothing
+        raise ImportError(
+            f"The tracker {tracker} is not installed. Install it: pip install {tracker}. Or leave --tracker out: "
+            "log.jsonl in the run's folder has the same numbers."
+        )
+
+
+class Log:
+    """log.jsonl of the main process, without the lines of steps that a resumed run makes again; and the tracker."""
+
+    def __init__(self, config, step, accelerator):
+        self.path, self.accelerator = Path(config.output) / "log.jsonl", accelerator
+        self.samples = config.batch_size * config.accumulation * accelerator.num_processes
+        self.step, self.time = step, time.perf_counter()
+        if accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            # the last line may have been cut off
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+            with written_atomically(self.path) as file:
+                file.write(b"".join(kept))
+        if config.tracker:
+            settings = {name: _plain(value) for name, value in asdict(config).items()}
+            accelerator.init_trackers(
+                "kosmos-g", settings, {"wandb": {"dir": config.output, "name": Path(config.output).name}}
+            )
+
+    def write(self, step, losses, lr, grad_norm):
+        """Log the means over processes; returns what the progress bar shows."""
+        names = sorted(losses)
+        means = self.accelerator.reduce(torch.stack([losses[name] for name in names]), "mean")
+        losses = dict(zip(names, means.tolist(), strict=True))
+        now = time.perf_counter()
+        rate = (step - self.step) * self.samples / (now - self.time)
+        self.step, self.time = step, now
+        values = {
+            **losses,
+            "lr": lr,
+            "grad_norm": float(grad_norm or 0),
+            "samples_per_second": round(rate, 3),
+        }
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        return {name: f"{value:.4f}" for name, value in losses.items()} | {"samples/s": f"{rate:.1f}"}
+
+    def show(self, step, path):
+        """Give an image to the tracker as well."""
+        for tracker in self.accelerator.trackers:
+            image = PIL.Image.open(path).convert("RGB")
+            if tracker.name == "tensorboard":
+                image = np.asarray(image)[None]
+                tracker.log_images({"samples": image}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({"samples": [image]}, step=step)
+
+
+def _plain(value):
+    """A setting as the trackers take it."""
+    return value if isinstance(value, (bool, int, float, str)) else " ".join(map(str, value))
