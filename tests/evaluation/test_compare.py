@@ -9,9 +9,10 @@ from support.evaluating import draw_picture, run_compare
 
 from kosmos_g_diffusers.evaluation.compare import compare
 from kosmos_g_diffusers.evaluation.images import image_path
-from kosmos_g_diffusers.evaluation.manifest import Manifest, Task, hash_file
+from kosmos_g_diffusers.evaluation.manifest import Manifest, Task
 from kosmos_g_diffusers.evaluation.report import bootstrap, format_score, mean_by, table, write_report
 from kosmos_g_diffusers.evaluation.scoring import read_scores
+from kosmos_g_diffusers.files import hash_file
 
 pytest.importorskip("matplotlib", reason="evaluation needs the extra `eval`")
 

@@ -83,7 +83,7 @@ def test_missing_or_broken_file_of_prompts_is_explained(data):
     ):
         build_tasks(data)
     (data / "prompts.json").write_text("[")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         build_tasks(data)
     (data / "prompts.json").write_text("{}")
     with pytest.raises(ValueError, match="no list of prompts"):

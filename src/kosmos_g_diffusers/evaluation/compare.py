@@ -4,8 +4,9 @@ import json
 from html import escape
 from pathlib import Path
 
+from ..files import write_text
 from .images import image_path
-from .manifest import Manifest, write_text
+from .manifest import Manifest
 from .report import (
     LEVEL,
     RESAMPLES,

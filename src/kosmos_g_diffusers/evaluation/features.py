@@ -20,6 +20,7 @@ from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ViTModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging
 
+from ..loading import IncompleteWeights, load_pretrained
 from .colour import colour_histogram
 
 logger = logging.get_logger(__name__)
@@ -200,18 +201,14 @@ def _load_model(name, source, device, model_class, model_type, **kwargs):
             f"of such a model, or none for {SCORERS[name][1]}."
         )
     try:
-        model, info = model_class.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **kwargs
-        )
+        return load_pretrained(model_class, source, **kwargs).to(device).eval()
     except OSError as error:
         raise OSError(f"{unloadable} ({error}). {OFFLINE.format(name=name)}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers would draw them at random
+    except IncompleteWeights as error:
         raise ValueError(
-            f"{source!r} lacks {len(missing)} weights of the scorer {name!r}, such as {missing[0]}. Pass a folder that "
-            "holds all of them."
-        )
-    return model.to(device).eval()
+            f"{source!r} lacks {len(error.names)} weights of the scorer {name!r}, such as {error.names[0]}. Pass a folder "
+            "that holds all of them."
+        ) from error
 
 
 def _picture_reader(size, shorter_side, mean, std, device):

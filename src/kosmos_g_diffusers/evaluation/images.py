@@ -20,13 +20,14 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
+from ..files import hash_folder, remove_partial_files
 from ..generation.generate import load_pipeline
 from ..generation.png import read_settings, write_png
 from ..generation.settings import GenerationSettings, InputImage
 from ..pipeline_kosmos_g import KosmosGPipeline
 from ..processing_kosmos_g import IMAGE_MARK, open_image
 from ..sprites.pretrained import SPRITES, with_small_model
-from .manifest import FILE_NAME, Manifest, hash_folder
+from .manifest import FILE_NAME, Manifest
 
 COMPONENTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")  # what decides an image
 INSTALL = "pip install 'kosmos-g-diffusers[eval]'"
@@ -92,10 +93,9 @@ def open_folder(folder, manifest):
     folder = Path(folder)
     if (folder / FILE_NAME).exists():
         left = sum(not image_path(folder, task).exists() for task in manifest.tasks)
-        found = Manifest.read(folder)
-        found.check_same(manifest, left)
-        for part in folder.rglob(".*.part"):  # of a write that was killed
-            part.unlink()
+        Manifest.read(folder).check_same(manifest, left)
+        for place in folder.glob("**/"):
+            remove_partial_files(place)
         return
     if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
         raise ValueError(

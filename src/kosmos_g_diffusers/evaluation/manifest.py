@@ -6,18 +6,17 @@ one manifest: whatever would mix images of two settings is refused.
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from ..files import hash_file, write_text
 from ..processing_kosmos_g import IMAGE_MARK, open_image
 
 FORMAT = "kosmos_g_evaluation_1"  # raise it when an older package would read a new manifest wrongly
 FILE_NAME = "manifest.jsonl"
-TASK_ID = re.compile(
-    r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*"
-)  # a path of an image: nothing in it may lead elsewhere
+# a path of an image: nothing in it may lead elsewhere
+TASK_ID = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*")
 
 
 @dataclass(frozen=True)
@@ -174,25 +173,6 @@ def derive_seed(base, *parts):
     return int.from_bytes(digest[:4], "big")
 
 
-def hash_file(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_bytes(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-def hash_folder(folder, parts=(".",)):
-    """SHA-256 of the names and contents of all files in some subfolders, hidden ones left out."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for path in sorted((Path(folder) / part).rglob("*")):
-            if path.is_file() and not path.name.startswith("."):
-                digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
 def hash_pictures(data, paths):
     """Path from `data` -> SHA-256. All are opened as well: one that is damaged must show before hours of work.
 
@@ -214,15 +194,3 @@ def hash_pictures(data, paths):
     if damaged:
         raise ValueError(f"{len(damaged)} pictures of {str(data)!r} are damaged. {' '.join(damaged)}")
     return {path: hash_file(Path(data) / path) for path in paths}
-
-
-def write_text(path, text):
-    """Write a text file, whole or not at all; folders on the way are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

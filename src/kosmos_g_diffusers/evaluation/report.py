@@ -1,13 +1,12 @@
 """A finished run as report.json, report.md, plots and sheets. The same run gives the same files, byte for byte."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
+from ..files import write_text, written_atomically
 from .images import INSTALL, repeated_pictures
-from .manifest import write_text
 from .sheets import CONTROL, file_name, write_sheets
 
 RESAMPLES = 10_000  # of the bootstrap
@@ -244,11 +243,6 @@ def load_matplotlib():
 
 
 def save_figure(figure, path):
-    """Write a PNG whole or not at all, without the date and version that would make every file another."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(part, format="png", dpi=100, metadata={"Software": None})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a PNG atomically, without the date and version that would make every file another."""
+    with written_atomically(path) as file:
+        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from ..environment import check_device, package_versions
+from ..files import hash_bytes
 from ..generation.settings import GenerationSettings
 from .images import generate, identify_model, join_processes, open_folder
-from .manifest import Manifest, hash_bytes, hash_pictures
+from .manifest import Manifest, hash_pictures
 from .report import load_matplotlib, write_report
 from .scoring import has_scores, read_scores, score
 

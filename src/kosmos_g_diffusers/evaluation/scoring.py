@@ -7,10 +7,10 @@ from pathlib import Path
 import PIL.Image
 from tqdm.auto import tqdm
 
+from ..files import hash_file, hash_folder, write_text
 from ..processing_kosmos_g import open_image
 from .features import SCORERS, load_scorer
 from .images import image_path
-from .manifest import hash_file, hash_folder, write_text
 
 BATCH = 32  # images that a scorer sees at once
 

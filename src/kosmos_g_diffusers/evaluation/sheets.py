@@ -9,9 +9,9 @@ from pathlib import Path
 
 import PIL.Image
 
+from ..files import write_text
 from ..processing_kosmos_g import open_image
 from .images import image_path
-from .manifest import write_text
 
 LONGEST = 100  # images of a sheet; a longer one says how many are left out
 THUMBNAIL = 224  # pixels, longest side of an input picture

@@ -17,14 +17,15 @@ import numpy as np
 import PIL.Image
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from ...captioning import as_text
+from ...files import hash_bytes, hash_file, write_text, written_atomically
 from ...processing_kosmos_g import open_image
 from .. import report as reports
 from ..images import generate, image_path
-from ..manifest import Task, derive_seed, hash_bytes, hash_file, write_text
+from ..manifest import Task, derive_seed
 from ..run import Plan, check_conditions, load_judges, open_run
 from ..scoring import read_scores, score
 from ..sheets import write_sheets
@@ -246,7 +247,6 @@ def write_features(folder, paths, extractor, state):
         extractor: (N, 3, S, S) uint8 -> (N, D); its `identity` is a dict that says what it is.
         state: accelerate's `PartialState`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     shards = [paths[start : start + SHARD] for start in range(0, len(paths), SHARD)]
     mine = list(enumerate(shards))[state.process_index :: state.num_processes]
     for number, shard in tqdm(mine, desc=f"features of {folder.name}", disable=not state.is_main_process):
@@ -258,9 +258,8 @@ def write_features(folder, paths, extractor, state):
         for start in range(0, len(shard), BATCH):
             pixels = torch.stack([crop(open_image(path, str(path))) for path in shard[start : start + BATCH]])
             rows.append(extractor(pixels).float().cpu())
-        part = path.with_suffix(".part")
-        save_file({"features": torch.cat(rows)}, part, {"sha256": digest})
-        part.replace(path)
+        with written_atomically(path) as file:
+            file.write(save({"features": torch.cat(rows)}, {"sha256": digest}))
     state.wait_for_everyone()
     if state.is_main_process:  # of more pictures than there are now
         for path in sorted(folder.glob("*.safetensors"))[len(shards) :]:

@@ -10,9 +10,10 @@ import io
 import json
 from pathlib import Path
 
+from ...files import write_text
 from ...processing_kosmos_g import IMAGE_MARK, open_image
 from ..images import image_path
-from ..manifest import Manifest, Task, derive_seed, write_text
+from ..manifest import Manifest, Task, derive_seed
 
 SETTINGS = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
 IMAGES_PER_PROMPT = 1  # as its own scripts make

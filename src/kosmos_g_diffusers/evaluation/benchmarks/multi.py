@@ -14,9 +14,9 @@ Lists of the kind that UNO's evaluation uses, {"prompt": "a dog and a can in the
 well when the pictures lie in DreamBench's folders: "a dog" becomes `<i>`, and the prompt itself is the text.
 """
 
-import json
 from pathlib import Path
 
+from ...files import read_json
 from ...processing_kosmos_g import IMAGE_MARK
 from ..manifest import Task, derive_seed
 from .dreambench import SUBJECTS, list_pictures
@@ -43,12 +43,7 @@ def build_tasks(data, prompts=None, images_per_prompt=4, seed=0):
     """
     data = Path(data)
     path = data / FILE_NAME if prompts is None else Path(prompts)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no file {str(path)!r}. {EXAMPLE}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}). {EXAMPLE}") from error
+    entries = read_json(path, EXAMPLE)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} holds no list of prompts. {EXAMPLE}")
     read = [_read_entry(data, path, number, entry) for number, entry in enumerate(entries)]
