@@ -188,7 +188,7 @@ def test_finished_run_makes_nothing_again(run, copy, monkeypatch):
         raise AssertionError("was called")
 
     monkeypatch.setattr(engine, "load_pipeline", forbidden)
-    monkeypatch.setattr(scoring.FeatureJudge, "load", forbidden)
+    monkeypatch.setattr(scoring.FeatureScorer, "load", forbidden)
     before = files_of(copy, *RESULTS)
     run(copy)
     assert files_of(copy, *RESULTS) == before

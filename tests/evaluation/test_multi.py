@@ -6,8 +6,8 @@ import torch
 from support.evaluating import draw_picture, make_dreambench, run_evaluate, save_scorers
 
 from kosmos_g_diffusers.evaluation.benchmarks.multi import build_tasks
-from kosmos_g_diffusers.evaluation.features import load_scorer
-from kosmos_g_diffusers.evaluation.scoring import FeatureJudge
+from kosmos_g_diffusers.evaluation.features import load_extractor
+from kosmos_g_diffusers.evaluation.scoring import FeatureScorer
 
 PAIR = {
     "prompt": "<i> and <i> in the jungle",
@@ -95,19 +95,19 @@ def test_scores_are_cosines_with_each_subject_and_with_words(data, write, tmp_pa
     task, wordless = build_tasks(data, images_per_prompt=1)
     save_scorers(tmp_path)
     weights = str(tmp_path / "clip")
-    judge, scorer = FeatureJudge("clip", weights, "cpu", data), load_scorer("clip", weights)
+    scorer, extractor = FeatureScorer("clip", weights, "cpu", data), load_extractor("clip", weights)
     images = [draw_picture(5), draw_picture(6)]
-    scores, without_words = judge.score([task, wordless], images)
-    feature = scorer.image_features(images)[0]
+    scores, without_words = scorer.score([task, wordless], images)
+    feature = extractor.features(images)["clip_i"][0]
     expected = []
     for names in task.references:
-        others = scorer.image_features([PIL.Image.open(data / name) for name in names])
+        others = extractor.features([PIL.Image.open(data / name) for name in names])["clip_i"]
         expected.append(torch.nn.functional.cosine_similarity(feature[None], others).mean().item())
     assert scores["clip_i_subject_1"] == pytest.approx(expected[0], abs=1e-6)
     assert scores["clip_i_subject_2"] == pytest.approx(expected[1], abs=1e-6)
     assert scores["clip_i"] == pytest.approx(sum(expected) / 2, abs=1e-6)
     assert scores["clip_i_worst_subject"] == pytest.approx(min(expected), abs=1e-6)
-    (words,) = scorer.text_features([task.text])
+    (words,) = extractor.text_features([task.text])
     assert scores["clip_t"] == pytest.approx(float(feature @ words), abs=1e-6)
     assert set(scores) - set(without_words) == {"clip_t"}
 

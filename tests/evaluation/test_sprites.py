@@ -7,7 +7,7 @@ import pytest
 from support.evaluating import files_of, run_evaluate
 
 from kosmos_g_diffusers.evaluation.benchmarks import sprites as sprite_bench
-from kosmos_g_diffusers.evaluation.benchmarks.sprites import ReaderJudge, build_tasks, judge
+from kosmos_g_diffusers.evaluation.benchmarks.sprites import ReaderScorer, build_tasks, compare_with_truth
 from kosmos_g_diffusers.generation.png import read_settings
 from kosmos_g_diffusers.sprites.reader import read
 from kosmos_g_diffusers.sprites.world import (
@@ -63,7 +63,7 @@ def test_right_pictures_score_one_and_shuffled_ones_next_to_chance(bench):
     rng = make_rng("test")
     images = [render(Scene(sprites_of(task.truth), task.truth["background"]), rng) for task in tasks]
     totals = {}
-    for scores in ReaderJudge().score(tasks, images):
+    for scores in ReaderScorer().score(tasks, images):
         for metric, value in scores.items():
             totals.setdefault(metric, []).append(value)
     means = {metric: sum(values) / COUNT for metric, values in totals.items()}
@@ -91,17 +91,20 @@ def test_reader_tells_the_colour_and_keeps_the_shape_when_the_hue_is_shifted():
     images = [render(scene, rng) for scene in scenes]
     recoloured = [Scene((recolour(scene.sprites[0], rng),), scene.background) for scene in scenes]
 
-    def judge_all(images):
+    def score_all(images):
         """Shares of shapes, colours and patterns that are those of `scenes`."""
         truths = [{"background": scene.background, "sprites": [scene.sprites[0].triple]} for scene in scenes]
-        found = [judge("background", read(image), truth) for image, truth in zip(images, truths, strict=True)]
+        found = [
+            compare_with_truth("background", read(image), truth)
+            for image, truth in zip(images, truths, strict=True)
+        ]
         return [np.mean([one[name] for one in found]) for name in ("shape", "colour", "pattern")]
 
     # the table of docs/evaluation.md
-    assert judge_all(images) == [1, 1, 1]
-    assert judge_all([render(scene, rng) for scene in recoloured]) == [1, 0, 1]
+    assert score_all(images) == [1, 1, 1]
+    assert score_all([render(scene, rng) for scene in recoloured]) == [1, 0, 1]
     for degrees, colour, pattern in ((30, 0.48, 0.99), (60, 0.10, 0.84), (180, 0.02, 0.92)):
-        shares = judge_all([turn_hue(image, degrees) for image in images])
+        shares = score_all([turn_hue(image, degrees) for image in images])
         assert shares == pytest.approx([1, colour, pattern], abs=0.02)
 
 
@@ -110,32 +113,32 @@ RED_STAR, BLUE_RING = Sprite("star", "red", "plain", "large"), Sprite("ring", "b
 
 def test_pair_counts_in_either_order_and_says_which():
     truth = {"background": "mint", "sprites": [["star", "red", "striped"], ["ring", "blue", "dotted"]]}
-    both = judge("pair", Scene((BLUE_RING, RED_STAR), "mint"), truth)
+    both = compare_with_truth("pair", Scene((BLUE_RING, RED_STAR), "mint"), truth)
     assert both == {"first": True, "second": True, "both": True, "both in order": False, "background": True}
-    one = judge("pair", Scene((RED_STAR,), "grey"), truth)
+    one = compare_with_truth("pair", Scene((RED_STAR,), "grey"), truth)
     assert one == {"first": True, "second": False, "both": False, "both in order": False, "background": False}
-    assert not judge("pair", Scene((RED_STAR, BLUE_RING, RED_STAR), "mint"), truth)["both"]
+    assert not compare_with_truth("pair", Scene((RED_STAR, BLUE_RING, RED_STAR), "mint"), truth)["both"]
 
 
 def test_pair_of_equal_subjects_needs_both():
     truth = {"background": "mint", "sprites": [["star", "red", "plain"], ["star", "red", "dotted"]]}
-    assert not judge("pair", Scene((RED_STAR,), "mint"), truth)["both"]
-    assert judge("pair", Scene((RED_STAR, RED_STAR), "mint"), truth)["both"]
+    assert not compare_with_truth("pair", Scene((RED_STAR,), "mint"), truth)["both"]
+    assert compare_with_truth("pair", Scene((RED_STAR, RED_STAR), "mint"), truth)["both"]
 
 
 def test_single_sprite_must_be_alone():
     truth = {"background": "mint", "sprites": [["star", "red", "plain"]]}
-    assert judge("background", Scene((RED_STAR,), "mint"), truth)["all"]
-    two = judge("background", Scene((RED_STAR, BLUE_RING), "mint"), truth)
+    assert compare_with_truth("background", Scene((RED_STAR,), "mint"), truth)["all"]
+    two = compare_with_truth("background", Scene((RED_STAR, BLUE_RING), "mint"), truth)
     assert two == {"shape": False, "colour": False, "pattern": False, "background": True, "all": False}
-    assert not judge("text", Scene((), "mint"), truth)["shape"]
+    assert not compare_with_truth("text", Scene((), "mint"), truth)["shape"]
 
 
 def test_edit_wants_the_new_colour_and_the_old_shape():
     truth = {"background": "mint", "sprites": [["star", "red", "plain"]]}
-    old = judge("edit", Scene((Sprite("star", "blue", "plain", "large"),), "mint"), truth)
+    old = compare_with_truth("edit", Scene((Sprite("star", "blue", "plain", "large"),), "mint"), truth)
     assert old["old shape"] and not old["new colour"] and not old["new colour and old shape"]
-    assert judge("edit", Scene((RED_STAR,), "grey"), truth)["new colour and old shape"]
+    assert compare_with_truth("edit", Scene((RED_STAR,), "grey"), truth)["new colour and old shape"]
 
 
 def test_too_few_prompts_are_refused():

@@ -27,7 +27,7 @@ from ..evaluation.benchmarks import sprites as sprite_bench
 from ..evaluation.features import SCORERS
 from ..evaluation.report import scores_table
 from ..evaluation.run import Plan, evaluate
-from ..evaluation.scoring import FeatureJudge
+from ..evaluation.scoring import FeatureScorer
 from ..generation.schedulers import SCHEDULERS
 from ..sprites.pretrained import SPRITES_NOTE
 
@@ -67,9 +67,9 @@ def run(arguments):
         print(SPRITES_NOTE, file=sys.stderr)
 
 
-def _run_plan(plan, judges, arguments, options):
+def _run_plan(plan, scorers, arguments, options):
     """Images, scores, report; returns whether this process has written it."""
-    return _print(evaluate(plan, arguments.output, judges, repair=arguments.repair, **options), arguments)
+    return _print(evaluate(plan, arguments.output, scorers, repair=arguments.repair, **options), arguments)
 
 
 def _print(report, arguments):
@@ -123,16 +123,16 @@ def _add_scorers(parser, default=DEFAULT_SCORERS):
     )
 
 
-def _make_judges(arguments, options, data, default=DEFAULT_SCORERS):
-    judges = {}
+def _make_scorers(arguments, options, data, default=DEFAULT_SCORERS):
+    scorers = {}
     for text in arguments.scorers or default:
         name, _, source = text.partition("=")
         if name not in SCORERS:
             raise ValueError(f"There is no scorer {name!r}. There are {', '.join(SCORERS)}.")
-        if name in judges:
+        if name in scorers:
             raise ValueError(f"The scorer {name!r} was given twice.")
-        judges[name] = FeatureJudge(name, source or None, options["device"], data)
-    return list(judges.values())
+        scorers[name] = FeatureScorer(name, source or None, options["device"], data)
+    return list(scorers.values())
 
 
 def _add_images(parser, default):
@@ -193,7 +193,7 @@ def _run_dreambench(arguments, options):
         published=dreambench.PUBLISHED[arguments.protocol],
         notes=() if whole else (note,),
     )
-    _run_plan(plan, _make_judges(arguments, options, arguments.data), arguments, options)
+    _run_plan(plan, _make_scorers(arguments, options, arguments.data), arguments, options)
 
 
 def _add_coco(parser):
@@ -223,7 +223,7 @@ def _run_coco(arguments, options):
         count=arguments.count,
         seed=arguments.seed,
         inception=arguments.inception,
-        judges=_make_judges(arguments, options, arguments.images, default=()),
+        scorers=_make_scorers(arguments, options, arguments.images, default=()),
         repair=arguments.repair,
         **options,
     )
@@ -243,7 +243,7 @@ def _add_multi(parser):
 def _run_multi(arguments, options):
     tasks = multi.build_tasks(arguments.data, arguments.prompts, arguments.images_per_prompt, arguments.seed)
     plan = Plan("multi", {}, tasks, arguments.data)
-    _run_plan(plan, _make_judges(arguments, options, arguments.data), arguments, options)
+    _run_plan(plan, _make_scorers(arguments, options, arguments.data), arguments, options)
 
 
 def _add_plus(parser):
@@ -267,7 +267,7 @@ def _run_plus(arguments, options):
     tasks = dreambench_plus.build_tasks(arguments.data, arguments.images_per_prompt, arguments.seed)
     plan = Plan("dreambench-plus", {}, tasks, arguments.data)
     if (
-        _run_plan(plan, _make_judges(arguments, options, arguments.data), arguments, options)
+        _run_plan(plan, _make_scorers(arguments, options, arguments.data), arguments, options)
         and arguments.judge
     ):
         dreambench_plus.export(arguments.output, arguments.data, arguments.judge, arguments.judge_prompts)
@@ -288,7 +288,7 @@ def _run_sprites(arguments, options):
     plan = Plan(
         "sprites", {"prompts of each kind": arguments.count}, tasks, files=files, notes=(sprite_bench.NOTE,)
     )
-    _run_plan(plan, [sprite_bench.ReaderJudge()], arguments, options)
+    _run_plan(plan, [sprite_bench.ReaderScorer()], arguments, options)
 
 
 class Benchmark(NamedTuple):

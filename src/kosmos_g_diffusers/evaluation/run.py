@@ -37,12 +37,12 @@ class Plan:
     notes: tuple = ()
 
 
-def evaluate(plan, output, judges, *, repair=False, **options):
+def evaluate(plan, output, scorers, *, repair=False, **options):
     """Make the images of a plan, score them and write the report; whatever is there already stays.
 
     Args:
         output: results folder, new or of this very run.
-        judges: what scores the images, see scoring.py.
+        scorers: what scores the images, see scoring.py.
         repair: make images again that cannot be read.
         options: those of `open_run`.
 
@@ -54,11 +54,11 @@ def evaluate(plan, output, judges, *, repair=False, **options):
     """
     load_matplotlib()  # this and the next two before hours of work, and before anything is written
     check_conditions(options["settings"], options["device"], options["batch_size"])
-    load_judges(judges, output)
+    load_scorers(scorers, output)
     state, manifest = open_run(plan, output, **options)
     generate(output, manifest, state, options["device"], repair)
-    for judge in judges:
-        score(output, manifest, judge, state)
+    for scorer in scorers:
+        score(output, manifest, scorer, state)
     if not state.is_main_process:
         return None
     scores, scorers = read_scores(output, manifest)
@@ -73,11 +73,11 @@ def check_conditions(settings, device, batch_size):
     check_device(device)
 
 
-def load_judges(judges, output):
+def load_scorers(scorers, output):
     """Load what scores images, unless all its scores are there."""
-    for judge in judges:
-        if not has_scores(output, judge.name):
-            judge.load()
+    for scorer in scorers:
+        if not has_scores(output, scorer.name):
+            scorer.load()
 
 
 def open_run(plan, output, *, model, settings, device, batch_size):

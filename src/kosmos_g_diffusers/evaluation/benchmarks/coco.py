@@ -26,7 +26,7 @@ from ...processing_kosmos_g import open_image
 from .. import report as reports
 from ..images import generate, image_path
 from ..manifest import Task, derive_seed
-from ..run import Plan, check_conditions, load_judges, open_run
+from ..run import Plan, check_conditions, load_scorers, open_run
 from ..scoring import read_scores, score
 from ..sheets import write_sheets
 
@@ -92,7 +92,9 @@ def build_tasks(captions, seed):
     )
 
 
-def evaluate(annotations, images, output, *, count, seed, inception=None, judges=(), repair=False, **options):
+def evaluate(
+    annotations, images, output, *, count, seed, inception=None, scorers=(), repair=False, **options
+):
     """Make images for captions, compare them with the photographs, write the report; what is there already stays.
 
     Args:
@@ -101,7 +103,7 @@ def evaluate(annotations, images, output, *, count, seed, inception=None, judges
         output: results folder, new or of this very run.
         count, seed: of the captions; the seed is also that of the images.
         inception: file of the Inception network's weights; None lets torch-fidelity download them.
-        judges: what else scores the images, see scoring.py.
+        scorers: what else scores the images, see scoring.py.
         repair: make images again that cannot be read.
         options: those of `open_run`.
 
@@ -124,13 +126,13 @@ def evaluate(annotations, images, output, *, count, seed, inception=None, judges
         tasks=build_tasks(captions, seed),
         data=str(images),
     )
-    load_judges(judges, output)
+    load_scorers(scorers, output)
     state, manifest = open_run(plan, output, **options)
     if state.is_main_process:
         write_text(output / "captions.json", json.dumps(captions, indent=1) + "\n")
     generate(output, manifest, state, options["device"], repair)
-    for judge in judges:
-        score(output, manifest, judge, state)
+    for scorer in scorers:
+        score(output, manifest, scorer, state)
     extractor.to(options["device"] if state.num_processes == 1 else state.device)
     folders = output / "features" / "photographs", output / "features" / "images"
     write_features(folders[0], [images / name for name in names], extractor, state)

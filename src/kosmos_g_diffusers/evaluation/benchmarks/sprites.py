@@ -23,7 +23,7 @@ SETTINGS = {"steps": 12, "guidance": 5.0, "scheduler": "dpm", "height": IMAGE_SI
 COUNT = 500  # prompts of each kind
 CONTROL = "shuffled"
 NOTE = (
-    "Each number is the share of prompts in which the reader sees it. The control judges the same images by the pictures of "
+    "Each number is the share of prompts in which the reader sees it. The control scores the same images by the pictures of "
     "other prompts: what a model would get that does not look at its pictures."
 )
 
@@ -40,7 +40,7 @@ def build_tasks(count=COUNT, seed=0):
         )
     tasks, files = [], {}
     for kind in KINDS:
-        # judged, as a control, by the truth of another prompt of the kind
+        # scored, as a control, by the truth of another prompt of the kind
         others = list(range(count))
         make_rng("sprite bench", seed, kind, CONTROL).shuffle(others)
         other_of = dict(zip(others, [*others[1:], others[0]], strict=True))
@@ -99,10 +99,10 @@ def _as_png(picture):
     return file.getvalue()
 
 
-class ReaderJudge:
+class ReaderScorer:
     """Scores of 0 and 1: what the reader sees, against what the prompt asked for.
 
-    Metrics are `<kind>.<attribute>`, and `<kind>.shuffled.<attribute>` for the control: the same image judged by the pictures
+    Metrics are `<kind>.<attribute>`, and `<kind>.shuffled.<attribute>` for the control: the same image scored by the pictures
     of another prompt of the kind. It shows what a model would get that never looks at them.
     """
 
@@ -117,15 +117,17 @@ class ReaderJudge:
         results = []
         for task, image in zip(tasks, images, strict=True):
             scene, kind, truth = read(image), task.truth["kind"], task.truth
-            scores = {f"{kind}.{name}": value for name, value in judge(kind, scene, truth).items()}
+            scores = {
+                f"{kind}.{name}": value for name, value in compare_with_truth(kind, scene, truth).items()
+            }
             if truth[CONTROL] is not None:
-                judged = judge(kind, scene, truth[CONTROL])
-                scores |= {f"{kind}.{CONTROL}.{name}": value for name, value in judged.items()}
+                control = compare_with_truth(kind, scene, truth[CONTROL])
+                scores |= {f"{kind}.{CONTROL}.{name}": value for name, value in control.items()}
             results.append({name: float(value) for name, value in scores.items()})
         return results
 
 
-def judge(kind, scene, truth):
+def compare_with_truth(kind, scene, truth):
     """What of a truth a read `Scene` fulfils: attribute -> bool.
 
     One sprite must be there where one was asked for, else none of its attributes counts. Of a pair, each subject counts if some
