@@ -24,9 +24,9 @@ from support.without_package import fake_hub
 
 from kosmos_g_diffusers import KosmosGTextEncoder
 from kosmos_g_diffusers.cli import build_parser
-from kosmos_g_diffusers.commands.evaluate import BENCHMARKS
 from kosmos_g_diffusers.evaluation import images as engine
 from kosmos_g_diffusers.evaluation import scoring
+from kosmos_g_diffusers.evaluation.benchmarks import BENCHMARKS
 from kosmos_g_diffusers.evaluation.manifest import Manifest
 from kosmos_g_diffusers.generation import generate as generation
 from kosmos_g_diffusers.generation.png import read_settings
@@ -336,8 +336,8 @@ def test_help_of_every_benchmark_has_an_example_that_parses(benchmark, capsys):
     with pytest.raises(SystemExit):
         run_evaluate(benchmark, "--help")
     shown = capsys.readouterr().out
-    assert BENCHMARKS[benchmark].description.strip() in shown and "goes on where it was" in shown
-    lines = BENCHMARKS[benchmark].examples.replace("\\\n", " ").splitlines()
+    assert BENCHMARKS[benchmark].DESCRIPTION.strip() in shown and "goes on where it was" in shown
+    lines = BENCHMARKS[benchmark].EXAMPLES.replace("\\\n", " ").splitlines()
     commands = [line.split()[1:] for line in lines if line.strip().startswith("kosmos-g")]
     assert commands
     for command in commands:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..files import write_text
 from .images import image_path
-from .manifest import Manifest
+from .manifest import OWN_PICTURES, Manifest
 from .report import (
     LEVEL,
     RESAMPLES,
@@ -18,7 +18,6 @@ from .report import (
     table,
     table_metrics,
 )
-from .run import OWN_PICTURES
 from .scoring import read_scores
 from .sheets import LONGEST, file_name, group_by_prompt, group_tasks, show_images, show_inputs, write_page
 

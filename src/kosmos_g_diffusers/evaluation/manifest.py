@@ -7,14 +7,18 @@ one manifest: whatever would mix images of two settings is refused.
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..files import hash_file, write_text
 from ..processing_kosmos_g import IMAGE_MARK, open_image
 
 FORMAT = "kosmos_g_evaluation_1"  # raise it when an older package would read a new manifest wrongly
 FILE_NAME = "manifest.jsonl"
+SAVED = ("benchmark", "options", "model", "settings", "conditions", "data", "pictures")  # in its first line
+OWN_PICTURES = "pictures"  # folder of a run, for pictures that the benchmark draws
 # a path of an image: nothing in it may lead elsewhere
 TASK_ID = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*")
 
@@ -47,27 +51,43 @@ class Task:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is run. Of two manifests of one folder, all but `data` and `conditions` must be equal.
+    """What is run. A benchmark gives what it asks for; model, settings, conditions and pictures join it in run.py.
+
+    Of two manifests of one folder, all that is saved but `data` and `conditions` must be equal.
 
     Args:
         benchmark: its name, such as "dreambench".
         options: of the benchmark, such as its protocol.
+        tasks: a `Task` for each image.
+        data: the folder of the pictures, as the user wrote it; None before a run begins that draws them itself.
         model: what `identify_model` says.
         settings: steps, guidance, scheduler, height, width, dtype, seed.
         conditions: what changes pixels by rounding at most (versions, device, batch size): kept while images are made.
-        data: the folder of the pictures, as the user wrote it.
         pictures: path from the data folder -> SHA-256, of every picture that is read.
-        tasks: a `Task` for each image.
+
+    Not saved, since the benchmark gives it again:
+        files: path from the results folder -> bytes of what the benchmark adds to it, such as the pictures that it draws.
+        scorers: those that belong to the benchmark alone, see scoring.py.
+        published: name -> metric -> score, shown next to the run.
+        notes: paragraphs of the report.
+        distance: a measure of all images together, see `Fid`.
+        finish: is called with the results folder when its report is written.
     """
 
     benchmark: str
     options: dict
-    model: dict
-    settings: dict
-    conditions: dict
-    data: str
-    pictures: dict
     tasks: tuple = field(repr=False)
+    data: str | None = None
+    model: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+    conditions: dict = field(default_factory=dict)
+    pictures: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict, repr=False)
+    scorers: tuple = ()
+    published: dict = field(default_factory=dict)
+    notes: tuple = ()
+    distance: Any = None
+    finish: Callable | None = None
 
     def __post_init__(self):
         seen = set()
@@ -85,7 +105,7 @@ class Manifest:
         return [self.tasks[start : start + size] for start in range(0, len(self.tasks), size)]
 
     def write(self, folder):
-        header = {name: value for name, value in asdict(replace(self, tasks=())).items() if name != "tasks"}
+        header = {name: getattr(self, name) for name in SAVED}
         lines = [{"format": FORMAT, **header}, *(asdict(task) for task in self.tasks)]
         write_text(Path(folder) / FILE_NAME, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -105,6 +125,8 @@ class Manifest:
             for task in tasks:
                 task["pictures"] = tuple(task["pictures"])
                 task["references"] = tuple(map(tuple, task["references"]))
+            if set(header) != set(SAVED):
+                raise ValueError(f"it holds {', '.join(header)}, and {', '.join(SAVED)} are expected")
             return cls(**header, tasks=tuple(Task(**task) for task in tasks))
         except FileNotFoundError as error:
             raise ValueError(f"{str(folder)!r} is no results folder: it has no {FILE_NAME}.") from error

@@ -44,17 +44,21 @@ def mean_by(tasks, scores, key):
     }
 
 
-def summarise(manifest, scores, scorers, n_words, published=None):
+def summarise(manifest, scores, scorers, n_words, distance=None):
     """The report as a dict.
 
     Args:
         scores: task id -> metric -> score, of all images.
         scorers: identities of what made them.
         n_words: pictures that are stored as image words.
-        published: name -> metric -> score, to be shown beside the run.
+        distance: what `manifest.distance` has measured. It belongs to no single image, and stands first.
     """
     by_unit = mean_by(manifest.tasks, scores, lambda task: task.unit)
-    metrics = {}
+    metrics, counts = {}, {}
+    if distance is not None:
+        entry = {"mean": round(distance, 6), "interval": None, "units": len(manifest.tasks)}
+        metrics, counts = {manifest.distance.name: entry}, manifest.distance.counts
+        scorers = [manifest.distance.identity, *scorers]
     for name in dict.fromkeys(name for unit in by_unit.values() for name in unit):
         values = [unit[name] for unit in by_unit.values() if name in unit]
         metrics[name] = {
@@ -78,27 +82,30 @@ def summarise(manifest, scores, scorers, n_words, published=None):
             "pictures": len({path for task in manifest.tasks for path in task.pictures}),
             "pictures encoded": n_words
             + sum(path not in repeated for task in manifest.tasks for path in task.pictures),
+            **counts,
         },
         "metrics": metrics,
-        "published": published or {},
+        "published": manifest.published,
         "by unit": {} if single_units else by_unit,
         "by prompt": mean_by(manifest.tasks, scores, lambda task: task.row),
     }
 
 
-def write_report(folder, manifest, scores, scorers, published=None, notes=()):
-    """Write report.json, report.md, plots/ and sheets/; returns the report as a dict.
+def write_report(folder, manifest, scores, scorers, distance=None):
+    """Write report.json, report.md, plots/ and sheets/; returns the report, which is that of `summarise`.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     folder = Path(folder)
     n_words = len(list((folder / "words").glob("*.safetensors")))
-    report = summarise(manifest, scores, scorers, n_words, published)
+    report = summarise(manifest, scores, scorers, n_words, distance)
     sheets = write_sheets(folder, manifest, scores)
     plots = [_plot(folder, report, metric) for metric in table_metrics(report["metrics"])]
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    write_text(folder / "report.md", as_markdown(report, [path for path in plots if path], sheets, notes))
+    write_text(
+        folder / "report.md", as_markdown(report, [path for path in plots if path], sheets, manifest.notes)
+    )
     return report
 
 

@@ -5,14 +5,32 @@ subject is the one that microsoft/unilm keeps, kosmos-g/scripts/remove_dreambenc
 eval/dreambench_prompts.py, the model reads `<i> in the jungle` and CLIP-T compares with "a dog in the jungle".
 """
 
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from ..manifest import Task, derive_seed
+from ..manifest import Manifest, Task, derive_seed
 
+TITLE = "30 subjects with 25 prompts each"
+DESCRIPTION = """
+A picture of a subject in new scenes, with the settings of the paper. DINO and CLIP-I tell whether it is the subject, CLIP-T
+whether it is the scene. Both protocols give the model the same picture: paper compares with that one, standard with every
+picture of the subject. The data folder has a folder of pictures for each subject, such as dog/02.jpg.
+"""
+EXAMPLES = """
+  kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/dreambench
+  # a taste of it: two subjects, two prompts, one image each; scored without anything from a hub
+  kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/taste \\
+      --subjects dog,can --prompts 0,20 --images-per-prompt 1 --scorer efficientnet
+  # other weights of a scorer, from a folder
+  kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/offline \\
+      --scorer dino=./dino-vits16 --scorer clip=./clip-vit-base-patch32
+"""
+SETTINGS = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
+BATCH_SIZE = 4
+SCORERS = ("dino", "clip")  # of the paper
 PROTOCOLS = ("paper", "standard")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-SETTINGS = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
 IMAGES_PER_PROMPT = 4
 
 
@@ -94,13 +112,59 @@ LIVE_SCENES = (
 EDITS = ("red", "purple", "shiny", "wet", "cube shaped")
 N_PROMPTS = len(SCENES) + len(OBJECT_SCENES) + len(EDITS)
 
-PAPER_PUBLISHED = {
-    "Kosmos-G, its paper": {"dino": 0.694, "clip_i": 0.847, "clip_t": 0.287},
+PUBLISHED = {
+    "paper": {"Kosmos-G, its paper": {"dino": 0.694, "clip_i": 0.847, "clip_t": 0.287}},
+    "standard": {
+        "Kosmos-G, open weights, an independent run": {"dino": 0.618, "clip_i": 0.822, "clip_t": 0.250}
+    },
 }
-STANDARD_PUBLISHED = {
-    "Kosmos-G, open weights, an independent run": {"dino": 0.618, "clip_i": 0.822, "clip_t": 0.250},
-}
-PUBLISHED = {"paper": PAPER_PUBLISHED, "standard": STANDARD_PUBLISHED}
+NOTE = "The published numbers are of 30 subjects with 25 prompts and 4 images each; this run is of others."
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("--data", required=True, metavar="FOLDER", help="the folder dataset of github.com/google/dreambooth")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="paper",
+        help="score against the one picture the model was given (paper, the default) or all of the subject (standard)",
+    )
+    add("--subjects", type=_names, metavar="A,B", help="some of them (default: all 30)")
+    add("--prompts", type=_numbers, metavar="N,N", help="some of them, from 0 to 24 (default: all 25)")
+    add("--images-per-prompt", type=int, default=IMAGES_PER_PROMPT, metavar="N", help="(default: 4)")
+
+
+def _names(text):
+    return [name.strip() for name in text.split(",")]
+
+
+def _numbers(text):
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of numbers; expected some such as 0,20"
+        ) from None
+
+
+def plan(arguments):
+    tasks = build_tasks(
+        arguments.data,
+        arguments.protocol,
+        arguments.subjects,
+        arguments.prompts,
+        arguments.images_per_prompt,
+        arguments.seed,
+    )
+    return Manifest(
+        benchmark="dreambench",
+        options={"protocol": arguments.protocol},
+        tasks=tasks,
+        data=arguments.data,
+        published=PUBLISHED[arguments.protocol],
+        notes=() if len(tasks) == len(SUBJECTS) * N_PROMPTS * IMAGES_PER_PROMPT else (NOTE,),
+    )
 
 
 def prompts_of(subject):

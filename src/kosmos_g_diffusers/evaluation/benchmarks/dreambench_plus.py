@@ -8,6 +8,7 @@ judge's own scripts read, and, with the judge's instructions, the requests thems
 import base64
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 from ...files import write_text
@@ -15,7 +16,19 @@ from ...processing_kosmos_g import IMAGE_MARK, open_image
 from ..images import image_path
 from ..manifest import Manifest, Task, derive_seed
 
+TITLE = "DreamBench++, and its images for its judge"
+DESCRIPTION = """
+The data of DreamBench++, scored by DINO and CLIP. Its judge is a hosted model, which is not called: --judge writes the images and
+questions that it is asked.
+"""
+EXAMPLES = """
+  kosmos-g evaluate dreambench-plus --data dreambench_plus/data --model ./kosmos-g --output runs/plus
+  kosmos-g evaluate dreambench-plus --data dreambench_plus/data --model ./kosmos-g --output runs/plus \\
+      --judge judge --judge-prompts dreambench_plus/dreambench_plus/prompts
+"""
 SETTINGS = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
+BATCH_SIZE = 4
+SCORERS = ("dino", "clip")
 IMAGES_PER_PROMPT = 1  # as its own scripts make
 JUDGE_SIZE = (512, 512)  # what its scripts show the judge
 ARTICLES = ("a ", "an ", "the ")
@@ -25,6 +38,30 @@ INSTRUCTIONS = {
     kind: (f"user_prompt_{kind}_full.txt", f"gpt_prompt_{kind}_full.txt")
     for kind in ("subject", "style", "text")
 }
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("--data", required=True, metavar="FOLDER", help="data folder of DreamBench++: images/ and captions/")
+    add("--judge", metavar="FOLDER", help="also write the images for the judge of DreamBench++ there")
+    prompts = "dreambench_plus/prompts of its repository: write the judge's requests as well"
+    add("--judge-prompts", metavar="FOLDER", help=prompts)
+    add("--images-per-prompt", type=int, default=IMAGES_PER_PROMPT, metavar="N", help="(default: 1)")
+
+
+def plan(arguments):
+    if arguments.judge_prompts and not arguments.judge:
+        raise ValueError("--judge-prompts was given without --judge, the folder to write to. Pass both.")
+    if arguments.judge_prompts:  # before hours of work
+        read_instructions(arguments.judge_prompts)
+    judge = {"data": arguments.data, "output": arguments.judge, "instructions": arguments.judge_prompts}
+    return Manifest(
+        benchmark="dreambench-plus",
+        options={},
+        tasks=build_tasks(arguments.data, arguments.images_per_prompt, arguments.seed),
+        data=arguments.data,
+        finish=partial(export, **judge) if arguments.judge else None,
+    )
 
 
 def build_tasks(data, images_per_prompt=IMAGES_PER_PROMPT, seed=0):

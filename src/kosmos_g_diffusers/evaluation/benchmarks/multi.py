@@ -18,9 +18,20 @@ from pathlib import Path
 
 from ...files import read_json
 from ...processing_kosmos_g import IMAGE_MARK
-from ..manifest import Task, derive_seed
-from .dreambench import SUBJECTS, list_pictures
+from ..manifest import Manifest, Task, derive_seed
+from . import dreambench
 
+TITLE = "prompts of several subjects"
+DESCRIPTION = """
+Several pictures in one prompt: DINO and CLIP-I with each subject and with the worst of them, CLIP-T with the words. The data folder
+has the pictures and prompts.json:
+
+  [{"prompt": "<i> and <i> in the jungle", "images": ["dog/02.jpg", "can/01.jpg"], "text": "a dog and a can in the jungle"}]
+"""
+EXAMPLES = """
+  kosmos-g evaluate multi --data pairs --model ./kosmos-g --output runs/pairs
+"""
+SETTINGS, BATCH_SIZE, SCORERS = dreambench.SETTINGS, dreambench.BATCH_SIZE, dreambench.SCORERS
 FILE_NAME = "prompts.json"
 EXAMPLE = (
     'Expected a list such as [{"prompt": "<i> and <i> in the jungle", "images": ["dog/02.jpg", "can/01.jpg"], "text": '
@@ -28,6 +39,19 @@ EXAMPLE = (
 )
 KEYS = {"prompt", "images", "text", "references"}
 UNO_KEYS = {"prompt", "image_paths", "image_tgt_path"}
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("--data", required=True, metavar="FOLDER", help="pictures and prompts.json (docs/evaluation.md)")
+    prompts = "another file of prompts (default: prompts.json of the data folder)"
+    add("--prompts", metavar="FILE", help=prompts)
+    add("--images-per-prompt", type=int, default=4, metavar="N", help="(default: 4)")
+
+
+def plan(arguments):
+    tasks = build_tasks(arguments.data, arguments.prompts, arguments.images_per_prompt, arguments.seed)
+    return Manifest(benchmark="multi", options={}, tasks=tasks, data=arguments.data)
 
 
 def build_tasks(data, prompts=None, images_per_prompt=4, seed=0):
@@ -101,7 +125,7 @@ def _read_entry(data, path, number, entry):
     groups = []
     for group in references:
         if isinstance(group, str) and (data / group).is_dir():
-            group = list(list_pictures(data, group))
+            group = list(dreambench.list_pictures(data, group))
         if not _is_list_of_text(group) or not group:
             raise ValueError(
                 f"{where}: the references {group!r} are no list of pictures and no folder with pictures."
@@ -125,11 +149,11 @@ def _from_uno(data, where, entry):
     pictures, marked, start = [], prompt, 0
     for path in paths:
         subject, name = Path(path).parts[-2:] if len(Path(path).parts) > 1 else ("", path)
-        if subject not in SUBJECTS:
+        if subject not in dreambench.SUBJECTS:
             raise ValueError(
                 f"{where}: the class of {path!r} is not in DreamBench's table. Write prompts with <i> instead."
             )
-        words = f"a {SUBJECTS[subject].class_word}"
+        words = f"a {dreambench.SUBJECTS[subject].class_word}"
         place = marked.find(words, start)
         if place < 0:
             raise ValueError(

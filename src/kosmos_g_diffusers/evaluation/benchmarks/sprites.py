@@ -16,16 +16,46 @@ from ...sprites.world import (
     recolour,
     render,
 )
-from ..manifest import Task, derive_seed
+from ..manifest import OWN_PICTURES, Manifest, Task, derive_seed
 
-KINDS = ("background", "pair", "text", "edit")
+TITLE = "held-out sprites, read by rules"
+DESCRIPTION = """
+For models of the miniature world, such as the small one that ships: 500 prompts of each of four kinds (new background, two pictures,
+words alone, another colour), of sprites that no training has seen. Rules read shape, colour and pattern from the images. The control
+compares them with the pictures of other prompts. Needs no data and no network.
+"""
+EXAMPLES = """
+  kosmos-g evaluate sprites --output runs/sprites
+  kosmos-g evaluate sprites --count 20 --output runs/sprites-quick
+  kosmos-g evaluate sprites --model runs/sprites-training/model --output runs/mine
+"""
 SETTINGS = {"steps": 12, "guidance": 5.0, "scheduler": "dpm", "height": IMAGE_SIZE, "width": IMAGE_SIZE}
+BATCH_SIZE = 50
+SCORERS = None  # it has one of its own
+KINDS = ("background", "pair", "text", "edit")
 COUNT = 500  # prompts of each kind
 CONTROL = "shuffled"
 NOTE = (
-    "Each number is the share of prompts in which the reader sees it. The control scores the same images by the pictures of "
-    "other prompts: what a model would get that does not look at its pictures."
+    "Each number is the share of prompts in which the reader sees it. The control compares the same images with the pictures "
+    "of other prompts: what a model would get that does not look at its pictures."
 )
+
+
+def add_arguments(parser):
+    text = f"prompts of each kind (default: {COUNT})"
+    parser.add_argument("--count", type=int, default=COUNT, metavar="N", help=text)
+
+
+def plan(arguments):
+    tasks, pictures = build_tasks(arguments.count, arguments.seed)
+    return Manifest(
+        benchmark="sprites",
+        options={"prompts of each kind": arguments.count},
+        tasks=tasks,
+        files={f"{OWN_PICTURES}/{path}": content for path, content in pictures.items()},
+        scorers=(ReaderScorer(),),
+        notes=(NOTE,),
+    )
 
 
 def build_tasks(count=COUNT, seed=0):
