@@ -1,7 +1,6 @@
 """Two runs of the same benchmark, image by image: paired differences with intervals, and their images side by side."""
 
 import json
-from html import escape
 from pathlib import Path
 
 from ..files import write_text
@@ -19,7 +18,7 @@ from .report import (
     table_metrics,
 )
 from .scoring import read_scores
-from .sheets import LONGEST, file_name, group_by_prompt, group_tasks, show_images, show_inputs, write_page
+from .sheets import LONGEST, file_name, group_by_prompt, group_tasks, image_figures, input_figures, write_page
 
 FILE_NAME = "compare.json"
 
@@ -161,27 +160,27 @@ def _check_comparable(first, second):
 
 def _write_sheets(output, runs):
     folder_a, first, _ = runs[0]
-    folder_b = runs[1][0]
     data = folder_a / OWN_PICTURES if first.data == OWN_PICTURES else Path(first.data)
     paths = []
     for name, tasks in group_tasks(first).items():
-        body = [f"<h1>{escape(name)}</h1><p>A: {escape(str(folder_a))}<br>B: {escape(str(folder_b))}</p>"]
+        notes = [f"{title}: {folder}" for title, (folder, *_) in zip("AB", runs, strict=True)]
         if len(tasks) > LONGEST:
-            body.append(f"<p>The first {LONGEST} of {len(tasks)} images.</p>")
-        shown = None
+            notes.append(f"The first {LONGEST} of {len(tasks)} images.")
+        parts, shown = [], None
         for group in group_by_prompt(tasks[:LONGEST]):
             pictures = group[0].pictures
             if pictures != shown and all((data / path).is_file() for path in pictures):
-                body.append(show_inputs(data, pictures))  # once for prompts that follow each other
+                parts.append(
+                    {"inputs": input_figures(data, pictures)}
+                )  # once for prompts that follow each other
             shown = pictures
-            body.append(f"<h3>{escape(group[0].prompt)}</h3>")
             rows = [
-                show_images(output / "sheets", folder, group, scores, title)
+                (title, image_figures(output / "sheets", folder, group, scores))
                 for title, (folder, _, scores) in zip("AB", runs, strict=True)
             ]
-            body.append(f"<div class='pair'>{''.join(rows)}</div>")
+            parts.append({"prompt": group[0].prompt, "rows": rows})
         paths.append(f"sheets/{file_name(name)}.html")
-        write_page(output / paths[-1], name, "\n".join(body))
+        write_page(output / paths[-1], title=name, notes=notes, parts=parts)
     return paths
 
 
