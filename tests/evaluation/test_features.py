@@ -15,7 +15,7 @@ from kosmos_g_diffusers.evaluation.colour import (
     COLOUR_STEP,
     LIGHTNESS_BINS,
     LIGHTNESS_STEP,
-    _as_lab,
+    as_lab,
     colour_histogram,
 )
 from kosmos_g_diffusers.evaluation.features import SCORERS, load_extractor
@@ -226,7 +226,7 @@ def colour_score(one, other):
 def test_colours_are_converted_as_scikit_image_does():
     color = pytest.importorskip("skimage.color")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-    np.testing.assert_allclose(_as_lab(pixels), color.rgb2lab(pixels), atol=0.1)
+    np.testing.assert_allclose(as_lab(pixels), color.rgb2lab(pixels), atol=0.1)
 
 
 def test_colour_sees_the_subject_and_not_its_background():
@@ -246,7 +246,7 @@ def test_colour_of_a_picture_of_one_colour_is_that_colour():
 
 def test_bins_span_all_of_srgb():
     steps = np.linspace(0, 255, 18)
-    lab = _as_lab(np.stack(np.meshgrid(steps, steps, steps), axis=-1))
+    lab = as_lab(np.stack(np.meshgrid(steps, steps, steps), axis=-1))
     assert lab[..., 0].min() > -0.1 and lab[..., 0].max() < LIGHTNESS_STEP * (LIGHTNESS_BINS - 1) + 0.1
     assert np.abs(lab[..., 1:]).max() < COLOUR_STEP * (COLOUR_BINS // 2)
 

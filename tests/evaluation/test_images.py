@@ -153,7 +153,7 @@ def test_run_that_is_killed_twice_gives_the_identical_report(run, finished, tmp_
         run(folder)
 
     def score_and_die():
-        die_at_call(scoring, "_write_records", 2)
+        die_at_call(scoring, "write_records", 2)
         run(folder)
 
     assert run_in_child(generate_and_die) == -9

@@ -9,9 +9,8 @@ import PIL.Image
 
 SIDE = 64  # pixels that a picture is reduced to; its shape does not matter for a histogram
 BORDER = 4  # width of the frame that is background
-NEIGHBOURS = (
-    20  # border pixels of a colour that make it background: some, since a subject may touch the border
-)
+# border pixels of a colour that make it background: some, since a subject may touch the border
+NEIGHBOURS = 20
 CONTRAST = 12.0  # distance in CIELAB from which a colour is no longer the background's
 SPREAD = 0.35  # of the weight over the picture, in sides
 LIGHTNESS_STEP, COLOUR_STEP = 25.0, 16.0  # between bins; lightness is coarser, for it changes with the light
@@ -31,7 +30,7 @@ def colour_histogram(image):
         Bhattacharyya coefficient, 1 for equal histograms and 0 for those that share nothing.
     """
     pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE), PIL.Image.Resampling.BOX))
-    lab = _as_lab(pixels)
+    lab = as_lab(pixels)
     histogram = _fill(lab.reshape(-1, 3), _weigh_foreground(lab).reshape(-1))
     return np.sqrt(histogram / histogram.sum()).astype(np.float32)
 
@@ -49,7 +48,7 @@ def _weigh_foreground(lab):
     return place * (1e-6 + nearest**2 / (nearest**2 + CONTRAST**2))
 
 
-def _as_lab(pixels):
+def as_lab(pixels):
     """(..., 3) sRGB in [0, 255] -> (..., 3) CIELAB: lightness in [0, 100], two axes of colour around 0."""
     rgb = pixels / 255.0
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)

@@ -187,10 +187,7 @@ def _picture_reader(size, shorter_side, mean, std, device):
 def _load_efficientnet(name, source, device):
     try:
         import timm
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: torchvision beside another torch than its own
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         raise ImportError(
             f"The scorer {name!r} needs timm and torchvision ({error}): {INSTALL_EFFICIENTNET}"
         ) from error

@@ -78,18 +78,14 @@ def load_inception(weights):
     try:
         import torch_fidelity  # noqa: F401  torchmetrics would not say that it needs torchvision
         from torchmetrics.image.fid import NoTrainInceptionV3
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: torchvision beside another torch than its own
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         raise ImportError(f"FID needs torchmetrics and torch-fidelity ({error}): {INSTALL}") from error
     if weights is not None and not Path(weights).is_file():
         raise OSError(f"There are no weights of the Inception network at {str(weights)!r}.")
     try:
         if weights is not None:
-            torch.load(
-                weights, weights_only=True
-            )  # torch-fidelity would run what a pickle holds: refuse that here
+            # torch-fidelity would run what a pickle holds: refuse that here
+            torch.load(weights, weights_only=True)
         network = NoTrainInceptionV3(
             "inception-v3-compat",
             ["2048"],

@@ -153,26 +153,19 @@ def scores_table(report):
 
 
 def as_markdown(report, plots, sheets, notes):
-    counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
-    model = report["model"]
+    options = [f"{name} {value}" for name, value in report["options"].items()]
+    versions = report["conditions"]["versions"]
     facts = {
-        "benchmark": " ".join(
-            [report["benchmark"], *(f"{name} {value}" for name, value in report["options"].items())]
-        ),
-        "model": " ".join(str(value) for value in model.values() if value is not None),
+        "benchmark": " ".join([report["benchmark"], *options]),
+        "model": _as_words(report["model"]),
         **{
             name: "the model's own" if value is None else str(value)
             for name, value in report["settings"].items()
         },
         **{name: str(value) for name, value in report["conditions"].items() if name != "versions"},
-        "versions": ", ".join(
-            f"{name} {version}" for name, version in report["conditions"]["versions"].items()
-        ),
-        "scorers": "; ".join(
-            " ".join(str(value) for value in scorer.values() if value is not None)
-            for scorer in report["scorers"]
-        ),
-        "counted": counts,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "scorers": "; ".join(map(_as_words, report["scorers"])),
+        "counted": ", ".join(f"{count} {name}" for name, count in report["counts"].items()),
     }
     parts = [
         f"# {report['benchmark']}",
@@ -185,9 +178,8 @@ def as_markdown(report, plots, sheets, notes):
     metrics = table_metrics(report["metrics"])
     for title, groups in (("By unit", report["by unit"]), ("By prompt", report["by prompt"])):
         used = [metric for metric in metrics if any(metric in group for group in groups.values())]
-        if len(groups) > 1 and not any(
-            "." in metric for metric in used
-        ):  # dotted metrics belong to one row each
+        dotted = any("." in metric for metric in used)  # these belong to one row each
+        if len(groups) > 1 and not dotted:
             rows = [
                 [name, *(f"{group[m]:.3f}" if m in group else "" for m in used)]
                 for name, group in groups.items()
@@ -196,6 +188,10 @@ def as_markdown(report, plots, sheets, notes):
     parts += ["## Plots", *(f"![{Path(path).stem}]({path})" for path in plots)] if plots else []
     parts += ["## Images", " · ".join(f"[{Path(path).stem}]({path})" for path in sheets)]
     return "\n\n".join(parts) + "\n"
+
+
+def _as_words(identity):
+    return " ".join(str(value) for value in identity.values() if value is not None)
 
 
 def _plot(folder, report, metric):

@@ -103,12 +103,12 @@ def score(folder, manifest, scorer, state):
             }
             for task, one in zip(tasks, scores, strict=True)
         ]
-        _write_records(parts / f"{number:06}.jsonl", scorer.identity, records)
+        write_records(parts / f"{number:06}.jsonl", scorer.identity, records)
     state.wait_for_everyone()
     if state.is_main_process and parts.exists():
         for part in sorted(parts.glob("*.jsonl")):
             known |= _read_records(part, scorer.identity)
-        _write_records(path, scorer.identity, [known[task.id] for task in manifest.tasks])
+        write_records(path, scorer.identity, [known[task.id] for task in manifest.tasks])
         shutil.rmtree(parts)
     state.wait_for_everyone()
 
@@ -142,7 +142,7 @@ def _score_path(folder, name):
     return Path(folder) / "scores" / f"{name}.jsonl"
 
 
-def _write_records(path, identity, records):
+def write_records(path, identity, records):
     write_text(path, "".join(json.dumps(record) + "\n" for record in [identity, *records]))
 
 
