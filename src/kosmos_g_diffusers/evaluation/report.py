@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import write_text, written_atomically
-from .images import INSTALL, repeated_pictures
+from .images import INSTALL, repeated_inputs
 from .sheets import CONTROL, file_name, write_sheets
 
 RESAMPLES = 10_000  # of the bootstrap
@@ -50,7 +50,7 @@ def summarise(manifest, scores, scorers, n_words, distance=None):
     Args:
         scores: task id -> metric -> score, of all images.
         scorers: identities of what made them.
-        n_words: pictures that are stored as image words.
+        n_words: input images that are stored as image words.
         distance: what `manifest.distance` has measured. It belongs to no single image, and stands first.
     """
     by_unit = mean_by(manifest.tasks, scores, lambda task: task.unit)
@@ -66,7 +66,7 @@ def summarise(manifest, scores, scorers, n_words, distance=None):
             "interval": bootstrap(values),
             "units": len(values),
         }
-    repeated = set(repeated_pictures(manifest))
+    repeated = set(repeated_inputs(manifest))
     single_units = len(by_unit) == len(manifest.tasks)
     return {
         "benchmark": manifest.benchmark,
@@ -132,7 +132,7 @@ def _as_cell(text):
 
 
 def scores_table(report):
-    """Every metric with its interval, beside its control and the published numbers."""
+    """Every metric with its interval, next to its control and the published numbers."""
     metrics, published = report["metrics"], report["published"]
     controls = {
         name.replace(CONTROL, "."): format_score(entry) for name, entry in metrics.items() if CONTROL in name
@@ -148,7 +148,7 @@ def scores_table(report):
                 *numbers,
             ]
         )
-    control = ["control: pictures shuffled"] if controls else []
+    control = ["control: input images shuffled"] if controls else []
     return table(["", f"this run ({LEVEL:.0%} interval)", *control, *published], rows)
 
 

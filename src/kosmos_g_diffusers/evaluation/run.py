@@ -9,7 +9,7 @@ from ..environment import check_device, package_versions
 from ..files import hash_bytes
 from ..generation.settings import GenerationSettings
 from .images import generate, identify_model, join_processes, open_folder
-from .manifest import OWN_PICTURES, Manifest, hash_pictures
+from .manifest import OWN_PICTURES, Manifest, hash_images
 from .report import load_matplotlib, write_report
 from .scoring import has_scores, read_scores, score
 
@@ -74,7 +74,7 @@ def _begin(manifest, output, state, model, settings, device, batch_size):
         if own:
             pictures = {name: hash_bytes(manifest.files[f"{OWN_PICTURES}/{name}"]) for name in names}
         else:
-            pictures = hash_pictures(data, names)
+            pictures = hash_images(data, names)
         conditions = {
             "device": torch.device(device).type,
             "batch_size": batch_size,

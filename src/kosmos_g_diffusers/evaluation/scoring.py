@@ -1,4 +1,4 @@
-"""The second pass over a manifest: scores of its images, a file for each scorer, going on where a killed run was."""
+"""The second pass over a manifest: scores of its images, a file for each scorer; a run that was killed is resumed."""
 
 import json
 import shutil
@@ -16,13 +16,13 @@ BATCH = 32  # images that a scorer sees at once
 
 
 class FeatureScorer:
-    """Scores by cosines of features: with the pictures of each subject, and with words where a task has them.
+    """Scores by cosines of features: with the images of each subject, and with words where a task has them.
 
     Args:
         name: of SCORERS in features.py.
         source: folder, file or Hub id of its weights; None takes its own.
         device: where it runs.
-        data: folder of the reference pictures.
+        data: folder of the references.
     """
 
     def __init__(self, name, source, device, data):
@@ -65,10 +65,10 @@ class FeatureScorer:
         return results
 
     def _features_of(self, paths):
-        """Features of a subject's reference pictures, computed once."""
+        """Features of a subject's references, computed once."""
         if paths not in self._references:
-            pictures = [open_image(Path(self.data) / path, path) for path in paths]
-            self._references[paths] = self._extractor.features(pictures)
+            images = [open_image(Path(self.data) / path, path) for path in paths]
+            self._references[paths] = self._extractor.features(images)
         return self._references[paths]
 
 

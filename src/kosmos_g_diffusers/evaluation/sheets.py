@@ -14,7 +14,7 @@ from ..processing_kosmos_g import open_image
 from .images import image_path
 
 LONGEST = 100  # images of a sheet; a longer one says how many are left out
-THUMBNAIL = 224  # pixels, longest side of an input picture
+THUMBNAIL = 224  # pixels, longest side of an input image
 SMALL = 128  # pixels, longest side of what is shown enlarged
 CONTROL = ".shuffled."  # in the name of a metric that is the control of the one without it
 PAGE = jinja2.Environment(autoescape=True, trim_blocks=True).from_string("""\
@@ -88,7 +88,7 @@ def group_tasks(manifest):
 
 
 def group_by_prompt(tasks):
-    """Lists of tasks of one prompt with the same pictures."""
+    """Lists of tasks of one prompt with the same input images."""
     groups = {}
     for task in tasks:
         groups.setdefault((task.prompt, task.pictures), []).append(task)
@@ -115,17 +115,17 @@ def image_figures(page_folder, folder, tasks, scores):
     return figures
 
 
-def input_figures(data, pictures):
+def input_figures(data, paths):
     """What a prompt shows, inside the page, which then needs no data folder."""
     figures = []
-    for name in pictures:
-        image = open_image(Path(data) / name, str(Path(data) / name))
+    for path in paths:
+        image = open_image(Path(data) / path, str(Path(data) / path))
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         kind = "png" if _is_small(image) else "jpeg"
         file = io.BytesIO()
         image.save(file, format=kind)
         source = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-        figures.append({"source": source, "lines": [name], "small": _is_small(image)})
+        figures.append({"source": source, "lines": [path], "small": _is_small(image)})
     return figures
 
 
