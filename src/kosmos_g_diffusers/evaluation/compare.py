@@ -9,8 +9,8 @@ from .manifest import OWN_PICTURES, Manifest
 from .report import (
     LEVEL,
     RESAMPLES,
-    as_label,
     bootstrap,
+    draw_values,
     load_matplotlib,
     mean_by,
     save_figure,
@@ -186,16 +186,12 @@ def _plot(output, metric, row):
     """The difference of each unit; path from `output`."""
     if len(row["by unit"]) < 2:
         return None
-    order = sorted(row["by unit"], key=row["by unit"].get)
-    plot = load_matplotlib()(figsize=(7, 1.2 + 0.2 * len(order)), layout="constrained")
+    plot = load_matplotlib()(figsize=(7, 1.2 + 0.2 * len(row["by unit"])), layout="constrained")
     axis = plot.subplots()
     axis.axvline(0, color="black", linewidth=0.8)
-    if row["interval"]:
-        axis.axvspan(*row["interval"], alpha=0.2, label=f"{LEVEL:.0%} interval of the mean")
+    draw_values(axis, row["by unit"], row["interval"])
     axis.axvline(row["difference"], label=f"mean {row['difference']:+.3f}")
-    axis.plot([row["by unit"][name] for name in order], [as_label(name) for name in order], "o")
     axis.set(title="B - A", xlabel=metric)
-    axis.margins(y=0.5 / len(order))
     axis.legend(fontsize="small")
     path = f"plots/{file_name(metric)}.png"
     save_figure(plot, output / path)

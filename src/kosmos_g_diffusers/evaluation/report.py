@@ -208,28 +208,29 @@ def _plot(folder, report, metric):
     figure = figure_class(figsize=(6.5 * len(groups), height), layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False)[0]
     for axis, (title, values) in zip(axes, groups.items(), strict=True):
-        order = sorted(values, key=values.get)
         entry = report["metrics"][metric]
-        if entry["interval"]:
-            axis.axvspan(*entry["interval"], alpha=0.2, label=f"{LEVEL:.0%} interval of the mean")
+        draw_values(axis, values, entry["interval"])
         axis.axvline(entry["mean"], label=f"mean {entry['mean']:.3f}")
         for (name, scores), style in zip(report["published"].items(), ("--", ":", "-."), strict=False):
             if metric in scores:
                 axis.axvline(
                     scores[metric], linestyle=style, color="black", label=f"{name} {scores[metric]:.3f}"
                 )
-        axis.plot([values[name] for name in order], [as_label(name) for name in order], "o")
         axis.set(title=title, xlabel=metric)
-        axis.margins(y=0.5 / len(order))
         axis.legend(fontsize="small")
     path = f"plots/{file_name(metric)}.png"
     save_figure(figure, folder / path)
     return path
 
 
-def as_label(name):
-    """For matplotlib, which reads what is between two dollars as mathematics."""
-    return name.replace("$", r"\$")
+def draw_values(axis, values, interval):
+    """A dot for each name of `values`, sorted by value, over the interval of their mean (None if there is none)."""
+    if interval:
+        axis.axvspan(*interval, alpha=0.2, label=f"{LEVEL:.0%} interval of the mean")
+    order = sorted(values, key=values.get)
+    # matplotlib reads what is between two dollars as mathematics
+    axis.plot([values[name] for name in order], [name.replace("$", r"\$") for name in order], "o")
+    axis.margins(y=0.5 / len(order))
 
 
 def load_matplotlib():
