@@ -37,11 +37,12 @@ img{max-width:100%;image-rendering:auto;display:block;background:#eee}figcaption
 {% for part in parts %}
 {% if part.prompt %}<h3>{{ part.prompt }}</h3>{% endif %}
 {% if part.inputs %}<div class='images inputs'>{{ show(part.inputs) }}</div>{% endif %}
-<div class='pair'>
+{% if part.rows %}<div class='pair'>
 {% for title, figures in part.rows %}
 <div class='images'>{% if title %}<b>{{ title }}</b>{% endif %}{{ show(figures) }}</div>
 {% endfor %}
-</div>
+</div>{% endif %}
+
 {% endfor %}
 </html>
 """)
@@ -75,7 +76,7 @@ def write_sheets(folder, manifest, scores):
 
 def write_page(path, **content):
     """Write a page of title, index, notes, links (name, path) and parts, which have prompt, inputs and rows (title, figures)."""
-    write_text(path, PAGE.render(content))
+    write_text(path, PAGE.render(content) + "\n")
 
 
 def group_tasks(manifest):
