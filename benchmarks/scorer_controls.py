@@ -18,7 +18,7 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-from kosmos_g_diffusers.evaluation.features import SCORERS, load_scorer
+from kosmos_g_diffusers.evaluation.features import SCORERS, load_extractor
 
 SIDE = 256
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "grass", "gravel", "brick")
@@ -74,17 +74,17 @@ def summary(values):
     return f"{values.mean():.3f} ({np.quantile(values, 0.1):.3f} to {np.quantile(values, 0.9):.3f})"
 
 
-def report(scorer, subjects, backgrounds, rng):
+def report(extractor, subjects, backgrounds, rng):
     views = [[place(subject, backgrounds, rng) for subject in subjects] for _ in range(2)]
-    first, second = (scorer.features(images) for images in views)
+    first, second = (extractor.features(images) for images in views)
     places = rng.getstate()
     turned = {}
     for degrees in HUES:
         rng.setstate(places)  # the same placements for every hue
         images = [place(turn_hue(subject, degrees), backgrounds, rng) for subject in subjects]
-        turned[degrees] = scorer.features(images)
+        turned[degrees] = extractor.features(images)
     rng.setstate(places)
-    plain = scorer.features([place(subject, backgrounds, rng) for subject in subjects])
+    plain = extractor.features([place(subject, backgrounds, rng) for subject in subjects])
     order = list(range(len(subjects)))
     rng.shuffle(order)
     for metric in first:
@@ -112,14 +112,14 @@ def report(scorer, subjects, backgrounds, rng):
             )
 
 
-def report_shapes(scorer, folder, backgrounds, rng):
+def report_shapes(extractor, folder, backgrounds, rng):
     """One shape in several colours, each on two photographs: does a score see which colour it is?"""
     results = {}
     for names in SHAPES:
         subjects = [Image.open(folder / f"{name}.webp").convert("RGBA") for name in names]
         for _ in range(4):
             views = [[place(subject, backgrounds, rng) for subject in subjects] for _ in range(2)]
-            first, second = (scorer.features(images) for images in views)
+            first, second = (extractor.features(images) for images in views)
             for metric in first:
                 scores = matrix(first[metric], second[metric])
                 entry = results.setdefault(metric, ([], [], []))
@@ -146,10 +146,10 @@ def main():
     subjects = [Image.open(arguments.emoji / f"{name}.webp").convert("RGBA") for name in names]
     photos = [] if arguments.plain else PHOTOS
     backgrounds = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in photos]
-    scorer = load_scorer(arguments.scorer, arguments.source)
+    extractor = load_extractor(arguments.scorer, arguments.source)
     rng = random.Random(arguments.seed)
-    report(scorer, subjects, backgrounds, rng)
-    report_shapes(scorer, arguments.emoji, backgrounds, rng)
+    report(extractor, subjects, backgrounds, rng)
+    report_shapes(extractor, arguments.emoji, backgrounds, rng)
 
 
 if __name__ == "__main__":

@@ -229,9 +229,11 @@ def main():
     drawn = {condition: read_strip(folder / f"{condition}.png") for condition in CONDITIONS}
     draw_sheet(tasks, drawn, subjects, folder / "sheet.png")
     print(folder / "sheet.png")
-    from kosmos_g_diffusers.evaluation.features import load_scorer
+    from kosmos_g_diffusers.evaluation.features import load_extractor
 
-    results = score(load_scorer("efficientnet"), drawn | draw_ceilings(vae, tasks, subjects), tasks, subjects)
+    results = score(
+        load_extractor("efficientnet"), drawn | draw_ceilings(vae, tasks, subjects), tasks, subjects
+    )
     lines = summarise(results, len(subjects))
     (folder / "scores.json").write_text(json.dumps(results))
     (folder / "scores.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

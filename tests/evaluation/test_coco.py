@@ -10,7 +10,9 @@ import pytest
 import scipy.linalg
 import torch
 
+from kosmos_g_diffusers.evaluation import fid
 from kosmos_g_diffusers.evaluation.benchmarks import coco
+from kosmos_g_diffusers.evaluation.run import evaluate
 from kosmos_g_diffusers.generation.png import read_settings
 from kosmos_g_diffusers.testing import build_tiny_pipeline
 
@@ -38,9 +40,9 @@ class SmallNetwork(torch.nn.Module):
         self.weight = torch.randn(3 * 8 * 8, 5, generator=generator)
 
     def forward(self, pixels):
-        assert pixels.dtype == torch.uint8 and pixels.shape[1:] == (3, coco.SIZE, coco.SIZE)
+        assert pixels.dtype == torch.uint8 and pixels.shape[1:] == (3, fid.SIZE, fid.SIZE)
         self.calls += 1
-        small = torch.nn.functional.avg_pool2d(pixels / 255, coco.SIZE // 8)
+        small = torch.nn.functional.avg_pool2d(pixels / 255, fid.SIZE // 8)
         return small.flatten(1) @ self.weight
 
 
@@ -83,9 +85,9 @@ def test_distance_agrees_with_scipy():
     generated = torch.from_numpy(rng.normal(size=(300, 16)) @ rng.normal(size=(16, 16)) + 0.5).float()
     expected = scipy_distance(real, generated)
     assert expected > 10
-    distance = coco.frechet_distance(real.split(90), generated.split(70))
+    distance = fid.frechet_distance(real.split(90), generated.split(70))
     assert distance == pytest.approx(expected, abs=1e-3)
-    assert coco.frechet_distance([real], [real]) == pytest.approx(0, abs=1e-3)
+    assert fid.frechet_distance([real], [real]) == pytest.approx(0, abs=1e-3)
 
 
 # Captions --------------------------------------------------------------------------------------------------------------
@@ -147,65 +149,65 @@ def test_more_captions_than_there_are_and_missing_photographs_are_refused(
 def test_crop_takes_the_middle_of_the_shorter_side():
     array = np.zeros((60, 100, 3), dtype=np.uint8)
     array[:, 20:80] = 200  # the middle 60 x 60
-    pixels = coco.crop(PIL.Image.fromarray(array), 30)
+    pixels = fid.crop(PIL.Image.fromarray(array), 30)
     assert pixels.shape == (3, 30, 30) and pixels.dtype == torch.uint8
     assert (pixels[:, :, 1:-1] == 200).all()
-    assert coco.crop(PIL.Image.fromarray(array).rotate(90, expand=True), 30).shape == (3, 30, 30)
+    assert fid.crop(PIL.Image.fromarray(array).rotate(90, expand=True), 30).shape == (3, 30, 30)
     same = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8))
-    assert np.array_equal(coco.crop(same, 30).permute(1, 2, 0), np.asarray(same))
+    assert np.array_equal(fid.crop(same, 30).permute(1, 2, 0), np.asarray(same))
 
 
 @pytest.fixture
-def pictures(data, monkeypatch):
-    monkeypatch.setattr(coco, "SHARD", 3)
-    monkeypatch.setattr(coco, "BATCH", 2)
+def images(data, monkeypatch):
+    monkeypatch.setattr(fid, "SHARD", 3)
+    monkeypatch.setattr(fid, "BATCH", 2)
     return sorted(data.images.iterdir())
 
 
 def features_of(folder):
-    return torch.cat(list(coco.read_features(folder)))
+    return torch.cat(list(fid.read_features(folder)))
 
 
-def test_features_are_those_of_the_pictures_in_order(pictures, network, tmp_path):
-    coco.write_features(tmp_path / "features", pictures, network, ALONE)
-    pixels = torch.stack([coco.crop(PIL.Image.open(path).convert("RGB")) for path in pictures])
+def test_features_are_those_of_the_images_in_order(images, network, tmp_path):
+    fid.write_features(tmp_path / "features", images, network, ALONE)
+    pixels = torch.stack([fid.crop(PIL.Image.open(path).convert("RGB")) for path in images])
     torch.testing.assert_close(features_of(tmp_path / "features"), network(pixels))
 
 
-def test_features_that_are_there_are_kept(pictures, network, tmp_path):
+def test_features_that_are_there_are_kept(images, network, tmp_path):
     folder = tmp_path / "features"
-    coco.write_features(folder, pictures, network, ALONE)
+    fid.write_features(folder, images, network, ALONE)
     expected, first = features_of(folder), network.calls
-    coco.write_features(folder, pictures, network, ALONE)
+    fid.write_features(folder, images, network, ALONE)
     assert network.calls == first == 2 + 2 + 1
     # a part that a kill has left out, and one that it has left damaged
     (folder / "000001.safetensors").unlink()
     (folder / "000002.safetensors").write_bytes(b"half")
-    coco.write_features(folder, pictures, network, ALONE)
+    fid.write_features(folder, images, network, ALONE)
     assert network.calls == first + 2 + 1 and torch.equal(features_of(folder), expected)
 
 
-def test_features_of_other_pictures_or_another_network_are_not_mixed(pictures, network, tmp_path):
+def test_features_of_other_images_or_another_network_are_not_mixed(images, network, tmp_path):
     folder = tmp_path / "features"
-    coco.write_features(folder, pictures, network, ALONE)
+    fid.write_features(folder, images, network, ALONE)
     before, calls = features_of(folder), network.calls
-    PIL.Image.new("RGB", (70, 60), "red").save(pictures[0])
-    coco.write_features(folder, pictures, network, ALONE)
+    PIL.Image.new("RGB", (70, 60), "red").save(images[0])
+    fid.write_features(folder, images, network, ALONE)
     assert network.calls == calls + 2
     changed = (features_of(folder) != before).any(1)
     assert changed.tolist() == [True] + [False] * 6
     network.identity = {"network": "another"}
-    coco.write_features(folder, pictures, network, ALONE)
+    fid.write_features(folder, images, network, ALONE)
     assert network.calls == calls + 2 + 5
-    coco.write_features(folder, pictures[:3], network, ALONE)
+    fid.write_features(folder, images[:3], network, ALONE)
     assert len(features_of(folder)) == 3
 
 
-def test_processes_share_the_features(pictures, network, tmp_path):
-    coco.write_features(tmp_path / "alone", pictures, network, ALONE)
+def test_processes_share_the_features(images, network, tmp_path):
+    fid.write_features(tmp_path / "alone", images, network, ALONE)
     for index in (1, 0):
         state = SimpleNamespace(**{**vars(ALONE), "num_processes": 2, "process_index": index})
-        coco.write_features(tmp_path / "two", pictures, network, state)
+        fid.write_features(tmp_path / "two", images, network, state)
     assert torch.equal(features_of(tmp_path / "two"), features_of(tmp_path / "alone"))
 
 
@@ -213,10 +215,11 @@ def test_processes_share_the_features(pictures, network, tmp_path):
 
 
 def run(data, output, monkeypatch, network, *, count=4, steps=2, **options):
-    monkeypatch.setattr(coco, "load_inception", lambda weights: network)
+    monkeypatch.setattr(fid, "load_inception", lambda weights: network)
     settings = {**coco.SETTINGS, "steps": steps, "height": 32, "width": 32, "dtype": "float32", "seed": 0}
     options = {"model": None, "settings": settings, "device": "cpu", "batch_size": 3, **options}
-    return coco.evaluate(data.annotations, data.images, output, count=count, seed=0, **options)
+    asked = SimpleNamespace(**vars(data), count=count, seed=0, inception=None)
+    return evaluate(coco.plan(asked), output, **options)
 
 
 @pytest.fixture
@@ -230,7 +233,7 @@ def test_report_holds_the_distance_of_images_and_photographs(finished, data, net
     paths = sorted(folder.glob("images/000/*.png"))
     assert len(paths) == 4
     generated, real = (
-        network(torch.stack([coco.crop(PIL.Image.open(path).convert("RGB")) for path in group]))
+        network(torch.stack([fid.crop(PIL.Image.open(path).convert("RGB")) for path in group]))
         for group in (paths, sorted(data.images.iterdir()))
     )
     expected = scipy_distance(real, generated)
@@ -257,7 +260,7 @@ def test_images_are_those_of_the_captions(finished):
     assert tokenizer(settings.prompt)["input_ids"] == tokenizer(captions[2]["caption"])["input_ids"]
 
 
-def test_finished_run_goes_on_without_work_and_says_the_same(finished, data, network, monkeypatch):
+def test_finished_run_is_resumed_without_work_and_says_the_same(finished, data, network, monkeypatch):
     report, folder = finished
     files = {path: path.stat().st_mtime_ns for path in folder.glob("images/*/*.png")}
     texts = [(folder / name).read_bytes() for name in ("report.json", "report.md")]
@@ -289,7 +292,7 @@ def test_run_of_other_settings_is_refused(finished, data, network, monkeypatch):
 def test_without_torch_fidelity_the_error_names_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
     with pytest.raises(ImportError, match="pip install torchmetrics torch-fidelity torchvision"):
-        coco.load_inception(None)
+        fid.load_inception(None)
 
 
 @pytest.fixture
@@ -317,25 +320,25 @@ def inception_weights(monkeypatch, tmp_path):
 def test_network_is_torchmetrics_own(inception_weights, data):
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    pixels = torch.stack([coco.crop(PIL.Image.open(path), 64) for path in sorted(data.images.iterdir())])
-    extractor = coco.load_inception(inception_weights)
+    pixels = torch.stack([fid.crop(PIL.Image.open(path), 64) for path in sorted(data.images.iterdir())])
+    extractor = fid.load_inception(inception_weights)
     metric = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(inception_weights))
     metric.update(pixels[:4], real=True)
     metric.update(pixels[4:], real=False)
     features = extractor(pixels)
     assert features.shape == (7, 2048) and len(extractor.identity["sha256"]) == 64
-    distance = coco.frechet_distance([features[:2], features[2:4]], [features[4:]])
+    distance = fid.frechet_distance([features[:2], features[2:4]], [features[4:]])
     assert distance == pytest.approx(float(metric.compute()), rel=1e-4)
 
 
 def test_weights_that_cannot_be_had_name_the_way_out(inception_weights, tmp_path):
     with pytest.raises(OSError, match="no network.*pass --inception FILE"):
-        coco.load_inception(None)
+        fid.load_inception(None)
     with pytest.raises(OSError, match="no weights of the Inception network at"):
-        coco.load_inception(tmp_path / "missing.pth")
+        fid.load_inception(tmp_path / "missing.pth")
 
 
 def test_weights_that_would_run_code_are_refused(inception_weights, tmp_path):
     torch.save({"weight": pytest.raises}, tmp_path / "code.pth")
     with pytest.raises(OSError, match="cannot be loaded"):
-        coco.load_inception(tmp_path / "code.pth")
+        fid.load_inception(tmp_path / "code.pth")

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.evaluating import draw_picture, run_compare
+from support.evaluating import draw_image, run_compare
 
 from kosmos_g_diffusers.evaluation.compare import compare
 from kosmos_g_diffusers.evaluation.images import image_path
-from kosmos_g_diffusers.evaluation.manifest import Manifest, Task, hash_file
+from kosmos_g_diffusers.evaluation.manifest import Manifest, Task
 from kosmos_g_diffusers.evaluation.report import bootstrap, format_score, mean_by, table, write_report
 from kosmos_g_diffusers.evaluation.scoring import read_scores
+from kosmos_g_diffusers.files import hash_file
 
 pytest.importorskip("matplotlib", reason="evaluation needs the extra `eval`")
 
@@ -29,7 +30,7 @@ def make_run(folder, data, value, **changes):
     )
     data.mkdir(exist_ok=True)
     for number, unit in enumerate(UNITS):
-        draw_picture(number).save(data / f"{unit}.png")
+        draw_image(number).save(data / f"{unit}.png")
     manifest = Manifest(
         benchmark="fruit",
         options={},
@@ -46,7 +47,7 @@ def make_run(folder, data, value, **changes):
     lines = [{"scorer": "ripeness"}]
     for number, task in enumerate(manifest.tasks):
         image_path(folder, task).parent.mkdir(parents=True, exist_ok=True)
-        draw_picture(100 + number).save(image_path(folder, task))
+        draw_image(100 + number).save(image_path(folder, task))
         scores = {"ripeness": value(UNITS.index(task.unit), number % 2)}
         lines.append({"id": task.id, "sha256": hash_file(image_path(folder, task)), "scores": scores})
     (folder / "scores").mkdir()
@@ -80,15 +81,15 @@ def test_comparison_is_written_with_images_side_by_side(runs, tmp_path, capsys):
     sheet = (tmp_path / "out" / "sheets" / "pear.html").read_text()
     for run in ("first", "second"):
         assert f"../../{run}/images/pear/1.png" in sheet
-    # one row of each run under the prompt, below its picture
+    # one row of each run under the prompt, below its image
     assert sheet.count("<h3>") == 1 and sheet.count("data:image/") == 1
     order = [sheet.index(text) for text in ("data:image/", "<h3>", "<b>A</b>", "first/images", "<b>B</b>")]
     assert order == sorted(order)
     assert "&lt;i&gt; &amp; &lt;b&gt;" in sheet and "<b> " not in sheet
     assert (tmp_path / "out" / "plots" / "ripeness.png").is_file()
     compare(*runs, tmp_path / "out")  # its own results are written anew
-    for picture in (tmp_path / "data").iterdir():
-        picture.unlink()
+    for image in (tmp_path / "data").iterdir():
+        image.unlink()
     compare(*runs, tmp_path / "out")  # runs may have been taken elsewhere, without their data
     assert "data:image/" not in (tmp_path / "out" / "sheets" / "pear.html").read_text()
 
@@ -110,7 +111,7 @@ def test_runs_of_different_images_are_refused(runs, tmp_path):
 
 def test_unfinished_runs_and_other_folders_are_refused(runs, tmp_path):
     first, second = runs
-    with pytest.raises(ValueError, match="no results folder"):
+    with pytest.raises(ValueError, match="not a results folder"):
         compare(first, tmp_path, tmp_path / "out")
     image_path(second, Manifest.read(second).tasks[0]).unlink()
     with pytest.raises(ValueError, match="1 images of .*second.* are not made yet, such as apple/0"):
@@ -121,7 +122,7 @@ def test_unfinished_runs_and_other_folders_are_refused(runs, tmp_path):
 
 def test_scores_of_images_that_changed_do_not_count(runs, tmp_path):
     first, second = runs
-    draw_picture(7).save(image_path(second, Manifest.read(second).tasks[0]))
+    draw_image(7).save(image_path(second, Manifest.read(second).tasks[0]))
     assert read_scores(second, Manifest.read(second)) == (
         {task.id: {} for task in Manifest.read(second).tasks},
         [],

@@ -12,11 +12,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A folder with every subject, its picture an empty file."""
+    """A folder with every subject, its image an empty file."""
     folder = tmp_path_factory.mktemp("whole")
     for name, subject in SUBJECTS.items():
         (folder / name).mkdir()
-        (folder / name / subject.picture).touch()
+        (folder / name / subject.image).touch()
     return folder
 
 
@@ -69,10 +69,10 @@ def test_seeds_do_not_depend_on_what_else_is_run(data):
     assert build_tasks(data, "paper", ["cat"], [0], seed=1)[0].seed != seeds["cat/00_0"]
 
 
-def test_all_missing_folders_and_pictures_are_named_at_once(data, tmp_path):
+def test_all_missing_folders_and_images_are_named_at_once(data, tmp_path):
     folder = make_dreambench(tmp_path / "data")
     (folder / "cat" / "04.jpg").unlink()
-    with pytest.raises(ValueError, match="28 folders or pictures") as error:
+    with pytest.raises(ValueError, match="28 folders or images") as error:
         build_tasks(folder, "paper")
     for name in set(SUBJECTS) - set(MINI):
         assert f"{name}/" in str(error.value)

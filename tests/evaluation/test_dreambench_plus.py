@@ -2,13 +2,13 @@ import json
 
 import PIL.Image
 import pytest
-from support.evaluating import draw_picture, run_evaluate, save_scorers
+from support.evaluating import draw_image, run_evaluate, save_scorers
 
 from kosmos_g_diffusers.evaluation.benchmarks.dreambench_plus import (
     INSTRUCTIONS,
     build_tasks,
     export,
-    place_picture,
+    place_image,
 )
 
 COLLECTIONS = {
@@ -22,7 +22,7 @@ def data(tmp_path):
     for number, (name, lines) in enumerate(COLLECTIONS.items()):
         for kind in ("images", "captions"):
             (tmp_path / "data" / kind / name).parent.mkdir(parents=True, exist_ok=True)
-        draw_picture(number, size=60).save(tmp_path / "data" / "images" / f"{name}.jpg")
+        draw_image(number, size=60).save(tmp_path / "data" / "images" / f"{name}.jpg")
         (tmp_path / "data" / "captions" / f"{name}.txt").write_text("\n".join(lines) + "\n")
     return tmp_path / "data"
 
@@ -38,8 +38,8 @@ def data(tmp_path):
         ("a fox", "", "<i> a fox"),
     ],
 )
-def test_picture_takes_the_place_of_the_subject_and_its_article(text, subject, prompt):
-    assert place_picture(text, subject) == prompt
+def test_image_takes_the_place_of_the_subject_and_its_article(text, subject, prompt):
+    assert place_image(text, subject) == prompt
 
 
 def test_collections_have_the_names_of_the_benchmark(data):

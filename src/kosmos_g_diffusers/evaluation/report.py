@@ -1,13 +1,12 @@
 """A finished run as report.json, report.md, plots and sheets. The same run gives the same files, byte for byte."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
-from .images import INSTALL, repeated_pictures
-from .manifest import write_text
+from ..files import write_text, written_atomically
+from .images import INSTALL, repeated_inputs
 from .sheets import CONTROL, file_name, write_sheets
 
 RESAMPLES = 10_000  # of the bootstrap
@@ -45,17 +44,21 @@ def mean_by(tasks, scores, key):
     }
 
 
-def summarise(manifest, scores, scorers, n_words, published=None):
+def summarise(manifest, scores, scorers, n_words, distance=None):
     """The report as a dict.
 
     Args:
         scores: task id -> metric -> score, of all images.
         scorers: identities of what made them.
-        n_words: pictures that are stored as image words.
-        published: name -> metric -> score, to be shown beside the run.
+        n_words: input images that are stored as image words.
+        distance: what `manifest.distance` has measured. It belongs to no single image, and stands first.
     """
     by_unit = mean_by(manifest.tasks, scores, lambda task: task.unit)
-    metrics = {}
+    metrics, counts = {}, {}
+    if distance is not None:
+        entry = {"mean": round(distance, 6), "interval": None, "units": len(manifest.tasks)}
+        metrics, counts = {manifest.distance.name: entry}, manifest.distance.counts
+        scorers = [manifest.distance.identity, *scorers]
     for name in dict.fromkeys(name for unit in by_unit.values() for name in unit):
         values = [unit[name] for unit in by_unit.values() if name in unit]
         metrics[name] = {
@@ -63,7 +66,7 @@ def summarise(manifest, scores, scorers, n_words, published=None):
             "interval": bootstrap(values),
             "units": len(values),
         }
-    repeated = set(repeated_pictures(manifest))
+    repeated = set(repeated_inputs(manifest))
     single_units = len(by_unit) == len(manifest.tasks)
     return {
         "benchmark": manifest.benchmark,
@@ -79,27 +82,30 @@ def summarise(manifest, scores, scorers, n_words, published=None):
             "pictures": len({path for task in manifest.tasks for path in task.pictures}),
             "pictures encoded": n_words
             + sum(path not in repeated for task in manifest.tasks for path in task.pictures),
+            **counts,
         },
         "metrics": metrics,
-        "published": published or {},
+        "published": manifest.published,
         "by unit": {} if single_units else by_unit,
         "by prompt": mean_by(manifest.tasks, scores, lambda task: task.row),
     }
 
 
-def write_report(folder, manifest, scores, scorers, published=None, notes=()):
-    """Write report.json, report.md, plots/ and sheets/; returns the report as a dict.
+def write_report(folder, manifest, scores, scorers, distance=None):
+    """Write report.json, report.md, plots/ and sheets/; returns the report, which is that of `summarise`.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     folder = Path(folder)
     n_words = len(list((folder / "words").glob("*.safetensors")))
-    report = summarise(manifest, scores, scorers, n_words, published)
+    report = summarise(manifest, scores, scorers, n_words, distance)
     sheets = write_sheets(folder, manifest, scores)
     plots = [_plot(folder, report, metric) for metric in table_metrics(report["metrics"])]
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    write_text(folder / "report.md", as_markdown(report, [path for path in plots if path], sheets, notes))
+    write_text(
+        folder / "report.md", as_markdown(report, [path for path in plots if path], sheets, manifest.notes)
+    )
     return report
 
 
@@ -126,7 +132,7 @@ def _as_cell(text):
 
 
 def scores_table(report):
-    """Every metric with its interval, beside its control and the published numbers."""
+    """Every metric with its interval, next to its control and the published numbers."""
     metrics, published = report["metrics"], report["published"]
     controls = {
         name.replace(CONTROL, "."): format_score(entry) for name, entry in metrics.items() if CONTROL in name
@@ -142,31 +148,24 @@ def scores_table(report):
                 *numbers,
             ]
         )
-    control = ["control: pictures shuffled"] if controls else []
+    control = ["control: input images shuffled"] if controls else []
     return table(["", f"this run ({LEVEL:.0%} interval)", *control, *published], rows)
 
 
 def as_markdown(report, plots, sheets, notes):
-    counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
-    model = report["model"]
+    options = [f"{name} {value}" for name, value in report["options"].items()]
+    versions = report["conditions"]["versions"]
     facts = {
-        "benchmark": " ".join(
-            [report["benchmark"], *(f"{name} {value}" for name, value in report["options"].items())]
-        ),
-        "model": " ".join(str(value) for value in model.values() if value is not None),
+        "benchmark": " ".join([report["benchmark"], *options]),
+        "model": _as_words(report["model"]),
         **{
             name: "the model's own" if value is None else str(value)
             for name, value in report["settings"].items()
         },
         **{name: str(value) for name, value in report["conditions"].items() if name != "versions"},
-        "versions": ", ".join(
-            f"{name} {version}" for name, version in report["conditions"]["versions"].items()
-        ),
-        "scorers": "; ".join(
-            " ".join(str(value) for value in scorer.values() if value is not None)
-            for scorer in report["scorers"]
-        ),
-        "counted": counts,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "scorers": "; ".join(map(_as_words, report["scorers"])),
+        "counted": ", ".join(f"{count} {name}" for name, count in report["counts"].items()),
     }
     parts = [
         f"# {report['benchmark']}",
@@ -179,9 +178,8 @@ def as_markdown(report, plots, sheets, notes):
     metrics = table_metrics(report["metrics"])
     for title, groups in (("By unit", report["by unit"]), ("By prompt", report["by prompt"])):
         used = [metric for metric in metrics if any(metric in group for group in groups.values())]
-        if len(groups) > 1 and not any(
-            "." in metric for metric in used
-        ):  # dotted metrics belong to one row each
+        dotted = any("." in metric for metric in used)  # these belong to one row each
+        if len(groups) > 1 and not dotted:
             rows = [
                 [name, *(f"{group[m]:.3f}" if m in group else "" for m in used)]
                 for name, group in groups.items()
@@ -190,6 +188,10 @@ def as_markdown(report, plots, sheets, notes):
     parts += ["## Plots", *(f"![{Path(path).stem}]({path})" for path in plots)] if plots else []
     parts += ["## Images", " · ".join(f"[{Path(path).stem}]({path})" for path in sheets)]
     return "\n\n".join(parts) + "\n"
+
+
+def _as_words(identity):
+    return " ".join(str(value) for value in identity.values() if value is not None)
 
 
 def _plot(folder, report, metric):
@@ -206,28 +208,29 @@ def _plot(folder, report, metric):
     figure = figure_class(figsize=(6.5 * len(groups), height), layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False)[0]
     for axis, (title, values) in zip(axes, groups.items(), strict=True):
-        order = sorted(values, key=values.get)
         entry = report["metrics"][metric]
-        if entry["interval"]:
-            axis.axvspan(*entry["interval"], alpha=0.2, label=f"{LEVEL:.0%} interval of the mean")
+        draw_values(axis, values, entry["interval"])
         axis.axvline(entry["mean"], label=f"mean {entry['mean']:.3f}")
         for (name, scores), style in zip(report["published"].items(), ("--", ":", "-."), strict=False):
             if metric in scores:
                 axis.axvline(
                     scores[metric], linestyle=style, color="black", label=f"{name} {scores[metric]:.3f}"
                 )
-        axis.plot([values[name] for name in order], [as_label(name) for name in order], "o")
         axis.set(title=title, xlabel=metric)
-        axis.margins(y=0.5 / len(order))
         axis.legend(fontsize="small")
     path = f"plots/{file_name(metric)}.png"
     save_figure(figure, folder / path)
     return path
 
 
-def as_label(name):
-    """For matplotlib, which reads what is between two dollars as mathematics."""
-    return name.replace("$", r"\$")
+def draw_values(axis, values, interval):
+    """A dot for each name of `values`, sorted by value, over the interval of their mean (None if there is none)."""
+    if interval:
+        axis.axvspan(*interval, alpha=0.2, label=f"{LEVEL:.0%} interval of the mean")
+    order = sorted(values, key=values.get)
+    # matplotlib reads what is between two dollars as mathematics
+    axis.plot([values[name] for name in order], [name.replace("$", r"\$") for name in order], "o")
+    axis.margins(y=0.5 / len(order))
 
 
 def load_matplotlib():
@@ -244,11 +247,6 @@ def load_matplotlib():
 
 
 def save_figure(figure, path):
-    """Write a PNG whole or not at all, without the date and version that would make every file another."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(part, format="png", dpi=100, metadata={"Software": None})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a PNG atomically, without the date and version that would make every file another."""
+    with written_atomically(path) as file:
+        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})

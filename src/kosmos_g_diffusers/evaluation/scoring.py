@@ -1,4 +1,4 @@
-"""The second pass over a manifest: scores of its images, a file for each scorer, going on where a killed run was."""
+"""The second pass over a manifest: scores of its images, a file for each scorer; a run that was killed is resumed."""
 
 import json
 import shutil
@@ -7,22 +7,22 @@ from pathlib import Path
 import PIL.Image
 from tqdm.auto import tqdm
 
+from ..files import hash_file, hash_folder, write_text
 from ..processing_kosmos_g import open_image
-from .features import SCORERS, load_scorer
+from .features import SCORERS, load_extractor
 from .images import image_path
-from .manifest import hash_file, hash_folder, write_text
 
 BATCH = 32  # images that a scorer sees at once
 
 
-class FeatureJudge:
-    """Scores by cosines of a scorer's features: with the pictures of each subject, and with words where it has them.
+class FeatureScorer:
+    """Scores by cosines of features: with the images of each subject, and with words where a task has them.
 
     Args:
-        name: of a scorer of scorers.py.
+        name: of SCORERS in features.py.
         source: folder, file or Hub id of its weights; None takes its own.
         device: where it runs.
-        data: folder of the reference pictures.
+        data: folder of the references.
     """
 
     def __init__(self, name, source, device, data):
@@ -31,17 +31,17 @@ class FeatureJudge:
         if source is not None and Path(source).exists():
             digest = hash_folder(source) if Path(source).is_dir() else hash_file(source)
             self.identity = {"scorer": name, "sha256": digest}
-        self._scorer, self._references = None, {}
+        self._extractor, self._references = None, {}
 
     def load(self):
         """Load the weights, so that a mistake shows before hours of work."""
-        if self._scorer is None:
-            self._scorer = load_scorer(self.name, source=self.source, device=self.device)
+        if self._extractor is None:
+            self._extractor = load_extractor(self.name, source=self.source, device=self.device)
 
     def score(self, tasks, images):
         """A dict of scores for each task: of several subjects their mean, each one's own, and the worst."""
         self.load()
-        features, results = self._scorer.features(images), [{} for _ in tasks]
+        features, results = self._extractor.features(images), [{} for _ in tasks]
         for metric, rows in features.items():
             for task, feature, scores in zip(tasks, rows, results, strict=True):
                 cosines = [
@@ -55,25 +55,25 @@ class FeatureJudge:
                     }
                     scores[f"{metric}_worst_subject"] = min(cosines)
         with_words = [
-            index for index, task in enumerate(tasks) if self._scorer.has_text and task.text is not None
+            index for index, task in enumerate(tasks) if self._extractor.has_text and task.text is not None
         ]
         if with_words:
-            texts = self._scorer.text_features([tasks[index].text for index in with_words])
+            texts = self._extractor.text_features([tasks[index].text for index in with_words])
             cosines = (next(iter(features.values()))[with_words] * texts).sum(-1).tolist()
             for index, cosine in zip(with_words, cosines, strict=True):
-                results[index][self._scorer.metrics[-1]] = cosine
+                results[index][self._extractor.metrics[-1]] = cosine
         return results
 
     def _features_of(self, paths):
-        """Features of a subject's reference pictures, computed once."""
+        """Features of a subject's references, computed once."""
         if paths not in self._references:
-            pictures = [open_image(Path(self.data) / path, path) for path in paths]
-            self._references[paths] = self._scorer.features(pictures)
+            images = [open_image(Path(self.data) / path, path) for path in paths]
+            self._references[paths] = self._extractor.features(images)
         return self._references[paths]
 
 
-def score(folder, manifest, judge, state):
-    """Score all images of the manifest with `judge`: `.name`, `.identity` (a dict) and `.score(tasks, images)`.
+def score(folder, manifest, scorer, state):
+    """Score all images of the manifest with `scorer`: `.name`, `.identity` (a dict) and `.score(tasks, images)`.
 
     Scores of images that have not changed since are kept.
 
@@ -81,20 +81,20 @@ def score(folder, manifest, judge, state):
         ValueError: scores of the same name were made by something else.
     """
     folder = Path(folder)
-    path, parts = _score_path(folder, judge.name), folder / "scores" / judge.name
-    known = _read_records(path, judge.identity)
+    path, parts = _score_path(folder, scorer.name), folder / "scores" / scorer.name
+    known = _read_records(path, scorer.identity)
     for part in sorted(parts.glob("*.jsonl")):
-        known |= _read_records(part, judge.identity)
+        known |= _read_records(part, scorer.identity)
     chunks = manifest.chunks(BATCH)
     state.wait_for_everyone()
     mine = list(enumerate(chunks))[state.process_index :: state.num_processes]
-    for number, tasks in tqdm(mine, desc=f"batches of {judge.name}", disable=not state.is_main_process):
+    for number, tasks in tqdm(mine, desc=f"batches of {scorer.name}", disable=not state.is_main_process):
         files = {task.id: image_path(folder, task) for task in tasks}
         digests = {name: hash_file(file) for name, file in files.items()}
         if all(known.get(name, {}).get("sha256") == digest for name, digest in digests.items()):
             continue
         images = [PIL.Image.open(files[task.id]).convert("RGB") for task in tasks]
-        scores = judge.score(tasks, images)
+        scores = scorer.score(tasks, images)
         records = [
             {
                 "id": task.id,
@@ -103,12 +103,12 @@ def score(folder, manifest, judge, state):
             }
             for task, one in zip(tasks, scores, strict=True)
         ]
-        _write_records(parts / f"{number:06}.jsonl", judge.identity, records)
+        write_records(parts / f"{number:06}.jsonl", scorer.identity, records)
     state.wait_for_everyone()
     if state.is_main_process and parts.exists():
         for part in sorted(parts.glob("*.jsonl")):
-            known |= _read_records(part, judge.identity)
-        _write_records(path, judge.identity, [known[task.id] for task in manifest.tasks])
+            known |= _read_records(part, scorer.identity)
+        write_records(path, scorer.identity, [known[task.id] for task in manifest.tasks])
         shutil.rmtree(parts)
     state.wait_for_everyone()
 
@@ -142,7 +142,7 @@ def _score_path(folder, name):
     return Path(folder) / "scores" / f"{name}.jsonl"
 
 
-def _write_records(path, identity, records):
+def write_records(path, identity, records):
     write_text(path, "".join(json.dumps(record) + "\n" for record in [identity, *records]))
 
 

@@ -1,28 +1,51 @@
-"""HTML sheets of a run's images: self-contained but for the images, which they find beside them."""
+"""HTML sheets of a run's images: self-contained but for the images, which they find by relative paths."""
 
 import base64
 import io
 import os
 import re
-from html import escape
 from pathlib import Path
 
+import jinja2  # torch requires it: it is always there
 import PIL.Image
 
+from ..files import write_text
 from ..processing_kosmos_g import open_image
 from .images import image_path
-from .manifest import write_text
 
 LONGEST = 100  # images of a sheet; a longer one says how many are left out
-THUMBNAIL = 224  # pixels, longest side of an input picture
+THUMBNAIL = 224  # pixels, longest side of an input image
 SMALL = 128  # pixels, longest side of what is shown enlarged
 CONTROL = ".shuffled."  # in the name of a metric that is the control of the one without it
-STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1100px;padding:0 1em;color:#222}
+PAGE = jinja2.Environment(autoescape=True, trim_blocks=True).from_string("""\
+<!doctype html><html lang='en'><meta charset='utf-8'><title>{{ title }}</title><style>
+body{font:15px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1100px;padding:0 1em;color:#222}
 h1{font-size:1.4em}table{border-collapse:collapse}td,th{padding:4px 8px;text-align:left;vertical-align:top}
 .images{display:flex;flex-wrap:wrap;gap:10px;margin:6px 0 22px}figure{margin:0;width:240px}
 img{max-width:100%;image-rendering:auto;display:block;background:#eee}figcaption{font-size:12px;color:#555}
 .inputs figure{width:160px}figure.small{width:170px}.small img{width:128px;image-rendering:pixelated}
-.images b{flex:0 0 1.2em;color:#222}.pair{display:flex;flex-wrap:wrap;gap:0 30px}"""
+.images b{flex:0 0 1.2em;color:#222}.pair{display:flex;flex-wrap:wrap;gap:0 30px}
+</style>
+{% macro show(figures) %}{% for figure in figures %}
+<figure{% if figure.small %} class='small'{% endif %}><img src='{{ figure.source }}' alt='{{ figure.alt }}' loading='lazy'>
+<figcaption>{% for line in figure.lines %}{{ line }}<br>{% endfor %}</figcaption></figure>
+{% endfor %}{% endmacro %}
+{% if index %}<p><a href='{{ index }}'>all sheets</a></p>{% endif %}
+<h1>{{ title }}</h1>
+{% for line in notes %}<p>{{ line }}</p>{% endfor %}
+{% if links %}<ul>{% for name, path in links %}<li><a href='{{ path }}'>{{ name }}</a></li>{% endfor %}</ul>{% endif %}
+{% for part in parts %}
+{% if part.prompt %}<h3>{{ part.prompt }}</h3>{% endif %}
+{% if part.inputs %}<div class='images inputs'>{{ show(part.inputs) }}</div>{% endif %}
+{% if part.rows %}<div class='pair'>
+{% for title, figures in part.rows %}
+<div class='images'>{% if title %}<b>{{ title }}</b>{% endif %}{{ show(figures) }}</div>
+{% endfor %}
+</div>{% endif %}
+
+{% endfor %}
+</html>
+""")
 
 
 def write_sheets(folder, manifest, scores):
@@ -31,25 +54,29 @@ def write_sheets(folder, manifest, scores):
     Returns:
         Paths of the sheets from `folder`, in order.
     """
-    folder = Path(folder)
-    groups = group_tasks(manifest)
-    paths = {name: f"sheets/{file_name(name)}.html" for name in groups}
-    for name, tasks in groups.items():
-        body = [f"<p><a href='index.html'>all sheets</a></p><h1>{escape(name)}</h1>"]
-        shown = tasks[:LONGEST]
+    sheets = Path(folder) / "sheets"
+    links = []
+    for name, tasks in group_tasks(manifest).items():
+        notes, shown = [], tasks[:LONGEST]
         if len(shown) < len(tasks):
-            body.append(f"<p>The first {len(shown)} of {len(tasks)} images; the others are in images/.</p>")
-        body.append(_images_by_row(folder, manifest, shown, scores))
-        write_page(folder / paths[name], name, "\n".join(body))
-    links = "".join(
-        f"<li><a href='{Path(path).name}'>{escape(name)}</a></li>" for name, path in paths.items()
-    )
-    write_page(
-        folder / "sheets" / "index.html",
-        manifest.benchmark,
-        f"<h1>{escape(manifest.benchmark)}</h1><ul>{links}</ul>",
-    )
-    return list(paths.values())
+            notes.append(f"The first {len(shown)} of {len(tasks)} images; the others are in images/.")
+        parts = []
+        shared = len({task.pictures for task in shown}) == 1
+        if shared:
+            parts.append({"inputs": input_figures(manifest.data, shown[0].pictures)})
+        for group in group_by_prompt(shown):
+            inputs = [] if shared else input_figures(manifest.data, group[0].pictures)
+            row = ("", image_figures(sheets, folder, group, scores))
+            parts.append({"prompt": group[0].prompt, "inputs": inputs, "rows": [row]})
+        links.append((name, f"{file_name(name)}.html"))
+        write_page(sheets / links[-1][1], title=name, index="index.html", notes=notes, parts=parts)
+    write_page(sheets / "index.html", title=manifest.benchmark, links=links)
+    return [f"sheets/{path}" for _, path in links]
+
+
+def write_page(path, **content):
+    """Write a page of title, index, notes, links (name, path) and parts, which have prompt, inputs and rows (title, figures)."""
+    write_text(path, PAGE.render(content) + "\n")
 
 
 def group_tasks(manifest):
@@ -61,81 +88,48 @@ def group_tasks(manifest):
     return groups
 
 
-def file_name(name):
-    return re.sub(r"[^\w+.-]+", "-", name).strip("-.")[:80] or "sheet"
-
-
-def write_page(path, title, body):
-    write_text(
-        path,
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>\n"
-        f"{body}\n</html>\n",
-    )
-
-
-def _images_by_row(folder, manifest, tasks, scores):
-    """The input pictures, once if all tasks have the same, and under each prompt its images."""
-    parts = []
-    shared = len({task.pictures for task in tasks}) == 1
-    if shared:
-        parts.append(show_inputs(manifest.data, tasks[0].pictures))
-    for group in group_by_prompt(tasks):
-        parts.append(f"<h3>{escape(group[0].prompt)}</h3>")
-        if not shared:
-            parts.append(show_inputs(manifest.data, group[0].pictures))
-        parts.append(show_images(folder / "sheets", folder, group, scores))
-    return "\n".join(parts)
-
-
 def group_by_prompt(tasks):
-    """Lists of tasks of one prompt with the same pictures."""
+    """Lists of tasks of one prompt with the same input images."""
     groups = {}
     for task in tasks:
         groups.setdefault((task.prompt, task.pictures), []).append(task)
     return list(groups.values())
 
 
-def show_images(page_folder, folder, tasks, scores, title=""):
-    """A row of images of a run with their scores; the page finds them relative to itself."""
+def file_name(name):
+    return re.sub(r"[^\w+.-]+", "-", name).strip("-.")[:80] or "sheet"
+
+
+def image_figures(page_folder, folder, tasks, scores):
+    """Images of a run with their scores; the page finds them relative to itself."""
     figures = []
     for task in tasks:
         path = image_path(folder, task)
-        source = Path(os.path.relpath(path, page_folder)).as_posix()
         lines = [
-            f"{escape(name.removeprefix(f'{task.row}.'))} {value:.3f}"
+            f"{name.removeprefix(f'{task.row}.')} {value:.3f}"
             for name, value in scores[task.id].items()
             if CONTROL not in name
         ]
+        source = Path(os.path.relpath(path, page_folder)).as_posix()
         with PIL.Image.open(path) as image:
-            size = image.size
-        figures.append(
-            f"<figure{_style(size)}><img src='{escape(source)}' alt='{escape(task.id)}' loading='lazy'>"
-            f"<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
-        )
-    title = f"<b>{escape(title)}</b>" if title else ""
-    return f"<div class='images'>{title}{''.join(figures)}</div>"
+            figures.append({"source": source, "alt": task.id, "lines": lines, "small": _is_small(image)})
+    return figures
 
 
-def show_inputs(data, pictures):
-    """A row of what a prompt shows, from the data folder."""
-    figures = "".join(_thumbnail(Path(data) / path, path) for path in pictures)
-    return f"<div class='images inputs'>{figures}</div>" if figures else ""
+def input_figures(data, paths):
+    """What a prompt shows, inside the page, which then needs no data folder."""
+    figures = []
+    for path in paths:
+        image = open_image(Path(data) / path, str(Path(data) / path))
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        kind = "png" if _is_small(image) else "jpeg"
+        file = io.BytesIO()
+        image.save(file, format=kind)
+        source = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+        figures.append({"source": source, "lines": [path], "small": _is_small(image)})
+    return figures
 
 
-def _thumbnail(path, name):
-    """A picture inside the page, which then needs no data folder."""
-    picture = open_image(path, str(path))
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    kind = "png" if max(picture.size) <= SMALL else "jpeg"
-    file = io.BytesIO()
-    picture.save(file, format=kind)
-    content = base64.b64encode(file.getvalue()).decode("ascii")
-    return (
-        f"<figure{_style(picture.size)}><img src='data:image/{kind};base64,{content}' alt=''>"
-        f"<figcaption>{escape(name)}</figcaption></figure>"
-    )
-
-
-def _style(size):
-    """Class of a picture of few pixels, which is shown larger."""
-    return " class='small'" if max(size) <= SMALL else ""
+def _is_small(image):
+    """Whether it has so few pixels that it is shown larger."""
+    return max(image.size) <= SMALL

@@ -1,1 +1,15 @@
-"""The benchmarks of `kosmos-g evaluate`, a module each."""
+"""The benchmarks of `kosmos-g evaluate`. A benchmark is a module: name it here. It has
+
+TITLE, DESCRIPTION, EXAMPLES    for the help
+SETTINGS, BATCH_SIZE            of a run, unless the user says otherwise
+SCORERS                         names of --scorer, likewise; None if it takes none
+add_arguments(parser)           the flags that others do not have
+plan(arguments)                 what is run, a `Manifest`
+"""
+
+from . import coco, dreambench, dreambench_plus, multi, sprites
+
+BENCHMARKS = {
+    module.__name__.rpartition(".")[2].replace("_", "-"): module
+    for module in (dreambench, coco, multi, dreambench_plus, sprites)
+}

@@ -1,24 +1,42 @@
 """DreamBench: 30 subjects with 25 prompts each, as the Kosmos-G paper (sec. 4.2) and DreamBooth measure them.
 
-Subjects, classes and prompts are those of github.com/google/dreambooth, dataset/prompts_and_classes.txt; the picture of each
+Subjects, classes and prompts are those of github.com/google/dreambooth, dataset/prompts_and_classes.txt; the image of each
 subject is the one that microsoft/unilm keeps, kosmos-g/scripts/remove_dreambench_multiimg.sh. As in its
 eval/dreambench_prompts.py, the model reads `<i> in the jungle` and CLIP-T compares with "a dog in the jungle".
 """
 
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from ..manifest import Task, derive_seed
+from ..manifest import Manifest, Task, derive_seed
 
-PROTOCOLS = ("paper", "standard")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+TITLE = "30 subjects with 25 prompts each"
+DESCRIPTION = """
+An image of a subject in new scenes, with the settings of the paper. DINO and CLIP-I tell whether it is the subject, CLIP-T
+whether it is the scene. Both protocols give the model the same image: paper compares with that one, standard with every
+image of the subject. The data folder has a folder of images for each subject, such as dog/02.jpg.
+"""
+EXAMPLES = """
+  kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/dreambench
+  # a taste of it: two subjects, two prompts, one image each; scored without anything from a hub
+  kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/taste \\
+      --subjects dog,can --prompts 0,20 --images-per-prompt 1 --scorer efficientnet
+  # other weights of a scorer, from a folder
+  kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/offline \\
+      --scorer dino=./dino-vits16 --scorer clip=./clip-vit-base-patch32
+"""
 SETTINGS = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
+BATCH_SIZE = 4
+SCORERS = ("dino", "clip")  # of the paper
+PROTOCOLS = ("paper", "standard")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGES_PER_PROMPT = 4
 
 
 class Subject(NamedTuple):
     class_word: str
-    picture: str  # the one of the paper
+    image: str  # the one of the paper
     live: bool = False
 
 
@@ -94,13 +112,59 @@ LIVE_SCENES = (
 EDITS = ("red", "purple", "shiny", "wet", "cube shaped")
 N_PROMPTS = len(SCENES) + len(OBJECT_SCENES) + len(EDITS)
 
-PAPER_PUBLISHED = {
-    "Kosmos-G, its paper": {"dino": 0.694, "clip_i": 0.847, "clip_t": 0.287},
+PUBLISHED = {
+    "paper": {"Kosmos-G, its paper": {"dino": 0.694, "clip_i": 0.847, "clip_t": 0.287}},
+    "standard": {
+        "Kosmos-G, open weights, an independent run": {"dino": 0.618, "clip_i": 0.822, "clip_t": 0.250}
+    },
 }
-STANDARD_PUBLISHED = {
-    "Kosmos-G, open weights, an independent run": {"dino": 0.618, "clip_i": 0.822, "clip_t": 0.250},
-}
-PUBLISHED = {"paper": PAPER_PUBLISHED, "standard": STANDARD_PUBLISHED}
+NOTE = "The published numbers are of 30 subjects with 25 prompts and 4 images each; this run is of others."
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("--data", required=True, metavar="FOLDER", help="the folder dataset of github.com/google/dreambooth")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="paper",
+        help="score against the one image that the model was given (paper, the default) or all of the subject (standard)",
+    )
+    add("--subjects", type=_names, metavar="A,B", help="some of them (default: all 30)")
+    add("--prompts", type=_numbers, metavar="N,N", help="some of them, from 0 to 24 (default: all 25)")
+    add("--images-per-prompt", type=int, default=IMAGES_PER_PROMPT, metavar="N", help="(default: 4)")
+
+
+def _names(text):
+    return [name.strip() for name in text.split(",")]
+
+
+def _numbers(text):
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of numbers; expected some such as 0,20"
+        ) from None
+
+
+def plan(arguments):
+    tasks = build_tasks(
+        arguments.data,
+        arguments.protocol,
+        arguments.subjects,
+        arguments.prompts,
+        arguments.images_per_prompt,
+        arguments.seed,
+    )
+    return Manifest(
+        benchmark="dreambench",
+        options={"protocol": arguments.protocol},
+        tasks=tasks,
+        data=arguments.data,
+        published=PUBLISHED[arguments.protocol],
+        notes=() if len(tasks) == len(SUBJECTS) * N_PROMPTS * IMAGES_PER_PROMPT else (NOTE,),
+    )
 
 
 def prompts_of(subject):
@@ -118,15 +182,15 @@ def build_tasks(data, protocol, subjects=None, prompts=None, images_per_prompt=I
 
     Args:
         data: folder with a folder for each subject.
-        protocol: "paper" scores against the picture that the model was given, "standard" against every picture of the
-            subject. Both give it the same picture, so they make the same images.
+        protocol: "paper" scores against the image that the model was given, "standard" against every image of the
+            subject. Both give it the same image, so they make the same images.
         subjects: names out of SUBJECTS; None takes all.
         prompts: numbers of prompts, from 0 to 24; None takes all.
         images_per_prompt: as it says.
         seed: of the run.
 
     Raises:
-        ValueError: no such protocol, subject or prompt, a folder whose class is not known, folders or pictures that are
+        ValueError: no such protocol, subject or prompt, a folder whose class is not known, folders or images that are
             missing: all of them are named.
     """
     data = Path(data)
@@ -141,8 +205,8 @@ def build_tasks(data, protocol, subjects=None, prompts=None, images_per_prompt=I
     subjects = _check_subjects(data, subjects)
     tasks = []
     for subject in subjects:
-        given = f"{subject}/{SUBJECTS[subject].picture}"
-        references = list_pictures(data, subject) if protocol == "standard" else (given,)
+        given = f"{subject}/{SUBJECTS[subject].image}"
+        references = list_images(data, subject) if protocol == "standard" else (given,)
         rows = prompts_of(subject)
         for number in prompts:
             prompt, text = rows[number]
@@ -162,10 +226,10 @@ def build_tasks(data, protocol, subjects=None, prompts=None, images_per_prompt=I
     return tuple(tasks)
 
 
-def list_pictures(data, folder):
-    """Paths from `data` of the pictures of a folder, in order of their names."""
+def list_images(data, folder):
+    """Paths from `data` of the images of a folder, in order of their names."""
     names = sorted(
-        path.name for path in (Path(data) / folder).iterdir() if path.suffix.lower() in PICTURE_SUFFIXES
+        path.name for path in (Path(data) / folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
     )
     return tuple(f"{folder}/{name}" for name in names)
 
@@ -193,11 +257,11 @@ def _check_subjects(data, subjects):
     for subject in subjects:
         if not (data / subject).is_dir():
             missing.append(f"{subject}/")
-        elif not (data / subject / SUBJECTS[subject].picture).is_file():
-            missing.append(f"{subject}/{SUBJECTS[subject].picture}")
+        elif not (data / subject / SUBJECTS[subject].image).is_file():
+            missing.append(f"{subject}/{SUBJECTS[subject].image}")
     if missing:
         raise ValueError(
-            f"{len(missing)} folders or pictures are not in {str(data)!r}: {', '.join(missing)}. Complete it from "
+            f"{len(missing)} folders or images are not in {str(data)!r}: {', '.join(missing)}. Complete it from "
             "github.com/google/dreambooth (folder `dataset`), or name the subjects that are there with --subjects."
         )
     return list(dict.fromkeys(subjects))

@@ -1,6 +1,6 @@
 """DreamBench++ (github.com/yuangpeng/dreambench_plus): its data as input, and an exporter for its judge.
 
-Its data folder has `images/<category>/<number>.jpg` and, beside each, `captions/<category>/<number>.txt`: the subject in the
+Its data folder has `images/<category>/<number>.jpg` and, next to each, `captions/<category>/<number>.txt`: the subject in the
 first line, then a prompt a line. Its judge is a hosted model, which this package does not call. `export` writes what the
 judge's own scripts read, and, with the judge's instructions, the requests themselves.
 """
@@ -8,13 +8,27 @@ judge's own scripts read, and, with the judge's instructions, the requests thems
 import base64
 import io
 import json
+from functools import partial
 from pathlib import Path
 
+from ...files import write_text
 from ...processing_kosmos_g import IMAGE_MARK, open_image
 from ..images import image_path
-from ..manifest import Manifest, Task, derive_seed, write_text
+from ..manifest import Manifest, Task, derive_seed
 
+TITLE = "DreamBench++, and its images for its judge"
+DESCRIPTION = """
+The data of DreamBench++, scored by DINO and CLIP. Its judge is a hosted model, which is not called: --judge writes the images and
+questions that it is asked.
+"""
+EXAMPLES = """
+  kosmos-g evaluate dreambench-plus --data dreambench_plus/data --model ./kosmos-g --output runs/plus
+  kosmos-g evaluate dreambench-plus --data dreambench_plus/data --model ./kosmos-g --output runs/plus \\
+      --judge judge --judge-prompts dreambench_plus/dreambench_plus/prompts
+"""
 SETTINGS = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
+BATCH_SIZE = 4
+SCORERS = ("dino", "clip")
 IMAGES_PER_PROMPT = 1  # as its own scripts make
 JUDGE_SIZE = (512, 512)  # what its scripts show the judge
 ARTICLES = ("a ", "an ", "the ")
@@ -26,27 +40,51 @@ INSTRUCTIONS = {
 }
 
 
+def add_arguments(parser):
+    add = parser.add_argument
+    add("--data", required=True, metavar="FOLDER", help="data folder of DreamBench++: images/ and captions/")
+    add("--judge", metavar="FOLDER", help="also write the images for the judge of DreamBench++ there")
+    prompts = "dreambench_plus/prompts of its repository: write the judge's requests as well"
+    add("--judge-prompts", metavar="FOLDER", help=prompts)
+    add("--images-per-prompt", type=int, default=IMAGES_PER_PROMPT, metavar="N", help="(default: 1)")
+
+
+def plan(arguments):
+    if arguments.judge_prompts and not arguments.judge:
+        raise ValueError("--judge-prompts was given without --judge, the folder to write to. Pass both.")
+    if arguments.judge_prompts:  # before hours of work
+        read_instructions(arguments.judge_prompts)
+    judge = {"data": arguments.data, "output": arguments.judge, "instructions": arguments.judge_prompts}
+    return Manifest(
+        benchmark="dreambench-plus",
+        options={},
+        tasks=build_tasks(arguments.data, arguments.images_per_prompt, arguments.seed),
+        data=arguments.data,
+        finish=partial(export, **judge) if arguments.judge else None,
+    )
+
+
 def build_tasks(data, images_per_prompt=IMAGES_PER_PROMPT, seed=0):
-    """The images of a run. The picture takes the place of the subject's words, as Emu2's own runs of the benchmark do.
+    """The images of a run. The input image takes the place of the subject's words, as Emu2's own runs of the benchmark do.
 
     `a kitten sitting on a cloud` with the subject `kitten` is read as `<i> sitting on a cloud`: the article goes with it.
-    A prompt that does not name its subject, such as most of those for styles, gets the picture first.
+    A prompt that does not name its subject, such as most of those for styles, gets the image first.
 
     Raises:
-        ValueError: folders, captions or pictures are missing; all of them are named.
+        ValueError: folders, captions or images are missing; all of them are named.
     """
     data = Path(data)
-    pictures, captions = (
+    images, captions = (
         {path.relative_to(data / kind).with_suffix(""): path for path in sorted((data / kind).rglob(pattern))}
         for kind, pattern in (("images", "*.jpg"), ("captions", "*.txt"))
     )
-    missing = [f"captions/{name.as_posix()}.txt" for name in pictures if name not in captions]
-    missing += [f"images/{name.as_posix()}.jpg" for name in captions if name not in pictures]
-    if missing or not pictures:
+    missing = [f"captions/{name.as_posix()}.txt" for name in images if name not in captions]
+    missing += [f"images/{name.as_posix()}.jpg" for name in captions if name not in images]
+    if missing or not images:
         what = ", ".join(missing) or "images/<category>/<number>.jpg and captions/<category>/<number>.txt"
         raise ValueError(f"{str(data)!r} lacks {what}. Pass the data folder of DreamBench++.")
     texts = {}
-    for name in pictures:
+    for name in images:
         lines = [line.strip() for line in captions[name].read_text(encoding="utf-8").splitlines()]
         texts[name] = [line for line in lines if line]
     empty = [str(captions[name]) for name, lines in texts.items() if len(lines) < 2]
@@ -56,15 +94,15 @@ def build_tasks(data, images_per_prompt=IMAGES_PER_PROMPT, seed=0):
             "line."
         )
     tasks = []
-    for name, picture in pictures.items():
+    for name, image in images.items():
         subject, *prompts = texts[name]
         category = name.parent.name
         category = f"live_subject_{category}" if category in ("animal", "human") else category
         collection = f"{category}_{name.name}_{'_'.join(subject.lower().split())}"
-        given = picture.relative_to(data).as_posix()
+        given = image.relative_to(data).as_posix()
         for number, text in enumerate(prompts):
             for index in range(images_per_prompt):
-                prompt = place_picture(text, subject)
+                prompt = place_image(text, subject)
                 tasks.append(
                     Task(
                         id=f"{_as_id(collection)}/{number}_{index}",
@@ -81,7 +119,7 @@ def build_tasks(data, images_per_prompt=IMAGES_PER_PROMPT, seed=0):
     return tuple(tasks)
 
 
-def place_picture(text, subject):
+def place_image(text, subject):
     """Words with the subject's name -> prompt with `<i>` in its place, or before everything."""
     place = text.lower().find(subject.lower()) if subject else -1
     if place < 0:
@@ -109,7 +147,7 @@ def export(folder, data, output, instructions=None):
         output: folder with `src_image`, `text` and `tgt_image` as its scripts read them (put its path into METHODS of
             their constants.py).
         instructions: its folder `dreambench_plus/prompts`. With it, `requests.jsonl` is written as well: a line for each
-            question, {"id": ..., "messages": [...]} as chat interfaces take them, pictures included.
+            question, {"id": ..., "messages": [...]} as chat interfaces take them, images included.
 
     Raises:
         ValueError: images are missing, or instructions.
@@ -126,14 +164,14 @@ def export(folder, data, output, instructions=None):
         name = f"{task.truth['collection']}/{task.truth['number']}_{task.truth['index']}"
         source = open_image(Path(data) / task.pictures[0], task.pictures[0])
         target = open_image(image_path(folder, task), task.id)
-        for kind, picture in (("src_image", source), ("tgt_image", target)):
+        for kind, image in (("src_image", source), ("tgt_image", target)):
             path = output / kind / f"{name}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_as_jpeg(picture))
+            path.write_bytes(_as_jpeg(image))
         write_text(output / "text" / f"{name}.txt", task.text + "\n")
         if texts is not None:
             kind = "style" if task.truth["collection"].startswith("style_") else "subject"
-            source, target = (_as_content(picture.resize(JUDGE_SIZE)) for picture in (source, target))
+            source, target = (_as_content(image.resize(JUDGE_SIZE)) for image in (source, target))
             requests.append(_request(f"{name}/concept", texts[kind], [source, target]))
             words = {"type": "text", "text": task.text}
             requests.append(_request(f"{name}/prompt", texts["text"], [words, target]))
@@ -166,12 +204,12 @@ def _request(name, texts, content):
     return {"id": name, "messages": [*messages, {"role": "user", "content": content}]}
 
 
-def _as_jpeg(picture):
+def _as_jpeg(image):
     file = io.BytesIO()
-    picture.save(file, format="JPEG", quality=95)
+    image.save(file, format="JPEG", quality=95)
     return file.getvalue()
 
 
-def _as_content(picture):
-    url = f"data:image/jpeg;base64,{base64.b64encode(_as_jpeg(picture)).decode('ascii')}"
+def _as_content(image):
+    url = f"data:image/jpeg;base64,{base64.b64encode(_as_jpeg(image)).decode('ascii')}"
     return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}

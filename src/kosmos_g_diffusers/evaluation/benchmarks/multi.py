@@ -1,26 +1,37 @@
 """Prompts of several subjects: each image is scored against every one of its subjects, and against words.
 
-The data folder holds pictures in folders of any names and `prompts.json`, a list of
+The data folder holds images in folders of any names and `prompts.json`, a list of
 
     {"prompt": "<i> and <i> in the jungle", "images": ["dog/02.jpg", "can/01.jpg"], "text": "a dog and a can in the jungle"}
 
-- `prompt`: what the model reads, with a `<i>` for each picture;
-- `images`: the pictures, from the data folder;
+- `prompt`: what the model reads, with a `<i>` for each input image;
+- `images`: the input images, as paths from the data folder;
 - `text`: words that CLIP-T compares with; left out, nothing is compared with words;
-- `references` (may be left out): for each subject a list of pictures that it is scored against, or the name of a folder, all
-  of whose pictures are taken; by default the picture itself.
+- `references` (may be left out): for each subject a list of images that it is scored against, or the name of a folder, all
+  of whose images are taken; by default the input image itself.
 
 Lists of the kind that UNO's evaluation uses, {"prompt": "a dog and a can in the jungle", "image_paths": [...]}, are read as
-well when the pictures lie in DreamBench's folders: "a dog" becomes `<i>`, and the prompt itself is the text.
+well when the images lie in DreamBench's folders: "a dog" becomes `<i>`, and the prompt itself is the text.
 """
 
-import json
 from pathlib import Path
 
+from ...files import read_json
 from ...processing_kosmos_g import IMAGE_MARK
-from ..manifest import Task, derive_seed
-from .dreambench import SUBJECTS, list_pictures
+from ..manifest import Manifest, Task, derive_seed
+from . import dreambench
 
+TITLE = "prompts of several subjects"
+DESCRIPTION = """
+Several input images in one prompt: DINO and CLIP-I with each subject and with the worst of them, CLIP-T with the words. The data folder
+has the images and prompts.json:
+
+  [{"prompt": "<i> and <i> in the jungle", "images": ["dog/02.jpg", "can/01.jpg"], "text": "a dog and a can in the jungle"}]
+"""
+EXAMPLES = """
+  kosmos-g evaluate multi --data pairs --model ./kosmos-g --output runs/pairs
+"""
+SETTINGS, BATCH_SIZE, SCORERS = dreambench.SETTINGS, dreambench.BATCH_SIZE, dreambench.SCORERS
 FILE_NAME = "prompts.json"
 EXAMPLE = (
     'Expected a list such as [{"prompt": "<i> and <i> in the jungle", "images": ["dog/02.jpg", "can/01.jpg"], "text": '
@@ -30,37 +41,45 @@ KEYS = {"prompt", "images", "text", "references"}
 UNO_KEYS = {"prompt", "image_paths", "image_tgt_path"}
 
 
+def add_arguments(parser):
+    add = parser.add_argument
+    add("--data", required=True, metavar="FOLDER", help="images and prompts.json (docs/evaluation.md)")
+    prompts = "another file of prompts (default: prompts.json of the data folder)"
+    add("--prompts", metavar="FILE", help=prompts)
+    add("--images-per-prompt", type=int, default=4, metavar="N", help="(default: 4)")
+
+
+def plan(arguments):
+    tasks = build_tasks(arguments.data, arguments.prompts, arguments.images_per_prompt, arguments.seed)
+    return Manifest(benchmark="multi", options={}, tasks=tasks, data=arguments.data)
+
+
 def build_tasks(data, prompts=None, images_per_prompt=4, seed=0):
     """The images of a run.
 
     Args:
-        data: folder of the pictures.
+        data: folder of the images.
         prompts: JSON file of the format above; None takes `prompts.json` of the data folder.
         images_per_prompt, seed: as for DreamBench.
 
     Raises:
-        ValueError: the file is missing or of another format, or pictures are missing; all of them are named.
+        ValueError: the file is missing or of another format, or images are missing; all of them are named.
     """
     data = Path(data)
     path = data / FILE_NAME if prompts is None else Path(prompts)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no file {str(path)!r}. {EXAMPLE}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}). {EXAMPLE}") from error
+    entries = read_json(path, EXAMPLE)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} holds no list of prompts. {EXAMPLE}")
     read = [_read_entry(data, path, number, entry) for number, entry in enumerate(entries)]
-    missing = {name for _, pictures, _, references in read for name in (*pictures, *sum(references, ()))}
+    missing = {name for _, images, _, references in read for name in (*images, *sum(references, ()))}
     missing = sorted(name for name in missing if not (data / name).exists())
     if missing:
         raise ValueError(
-            f"{len(missing)} pictures are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
+            f"{len(missing)} images are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
         )
     tasks = []
-    for number, (prompt, pictures, text, references) in enumerate(read):
-        unit = "+".join(dict.fromkeys(_subject(picture) for picture in pictures)) or "no picture"
+    for number, (prompt, images, text, references) in enumerate(read):
+        unit = "+".join(dict.fromkeys(_subject(image) for image in images)) or "no picture"
         for index in range(images_per_prompt):
             tasks.append(
                 Task(
@@ -69,17 +88,17 @@ def build_tasks(data, prompts=None, images_per_prompt=4, seed=0):
                     row=prompt,
                     prompt=prompt,
                     text=text,
-                    pictures=pictures,
+                    pictures=images,
                     references=references,
-                    seed=derive_seed(seed, *pictures, prompt, index),
+                    seed=derive_seed(seed, *images, prompt, index),
                 )
             )
     return tuple(tasks)
 
 
-def _subject(picture):
+def _subject(image):
     """dog/02.jpg -> dog; dog.jpg -> dog."""
-    path = Path(picture)
+    path = Path(image)
     return path.parent.name or path.stem
 
 
@@ -90,32 +109,32 @@ def _read_entry(data, path, number, entry):
     if not isinstance(entry, dict) or not {"prompt", "images"} <= set(entry) <= KEYS:
         found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(f"{where} has {found}; expected prompt, images and perhaps text and references.")
-    prompt, pictures, text = entry["prompt"], entry["images"], entry.get("text")
+    prompt, images, text = entry["prompt"], entry["images"], entry.get("text")
     if not isinstance(prompt, str) or not isinstance(text, str | None):
         raise ValueError(f"{where}: prompt and text must be strings.")
-    if not _is_list_of_text(pictures) or prompt.count(IMAGE_MARK) != len(pictures):
+    if not _is_list_of_text(images) or prompt.count(IMAGE_MARK) != len(images):
         raise ValueError(
-            f"{where}: its prompt has {prompt.count(IMAGE_MARK)} '<i>' marks and images is {pictures!r}. Give the path of one "
-            "picture for each '<i>', in reading order."
+            f"{where}: its prompt has {prompt.count(IMAGE_MARK)} '<i>' marks and images is {images!r}. Give the path of one "
+            "image for each '<i>', in reading order."
         )
-    references = entry.get("references", [[picture] for picture in pictures])
-    if not isinstance(references, list) or len(references) != len(pictures):
+    references = entry.get("references", [[image] for image in images])
+    if not isinstance(references, list) or len(references) != len(images):
         raise ValueError(
-            f"{where}: references must be a list with an entry for each of {len(pictures)} pictures."
+            f"{where}: references must be a list with an entry for each of {len(images)} images."
         )
     groups = []
     for group in references:
         if isinstance(group, str) and (data / group).is_dir():
-            group = list(list_pictures(data, group))
+            group = list(dreambench.list_images(data, group))
         if not _is_list_of_text(group) or not group:
             raise ValueError(
-                f"{where}: the references {group!r} are no list of pictures and no folder with pictures."
+                f"{where}: the references {group!r} are neither a list of images nor a folder with images."
             )
         groups.append(tuple(group))
-    for name in (*pictures, *sum(groups, ())):
+    for name in (*images, *sum(groups, ())):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{where}: {name!r} leads out of the data folder.")
-    return prompt, tuple(pictures), text, tuple(groups)
+    return prompt, tuple(images), text, tuple(groups)
 
 
 def _is_list_of_text(value):
@@ -123,18 +142,18 @@ def _is_list_of_text(value):
 
 
 def _from_uno(data, where, entry):
-    """Replace "a dog" by `<i>` for each picture, by the class words of DreamBench's table."""
+    """Replace "a dog" by `<i>` for each image, by the class words of DreamBench's table."""
     prompt, paths = entry["prompt"], entry["image_paths"]
     if not isinstance(prompt, str) or not _is_list_of_text(paths):
         raise ValueError(f"{where}: prompt must be a string and image_paths a list of paths.")
-    pictures, marked, start = [], prompt, 0
+    images, marked, start = [], prompt, 0
     for path in paths:
         subject, name = Path(path).parts[-2:] if len(Path(path).parts) > 1 else ("", path)
-        if subject not in SUBJECTS:
+        if subject not in dreambench.SUBJECTS:
             raise ValueError(
                 f"{where}: the class of {path!r} is not in DreamBench's table. Write prompts with <i> instead."
             )
-        words = f"a {SUBJECTS[subject].class_word}"
+        words = f"a {dreambench.SUBJECTS[subject].class_word}"
         place = marked.find(words, start)
         if place < 0:
             raise ValueError(
@@ -142,5 +161,5 @@ def _from_uno(data, where, entry):
             )
         marked = marked[:place] + IMAGE_MARK + marked[place + len(words) :]
         start = place + len(IMAGE_MARK)
-        pictures.append(f"{subject}/{name}")
-    return {"prompt": marked, "images": pictures, "text": prompt}
+        images.append(f"{subject}/{name}")
+    return {"prompt": marked, "images": images, "text": prompt}

@@ -16,23 +16,53 @@ from ...sprites.world import (
     recolour,
     render,
 )
-from ..manifest import Task, derive_seed
+from ..manifest import OWN_PICTURES, Manifest, Task, derive_seed
 
-KINDS = ("background", "pair", "text", "edit")
+TITLE = "held-out sprites, read by rules"
+DESCRIPTION = """
+For models of the miniature world, such as the small one that ships: 500 prompts of each of four kinds (new background, two input
+images, words alone, another colour), of sprites that no training has seen. Rules read shape, colour and pattern from the images
+that the model draws. The control compares these with the input images of other prompts. Needs no data and no network.
+"""
+EXAMPLES = """
+  kosmos-g evaluate sprites --output runs/sprites
+  kosmos-g evaluate sprites --count 20 --output runs/sprites-quick
+  kosmos-g evaluate sprites --model runs/sprites-training/model --output runs/mine
+"""
 SETTINGS = {"steps": 12, "guidance": 5.0, "scheduler": "dpm", "height": IMAGE_SIZE, "width": IMAGE_SIZE}
+BATCH_SIZE = 50
+SCORERS = None  # it has one of its own
+KINDS = ("background", "pair", "text", "edit")
 COUNT = 500  # prompts of each kind
 CONTROL = "shuffled"
 NOTE = (
-    "Each number is the share of prompts in which the reader sees it. The control judges the same images by the pictures of "
-    "other prompts: what a model would get that does not look at its pictures."
+    "Each number is the share of prompts in which the reader sees it. The control compares the same images with the input "
+    "images of other prompts: what a model would get that does not look at its own."
 )
 
 
+def add_arguments(parser):
+    text = f"prompts of each kind (default: {COUNT})"
+    parser.add_argument("--count", type=int, default=COUNT, metavar="N", help=text)
+
+
+def plan(arguments):
+    tasks, images = build_tasks(arguments.count, arguments.seed)
+    return Manifest(
+        benchmark="sprites",
+        options={"prompts of each kind": arguments.count},
+        tasks=tasks,
+        files={f"{OWN_PICTURES}/{path}": content for path, content in images.items()},
+        scorers=(ReaderScorer(),),
+        notes=(NOTE,),
+    )
+
+
 def build_tasks(count=COUNT, seed=0):
-    """Prompts of every kind, and their pictures.
+    """Prompts of every kind, and their input images.
 
     Returns:
-        (tasks, path of each picture -> its PNG as bytes).
+        (tasks, path of each input image -> its PNG as bytes).
     """
     if count < 2:
         raise ValueError(
@@ -40,14 +70,14 @@ def build_tasks(count=COUNT, seed=0):
         )
     tasks, files = [], {}
     for kind in KINDS:
-        # judged, as a control, by the truth of another prompt of the kind
+        # scored, as a control, by the truth of another prompt of the kind
         others = list(range(count))
         make_rng("sprite bench", seed, kind, CONTROL).shuffle(others)
         other_of = dict(zip(others, [*others[1:], others[0]], strict=True))
         scenes = [_draw(kind, number, seed) for number in range(count)]
-        for number, (prompt, text, pictures, truth) in enumerate(scenes):
-            paths = tuple(f"{kind}_{number:04}_{index}.png" for index in range(len(pictures)))
-            files.update({path: _as_png(picture) for path, picture in zip(paths, pictures, strict=True)})
+        for number, (prompt, text, images, truth) in enumerate(scenes):
+            paths = tuple(f"{kind}_{number:04}_{index}.png" for index in range(len(images)))
+            files.update({path: _as_png(image) for path, image in zip(paths, images, strict=True)})
             control = _shuffle(kind, truth, scenes[other_of[number]][-1])
             tasks.append(
                 Task(
@@ -66,7 +96,7 @@ def build_tasks(count=COUNT, seed=0):
 
 
 def _draw(kind, number, seed):
-    """(prompt, words for all of it, pictures, truth) of one prompt; truth says what must be seen."""
+    """(prompt, words for all of it, input images, truth) of one prompt; truth says what must be seen."""
     rng = make_rng("sprite bench", seed, kind, number)
     scene = draw_scene_at_random(rng, 2 if kind == "pair" else 1, held_out=True)
     while kind == "edit" and not other_colours(scene.sprites[0]):
@@ -84,26 +114,26 @@ def _draw(kind, number, seed):
 
 
 def _shuffle(kind, truth, other):
-    """What would be true if the pictures were those of `other` and the words stayed; None without pictures."""
+    """What would be true if the input images were those of `other` and the words stayed; None if there are none."""
     if kind == "text":
         return None
-    if kind == "edit":  # the new colour is a word, the background part of the picture
+    if kind == "edit":  # the new colour is a word, the background part of the image
         (_, colour, _), (shape, _, pattern) = truth["sprites"][0], other["sprites"][0]
         return {"background": other["background"], "sprites": [[shape, colour, pattern]]}
     return {"background": truth["background"], "sprites": other["sprites"]}
 
 
-def _as_png(picture):
+def _as_png(image):
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    image.save(file, format="PNG")
     return file.getvalue()
 
 
-class ReaderJudge:
+class ReaderScorer:
     """Scores of 0 and 1: what the reader sees, against what the prompt asked for.
 
-    Metrics are `<kind>.<attribute>`, and `<kind>.shuffled.<attribute>` for the control: the same image judged by the pictures
-    of another prompt of the kind. It shows what a model would get that never looks at them.
+    Metrics are `<kind>.<attribute>`, and `<kind>.shuffled.<attribute>` for the control: the same image compared with the
+    input images of another prompt of the kind. It shows what a model would get that never looks at them.
     """
 
     name = "reader"
@@ -117,15 +147,17 @@ class ReaderJudge:
         results = []
         for task, image in zip(tasks, images, strict=True):
             scene, kind, truth = read(image), task.truth["kind"], task.truth
-            scores = {f"{kind}.{name}": value for name, value in judge(kind, scene, truth).items()}
+            scores = {
+                f"{kind}.{name}": value for name, value in compare_with_truth(kind, scene, truth).items()
+            }
             if truth[CONTROL] is not None:
-                judged = judge(kind, scene, truth[CONTROL])
-                scores |= {f"{kind}.{CONTROL}.{name}": value for name, value in judged.items()}
+                control = compare_with_truth(kind, scene, truth[CONTROL])
+                scores |= {f"{kind}.{CONTROL}.{name}": value for name, value in control.items()}
             results.append({name: float(value) for name, value in scores.items()})
         return results
 
 
-def judge(kind, scene, truth):
+def compare_with_truth(kind, scene, truth):
     """What of a truth a read `Scene` fulfils: attribute -> bool.
 
     One sprite must be there where one was asked for, else none of its attributes counts. Of a pair, each subject counts if some
