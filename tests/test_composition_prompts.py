@@ -112,7 +112,7 @@ def test_blend_that_has_no_meaning_is_refused(pipe, no_model_runs, prompts, mess
 @pytest.mark.parametrize("strength", [0.0, 0.3, 0.7, 1.0, 1.5])
 def test_strength_scales_the_states_of_the_picture(exact_pipe, photos, strength):
     exact_pipe.add_image_word("<dog>", photos[0], strength=strength)
-    processor = exact_pipe._processor()
+    processor = exact_pipe.get_processor()
     states = exact_pipe.text_encoder.get_image_features(
         torch.from_numpy(processor.preprocess(photos[0]))[None].double()
     )

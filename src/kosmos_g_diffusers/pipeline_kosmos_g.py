@@ -90,7 +90,7 @@ class KosmosGPromptMixin:
     @torch.no_grad()
     def __call__(self, prompt=None, *args, images=None, negative_images=None, **kwargs):
         """Generate: see the class for the prompt, and diffusers' pipeline of the same task for the rest."""
-        self._check_widths()
+        self.check_widths()
         # by name, whichever of them came by position: each stock pipeline has an order of its own
         call = inspect.signature(super().__call__).bind_partial(prompt, *args, **kwargs)
         given = call.arguments
@@ -110,14 +110,14 @@ class KosmosGPromptMixin:
             raise ValueError(f"height={height} and width={width} were given. Pass both, or none of them.")
         # stock pipelines accept any list as prompt; encode_prompt below knows what is in it
         if prompt is not None:
-            given["prompt"] = self._processor().parse(prompt, images)
+            given["prompt"] = self.get_processor().parse(prompt, images)
         if negative_images is not None:
             if given.get("negative_prompt") is None:
                 raise ValueError(
                     "negative_images were given without negative_prompt. Pass both, with a '<i>' in the negative prompt for "
                     "each image."
                 )
-            given["negative_prompt"] = self._processor().parse(
+            given["negative_prompt"] = self.get_processor().parse(
                 given["negative_prompt"], negative_images, name="negative prompt"
             )
         if getattr(self, "controlnet", None) is not None:
@@ -171,7 +171,7 @@ class KosmosGPromptMixin:
             )
         positive = negative = None
         if prompt is not None:
-            positive = self._processor().parse(prompt, images)
+            positive = self.get_processor().parse(prompt, images)
         elif prompt_embeds is None:
             raise ValueError("Neither prompt nor prompt_embeds were given. Pass one of them.")
         batch_size = len(positive) if positive is not None else len(prompt_embeds)
@@ -185,7 +185,7 @@ class KosmosGPromptMixin:
             )
         inputs = []
         for name, batch in (("prompt", positive), ("negative prompt", negative)):
-            inputs.append(None if batch is None else self._processor()(batch, name=name))
+            inputs.append(None if batch is None else self.get_processor()(batch, name=name))
             if batch is not None:  # both are checked before either is encoded
                 self.text_encoder.check_prompts(**inputs[-1], name=name)
         scaled = lora_scale is not None and self.text_encoder is not None and USE_PEFT_BACKEND
@@ -215,7 +215,7 @@ class KosmosGPromptMixin:
         if negative_prompt is None and negative_images is not None:
             raise ValueError("negative_images were given without negative_prompt. Pass both.")
         # without images of its own a "<i>" in a negative prompt is plain text
-        negative = self._processor().parse(
+        negative = self.get_processor().parse(
             "" if negative_prompt is None else negative_prompt,
             negative_images,
             marks_are_text=negative_images is None,
@@ -255,7 +255,7 @@ class KosmosGPromptMixin:
             return output.last_hidden_state
         return self.text_encoder.text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])
 
-    def _processor(self):
+    def get_processor(self):
         """The processor of this tokenizer, with the sizes of this encoder."""
         module = sys.modules[type(self.tokenizer).__module__] if self.tokenizer is not None else None
         if not hasattr(module, "KosmosGProcessor") or not hasattr(self.text_encoder, "get_image_features"):
@@ -280,7 +280,7 @@ class KosmosGPromptMixin:
             self.tokenizer, config.vision_config.image_size, config.latent_query_num
         )
 
-    def _check_widths(self):
+    def check_widths(self):
         """U-Net and ControlNets must read states of the width that the encoder writes."""
         width = getattr(getattr(self.text_encoder, "config", None), "aligner_hidden_size", None)
         origin = "the text encoder gives"
@@ -374,7 +374,7 @@ class KosmosGPromptMixin:
         Raises:
             ValueError, TypeError: an ill-formed or known name, or a picture that cannot be read.
         """
-        processor = self._processor()
+        processor = self.get_processor()
         sys.modules[type(self.tokenizer).__module__].check_image_word(word, self.image_words)
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images:
@@ -389,7 +389,7 @@ class KosmosGPromptMixin:
 
     def remove_image_word(self, word):
         """Forget an image word. Raises ValueError if there is none of that name."""
-        self._processor()  # checks that both know the same words, so that both can forget this one
+        self.get_processor()  # checks that both know the same words, so that both can forget this one
         self.tokenizer.remove_image_word(word)
         self.text_encoder.remove_image_word(word)
 
@@ -493,7 +493,7 @@ class KosmosGPromptMixin:
                 "finite weights that do not sum to 0."
             )
         batch = [
-            parsed for prompt, _, images in prompts for parsed in self._processor().parse(prompt, images)
+            parsed for prompt, _, images in prompts for parsed in self.get_processor().parse(prompt, images)
         ]
         if len(batch) != len(prompts):
             raise ValueError(

@@ -66,7 +66,8 @@ class Drawing:
         # opened here, so that the library's errors name no file of the server
         pictures = [open_picture(path, "pictures") for path in self.pictures]
         with at("negative_prompt"):
-            pipe._processor()(pipe._parse_negative(self.settings.negative_prompt, None, 1))
+            negative = self.settings.negative_prompt or ""
+            pipe.get_processor()(negative, marks_are_text=True, name="negative prompt")
         with at("prompt"):
             arguments.update(prompt_arguments(pipe, self.settings, pictures))
         return arguments

@@ -124,7 +124,7 @@ class Models:
         if settings.controls:
             with at("controls"):
                 pipe = with_controlnets(pipe, self._find_controlnets(settings))
-                pipe._check_widths()
+                pipe.check_widths()
         if settings.scheduler is None:
             pipe.scheduler = self._own_scheduler
         else:

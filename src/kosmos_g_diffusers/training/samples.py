@@ -39,7 +39,7 @@ class SampleSheet:
         self.prompts = read_prompts(path)
         pipeline = self._pipeline(text_encoder)
         for number, prompt in enumerate(self.prompts):
-            inputs = pipeline._processor()([prompt], name=f"sample prompt {number}")
+            inputs = pipeline.get_processor()([prompt], name=f"sample prompt {number}")
             text_encoder.check_prompts(**inputs, name=f"sample prompt {number}")
 
     @torch.no_grad()
