@@ -307,12 +307,12 @@ def test_file_that_holds_no_words_is_refused(client, tmp_path):
 
 def test_full_queue_is_told_and_cancel_works_in_it(app, connect):
     clients = [connect() for _ in range(4)]
-    with slow_steps(app.studio, 0.1):
+    with slow_steps(app.service, 0.1):
         jobs = []
         for index, client in enumerate(clients[:3]):  # one runs, two wait: the capacity of this app
             jobs.append(client.submit(prompt="a hat", steps=250, api_name="/generate"))
-            wait_for(lambda count=index: len(app.studio.worker._waiting) == count)
-            wait_for(lambda: app.studio.worker._running is not None)
+            wait_for(lambda count=index: len(app.service.worker._waiting) == count)
+            wait_for(lambda: app.service.worker._running is not None)
         assert "The queue is full: 2 runs are waiting" in fails(clients[3], prompt="a hat", **STEPS)
         wait_for(lambda: "place 2" in str(jobs[2].outputs()))
         clients[1].predict(api_name="/cancel")
@@ -321,11 +321,11 @@ def test_full_queue_is_told_and_cancel_works_in_it(app, connect):
         for index in (2, 0):
             clients[index].predict(api_name="/cancel")
             assert "Cancelled" in jobs[index].result()[2]
-    wait_for(lambda: app.studio.worker._running is None)
+    wait_for(lambda: app.service.worker._running is None)
 
 
 def test_images_that_were_finished_before_a_cancel_are_kept(app, client):
-    with slow_steps(app.studio, 0.3) as steps:
+    with slow_steps(app.service, 0.3) as steps:
         job = client.submit(prompt="a hat", steps=4, num_images=8, api_name="/generate")
         wait_for(lambda: len(steps) > 9)
         client.predict(api_name="/cancel")

@@ -67,7 +67,7 @@ def call(http, app, pictures, prompt="<i>", **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def fields(app):
-    names = list(Page(app.studio, controls=True).fields)
+    names = list(Page(app.service, controls=True).fields)
     app.fields = names
     return names
 
@@ -299,7 +299,7 @@ def test_app_listens_on_this_machine_alone(app):
 
 
 def test_page_that_is_closed_ends_its_run(app, http):
-    with slow_steps(app.studio, 0.2) as steps:
+    with slow_steps(app.service, 0.2) as steps:
         config = http.get("/config").json()
         run = next(entry for entry in config["dependencies"] if entry["api_name"] == "generate")
         components = {entry["id"]: entry for entry in config["components"]}
@@ -310,7 +310,7 @@ def test_page_that_is_closed_ends_its_run(app, http):
         http.post("/gradio_api/queue/join", json=body)
         with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "closing"}) as stream:
             next(line for line in stream.iter_lines() if "Step 2" in line)
-        wait_for(lambda: app.studio.worker._running is None, seconds=30)
+        wait_for(lambda: app.service.worker._running is None, seconds=30)
         assert len(steps) < 100
 
 

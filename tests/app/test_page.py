@@ -154,21 +154,21 @@ def test_strokes_on_the_board_are_the_mask_and_the_drawing(page):
 
 
 def test_cancel_frees_the_worker_within_a_step(app, page, monkeypatch):
-    with slow_steps(app.studio, 0.2) as steps:
-        cancel, seen = app.studio.cancel, []
+    with slow_steps(app.service, 0.2) as steps:
+        cancel, seen = app.service.cancel, []
 
         def cancelled(session):
             result = cancel(session)
             seen.append(len(steps))
             return result
 
-        monkeypatch.setattr(app.studio, "cancel", cancelled)
+        monkeypatch.setattr(app.service, "cancel", cancelled)
         ask(page, "a hat", steps=200)
         page.click("#run")
         page.wait_for_selector("#progress .kg-preview")
         assert "left." in page.inner_text("#progress")
         page.click("#cancel")
-        wait_for(lambda: seen and app.studio.worker._running is None)
+        wait_for(lambda: seen and app.service.worker._running is None)
         assert len(steps) - seen[0] <= 1 and len(steps) < 100
         page.wait_for_selector("#progress:has-text('Cancelled at step')")
     page.fill("#steps input", "1")

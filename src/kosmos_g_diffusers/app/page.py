@@ -1,4 +1,4 @@
-"""The page of `kosmos-g app`: where things stand, and what calls what. `app_actions` and `studio` do the work."""
+"""The page of `kosmos-g app`: where things stand, and what calls what. `actions` do the work."""
 
 import os
 from functools import partial
@@ -13,10 +13,10 @@ from ..serving.models import NO_LORA, OWN
 from ..serving.session import Session
 from ..serving.store import IMAGES, MAX_BYTES, MAX_FILES, UPLOADS
 from ..sprites.pretrained import SPRITES_CONTROL
-from .actions import KNOBS, Actions
+from .actions import Actions
 from .components import Files, Picture, Pictures, Upload, board
 from .examples import photo_examples, sprite_examples
-from .form import CONTROL_SLOTS, LIMITS, MAX_PROMPT, NO_CONTROL, PRESETS, defaults
+from .form import CONTROL_FIELDS, CONTROL_SLOTS, LIMITS, MAX_PROMPT, NO_CONTROL, PRESETS, defaults
 from .guard import Guard
 
 STYLE = (Path(__file__).parent / "static" / "page.css").read_text(encoding="utf-8")
@@ -34,10 +34,10 @@ QUICK = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
 
 class Page:
-    """gr.Blocks of a Studio. Fields are components by the name that the API has for them."""
+    """gr.Blocks of a Service. Fields are components by the name that the API has for them."""
 
-    def __init__(self, studio, controls=False):
-        self.studio, self.fields, self.messages, self.previews = studio, {}, {}, []
+    def __init__(self, service, controls=False):
+        self.service, self.fields, self.messages, self.previews = service, {}, {}, []
         title = {"title": "Kosmos-G", "analytics_enabled": False}
         with gr.Blocks(delete_cache=(3600, 86400), **title) as self.blocks:
             self.session = gr.State(Session())
@@ -80,18 +80,18 @@ class Page:
             size = {"size": "sm", "min_width": 90}
             self.presets = [gr.Button(name, elem_id=f"preset-{name}", **size) for name in PRESETS]
         self._add_message("run")
-        self.example_groups, models = [], self.studio.models
+        self.example_groups, models = [], self.service.models
         for small, examples in ((True, sprite_examples()), (False, photo_examples())):
             with gr.Row(visible=models.is_small(models.default) is small) as group:
                 for example in examples:
                     button = gr.Button(example.prompt, size="sm", min_width=200, elem_classes="kg-example")
-                    files = [str(self.studio.store.put_example(*picture)) for picture in example.pictures]
+                    files = [str(self.service.store.put_example(*picture)) for picture in example.pictures]
                     load = partial(lambda *values: values, example.prompt, files or None)
                     button.click(load, None, [self.prompt, self.pictures], **QUICK)
             self.example_groups.append(group)
 
     def _build_settings(self):
-        models = self.studio.models
+        models = self.service.models
         start = defaults(models.is_small(models.default))
 
         def row(*entries):
@@ -134,7 +134,7 @@ class Page:
 
     def _build_controls(self):
         kinds = [(NO_CONTROL, NO_CONTROL)]
-        models = self.studio.models
+        models = self.service.models
         kinds += [(f"{kind}: {CONTROLS[kind].description}", kind) for kind in models.controls(models.default)]
         with gr.Accordion("Controls", open=False, elem_id="controls"):
             gr.Markdown(SPRITES_CONTROLS if models.is_builtin(models.default) else CONTROLS_HELP)
@@ -168,7 +168,9 @@ class Page:
         look = gr.Button("Show the control image", size="sm", elem_id=f"{name}_look")
         self._add_message(name)
         components = (kind, picture, strokes, ready, scale, start, end)
-        self.fields.update({f"{name}_{knob}": part for knob, part in zip(KNOBS, components, strict=True)})
+        self.fields.update(
+            {f"{name}_{knob}": part for knob, part in zip(CONTROL_FIELDS, components, strict=True)}
+        )
         self.previews.append((look, image))
 
     def _build_words(self):
@@ -192,7 +194,7 @@ class Page:
         self.progress = gr.HTML(label="Progress", elem_id="progress")
         look = {"object_fit": "contain", "format": "png", "interactive": False}
         look["buttons"] = ["download", "download_all", "fullscreen"]
-        models = self.studio.models
+        models = self.service.models
         # 64 pixels are enlarged to be seen: as they are, not blurred
         look["elem_classes"] = ["kg-sprites"] if models.is_builtin(models.default) else []
         self.images = Pictures(label="Images", columns=2, height=520, elem_id="images", **look)
@@ -209,7 +211,7 @@ class Page:
     # What calls what -----------------------------------------------------------------------------------------------
 
     def _connect(self):
-        actions = self.actions = Actions(self.studio, list(self.messages))
+        actions = self.actions = Actions(self.service, list(self.messages))
         timer, model = gr.Timer(1), self.fields["model"]
         gr.on([self.blocks.load, timer.tick], actions.model_state, None, [self.state, timer], **QUICK)
         gr.on(
@@ -235,7 +237,7 @@ class Page:
             actions.generating(self.fields),
             self.fields,
             [self.images, self.settings, self.progress],
-            concurrency_limit=None,  # the studio has a queue of its own, with places to tell
+            concurrency_limit=None,  # the service has a queue of its own, with places to tell
             trigger_mode="once",
         )
         run.success(actions.after_run, self.session, [self.history, self.details], **QUICK)
@@ -243,7 +245,8 @@ class Page:
         self.cancel.click(actions.cancel, self.session, self.progress, api_name="cancel", queue=False)
         for slot, (look, image) in enumerate(self.previews, 1):
             fields = {name: self.fields[name] for name in ("width", "height")}
-            fields.update({knob: self.fields[f"control_{slot}_{knob}"] for knob in KNOBS[:4]})
+            for name in ("kind", "picture", "strokes", "ready"):
+                fields[name] = self.fields[f"control_{slot}_{name}"]
             picture, strokes = fields["picture"], fields["strokes"]
             picture.change(actions.board, picture, strokes, **QUICK)
             handler = actions.previewing(slot)
@@ -283,8 +286,8 @@ class Page:
         return done
 
 
-def serve(studio, controls=False, host="127.0.0.1", port=7860, share=False, auth=None, block=True):
-    """Start the page of a studio. The current folder must be the studio's output folder: files are named from there.
+def serve(service, controls=False, host="127.0.0.1", port=7860, share=False, auth=None, block=True):
+    """Start the page of a service. The current folder must be the service's output folder: files are named from there.
 
     Args:
         auth: (user, password), or None.
@@ -299,8 +302,8 @@ def serve(studio, controls=False, host="127.0.0.1", port=7860, share=False, auth
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # gradio goes through all of them after every event
     gr.set_static_paths([IMAGES])  # served from where they are; other files would be copied first
-    blocks = Page(studio, controls).blocks
-    blocks.queue(max_size=4 * studio.worker.capacity + 16, default_concurrency_limit=4)
+    blocks = Page(service, controls).blocks
+    blocks.queue(max_size=4 * service.worker.capacity + 16, default_concurrency_limit=4)
     # no font is fetched: these are names of what the browser has
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:

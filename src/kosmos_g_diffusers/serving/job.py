@@ -27,8 +27,13 @@ class Progress:
     preview: str | None = None  # of the image being drawn, as a data: URI
 
 
+def finished_images(ticket):
+    """Paths of the images of a run that are written so far."""
+    return ticket.progress.images if ticket.progress else ()
+
+
 class Drawing:
-    """The job of a run: called with its ticket it returns the paths of the images.
+    """The job of a run, called with its ticket, whose progress tells the paths of the images.
 
     Args:
         models, store: of the app.
@@ -45,20 +50,19 @@ class Drawing:
         ticket.progress = Progress("getting the model ready", num_images=settings.num_images)
         pipe = self.models.prepare(settings)
         try:
-            with self.models.image_words(self.words):
+            with self.models.image_words(settings.model, self.words):
                 arguments = self._read_inputs(pipe)
             ticket.check()
             follow = _Follower(ticket, settings, self.models.preview, paths)
             with at("run"):
                 for image, image_settings in draw_images(pipe, settings, arguments, follow):
-                    path = self.store.new_image()
+                    path = self.store.new_image_path()
                     write_png(image, path, image_settings)
                     paths.append(path)
                     follow.image_is_done()
         finally:
             # a run that ends in the middle leaves diffusers' offloading hooks where they were
             pipe.maybe_free_model_hooks()
-        return tuple(paths)
 
     def _read_inputs(self, pipe):
         with at("controls"):

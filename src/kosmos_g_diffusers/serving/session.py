@@ -30,6 +30,11 @@ class Session:
         """Name -> InputImage of the words that were made with a model."""
         return {name: file for name, file in self.words.items() if self.models[name] == model}
 
+    def learn_words(self, words, model):
+        """Words of a model: name -> InputImage."""
+        self.words.update(words)
+        self.models.update(dict.fromkeys(words, model))
+
     def forget_word(self, name):
         self.words.pop(name, None)
         self.models.pop(name, None)

@@ -8,16 +8,18 @@ Settings name inputs by their path from an image, so that `kosmos-g generate --f
 files by their contents alone: no string of a client is ever taken as a path.
 """
 
-import hashlib
+import io
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import PIL.Image
 import PIL.ImageOps
 
+from ..files import hash_bytes, remove_partial_files, written_atomically
 from ..generation.settings import InputImage
 from .errors import FieldError
 
@@ -89,6 +91,7 @@ class Store:
         self.folder = Path(folder)
         for name in (IMAGES, INPUTS, UPLOADS):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+            remove_partial_files(self.folder / name, older_than=UPLOADS_KEPT)
         for path in (self.folder / UPLOADS).iterdir():
             if time.time() - path.stat().st_mtime > UPLOADS_KEPT:
                 (shutil.rmtree if path.is_dir() else os.unlink)(path)
@@ -103,40 +106,39 @@ class Store:
             shutil.copyfile(picture, path)
         return path
 
-    def new_image(self):
+    def new_image_path(self):
         """Path for an image that is about to be written."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(6)}.png"
         return self.folder / IMAGES / name
 
-    def keep_picture(self, path, field):
+    def keep_upload(self, path, field):
         """Keep an uploaded picture; returns it as settings name it.
 
         Raises:
             FieldError: see `check_picture`.
         """
-        return self._keep(path, f".{check_picture(path, field).lower()}")
+        suffix = f".{check_picture(path, field).lower()}"
+        return self._keep(Path(path).read_bytes(), suffix)
 
-    def keep_image(self, image):
-        """The same for a PIL image."""
-        part = self.folder / INPUTS / f".{secrets.token_hex(8)}.png"
-        try:
-            image.save(part)
-            return self._keep(part, ".png")
-        finally:
-            part.unlink(missing_ok=True)
+    def keep_drawn(self, image):
+        """The same for a PIL image that was made here."""
+        file = io.BytesIO()
+        image.save(file, format="PNG")
+        return self._keep(file.getvalue(), ".png")
 
-    def keep_words(self, path):
-        """The same for a file of image words."""
-        return self._keep(path, WORDS_SUFFIX)
+    def keep_word(self, pipe, word):
+        """The same for an image word that a pipeline knows."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"word{WORDS_SUFFIX}"
+            pipe.save_image_words(file, [word])
+            return self._keep(file.read_bytes(), WORDS_SUFFIX)
 
-    def _keep(self, path, suffix):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    def _keep(self, content, suffix):
+        digest = hash_bytes(content)
         kept = self.folder / INPUTS / f"{digest}{suffix}"
         if not kept.exists():
-            part = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}.part")
-            shutil.copyfile(path, part)
-            os.replace(part, kept)
+            with written_atomically(kept) as file:
+                file.write(content)
         return InputImage(f"../{INPUTS}/{kept.name}", digest)
 
     def find(self, file):
@@ -146,9 +148,3 @@ class Store:
             file: InputImage, whose `sha256` was checked to be hexadecimal digits when it was made.
         """
         return next((self.folder / INPUTS).glob(f"{file.sha256}.*"), None)
-
-    def image(self, name):
-        """Path of an image of `new_image` from its bare name; None for any other string."""
-        known = Path(name).name == name and name.endswith(".png") and not name.startswith(".")
-        path = self.folder / IMAGES / name
-        return path if known and path.is_file() else None
