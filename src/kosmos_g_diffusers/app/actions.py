@@ -13,18 +13,16 @@ from ..serving.errors import FieldError, at
 from ..serving.job import finished_images
 from ..serving.preview import data_uri
 from ..serving.store import open_picture, picture_size
+from ..sprites.pretrained import SPRITES_ONLY
 from ..sprites.world import IMAGE_SIZE
 from . import html as render
 from .form import NO_CONTROL, presets, read_control, read_values
 from .restore import restore_values
 
 BOARD_SIDE = 768  # pixels of a picture to be painted on
-BUILTIN_NOTE = (
-    "This small model knows nothing but sprites: one or two shapes in 64 pixels. Photos and other words mean nothing to it. "
-    "Start the app with a model (kosmos-g app --model) for more."
-)
+BUILTIN_NOTE = f"{SPRITES_ONLY} Start the app with a model (kosmos-g app --model) for more."
 LARGE_NOTE = (
-    f"A picture is larger than the {IMAGE_SIZE} x {IMAGE_SIZE} pixels of a sprite. This small model knows nothing but "
+    f"An image is larger than the {IMAGE_SIZE} x {IMAGE_SIZE} pixels of a sprite. This small model knows nothing but "
     "sprites: a photo means nothing to it."
 )
 
