@@ -1,4 +1,4 @@
-"""Seconds until the app's page can be used, for a browser that has never seen it, beside an empty page of gradio:
+"""Seconds until the app's page can be used by a browser that has never seen it, compared with an empty page of gradio:
 
     python benchmarks/app_page.py
 

@@ -5,7 +5,7 @@
 
 The small model that ships knows sprites alone. With kosmos-g app --model, give a photo and a prompt for it:
 
-    python examples/app_client.py --picture dog.jpg --prompt "<i> in the snow" --steps 30
+    python examples/app_client.py --image dog.jpg --prompt "<i> in the snow" --steps 30
 
 A client needs gradio_client alone (pip install gradio_client), not this package. client.view_api() lists every endpoint
 with its parameters; those that are not given here have the values that the page starts with.
@@ -27,9 +27,7 @@ def main():
     parser.add_argument(
         "--output", type=Path, default=Path("out"), help="folder to write into (default: out)"
     )
-    parser.add_argument(
-        "--picture", default=STAR, metavar="FILE", help="what <i> stands for (default: a star)"
-    )
+    parser.add_argument("--image", default=STAR, metavar="FILE", help="what <i> stands for (default: a star)")
     parser.add_argument("--prompt", default="<i> on a mint background", help="with one <i>")
     parser.add_argument("--steps", type=int, default=12, help="denoising steps (default: 12)")
     arguments = parser.parse_args()
@@ -40,7 +38,7 @@ def main():
     # a run tells how far it is while it lasts; client.predict would wait for its end
     job = client.submit(
         prompt=arguments.prompt,
-        pictures=[handle_file(arguments.picture)],
+        pictures=[handle_file(arguments.image)],
         num_images=2,
         steps=arguments.steps,
         surprise=False,
@@ -56,8 +54,8 @@ def main():
         shutil.copy(image["image"], path)  # the PNG with its settings, as the server keeps it
         print(path)
 
-    # a picture becomes a word of this client's session
-    client.predict(name="mine", pictures=[handle_file(arguments.picture)], api_name="/add_word")
+    # an image becomes a word of this client's session
+    client.predict(name="mine", pictures=[handle_file(arguments.image)], api_name="/add_word")
     images, _, _ = client.predict(prompt="<mine>, pink", steps=arguments.steps, api_name="/generate")
     print("with an image word:", images[0]["caption"])
 

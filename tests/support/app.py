@@ -148,7 +148,7 @@ def chromium():
 
 @contextmanager
 def visiting(browser, app):
-    """The page of a new visitor, ready to be used."""
+    """The page of a new user, ready to be used."""
     opened = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     opened.set_default_timeout(1000 * PATIENCE * slowness())
     opened.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))

@@ -12,14 +12,14 @@ from ..serving import image_words
 from ..serving.errors import FieldError, at
 from ..serving.job import finished_images
 from ..serving.preview import data_uri
-from ..serving.store import open_picture, picture_size
+from ..serving.store import image_file_size, open_image_file
 from ..sprites.pretrained import SPRITES_ONLY
 from ..sprites.world import IMAGE_SIZE
 from . import html as render
 from .form import NO_CONTROL, presets, read_control, read_values
 from .restore import restore_values
 
-BOARD_SIDE = 768  # pixels of a picture to be painted on
+BOARD_SIDE = 768  # pixels of an image to be painted on
 BUILTIN_NOTE = f"{SPRITES_ONLY} Start the app with a model (kosmos-g app --model) for more."
 LARGE_NOTE = (
     f"An image is larger than the {IMAGE_SIZE} x {IMAGE_SIZE} pixels of a sprite. This small model knows nothing but "
@@ -50,11 +50,11 @@ class Actions:
                 yield
         except FieldError as error:
             session.error = error
-            # no pop-up: the page shows it beside the field
+            # no pop-up: the page shows it at the field
             raise gr.Error(f"{error.field}: {error.message}", visible=False, print_exception=False) from None
 
     def show_error(self, session):
-        """Messages of all fields: that of the last action beside its field, none elsewhere."""
+        """Messages of all fields: that of the last action at its field, none elsewhere."""
         error, session.error = session.error, None
         if error is None:  # gradio itself refused a value
             error = FieldError("run", "A value is of the wrong kind or not offered here. Reload the page.")
@@ -73,13 +73,13 @@ class Actions:
         """The handler of a run, whose parameters are called as the fields are: gradio reads that from its signature."""
 
         async def generate(session, **values):
-            """Draw a prompt of words and pictures. Yields how far it is, and at the end the images and their settings.
+            """Draw a prompt of words and images. Yields how far it is, and at the end the drawn images and their settings.
 
-            Write <i> in the prompt for each of the pictures, which stand in that order. With surprise off, the seed
-            decides the images.
+            Write <i> in the prompt for each of its images, which `pictures` holds in that order. With surprise off, the
+            seed decides what is drawn.
             """
             with self.errors(session):
-                # in a thread: large pictures take long to copy, and everybody's page waits for this one
+                # in a thread: large images take long to copy, and everybody's page waits for this one
                 settings = await asyncio.to_thread(read_values, values, session, self.models, self.store)
                 async for ticket in self.service.draw(session, settings):
                     wait = self.service.worker.seconds_until(ticket)
@@ -101,7 +101,7 @@ class Actions:
         ]
 
     def cancel(self, session):
-        """Give up this session's run at once if it waits, and at the end of the step if it is being drawn."""
+        """Cancel this session's run: at once if it waits, and at the end of the step if it is being drawn."""
         return "Cancelling." if self.service.cancel(session) else "Nothing is running."
 
     def after_run(self, session):
@@ -130,7 +130,7 @@ class Actions:
         return self.details(session)
 
     def use_as_input(self, session, paths):
-        """The pictures of the prompt, and the chosen image behind them."""
+        """The images of the prompt, with the chosen one as the last."""
         with self.errors(session):
             if session.chosen is None:
                 raise FieldError("run", "There is no image yet. Run, then choose one.")
@@ -159,14 +159,14 @@ class Actions:
         async def preview_control(
             session, width=None, height=None, kind=None, picture=None, strokes=None, ready=None
         ):
-            """The control image that a ControlNet would read, of a kind of control and a picture.
+            """The control image that a ControlNet would read, of a kind of control and an image.
 
-            Strokes are a PNG as a data: URI, painted on the picture; for inpaint they are the mask.
+            Strokes are a PNG as a data: URI, painted on the image; for inpaint they are the mask.
             """
             field = f"control_{slot}"
             with self.errors(session, field):
                 if kind in (None, NO_CONTROL) or not (picture or strokes):
-                    raise FieldError(field, "Choose a kind of control and drop a picture.")
+                    raise FieldError(field, "Choose a kind of control and drop an image.")
                 given = (field, self.store, kind, picture, strokes, ready)
                 control = await asyncio.to_thread(read_control, *given)
                 size = (int(side or 0) or None for side in (height, width))
@@ -175,17 +175,17 @@ class Actions:
         return preview_control
 
     def board(self, path):
-        """The drawing board with a picture on it."""
-        picture = ""
+        """The drawing board with an image on it."""
+        uri = ""
         if path is not None:
             with contextlib.suppress(FieldError):  # said when the control is used
-                opened = open_picture(path, "controls")
+                opened = open_image_file(path, "controls")
                 opened.thumbnail((BOARD_SIDE, BOARD_SIDE))
-                picture = data_uri(opened, side=0)
-        return gr.HTML("", picture=picture)
+                uri = data_uri(opened, side=0)
+        return gr.HTML("", image=uri)
 
     async def add_word(self, session, model, name=None, pictures=None):
-        """Make pictures an image word of this session, to be used in prompts."""
+        """Make images an image word of this session, to be used in prompts."""
         with self.errors(session, "words"):
             given = (self.chosen(model), name or "", pictures or ())
             word = await image_words.add_word(self.service, session, *given)
@@ -216,7 +216,8 @@ class Actions:
 
     def prompt_line(self, session, prompt, paths, model):
         paths = paths or ()
-        sizes = [picture_size(path) for path in paths] if self.models.is_builtin(self.chosen(model)) else ()
+        is_builtin = self.models.is_builtin(self.chosen(model))
+        sizes = [image_file_size(path) for path in paths] if is_builtin else ()
         is_larger = any(size is not None and max(size) > IMAGE_SIZE for size in sizes)
         return render.prompt_line(prompt or "", paths, session.words, LARGE_NOTE if is_larger else "")
 

@@ -13,7 +13,7 @@ from ..generation.settings import ControlInput, GenerationSettings
 from ..processing_kosmos_g import IMAGE_MARK, IMAGE_WORD_PATTERN
 from ..serving.errors import FieldError, at
 from ..serving.models import NO_LORA, OWN
-from ..serving.store import MAX_FILES, open_picture
+from ..serving.store import MAX_FILES, open_image_file
 
 CONTROL_SLOTS = 3
 NO_CONTROL = "none"
@@ -61,22 +61,22 @@ def presets(is_small):
 def read_values(values, session, models, store):
     """Values of the page by name -> GenerationSettings, whose model, U-Net and LoRA are names and not paths.
 
-    The pictures are kept in the store.
+    The images are kept in the store.
 
     Raises:
-        FieldError: with the field that is to be mended.
+        FieldError: with the field that is to be fixed.
     """
     paths = values.get("pictures") or ()
     if len(paths) > MAX_FILES:
-        raise FieldError("pictures", f"A prompt may have {MAX_FILES} pictures, and {len(paths)} were given.")
+        raise FieldError("pictures", f"A prompt may have {MAX_FILES} images, and {len(paths)} were given.")
     controls = []
     for field in (f"control_{slot}" for slot in range(1, CONTROL_SLOTS + 1)):
         slot = {name: values.get(f"{field}_{name}", start) for name, start in CONTROL_FIELDS.items()}
         controls.append(read_control(field, store, **slot))
-    pictures = tuple(store.keep_upload(path, "pictures") for path in paths)
+    images = tuple(store.keep_upload(path, "pictures") for path in paths)
     prompt, negative_prompt = (values.get(name) or "" for name in ("prompt", "negative_prompt"))
     words = session.words_of(values.get("model") or models.default)
-    _check_prompts(prompt, negative_prompt, len(pictures), words)
+    _check_prompts(prompt, negative_prompt, len(images), words)
     numbers = {name: _number(values, name) for name in ("num_images", "steps", "guidance", "lora_scale")}
     for name in ("width", "height"):  # 0: the model's own
         side = numbers[name] = _number(values, name) if values.get(name) else None
@@ -94,7 +94,7 @@ def read_values(values, session, models, store):
     with at("run"):
         return GenerationSettings(
             prompt=prompt,
-            images=pictures,
+            images=images,
             controls=tuple(control for control in controls if control),
             negative_prompt=negative_prompt or None,
             image_words=tuple(
@@ -112,15 +112,15 @@ def read_values(values, session, models, store):
 def read_control(field, store, kind, picture, strokes, ready, scale=1.0, start=0.0, end=1.0):
     """Values of a slot of the controls panel -> ControlInput; None where no kind of control is chosen.
 
-    The picture is kept in the store, with what was painted on it.
+    The image is kept in the store, with what was painted on it.
 
     Args:
         field: whose mistakes these are.
-        picture: path of an uploaded picture, or None.
+        picture: path of an uploaded image, or None.
         strokes: PNG as a data: URI, or an empty text. For inpaint they are the mask, otherwise black.
 
     Raises:
-        FieldError: the picture or the strokes cannot be read, or there are none.
+        FieldError: the image or the strokes cannot be read, or there are none.
     """
     if kind in (None, NO_CONTROL):
         return None
@@ -129,7 +129,7 @@ def read_control(field, store, kind, picture, strokes, ready, scale=1.0, start=0
         strokes = read_strokes(strokes, field)
         if strokes is not None:
             blank = PIL.Image.new("RGB", strokes.size, "white")
-            shown = blank if picture is None else open_picture(picture, field).convert("RGB")
+            shown = blank if picture is None else open_image_file(picture, field).convert("RGB")
             strokes = strokes.resize(shown.size)
             if is_masked:
                 mask = strokes.point(lambda value: 255 if value > 127 else 0)
@@ -140,7 +140,7 @@ def read_control(field, store, kind, picture, strokes, ready, scale=1.0, start=0
         elif is_masked:
             raise FieldError(field, "Paint over what is to be filled: the strokes are the mask.")
         elif picture is None:
-            raise FieldError(field, f"The control {kind!r} needs a picture. Drop one, or choose none.")
+            raise FieldError(field, f"The control {kind!r} needs an image. Drop one, or choose none.")
         else:
             kept = store.keep_upload(picture, field)
         numbers = {"scale": float(scale), "start": float(start), "end": float(end)}
@@ -162,35 +162,35 @@ def read_strokes(text, field):
         file = io.BytesIO(base64.b64decode(body, validate=True))
     except ValueError:
         raise FieldError(field, "The strokes did not arrive as a PNG. Paint them again.") from None
-    alpha = open_picture(file, field).convert("RGBA").getchannel("A")
+    alpha = open_image_file(file, field).convert("RGBA").getchannel("A")
     return alpha if alpha.getbbox() else None
 
 
-def count_line(prompt, n_pictures):
-    """What the prompt still needs, such as "2 <i>, 1 picture: one picture is missing"; and whether all is there."""
+def count_line(prompt, n_images):
+    """What the prompt still needs, such as "2 <i>, 1 image: one image is missing"; and whether all is there."""
     n_marks = prompt.count(IMAGE_MARK)
-    line = f"{n_marks} {IMAGE_MARK}, {n_pictures} {'picture' if n_pictures == 1 else 'pictures'}"
-    missing = n_marks - n_pictures
+    line = f"{n_marks} {IMAGE_MARK}, {n_images} {'image' if n_images == 1 else 'images'}"
+    missing = n_marks - n_images
     if n_marks > MAX_FILES:
         return f"{line}: at most {MAX_FILES} are possible.", False
     if missing > 0:
-        what = "one picture is" if missing == 1 else f"{missing} pictures are"
-        return f"{line}: {what} missing. Drop a picture for each {IMAGE_MARK}.", False
+        what = "one image is" if missing == 1 else f"{missing} images are"
+        return f"{line}: {what} missing. Drop an image for each {IMAGE_MARK}.", False
     if missing < 0:
         what = f"one {IMAGE_MARK} is" if missing == -1 else f"{-missing} {IMAGE_MARK} are"
-        return f"{line}: {what} missing. Write {IMAGE_MARK} where a picture belongs.", False
+        return f"{line}: {what} missing. Write {IMAGE_MARK} where an image belongs.", False
     return line, True
 
 
-def _check_prompts(prompt, negative_prompt, n_pictures, words):
+def _check_prompts(prompt, negative_prompt, n_images, words):
     if not prompt.strip():
-        raise FieldError("prompt", f"Write what to draw, with {IMAGE_MARK} for each picture.")
+        raise FieldError("prompt", f"Write what to draw, with {IMAGE_MARK} for each image.")
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if len(text) > MAX_PROMPT or "\0" in text:
             raise FieldError(
                 name, f"This text has {len(text)} characters; at most {MAX_PROMPT} are possible."
             )
-    line, complete = count_line(prompt, n_pictures)
+    line, complete = count_line(prompt, n_images)
     if not complete:
         raise FieldError("prompt", line)
     unknown = [
@@ -199,7 +199,7 @@ def _check_prompts(prompt, negative_prompt, n_pictures, words):
     if unknown:
         known = f"This session knows {', '.join(words)}." if words else "This session knows none yet."
         raise FieldError(
-            "prompt", f"{unknown[0]} is no image word. {known} Name a picture below to make it one."
+            "prompt", f"{unknown[0]} is not an image word. {known} Name an image below to make it one."
         )
 
 

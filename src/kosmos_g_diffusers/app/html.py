@@ -11,7 +11,7 @@ from ..processing_kosmos_g import IMAGE_MARK, IMAGE_WORD_PATTERN
 from ..serving.errors import FieldError
 from ..serving.job import finished_images
 from ..serving.preview import data_uri
-from ..serving.store import open_picture
+from ..serving.store import open_image_file
 from .form import count_line
 
 THUMBNAIL = 64  # pixels
@@ -19,25 +19,25 @@ THUMBNAIL = 64  # pixels
 
 @lru_cache(maxsize=256)
 def thumbnail(path):
-    """Small data: URI of an uploaded picture, whose file never changes; None if it cannot be read."""
+    """Small data: URI of an uploaded image, whose file never changes; None if it cannot be read."""
     try:
-        picture = open_picture(path, "pictures")
+        image = open_image_file(path, "pictures")
     except FieldError:
         return None
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return data_uri(picture, side=0)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return data_uri(image, side=0)
 
 
 def prompt_line(prompt, paths, words=(), note=""):
-    """The prompt with its pictures in their places, and below it what is missing, and a note about the pictures."""
-    pieces, pictures, number = [], iter(paths), count(1)
+    """The prompt with its images in their places, and below it what is missing, and a note about the images."""
+    pieces, images, number = [], iter(paths), count(1)
     for text in re.split(f"({IMAGE_WORD_PATTERN.pattern})", prompt):
         if text == IMAGE_MARK:
-            pieces.append(_picture(next(pictures, None), f"picture {next(number)}"))
+            pieces.append(_image(next(images, None), f"image {next(number)}"))
         else:
             tag = '<b class="kg-word">{}</b>' if text in words else "<span>{}</span>"
             pieces.append(Markup(tag).format(text))
-    if spare := [_picture(path, "a picture") for path in pictures]:
+    if spare := [_image(path, "an image") for path in images]:
         pieces.append(
             Markup('<span class="kg-spare">not in the prompt: {}</span>').format(Markup().join(spare))
         )
@@ -47,7 +47,7 @@ def prompt_line(prompt, paths, words=(), note=""):
     return html + (Markup('<div class="kg-note">{}</div>').format(note) if note else "")
 
 
-def _picture(path, name):
+def _image(path, name):
     if uri := path and thumbnail(path):
         return Markup('<img class="kg-thumbnail" src="{0}" alt="{1}" title="{1}">').format(uri, name)
     problem = "is missing" if path is None else "cannot be read"

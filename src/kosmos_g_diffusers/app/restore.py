@@ -10,7 +10,7 @@ from ..serving.errors import FieldError
 from ..serving.image_words import read_words
 from ..serving.models import NO_LORA, OWN
 from ..serving.session import MAX_WORDS
-from ..serving.store import check_picture
+from ..serving.store import check_image_file
 from .form import CONTROL_FIELDS, CONTROL_SLOTS
 
 
@@ -21,7 +21,7 @@ def restore_values(path, session, models, store, has_controls):
         has_controls: whether the page shows them.
 
     Returns:
-        (values, notes for the user on what is not here); a model that is not offered is no value.
+        (values, notes for the user on what is not here); a model that is not offered is not among them.
 
     Raises:
         FieldError: no such PNG.
@@ -32,10 +32,10 @@ def restore_values(path, session, models, store, has_controls):
         model = models.default
     if model is None:
         notes.append("It was made with the small model that ships, which is not offered here.")
-    pictures = [store.find(picture) for picture in settings.images]
-    control_pictures = [store.find(control.picture) for control in settings.controls]
-    if lost := [*pictures, *control_pictures].count(None):
-        notes.append(f"{lost} of its pictures are not on this server: drop them again.")
+    images = [store.find(image) for image in settings.images]
+    control_images = [store.find(control.picture) for control in settings.controls]
+    if lost := [*images, *control_images].count(None):
+        notes.append(f"{lost} of its images are not on this server: drop them again.")
     for what, name, offered in (
         ("model", model, models.models),
         ("U-Net", settings.unet, models.unets),
@@ -49,7 +49,7 @@ def restore_values(path, session, models, store, has_controls):
     names = ("prompt", "lora_scale", "num_images", "steps", "guidance", "seed")
     values = {
         **{name: getattr(settings, name) for name in names},
-        "pictures": [os.path.relpath(picture) for picture in pictures if picture] or None,
+        "pictures": [os.path.relpath(image) for image in images if image] or None,
         "negative_prompt": settings.negative_prompt or "",
         "unet": settings.unet if settings.unet in models.unets else OWN,
         "lora": settings.lora if settings.lora in models.loras else NO_LORA,
@@ -69,7 +69,7 @@ def restore_values(path, session, models, store, has_controls):
     for slot in range(1, CONTROL_SLOTS + 1):
         restored = CONTROL_FIELDS
         if slot <= len(settings.controls) and settings.controls[slot - 1].name in offered:
-            control, path = settings.controls[slot - 1], control_pictures[slot - 1]
+            control, path = settings.controls[slot - 1], control_images[slot - 1]
             restored = {**restored, "kind": control.name, "picture": path and os.path.relpath(path)}
             restored.update({name: getattr(control, name) for name in ("ready", "scale", "start", "end")})
         values.update({f"control_{slot}_{name}": value for name, value in restored.items()})
@@ -77,7 +77,7 @@ def restore_values(path, session, models, store, has_controls):
 
 
 def _read(path):
-    check_picture(path, "restore")
+    check_image_file(path, "restore")
     try:
         return read_settings(path)
     except ValueError as error:

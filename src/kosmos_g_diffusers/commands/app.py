@@ -1,6 +1,6 @@
 """Open Kosmos-G in a browser.
 
-The page takes prompts of words and pictures, settings, controls, LoRAs and image words, and shows each image while it
+The page takes prompts of words and images, settings, controls, LoRAs and image words, and shows each image while it
 is being drawn. Images are written to --output with their settings inside; kosmos-g generate --from IMAGE makes them
 again. Without --model the small model that ships draws, which knows sprites alone: enough to try the page. Only this
 machine can reach the page unless --host or --share says otherwise; then give it a password. Ctrl-C ends it.

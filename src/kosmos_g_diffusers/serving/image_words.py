@@ -7,24 +7,24 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import FieldError, at
 from .session import MAX_WORDS
-from .store import MAX_BYTES, MAX_FILES, UPLOADS, WORDS_SUFFIX, open_picture
+from .store import MAX_BYTES, MAX_FILES, UPLOADS, WORDS_SUFFIX, open_image_file
 
 
 async def add_word(service, session, model, name, paths):
     """Make images a word of the session, for a model by its name; returns the word. Raises FieldError."""
     word = f"<{name.strip().strip('<>').lower()}>"
     if not paths:
-        raise FieldError("words", "Drop the picture that the word is to mean.")
+        raise FieldError("words", "Drop the image that the word is to mean.")
     if word == "<>":
         raise FieldError("words", "Give the word a name, such as my-dog.")
     if len(paths) > MAX_FILES:
-        raise FieldError("words", f"A word may mean {MAX_FILES} pictures, and {len(paths)} were given.")
+        raise FieldError("words", f"A word may mean {MAX_FILES} images, and {len(paths)} were given.")
     _check_room(session, [word])
 
     def make(ticket):
-        pictures = [open_picture(path, "words") for path in paths]
+        images = [open_image_file(path, "words") for path in paths]
         with service.models.image_words(model) as pipe:
-            pipe.add_image_word(word, pictures)
+            pipe.add_image_word(word, images)
             return service.store.keep_word(pipe, word)
 
     file = await service.carry_out(service.worker, make, "words")
@@ -36,8 +36,8 @@ async def save_words(service, session, model):
     """Path of a file with the session's words of a model. Raises FieldError."""
     words = session.words_of(model)
     if not words:
-        raise FieldError("words", "This session knows no image words of this model. Name a picture first.")
-    paths = service.find(words.values(), "words")
+        raise FieldError("words", "This session knows no image words of this model. Name an image first.")
+    paths = service.store.find_all(words.values(), "words")
 
     def make(ticket):
         with service.models.image_words(model, paths) as pipe:
@@ -56,7 +56,7 @@ async def load_words(service, session, model, path):
         try:
             names = read_words(path)
         except (OSError, SafetensorError):
-            raise ValueError("This is no file of image words. Pass one that was saved here.") from None
+            raise ValueError("This is not a file of image words. Pass one that was saved here.") from None
     _check_room(session, names)
 
     def make(ticket):

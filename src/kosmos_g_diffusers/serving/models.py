@@ -163,7 +163,7 @@ class Models:
                     path = self.loras[name]
                     try:
                         add_lora(self.pipe, path, scale)
-                    except ValueError as error:  # visitors know it by its name
+                    except ValueError as error:  # users know it by its name
                         raise ValueError(str(error).replace(str(path), name)) from error
                 self._lora = name
         elif name != NO_LORA:

@@ -7,7 +7,7 @@ from ..control.controls import control_image, control_preview, control_size
 from .errors import FieldError, at, unexpected
 from .job import Drawing, finished_images
 from .queue import QueueFull, Worker
-from .store import open_picture
+from .store import open_image_file
 
 POLL = 0.1  # seconds between two looks at a run
 # seconds after which a look is told even if nothing has changed, or a closed page would go unnoticed
@@ -41,15 +41,7 @@ class Service:
         Raises:
             FieldError: what was asked for cannot be done.
         """
-        job = Drawing(
-            self.models,
-            self.store,
-            settings,
-            self.find(settings.images, "pictures"),
-            self.find([control.picture for control in settings.controls], "controls"),
-            self.find(settings.image_words, "words"),
-        )
-        session.ticket = ticket = _submit(self.worker, job, "run")
+        session.ticket = ticket = _submit(self.worker, Drawing(self.models, self.store, settings), "run")
         try:
             async for _ in _news(ticket):
                 yield ticket
@@ -72,11 +64,11 @@ class Service:
         Raises:
             FieldError: see `control_image` of the library.
         """
-        (path,) = self.find([control.picture], field)
+        (path,) = self.store.find_all([control.picture], field)
 
         def make(ticket):
             with at(field):
-                image = open_picture(path, field)
+                image = open_image_file(path, field)
                 if control.ready:
                     return image
                 size = {"height": height, "width": width, "short_side": self.models.short_side()}
@@ -84,13 +76,6 @@ class Service:
                 return control_preview(control_image(control.name, image.convert("RGB"), **size))
 
         return await self.carry_out(self.annotating, make, field)
-
-    def find(self, files, field):
-        """Paths of what settings name. Raises FieldError if something is not here."""
-        found = [self.store.find(file) for file in files]
-        if None in found:
-            raise FieldError(field, "A picture of this run is no longer on the server. Drop it again.")
-        return found
 
     async def carry_out(self, worker, job, field):
         """Wait for a job that has no progress to tell; returns its result. What goes wrong belongs to `field`."""

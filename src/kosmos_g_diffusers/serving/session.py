@@ -1,4 +1,4 @@
-"""What one visitor has: image words, what was made, and the run that is under way."""
+"""What one user has: image words, what was made, and the run that is under way."""
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ MAX_HISTORY = 200  # images; the files stay
 
 @dataclass
 class Session:
-    """Kept by the page for as long as it is open. Starts empty; every visitor gets a copy of the first one."""
+    """Kept by the page for as long as it is open. Starts empty; every user gets a copy of the first one."""
 
     words: OrderedDict = field(default_factory=OrderedDict)  # name -> InputImage of its file
     models: dict = field(default_factory=dict)  # name of a word -> name of the model that it was made with

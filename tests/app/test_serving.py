@@ -19,7 +19,7 @@ from kosmos_g_diffusers.serving.models import Models
 from kosmos_g_diffusers.serving.preview import LatentPreview
 from kosmos_g_diffusers.serving.queue import QueueFull, Worker
 from kosmos_g_diffusers.serving.session import MAX_HISTORY, Session
-from kosmos_g_diffusers.serving.store import Store, check_picture, open_picture
+from kosmos_g_diffusers.serving.store import Store, check_image_file, open_image_file
 
 
 @pytest.fixture
@@ -166,17 +166,17 @@ def ask(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "pictures", "line", "complete"),
+    ("prompt", "images", "line", "complete"),
     [
-        ("<i> and <i>", 1, "2 <i>, 1 picture: one picture is missing", False),
-        ("<i> and <i>", 0, "2 <i>, 0 pictures: 2 pictures are missing", False),
-        ("a hat", 2, "0 <i>, 2 pictures: 2 <i> are missing", False),
-        ("<i>", 1, "1 <i>, 1 picture", True),
+        ("<i> and <i>", 1, "2 <i>, 1 image: one image is missing", False),
+        ("<i> and <i>", 0, "2 <i>, 0 images: 2 images are missing", False),
+        ("a hat", 2, "0 <i>, 2 images: 2 <i> are missing", False),
+        ("<i>", 1, "1 <i>, 1 image", True),
         ("<i>" * 11, 11, "at most 10 are possible", False),
     ],
 )
-def test_line_says_what_the_prompt_needs(prompt, pictures, line, complete):
-    text, is_complete = count_line(prompt, pictures)
+def test_line_says_what_the_prompt_needs(prompt, images, line, complete):
+    text, is_complete = count_line(prompt, images)
     assert line in text and is_complete is complete
 
 
@@ -263,7 +263,7 @@ def test_html_holds_every_text_as_text():
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def test_store_keeps_a_picture_by_its_contents(tmp_path):
+def test_store_keeps_an_image_by_its_contents(tmp_path):
     image = PIL.Image.new("RGB", (8, 8), "red")
     image.save(tmp_path / "mine.png")
     store = Store(tmp_path / "out")
@@ -277,12 +277,12 @@ def test_store_keeps_a_picture_by_its_contents(tmp_path):
     assert len(list((tmp_path / "out" / "inputs").iterdir())) == 1
 
 
-def test_damaged_picture_is_told(tmp_path):
+def test_damaged_image_is_told(tmp_path):
     PIL.Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
-    assert check_picture(tmp_path / "cut.png") == "PNG"
+    assert check_image_file(tmp_path / "cut.png") == "PNG"
     with pytest.raises(FieldError, match="damaged"):
-        open_picture(tmp_path / "cut.png", "pictures")
+        open_image_file(tmp_path / "cut.png", "pictures")
 
 
 def test_folders_give_the_names_that_are_offered(tmp_path):
