@@ -37,10 +37,8 @@ def prompt_line(prompt, paths, words=(), note=""):
         else:
             tag = '<b class="kg-word">{}</b>' if text in words else "<span>{}</span>"
             pieces.append(Markup(tag).format(text))
-    if spare := [_image(path, "an image") for path in images]:
-        pieces.append(
-            Markup('<span class="kg-spare">not in the prompt: {}</span>').format(Markup().join(spare))
-        )
+    if spare := Markup().join(_image(path, "an image") for path in images):
+        pieces.append(Markup('<span class="kg-spare">not in the prompt: {}</span>').format(spare))
     line, complete = count_line(prompt, len(paths))
     html = '<div class="kg-prompt">{}</div><div class="kg-count {}">{}</div>'
     html = Markup(html).format(Markup().join(pieces), "kg-good" if complete else "kg-bad", line)
