@@ -84,11 +84,11 @@ def client(connect):
     return connect()
 
 
-def generate(client, prompt="a hat", pictures=(), **fields):
+def generate(client, prompt="a hat", images=(), **fields):
     """Paths of the images, their settings as the API tells them, and the last line of progress."""
-    pictures = [gradio_client.handle_file(path) for path in pictures]
+    images = [gradio_client.handle_file(path) for path in images]
     images, settings, progress = client.predict(
-        prompt=prompt, pictures=pictures, **{**STEPS, **fields}, api_name="/generate"
+        prompt=prompt, pictures=images, **{**STEPS, **fields}, api_name="/generate"
     )
     return [image["image"] for image in images], settings, progress
 
@@ -169,12 +169,12 @@ def test_every_endpoint_is_documented(client):
     ("fields", "message"),
     [
         ({"prompt": " "}, "prompt: Write what to draw"),
-        ({"prompt": "<i> and <i>"}, "prompt: 2 <i>, 0 pictures: 2 pictures are missing"),
-        ({"prompt": "a hat", "pictures": [CAT]}, "prompt: 0 <i>, 1 picture: one <i> is missing"),
-        ({"prompt": "a <my-dog>"}, "prompt: <my-dog> is no image word. This session knows none yet"),
+        ({"prompt": "<i> and <i>"}, "prompt: 2 <i>, 0 images: 2 images are missing"),
+        ({"prompt": "a hat", "pictures": [CAT]}, "prompt: 0 <i>, 1 image: one <i> is missing"),
+        ({"prompt": "a <my-dog>"}, "prompt: <my-dog> is not an image word. This session knows none yet"),
         ({"prompt": "a hat " * 1000}, "prompt: "),
         ({"prompt": "hat " * 290}, "prompt: "),
-        ({"prompt": "<i>" * 11, "pictures": [CAT] * 11}, "pictures: A prompt may have 10 pictures, and 11"),
+        ({"prompt": "<i>" * 11, "pictures": [CAT] * 11}, "pictures: A prompt may have 10 images, and 11"),
         ({"negative_prompt": "hat " * 290}, "negative_prompt: "),
         ({"steps": 0}, "steps: The number of steps is 0. Give a number from 1 to 250"),
         ({"steps": 2.5}, "steps: The number of steps is 2.5. Give a whole number"),
@@ -186,7 +186,7 @@ def test_every_endpoint_is_documented(client):
         ({"lora": "foreign.safetensors"}, "lora: 1 of 1 layers of this LoRA do not fit the U-Net"),
         ({"lora": "damaged.safetensors"}, "lora: The LoRA 'damaged.safetensors' cannot be loaded"),
         ({"unet": "narrow"}, "unet: The U-Net 'narrow' reads states of width 8, the model gives 32"),
-        ({"control_2_kind": "tile"}, "control_2: The control 'tile' needs a picture"),
+        ({"control_2_kind": "tile"}, "control_2: The control 'tile' needs an image"),
         ({"control_1_kind": "tile", "control_1_start": 0.5, "control_1_end": 0.5}, "control_1: "),
         ({"control_1_kind": "inpaint"}, "control_1: Paint over what is to be filled"),
         (
@@ -274,7 +274,7 @@ def test_canny_edges_are_shown(client):
     )
 
 
-def test_image_word_means_its_picture_in_its_session_and_in_a_file(connect, client):
+def test_image_word_means_its_image_in_its_session_and_in_a_file(connect, client):
     cat = [gradio_client.handle_file(CAT)]
     assert client.predict(name="My-Cat", pictures=cat, api_name="/add_word")["value"] == "<my-cat>"
     assert "already" in fails(client, "/add_word", name="my-cat", pictures=cat)
@@ -282,23 +282,23 @@ def test_image_word_means_its_picture_in_its_session_and_in_a_file(connect, clie
     assert "words: " in fails(client, "/add_word", name="2 cats!", pictures=cat)
     assert "words: Give the word a name" in fails(client, "/add_word", name=" ", pictures=cat)
     word = generate(client, "<my-cat> in the snow")[0][0]
-    picture = generate(client, "<i> in the snow", [CAT])[0][0]
-    difference = [abs(a - b) for a, b in zip(pixels(word), pixels(picture), strict=True)]
-    assert max(difference) <= 1  # the picture was encoded in another batch
+    image = generate(client, "<i> in the snow", [CAT])[0][0]
+    difference = [abs(a - b) for a, b in zip(pixels(word), pixels(image), strict=True)]
+    assert max(difference) <= 1  # the image was encoded in another batch
     other = connect()
-    assert "no image word" in fails(other, prompt="<my-cat> in the snow", **STEPS)
+    assert "not an image word" in fails(other, prompt="<my-cat> in the snow", **STEPS)
     file = client.predict(api_name="/save_words")
     other.predict(file=gradio_client.handle_file(file), api_name="/load_words")
     assert pixels(generate(other, "<my-cat> in the snow")[0][0]) == pixels(word)
     other.predict(word="<my-cat>", api_name="/forget_word")
-    assert "no image word" in fails(other, prompt="<my-cat> in the snow", **STEPS)
+    assert "not an image word" in fails(other, prompt="<my-cat> in the snow", **STEPS)
     assert len(read_settings(word).image_words) == 1
 
 
 def test_file_that_holds_no_words_is_refused(client, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     file = gradio_client.handle_file(str(tmp_path / "x.safetensors"))
-    assert "words: This is no file of image words" in fails(client, "/load_words", file=file)
+    assert "words: This is not a file of image words" in fails(client, "/load_words", file=file)
     save_file({"<x>": torch.zeros(1)}, tmp_path / "y.safetensors")
     file = gradio_client.handle_file(str(tmp_path / "y.safetensors"))
     told = fails(client, "/load_words", file=file)
@@ -307,12 +307,12 @@ def test_file_that_holds_no_words_is_refused(client, tmp_path):
 
 def test_full_queue_is_told_and_cancel_works_in_it(app, connect):
     clients = [connect() for _ in range(4)]
-    with slow_steps(app.studio, 0.1):
+    with slow_steps(app.service, 0.1):
         jobs = []
         for index, client in enumerate(clients[:3]):  # one runs, two wait: the capacity of this app
             jobs.append(client.submit(prompt="a hat", steps=250, api_name="/generate"))
-            wait_for(lambda count=index: len(app.studio.worker._waiting) == count)
-            wait_for(lambda: app.studio.worker._running is not None)
+            wait_for(lambda count=index: len(app.service.worker._waiting) == count)
+            wait_for(lambda: app.service.worker._running is not None)
         assert "The queue is full: 2 runs are waiting" in fails(clients[3], prompt="a hat", **STEPS)
         wait_for(lambda: "place 2" in str(jobs[2].outputs()))
         clients[1].predict(api_name="/cancel")
@@ -321,11 +321,11 @@ def test_full_queue_is_told_and_cancel_works_in_it(app, connect):
         for index in (2, 0):
             clients[index].predict(api_name="/cancel")
             assert "Cancelled" in jobs[index].result()[2]
-    wait_for(lambda: app.studio.worker._running is None)
+    wait_for(lambda: app.service.worker._running is None)
 
 
 def test_images_that_were_finished_before_a_cancel_are_kept(app, client):
-    with slow_steps(app.studio, 0.3) as steps:
+    with slow_steps(app.service, 0.3) as steps:
         job = client.submit(prompt="a hat", steps=4, num_images=8, api_name="/generate")
         wait_for(lambda: len(steps) > 9)
         client.predict(api_name="/cancel")

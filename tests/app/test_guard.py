@@ -23,7 +23,7 @@ FILE = "/gradio_api/file="
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guard")
-    (folder / "private.png").write_bytes(CAT.read_bytes())  # beside the folders that are served
+    (folder / "private.png").write_bytes(CAT.read_bytes())  # next to the folders that are served
     with serving(folder) as running:
         yield running
 
@@ -38,15 +38,15 @@ def upload(http, *files):
     return http.post("/gradio_api/upload", files=[("files", (name, body)) for name, body in files])
 
 
-def call(http, app, pictures, prompt="<i>", **changes):
-    """Ask for a run as gradio's own page does, with `pictures` as the value of that field; returns all that comes back."""
+def call(http, app, images, prompt="<i>", **changes):
+    """Ask for a run as gradio's own page does, with `images` as the value of its field; returns all that comes back."""
     config = http.get("/config").json()
     run = next(entry for entry in config["dependencies"] if entry["api_name"] == "generate")
     components = {entry["id"]: entry for entry in config["components"]}
     values = [components[index]["props"].get("value") for index in run["inputs"]]
     names = ["session", *app.fields]
     values[names.index("prompt")] = prompt
-    values[names.index("pictures")] = pictures
+    values[names.index("pictures")] = images
     values[names.index("steps")] = 1
     for name, value in changes.items():
         values[names.index(name)] = value
@@ -67,7 +67,7 @@ def call(http, app, pictures, prompt="<i>", **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def fields(app):
-    names = list(Page(app.studio, controls=True).fields)
+    names = list(Page(app.service, controls=True).fields)
     app.fields = names
     return names
 
@@ -76,7 +76,7 @@ def reference(path):
     return {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.png"}
 
 
-def test_uploaded_picture_is_drawn_with(app, http):
+def test_uploaded_image_is_drawn_with(app, http):
     path = upload(http, ("cat.jpg", CAT.read_bytes())).json()[0]
     assert not os.path.isabs(path)
     told = call(http, app, [reference(path)])
@@ -99,7 +99,7 @@ def test_uploaded_picture_is_drawn_with(app, http):
         "//127.0.0.1:{port}/cat.png",
     ],
 )
-def test_string_in_the_place_of_a_picture_is_never_opened(app, http, path, monkeypatch):
+def test_string_in_the_place_of_an_image_is_never_opened(app, http, path, monkeypatch):
     asked = []
     for name in ("ssrf_protected_download", "async_ssrf_protected_download", "save_file_to_cache"):
         monkeypatch.setattr(f"gradio.processing_utils.{name}", lambda *args, **kwargs: asked.append(args))
@@ -117,8 +117,8 @@ def test_string_in_the_place_of_a_picture_is_never_opened(app, http, path, monke
         [{"path": path}],
         {"path": path, "url": path},
     )
-    for pictures in forms:
-        told = call(http, app, pictures)
+    for images in forms:
+        told = call(http, app, images)
         assert '"success":true' not in told and "images/" not in told
         assert str(app.folder) not in told.replace(path, "")
     control = {"control_1_kind": "tile", "control_1_picture": {**reference(path), "url": path}}
@@ -137,9 +137,8 @@ def test_words_that_look_like_files_are_words(app, http, monkeypatch):
     )
     for text in ("/etc/passwd", "file:///etc/passwd", "http://127.0.0.1/x.png"):
         assert '"success":true' in call(http, app, None, prompt=text, negative_prompt=text)
-    assert opened and all(
-        Path(path).parent.name == "images" for path in opened
-    )  # only what was drawn, for its settings
+    # only what was drawn, for its settings
+    assert opened and all(Path(path).parent.name == "images" for path in opened)
 
 
 @pytest.mark.parametrize(
@@ -216,13 +215,13 @@ def bomb(side):
         ("large.png", bomb(7_000), "49 million pixels; it may have 40 million"),
         ("bomb.png", bomb(20_000), "million pixels"),
         ("huge.png", bomb(2**31 - 1), "pi"),
-        ("page.html", b"<script>alert(1)</script>", "no picture"),
-        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture"),
-        ("page.png", b"<script>alert(1)</script>", "no picture that can be read"),
-        ("weights.pt", b"\x80\x04", "no picture"),
+        ("page.html", b"<script>alert(1)</script>", "not an image"),
+        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        ("page.png", b"<script>alert(1)</script>", "not an image that can be read"),
+        ("weights.pt", b"\x80\x04", "not an image"),
     ],
 )
-def test_upload_that_is_no_picture_of_a_sane_size_is_refused_and_deleted(app, http, name, body, message):
+def test_upload_that_is_not_an_image_of_a_sane_size_is_refused_and_deleted(app, http, name, body, message):
     before = set((app.folder / "uploads").rglob("*.*"))
     answer = upload(http, (name, body))
     assert answer.status_code in (413, 415) and message in answer.text
@@ -299,7 +298,7 @@ def test_app_listens_on_this_machine_alone(app):
 
 
 def test_page_that_is_closed_ends_its_run(app, http):
-    with slow_steps(app.studio, 0.2) as steps:
+    with slow_steps(app.service, 0.2) as steps:
         config = http.get("/config").json()
         run = next(entry for entry in config["dependencies"] if entry["api_name"] == "generate")
         components = {entry["id"]: entry for entry in config["components"]}
@@ -310,7 +309,7 @@ def test_page_that_is_closed_ends_its_run(app, http):
         http.post("/gradio_api/queue/join", json=body)
         with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "closing"}) as stream:
             next(line for line in stream.iter_lines() if "Step 2" in line)
-        wait_for(lambda: app.studio.worker._running is None, seconds=30)
+        wait_for(lambda: app.service.worker._running is None, seconds=30)
         assert len(steps) < 100
 
 

@@ -51,11 +51,11 @@ def page(app, browser):
         yield opened
 
 
-def ask(page, prompt, *pictures, steps=2, **numbers):
+def ask(page, prompt, *images, steps=2, **numbers):
     page.fill(PROMPT, prompt)
-    if pictures:
-        drop(page, "#pictures", *pictures)
-    page.wait_for_selector(f"#prompt-line:has-text('{prompt.count('<i>')} <i>, {len(pictures)} picture')")
+    if images:
+        drop(page, "#pictures", *images)
+    page.wait_for_selector(f"#prompt-line:has-text('{prompt.count('<i>')} <i>, {len(images)} image')")
     for name, value in {"steps": steps, **numbers}.items():
         page.fill(f"#{name} input", str(value))
 
@@ -65,7 +65,7 @@ def seed_of(page, seed):
     page.fill("#seed input", str(seed))
 
 
-def test_two_pictures_and_a_prompt_give_images_and_their_settings(app, page, tmp_path):
+def test_two_images_and_a_prompt_give_images_and_their_settings(app, page, tmp_path):
     ask(page, "<i> beside <i>", CAT, COFFEE, num_images=2)
     assert page.locator("#prompt-line img").count() == 2
     seed_of(page, 5)
@@ -73,9 +73,8 @@ def test_two_pictures_and_a_prompt_give_images_and_their_settings(app, page, tmp
     assert page.locator("#images img").count() == 2
     shown = table(page)
     assert (shown["prompt"], shown["seed"], shown["steps"]) == ("<i> beside <i>", "5", "2")
-    for index in range(
-        2
-    ):  # what the browser gets is the file with its settings, not a copy in another format
+    # what the browser gets is the file with its settings, not a copy in another format
+    for index in range(2):
         path = tmp_path / f"{index}.png"
         path.write_bytes(saved(page, index))
         settings = read_settings(path)
@@ -90,12 +89,12 @@ def test_two_pictures_and_a_prompt_give_images_and_their_settings(app, page, tmp
 def test_page_says_what_is_missing_and_a_run_says_it_by_the_prompt(page):
     page.fill(PROMPT, "<i> in the style of <i>")
     drop(page, "#pictures", CAT)
-    page.wait_for_selector("#prompt-line:has-text('2 <i>, 1 picture: one picture is missing')")
+    page.wait_for_selector("#prompt-line:has-text('2 <i>, 1 image: one image is missing')")
     assert page.locator("#prompt-line .kg-hole").count() == 1
     page.click("#run")
-    page.wait_for_selector("#prompt-message:has-text('one picture is missing')")
-    page.set_input_files("#pictures input[type=file]", COFFEE)  # the button beside the list
-    page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 pictures')")
+    page.wait_for_selector("#prompt-message:has-text('one image is missing')")
+    page.set_input_files("#pictures input[type=file]", COFFEE)  # the button next to the list
+    page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 images')")
     page.fill("#steps input", "1")
     run(page)
     assert not page.locator("#prompt-message").is_visible()
@@ -124,7 +123,7 @@ def choose_control(page, kind):
 
 
 def test_control_image_is_shown_before_a_run(page):
-    choose_control(page, "tile")  # the picture itself, in the size of the image to be made
+    choose_control(page, "tile")  # the image itself, in the size of the image to be made
     page.set_input_files("#control_1_picture input[type=file]", CAT)
     page.wait_for_selector("#control_1_picture img")
     assert control_image_of(page).tobytes() == control_image("tile", CAT, short_side=64).tobytes()
@@ -154,21 +153,21 @@ def test_strokes_on_the_board_are_the_mask_and_the_drawing(page):
 
 
 def test_cancel_frees_the_worker_within_a_step(app, page, monkeypatch):
-    with slow_steps(app.studio, 0.2) as steps:
-        cancel, seen = app.studio.cancel, []
+    with slow_steps(app.service, 0.2) as steps:
+        cancel, seen = app.service.cancel, []
 
         def cancelled(session):
             result = cancel(session)
             seen.append(len(steps))
             return result
 
-        monkeypatch.setattr(app.studio, "cancel", cancelled)
+        monkeypatch.setattr(app.service, "cancel", cancelled)
         ask(page, "a hat", steps=200)
         page.click("#run")
         page.wait_for_selector("#progress .kg-preview")
         assert "left." in page.inner_text("#progress")
         page.click("#cancel")
-        wait_for(lambda: seen and app.studio.worker._running is None)
+        wait_for(lambda: seen and app.service.worker._running is None)
         assert len(steps) - seen[0] <= 1 and len(steps) < 100
         page.wait_for_selector("#progress:has-text('Cancelled at step')")
     page.fill("#steps input", "1")
@@ -185,7 +184,7 @@ def test_png_brings_its_settings_back(app, page, tmp_path):
     page.wait_for_selector("text=Ready.")
     drop(page, "#restore", tmp_path / "mine.png")
     page.wait_for_selector("#restore-message:has-text('settings are back')")
-    page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 pictures')")
+    page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 images')")
     assert page.input_value(PROMPT) == "<i> and <i>"
     assert [page.input_value(f"#{name} input") for name in ("seed", "steps", "guidance")] == ["77", "2", "3"]
     first = saved_pixels(tmp_path / "mine.png")
@@ -234,16 +233,16 @@ def test_image_becomes_input_and_stays_in_the_history(page):
     ask(page, "a hat", steps=1)
     run(page)
     page.click("#use")
-    page.wait_for_selector("#prompt-line:has-text('0 <i>, 1 picture')")
+    page.wait_for_selector("#prompt-line:has-text('0 <i>, 1 image')")
     page.fill(PROMPT, "<i> in the snow")
-    page.wait_for_selector("#prompt-line:has-text('1 <i>, 1 picture')")
+    page.wait_for_selector("#prompt-line:has-text('1 <i>, 1 image')")
     run(page)
     page.wait_for_selector("#details td:text-is('<i> in the snow')")
     unfold(page, "text=History of this session")
     wait_for(lambda: page.locator("#history img").count() == 2)
 
 
-def test_picture_becomes_a_word_of_this_session_alone(app, page, browser):
+def test_image_becomes_a_word_of_this_session_alone(app, page, browser):
     unfold(page, "text=Image words")
     drop(page, "#word-pictures", CAT)
     page.wait_for_selector("#word-pictures .file-preview :text('cat')")
@@ -259,13 +258,13 @@ def test_picture_becomes_a_word_of_this_session_alone(app, page, browser):
     other.wait_for_selector("text=Ready.")
     other.fill(PROMPT, "<my-cat> in the snow")
     other.click("#run")
-    other.wait_for_selector("#prompt-message:has-text('<my-cat> is no image word')")
+    other.wait_for_selector("#prompt-message:has-text('<my-cat> is not an image word')")
     other.close()
 
 
 def test_example_loads_with_one_click_and_draws(page):
     page.click(".kg-example >> nth=1")
-    page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 pictures')")
+    page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 images')")
     page.fill("#steps input", "1")
     run(page)
 
@@ -282,7 +281,7 @@ def test_page_asks_no_one_else_and_tells_no_path(app, browser, tmp_path):
     ask(page, "<i>", CAT, steps=1)
     run(page)
     page.click("#use")
-    page.wait_for_selector("#prompt-line:has-text('1 <i>, 2 pictures')")
+    page.wait_for_selector("#prompt-line:has-text('1 <i>, 2 images')")
     assert {url.split("/")[2] for url in asked if url.startswith("http")} == {app.url.split("/")[2]}
     told = page.content()
     for response in bodies:

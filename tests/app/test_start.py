@@ -33,8 +33,8 @@ from kosmos_g_diffusers.sprites.world import COLOURS, HELD_OUT_TRIPLES, SHAPES, 
 
 gradio = pytest.importorskip("gradio", reason="the app needs gradio: pip install 'kosmos-g-diffusers[app]'")
 
-PICTURES = Path(__file__).parents[2] / "examples" / "images"
-CAT, STAR = PICTURES / "cat.jpg", PICTURES / "star.png"
+PHOTOS = Path(__file__).parents[2] / "examples" / "images"
+CAT, STAR = PHOTOS / "cat.jpg", PHOTOS / "star.png"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_photo_is_told_to_mean_nothing_and_a_sprite_is_not(page):
     page.goto(page.url)
     page.wait_for_selector("text=Ready.")
     drop(page, "#pictures", STAR)
-    page.wait_for_selector("#prompt-line:has-text('0 <i>, 1 picture')")
+    page.wait_for_selector("#prompt-line:has-text('0 <i>, 1 image')")
     assert page.locator(".kg-note").count() == 0
 
 
@@ -87,15 +87,15 @@ def test_every_example_loads_with_one_click_and_is_drawn(page, tmp_path):
     buttons = page.locator(".kg-example:visible")
     assert buttons.all_inner_texts() == [example.prompt for example in examples]
     for index, example in enumerate(examples):
-        count = f"{example.prompt.count('<i>')} <i>, {len(example.pictures)} picture"
+        count = f"{example.prompt.count('<i>')} <i>, {len(example.images)} image"
         buttons.nth(index).click()
         page.wait_for_function(
             "text => document.querySelector('#prompt textarea').value == text", arg=example.prompt
         )
         page.wait_for_selector(f"#prompt-line:has-text('{count}')")
-        assert page.locator("#prompt-line img").count() == len(example.pictures)
+        assert page.locator("#prompt-line img").count() == len(example.images)
         assert page.locator("#prompt-line .kg-note").count() == 0
-        for name, _ in example.pictures:
+        for name, _ in example.images:
             page.wait_for_selector(f"#pictures :text('{name[:-4]}')")
     run(page)
     shown = table(page)
@@ -109,9 +109,9 @@ def test_examples_are_of_sprites_that_were_held_out():
     for example in sprite_examples():
         words = example.prompt.replace(",", "").split()
         named = [(shape, *words[place - 2 : place]) for place, shape in enumerate(words) if shape in SHAPES]
-        seen = [read(picture).sprites[0].triple for _, picture in example.pictures]
+        seen = [read(image).sprites[0].triple for _, image in example.images]
         assert [f"{colour}-{pattern}-{shape}.png" for shape, colour, pattern in seen] == [
-            name for name, _ in example.pictures
+            name for name, _ in example.images
         ]
         if words[-1] in COLOURS:  # what the sprite is to become
             named.append((seen[0][0], words[-1], seen[0][2]))
@@ -138,9 +138,9 @@ def test_canny_alone_is_offered_and_decides_where_a_sprite_is(page):
 
 def write_depth(path):
     """A PNG that was made under a control of depth, with a ControlNet of its own."""
-    picture = InputImage.from_file(STAR)
-    control = ControlInput("depth", picture, controlnet="x")
-    settings = GenerationSettings("<i>", images=(picture,), controls=(control,))
+    image = InputImage.from_file(STAR)
+    control = ControlInput("depth", image, controlnet="x")
+    settings = GenerationSettings("<i>", images=(image,), controls=(control,))
     write_png(render(Scene((), "mint"), make_rng(0)), path, settings)
 
 
@@ -169,7 +169,7 @@ def test_page_is_there_while_the_model_loads_and_says_how_that_ends(tmp_path, br
                 "#model-state:has-text('The model is loading. You can write your prompt')"
             )
             opened.click(".kg-example >> nth=0")
-            opened.wait_for_selector("#prompt-line:has-text('1 <i>, 1 picture')")
+            opened.wait_for_selector("#prompt-line:has-text('1 <i>, 1 image')")
             opened.fill("#steps input", "1")
             opened.click("#run")  # waits for its turn behind the loading
             opened.wait_for_selector("#progress:has-text('In the queue: place 1')")

@@ -16,9 +16,9 @@ from unittest import mock
 import PIL.Image
 import pytest
 
-from kosmos_g_diffusers.app.logic import Studio
 from kosmos_g_diffusers.control.controls import CONTROLS
 from kosmos_g_diffusers.serving.models import Models
+from kosmos_g_diffusers.serving.service import Service
 from kosmos_g_diffusers.serving.store import Store
 from kosmos_g_diffusers.testing import build_random_controlnet, build_tiny_pipeline
 
@@ -42,7 +42,7 @@ def serving(
     wait=True,
     controls=True,
 ):
-    """A running app: `url`, `studio`, `folder` (its output folder).
+    """A running app: `url`, `service`, `folder` (its output folder).
 
     Args:
         toy: take the toy for the small model that ships.
@@ -57,18 +57,18 @@ def serving(
     patches = ExitStack()
     if toy:
         _put_toy(patches)
-    studio = Studio(Models(model_folders, lora_folder, unet_folder), Store("."), capacity)
-    studio.start()
+    service = Service(Models(model_folders, lora_folder, unet_folder), Store("."), capacity)
+    service.start()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    blocks = serve(studio, controls=controls, port=port, auth=auth, block=False)
+    blocks = serve(service, controls=controls, port=port, auth=auth, block=False)
     try:
         if wait:
-            wait_for(lambda: studio.models.state == "ready")
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", studio=studio, folder=folder, blocks=blocks)
+            wait_for(lambda: service.models.state == "ready")
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", service=service, folder=folder, blocks=blocks)
     finally:
-        studio.close()
+        service.close()
         blocks.close(verbose=False)
         patches.close()
         os.chdir(before)
@@ -106,9 +106,9 @@ def wait_for(condition, seconds=PATIENCE):
 
 
 @contextmanager
-def slow_steps(studio, seconds):
+def slow_steps(service, seconds):
     """Let each denoising step of the loaded model take some time; yields a list with an entry for each step."""
-    unet, steps = studio.models.pipe.unet, []
+    unet, steps = service.models.pipe.unet, []
     forward = unet.forward
 
     def slow(*args, **kwargs):
@@ -148,7 +148,7 @@ def chromium():
 
 @contextmanager
 def visiting(browser, app):
-    """The page of a new visitor, ready to be used."""
+    """The page of a new user, ready to be used."""
     opened = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     opened.set_default_timeout(1000 * PATIENCE * slowness())
     opened.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
@@ -156,7 +156,7 @@ def visiting(browser, app):
     opened.wait_for_selector("text=Ready.")
     yield opened
     opened.close()
-    wait_for(lambda: app.studio.worker._running is None)  # a page that is closed ends its run
+    wait_for(lambda: app.service.worker._running is None)  # a page that is closed ends its run
 
 
 def unfold(page, title):

@@ -20,7 +20,7 @@ class OwnFiles:
 
     async def async_move_resource_to_block_cache(self, url_or_file_path):
         if url_or_file_path is not None and "://" in str(url_or_file_path):
-            raise gr.Error("Upload the picture; addresses are not opened here.", print_exception=False)
+            raise gr.Error("Upload the image; addresses are not opened here.", print_exception=False)
         path = await super().async_move_resource_to_block_cache(url_or_file_path)
         return None if path is None else os.path.relpath(path)
 
@@ -37,19 +37,19 @@ class Upload(OwnFiles, gr.UploadButton):
     pass
 
 
-class Picture(OwnFiles, gr.Image):
+class Image(OwnFiles, gr.Image):
     pass
 
 
-class Pictures(OwnFiles, gr.Gallery):
+class Gallery(OwnFiles, gr.Gallery):
     pass
 
 
 def board(label, **options):
-    """A picture to paint on: gr.HTML whose property `picture` is a data: URI, and its value the strokes, likewise.
+    """An image to paint on: gr.HTML whose property `image` is a data: URI, and its value the strokes, likewise.
 
     gr.ImageEditor draws with WebGL, which browsers without a graphics card do not have, and keeps every drawing that was
     ever begun in the server's memory.
     """
     script = (Path(__file__).parent / "static" / "board.js").read_text(encoding="utf-8")
-    return gr.HTML("", label=label, html_template=BOARD, js_on_load=script, picture="", **options)
+    return gr.HTML("", label=label, html_template=BOARD, js_on_load=script, image="", **options)

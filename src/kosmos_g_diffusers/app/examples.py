@@ -1,4 +1,4 @@
-"""What a visitor can load with one click: sprites for small models, photos for the real one."""
+"""What a user can load with one click: sprites for small models, photos for the real one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,11 @@ PHOTOS = Path(__file__).parent / "static" / "pictures"  # CC0; PROVENANCE.txt th
 @dataclass(frozen=True)
 class Example:
     prompt: str
-    pictures: tuple = ()  # (name of the file, PIL image or path of a file of this package) for each
+    images: tuple = ()  # (name of the file, PIL image or path of a file of this package) for each
 
 
 def _sprite(colour, pattern, shape, background):
-    """A picture of one large sprite, and a name for it."""
+    """An image of one large sprite, and a name for it."""
     name = f"{colour}-{pattern}-{shape}"
     scene = Scene((Sprite(shape, colour, pattern, "large"),), background)
     return f"{name}.png", render(scene, make_rng(name))
@@ -35,7 +35,7 @@ def sprite_examples():
 
 
 def photo_examples():
-    """The official demo's kinds of prompt: a place, another look, a style, an attribute, two pictures."""
+    """The official demo's kinds of prompt: a place, another look, a style, an attribute, two images."""
     cat, coffee = ((name, PHOTOS / name) for name in ("cat.jpg", "coffee.jpg"))
     return (
         Example("<i> in the snow", (cat,)),

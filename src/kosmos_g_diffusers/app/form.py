@@ -1,21 +1,33 @@
-"""The fields of the page: what each may hold, the presets, and the way from their values to settings."""
+"""The fields of the page: what each may hold, the presets, and how their values become settings."""
 
-import re
+import base64
+import io
 import secrets
-from dataclasses import dataclass, field
 
-from ..control.controls import find_control
+import PIL.Image
+
+from ..control.controls import control_image, control_preview, find_control
 from ..environment import package_versions
 from ..generation.schedulers import SCHEDULERS
 from ..generation.settings import ControlInput, GenerationSettings
-from ..processing_kosmos_g import IMAGE_MARK
+from ..processing_kosmos_g import IMAGE_MARK, IMAGE_WORD_PATTERN
 from ..serving.errors import FieldError, at
 from ..serving.models import NO_LORA, OWN
-from ..serving.store import MAX_FILES
+from ..serving.store import MAX_FILES, open_image_file
 
 CONTROL_SLOTS = 3
 NO_CONTROL = "none"
-# what one run of one visitor may ask for; the command line has no such limits
+# fields of a slot, and what each starts with
+CONTROL_FIELDS = {
+    "kind": NO_CONTROL,
+    "picture": None,
+    "strokes": "",
+    "ready": False,
+    "scale": 1.0,
+    "start": 0.0,
+    "end": 1.0,
+}
+# what one run of the page may ask for; the command line has no such limits
 LIMITS = {
     "num_images": (1, 8),
     "steps": (1, 250),  # as many as the paper's COCO figures take
@@ -28,50 +40,12 @@ LIMITS = {
 LABELS = {"num_images": "number of images", "steps": "number of steps", "lora_scale": "LoRA scale"}
 MAX_PROMPT = 4_000  # characters
 DEFAULTS = {"num_images": 1, "steps": 30, "guidance": 7.5, "scheduler": OWN, "lora_scale": 1.0}
-SMALL_FAST = {
-    "steps": 12,
-    "guidance": 5.0,
-    "scheduler": "dpm",
-}  # what the small model's scores were drawn with
+# what the small model's scores were drawn with
+SMALL_FAST = {"steps": 12, "guidance": 5.0, "scheduler": "dpm"}
 PRESETS = {
     "fast": {"steps": 15, "guidance": 6.0, "scheduler": "dpm"},
     "paper": {"steps": 100, "guidance": 7.5, "scheduler": "dpm"},  # DreamBench: 100 steps of DPM-Solver
 }
-WORD = re.compile(r"<[a-z][a-z0-9-]*>")
-
-
-@dataclass(frozen=True)
-class ControlForm:
-    """A slot of the controls panel."""
-
-    kind: str = NO_CONTROL
-    picture: object = None  # InputImage that the control image is made of, or that it is
-    ready: bool = False
-    scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a run was asked for, as the page holds it. Nothing of it was checked, but that pictures were kept."""
-
-    prompt: str = ""
-    pictures: tuple = ()  # InputImage
-    negative_prompt: str = ""
-    model: str | None = None  # names of what Models offers
-    unet: str = OWN
-    lora: str = NO_LORA
-    lora_scale: float = 1.0
-    num_images: int = 1
-    steps: int = 30
-    guidance: float = 7.5
-    width: int | None = None  # 0 and None: the model's own
-    height: int | None = None
-    seed: int | None = None
-    surprise: bool = True  # draw a seed
-    scheduler: str = OWN
-    controls: tuple = field(default_factory=tuple)  # ControlForm
 
 
 def defaults(is_small):
@@ -84,91 +58,153 @@ def presets(is_small):
     return {**PRESETS, "fast": SMALL_FAST} if is_small else PRESETS
 
 
-def read_form(form, models, words):
-    """Values of the page -> GenerationSettings, whose model, U-Net and LoRA are names and not paths.
+def read_values(values, session, models, store):
+    """Values of the page by name -> GenerationSettings, whose model, U-Net and LoRA are names and not paths.
 
-    Args:
-        words: name -> InputImage of the image words that the session knows.
+    The images are kept in the store.
 
     Raises:
-        FieldError: with the field that is to be mended.
+        FieldError: with the field that is to be fixed.
     """
-    _check_prompt(form, words)
-    numbers = {name: _number(form, name) for name in ("num_images", "steps", "guidance", "lora_scale")}
-    sides = {name: _number(form, name) if getattr(form, name) else None for name in ("width", "height")}
-    for name, side in sides.items():
+    paths = values.get("pictures") or ()
+    if len(paths) > MAX_FILES:
+        raise FieldError("pictures", f"A prompt may have {MAX_FILES} images, and {len(paths)} were given.")
+    controls = []
+    for field in (f"control_{slot}" for slot in range(1, CONTROL_SLOTS + 1)):
+        slot = {name: values.get(f"{field}_{name}", start) for name, start in CONTROL_FIELDS.items()}
+        controls.append(read_control(field, store, **slot))
+    images = tuple(store.keep_upload(path, "pictures") for path in paths)
+    prompt, negative_prompt = (values.get(name) or "" for name in ("prompt", "negative_prompt"))
+    words = session.words_of(values.get("model") or models.default)
+    _check_prompts(prompt, negative_prompt, len(images), words)
+    numbers = {name: _number(values, name) for name in ("num_images", "steps", "guidance", "lora_scale")}
+    for name in ("width", "height"):  # 0: the model's own
+        side = numbers[name] = _number(values, name) if values.get(name) else None
         if side is not None and side % 8:
             low = side // 8 * 8
             raise FieldError(name, f"The {name} is {side} pixels. Take a multiple of 8: {low} or {low + 8}.")
+    model = _choice(values, "model", models.models) or models.default
     chosen = {
-        name: _choice(form, name, offered, own)
-        for name, offered, own in (
-            ("model", models.models, None),
-            ("unet", models.unets, OWN),
-            ("lora", models.loras, NO_LORA),
-            ("scheduler", SCHEDULERS, OWN),
-        )
+        "model": None if models.is_builtin(model) else model,
+        "unet": _choice(values, "unet", models.unets, OWN),
+        "lora": _choice(values, "lora", models.loras, NO_LORA),
+        "scheduler": _choice(values, "scheduler", SCHEDULERS, OWN),
     }
-    if form.model in (None, models.default) and models.is_builtin(models.default):
-        chosen["model"] = None  # settings name it so
-    used = dict.fromkeys(word for word in WORD.findall(form.prompt) if word in words)
+    is_seed_drawn = values.get("surprise") or values.get("seed") is None
     with at("run"):
         return GenerationSettings(
-            prompt=form.prompt,
-            images=tuple(form.pictures),
-            controls=tuple(_read_controls(form)),
-            negative_prompt=form.negative_prompt or None,
-            image_words=tuple(dict.fromkeys(words[word] for word in used)),
-            seed=secrets.randbelow(2**32)
-            if form.surprise or form.seed is None
-            else int(_number(form, "seed")),
+            prompt=prompt,
+            images=images,
+            controls=tuple(control for control in controls if control),
+            negative_prompt=negative_prompt or None,
+            image_words=tuple(
+                dict.fromkeys(words[word] for word in IMAGE_WORD_PATTERN.findall(prompt) if word in words)
+            ),
+            seed=secrets.randbelow(2**32) if is_seed_drawn else _number(values, "seed"),
             device=models.device,
             dtype=models.dtype,
             versions=package_versions(),
             **chosen,
             **numbers,
-            **sides,
         )
 
 
-def count_line(prompt, n_pictures):
-    """What the prompt still needs, such as "2 <i>, 1 picture: one picture is missing"; and whether all is there."""
+def read_control(field, store, kind, picture, strokes, ready, scale=1.0, start=0.0, end=1.0):
+    """Values of a slot of the controls panel -> ControlInput; None where no kind of control is chosen.
+
+    The image is kept in the store, with what was painted on it.
+
+    Args:
+        field: whose mistakes these are.
+        picture: path of an uploaded image, or None.
+        strokes: PNG as a data: URI, or an empty text. For inpaint they are the mask, otherwise black.
+
+    Raises:
+        FieldError: the image or the strokes cannot be read, or there are none.
+    """
+    if kind in (None, NO_CONTROL):
+        return None
+    with at(field):
+        is_masked = find_control(kind).needs_mask and not ready
+        strokes = read_strokes(strokes, field)
+        if strokes is not None:
+            blank = PIL.Image.new("RGB", strokes.size, "white")
+            shown = blank if picture is None else open_image_file(picture, field).convert("RGB")
+            strokes = strokes.resize(shown.size)
+            if is_masked:
+                mask = strokes.point(lambda value: 255 if value > 127 else 0)
+                shown, ready = control_preview(control_image(kind, shown, mask=mask)), True
+            else:
+                shown.paste("black", mask=strokes)
+            kept = store.keep_drawn(shown)
+        elif is_masked:
+            raise FieldError(field, "Paint over what is to be filled: the strokes are the mask.")
+        elif picture is None:
+            raise FieldError(field, f"The control {kind!r} needs an image. Drop one, or choose none.")
+        else:
+            kept = store.keep_upload(picture, field)
+        numbers = {"scale": float(scale), "start": float(start), "end": float(end)}
+        return ControlInput(kind, kept, ready=bool(ready), **numbers)
+
+
+def read_strokes(text, field):
+    """PNG as a data: URI -> L image, light where something was painted; None for nothing.
+
+    Raises:
+        FieldError: anything else.
+    """
+    head, _, body = (text or "").partition(",")
+    if not body:
+        return None
+    try:
+        if head != "data:image/png;base64":
+            raise ValueError(head)
+        file = io.BytesIO(base64.b64decode(body, validate=True))
+    except ValueError:
+        raise FieldError(field, "The strokes did not arrive as a PNG. Paint them again.") from None
+    alpha = open_image_file(file, field).convert("RGBA").getchannel("A")
+    return alpha if alpha.getbbox() else None
+
+
+def count_line(prompt, n_images):
+    """What the prompt still needs, such as "2 <i>, 1 image: one image is missing"; and whether all is there."""
     n_marks = prompt.count(IMAGE_MARK)
-    line = f"{n_marks} {IMAGE_MARK}, {n_pictures} {'picture' if n_pictures == 1 else 'pictures'}"
-    missing = n_marks - n_pictures
+    line = f"{n_marks} {IMAGE_MARK}, {n_images} {'image' if n_images == 1 else 'images'}"
+    missing = n_marks - n_images
     if n_marks > MAX_FILES:
         return f"{line}: at most {MAX_FILES} are possible.", False
     if missing > 0:
-        what = "one picture is" if missing == 1 else f"{missing} pictures are"
-        return f"{line}: {what} missing. Drop a picture for each {IMAGE_MARK}.", False
+        what = "one image is" if missing == 1 else f"{missing} images are"
+        return f"{line}: {what} missing. Drop an image for each {IMAGE_MARK}.", False
     if missing < 0:
         what = f"one {IMAGE_MARK} is" if missing == -1 else f"{-missing} {IMAGE_MARK} are"
-        return f"{line}: {what} missing. Write {IMAGE_MARK} where a picture belongs.", False
+        return f"{line}: {what} missing. Write {IMAGE_MARK} where an image belongs.", False
     return line, True
 
 
-def _check_prompt(form, words):
-    if not form.prompt.strip():
-        raise FieldError("prompt", f"Write what to draw, with {IMAGE_MARK} for each picture.")
-    for name in ("prompt", "negative_prompt"):
-        text = getattr(form, name)
+def _check_prompts(prompt, negative_prompt, n_images, words):
+    if not prompt.strip():
+        raise FieldError("prompt", f"Write what to draw, with {IMAGE_MARK} for each image.")
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if len(text) > MAX_PROMPT or "\0" in text:
             raise FieldError(
                 name, f"This text has {len(text)} characters; at most {MAX_PROMPT} are possible."
             )
-    line, complete = count_line(form.prompt, len(form.pictures))
+    line, complete = count_line(prompt, n_images)
     if not complete:
         raise FieldError("prompt", line)
-    unknown = [word for word in WORD.findall(form.prompt) if word not in words and word != IMAGE_MARK]
+    unknown = [
+        word for word in IMAGE_WORD_PATTERN.findall(prompt) if word not in words and word != IMAGE_MARK
+    ]
     if unknown:
         known = f"This session knows {', '.join(words)}." if words else "This session knows none yet."
         raise FieldError(
-            "prompt", f"{unknown[0]} is no image word. {known} Name a picture below to make it one."
+            "prompt", f"{unknown[0]} is not an image word. {known} Name an image below to make it one."
         )
 
 
-def _number(form, name):
-    value, (low, high) = getattr(form, name), LIMITS[name]
+def _number(values, name):
+    value, (low, high) = values.get(name), LIMITS[name]
     label = LABELS.get(name, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise FieldError(name, f"The {label} is missing. Give a number from {low} to {high}.")
@@ -181,27 +217,10 @@ def _number(form, name):
     return int(value)
 
 
-def _choice(form, name, offered, own):
-    value = getattr(form, name)
+def _choice(values, name, offered, own=None):
+    value = values.get(name)
     if value in (None, own):
         return None
     if value not in offered:
         raise FieldError(name, "This is not offered here. Choose one of the list.")
     return value
-
-
-def _read_controls(form):
-    for index, slot in enumerate(form.controls):
-        if slot.kind == NO_CONTROL:
-            continue
-        name = f"control_{index + 1}"
-        with at(name):
-            control = find_control(slot.kind)
-            if slot.picture is None:
-                raise FieldError(
-                    name, f"The control {slot.kind!r} needs a picture. Drop one, or choose none."
-                )
-            if control.needs_mask and not slot.ready:
-                raise FieldError(name, "Paint over what is to be filled: these strokes are the mask.")
-            numbers = {key: float(getattr(slot, key)) for key in ("scale", "start", "end")}
-            yield ControlInput(slot.kind, slot.picture, ready=slot.ready, **numbers)

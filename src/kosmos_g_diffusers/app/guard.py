@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from ..serving.errors import FieldError
-from ..serving.store import IMAGES, MAX_BYTES, MAX_FILES, UPLOADS, WORDS_SUFFIX, check_picture
+from ..serving.store import IMAGES, MAX_BYTES, MAX_FILES, UPLOADS, WORDS_SUFFIX, check_image_file
 
 ROUTES = re.compile(
     r"/(config/?|login/?|logout/?|theme\.css|favicon\.ico|robots\.txt|manifest\.json|assets/.+|static/.+|svelte/.+)?"
@@ -21,7 +21,7 @@ ROUTES = re.compile(
     r"|upload|upload_progress|file=.+)"
 )
 OWN_FILE = re.compile(rf"({IMAGES}|{UPLOADS})(/[^/\\\0]+)+")  # relative: the server runs in its output folder
-MAX_CALL = 4 * 2**20  # bytes of a call; pictures come by upload before, only strokes are in it
+MAX_CALL = 4 * 2**20  # bytes of a call; images come by upload before, only strokes are in it
 MAX_UPLOAD = MAX_FILES * (MAX_BYTES + 2**16)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", WORDS_SUFFIX)
 # a file that someone uploaded must not act in the name of the page, whatever it claims to be
@@ -118,10 +118,10 @@ def _check_uploads(paths):
         raise Refused(413, f"{len(paths)} files were uploaded at once; {MAX_FILES} are possible.")
     for path in paths:
         if path.suffix.lower() not in SUFFIXES:
-            raise Refused(415, "This is no picture: " + ", ".join(SUFFIXES) + " are taken.")
+            raise Refused(415, "This is not an image: " + ", ".join(SUFFIXES) + " are taken.")
         if path.suffix.lower() != WORDS_SUFFIX:
             try:
-                check_picture(path)
+                check_image_file(path)
             except FieldError as error:
                 raise Refused(413, error.message) from error
 
@@ -135,7 +135,7 @@ def _check_files(body):
     try:
         waiting = [json.loads(body or b"null")]
     except (ValueError, RecursionError):
-        raise Refused(400, "This call is no JSON.") from None
+        raise Refused(400, "This call is not JSON.") from None
     while waiting:
         value = waiting.pop()
         if isinstance(value, list):
@@ -161,7 +161,7 @@ async def _read(receive, limit):
 
 
 def _repeat(body, receive):
-    """A `receive` that gives a body that was read once more, then goes on as before."""
+    """A `receive` that gives a body that was read once more, and then what follows it."""
     bodies = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again():

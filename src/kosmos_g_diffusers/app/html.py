@@ -1,13 +1,17 @@
-"""Pieces of the page as HTML. Every text that comes from somewhere is escaped here."""
+"""Pieces of the page as HTML. `Markup.format` escapes every text that it is given."""
 
+import re
 import shlex
 from functools import lru_cache
-from html import escape
+from itertools import count
 
-from ..processing_kosmos_g import IMAGE_MARK
+from markupsafe import Markup
+
+from ..processing_kosmos_g import IMAGE_MARK, IMAGE_WORD_PATTERN
 from ..serving.errors import FieldError
+from ..serving.job import finished_images
 from ..serving.preview import data_uri
-from ..serving.store import open_picture
+from ..serving.store import open_image_file
 from .form import count_line
 
 THUMBNAIL = 64  # pixels
@@ -15,45 +19,42 @@ THUMBNAIL = 64  # pixels
 
 @lru_cache(maxsize=256)
 def thumbnail(path):
-    """Small data: URI of an uploaded picture, whose file never changes; None if it cannot be read."""
+    """Small data: URI of an uploaded image, whose file never changes; None if it cannot be read."""
     try:
-        picture = open_picture(path, "pictures")
+        image = open_image_file(path, "pictures")
     except FieldError:
         return None
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return data_uri(picture, side=0)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return data_uri(image, side=0)
 
 
 def prompt_line(prompt, paths, words=(), note=""):
-    """The prompt with its pictures in their places, and below it what is missing, and a note about the pictures."""
-    pieces, paths = [], list(paths)
-    for index, text in enumerate(prompt.split(IMAGE_MARK)):
-        if index:
-            pieces.append(_picture(paths[index - 1] if index <= len(paths) else None, index))
-        text = escape(text)
-        for word in words:
-            text = text.replace(escape(word), f'<b class="kg-word">{escape(word)}</b>')
-        pieces.append(f"<span>{text}</span>")
-    spare = [_picture(path, None) for path in paths[prompt.count(IMAGE_MARK) :]]
-    if spare:
-        pieces.append(f'<span class="kg-spare">not in the prompt: {"".join(spare)}</span>')
+    """The prompt with its images in their places, and below it what is missing, and a note about the images."""
+    pieces, images, number = [], iter(paths), count(1)
+    for text in re.split(f"({IMAGE_WORD_PATTERN.pattern})", prompt):
+        if text == IMAGE_MARK:
+            pieces.append(_image(next(images, None), f"image {next(number)}"))
+        else:
+            tag = '<b class="kg-word">{}</b>' if text in words else "<span>{}</span>"
+            pieces.append(Markup(tag).format(text))
+    if spare := Markup().join(_image(path, "an image") for path in images):
+        pieces.append(Markup('<span class="kg-spare">not in the prompt: {}</span>').format(spare))
     line, complete = count_line(prompt, len(paths))
-    kind = "kg-good" if complete else "kg-bad"
-    html = f'<div class="kg-prompt">{"".join(pieces)}</div><div class="kg-count {kind}">{escape(line)}</div>'
-    return html + (f'<div class="kg-note">{escape(note)}</div>' if note else "")
+    html = '<div class="kg-prompt">{}</div><div class="kg-count {}">{}</div>'
+    html = Markup(html).format(Markup().join(pieces), "kg-good" if complete else "kg-bad", line)
+    return html + (Markup('<div class="kg-note">{}</div>').format(note) if note else "")
 
 
-def _picture(path, number):
-    uri = None if path is None else thumbnail(path)
-    name = "a picture" if number is None else f"picture {number}"
-    if uri is None:
-        return f'<span class="kg-hole" title="{name} {"is missing" if path is None else "cannot be read"}">?</span>'
-    return f'<img class="kg-thumbnail" src="{uri}" alt="{name}" title="{name}">'
+def _image(path, name):
+    if uri := path and thumbnail(path):
+        return Markup('<img class="kg-thumbnail" src="{0}" alt="{1}" title="{1}">').format(uri, name)
+    problem = "is missing" if path is None else "cannot be read"
+    return Markup('<span class="kg-hole" title="{} {}">?</span>').format(name, problem)
 
 
 def message(text):
-    """An error or a note beside a field; nothing for an empty text."""
-    return f'<div class="kg-message" role="alert">{escape(text)}</div>' if text else ""
+    """An error or a note of a field; nothing for an empty text."""
+    return Markup('<div class="kg-message" role="alert">{}</div>').format(text) if text else ""
 
 
 def model_state(state, problem, note):
@@ -64,37 +65,30 @@ def model_state(state, problem, note):
         "failed": f"The model could not be loaded. {problem}",
     }
     text = " ".join(filter(None, (texts.get(state, ""), note)))
-    return f'<div class="kg-state" data-state="{escape(state)}">{escape(text)}</div>'
+    return Markup('<div class="kg-state" data-state="{}">{}</div>').format(state, text)
 
 
 def run_state(ticket, seconds_to_wait=None):
     """How far a run is, with the image being drawn."""
+    progress, done, bar = ticket.progress, len(finished_images(ticket)), ""
     if ticket.state == "waiting":
         wait = "" if seconds_to_wait is None else f", about {_time(seconds_to_wait)}"
-        return _run(f"In the queue: place {ticket.place}{wait}.")
-    progress = ticket.progress
-    if ticket.state == "cancelled":
-        done = len(progress.images) if progress else 0
+        text = f"In the queue: place {ticket.place}{wait}."
+    elif ticket.state == "cancelled":
         where = f" at step {progress.step} of {progress.steps}" if progress and progress.steps else ""
-        return _run(
-            f"Cancelled{where}. {done or 'No'} {'image was' if done == 1 else 'images were'} finished."
-        )
-    if ticket.state == "done":
-        return _run(f"Done: {progress.num_images} {'image' if progress.num_images == 1 else 'images'}.")
-    if progress is None or not progress.steps:
-        return _run(f"{progress.phase if progress else 'starting'} ...".capitalize())
-    left = "" if progress.seconds_left is None else f", about {_time(progress.seconds_left)} left"
-    several = ""
-    if progress.num_images > 1:
-        several = f"Image {min(len(progress.images) + 1, progress.num_images)} of {progress.num_images}. "
-    text = f"{several}Step {progress.step} of {progress.steps}{left}."
-    return _run(text, (progress.step, progress.steps), progress.preview)
-
-
-def _run(text, share=None, preview=None):
-    bar = f'<progress value="{share[0]}" max="{share[1]}"></progress>' if share else ""
-    picture = f'<img class="kg-preview" src="{preview}" alt="the image so far">' if preview else ""
-    return f'<div class="kg-run"><div>{escape(text)}</div>{bar}{picture}</div>'
+        text = f"Cancelled{where}. {done or 'No'} {'image was' if done == 1 else 'images were'} finished."
+    elif ticket.state == "done":
+        text = f"Done: {done} {'image' if done == 1 else 'images'}."
+    elif progress is None or not progress.steps:
+        text = f"{progress.phase if progress else 'starting'} ...".capitalize()
+    else:
+        left = "" if progress.seconds_left is None else f", about {_time(progress.seconds_left)} left"
+        several = f"Image {min(done + 1, progress.num_images)} of {progress.num_images}. "
+        text = f"{several if progress.num_images > 1 else ''}Step {progress.step} of {progress.steps}{left}."
+        bar = Markup('<progress value="{0.step}" max="{0.steps}"></progress>').format(progress)
+        if progress.preview:
+            bar += Markup('<img class="kg-preview" src="{}" alt="the image so far">').format(progress.preview)
+    return Markup('<div class="kg-run"><div>{}</div>{}</div>').format(text, bar)
 
 
 def _time(seconds):
@@ -137,13 +131,10 @@ def again_command(settings, path):
     return shlex.join([*words, "--output", "again.png"])
 
 
-def settings_table(settings, path=None):
+def settings_table(settings, path):
     """The settings of an image, and how to make it again from its path."""
     rows = []
-    entries = described(settings)
-    if path is not None:
-        entries["again"] = again_command(settings, path)
-    for name, value in entries.items():
-        text = "; ".join(value) if isinstance(value, list) else str(value)
-        rows.append(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>")
-    return f'<table class="kg-settings">{"".join(rows)}</table>'
+    for name, value in {**described(settings), "again": again_command(settings, path)}.items():
+        text = "; ".join(value) if isinstance(value, list) else value
+        rows.append(Markup("<tr><th>{}</th><td>{}</td></tr>").format(name, text))
+    return Markup('<table class="kg-settings">{}</table>').format(Markup().join(rows))

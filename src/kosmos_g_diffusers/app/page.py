@@ -1,4 +1,4 @@
-"""The page of `kosmos-g app`: where things stand, and what calls what. `app_actions` and `studio` do the work."""
+"""The page of `kosmos-g app`: where things stand, and what calls what. Actions do the work."""
 
 import os
 from functools import partial
@@ -13,15 +13,15 @@ from ..serving.models import NO_LORA, OWN
 from ..serving.session import Session
 from ..serving.store import IMAGES, MAX_BYTES, MAX_FILES, UPLOADS
 from ..sprites.pretrained import SPRITES_CONTROL
-from .actions import KNOBS, Actions
-from .components import Files, Picture, Pictures, Upload, board
+from .actions import Actions
+from .components import Files, Gallery, Image, Upload, board
 from .examples import photo_examples, sprite_examples
-from .form import CONTROL_SLOTS, LIMITS, MAX_PROMPT, NO_CONTROL, PRESETS, defaults
+from .form import CONTROL_FIELDS, CONTROL_SLOTS, LIMITS, MAX_PROMPT, NO_CONTROL, PRESETS, defaults
 from .guard import Guard
 
 STYLE = (Path(__file__).parent / "static" / "page.css").read_text(encoding="utf-8")
 INTRODUCTION = (
-    "# Kosmos-G\nWrite a prompt with `<i>` where a picture belongs, and drop the pictures, "
+    "# Kosmos-G\nWrite a prompt with `<i>` where an image belongs, and drop the images, "
     f"up to {MAX_FILES}, in that order."
 )
 CONTROLS_HELP = "For `drawing` draw dark strokes; for `inpaint` paint over what is to be filled. Start and end are shares of the steps."
@@ -34,10 +34,10 @@ QUICK = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
 
 class Page:
-    """gr.Blocks of a Studio. Fields are components by the name that the API has for them."""
+    """gr.Blocks of a Service. Fields are components by the name that the API has for them."""
 
-    def __init__(self, studio, controls=False):
-        self.studio, self.fields, self.messages, self.previews = studio, {}, {}, []
+    def __init__(self, service, controls=False):
+        self.service, self.fields, self.messages, self.previews = service, {}, {}, []
         title = {"title": "Kosmos-G", "analytics_enabled": False}
         with gr.Blocks(delete_cache=(3600, 86400), **title) as self.blocks:
             self.session = gr.State(Session())
@@ -71,27 +71,27 @@ class Page:
             "prompt", gr.Textbox("", label="Prompt", placeholder="<i> in the suit of <i>", **text)
         )
         self.prompt_line = gr.HTML(elem_id="prompt-line")
-        label = "Pictures, in the order of <i>"
+        label = "Images, in the order of <i>"
         several = {"file_count": "multiple", "file_types": ["image"], "height": 170, "allow_reordering": True}
-        self.pictures = self._add("pictures", Files(label=label, elem_id="pictures", **several))
+        self.references = self._add("pictures", Files(label=label, elem_id="pictures", **several))
         with gr.Row():
             self.run = gr.Button("Run", variant="primary", elem_id="run")
             self.cancel = gr.Button("Cancel", elem_id="cancel")
             size = {"size": "sm", "min_width": 90}
             self.presets = [gr.Button(name, elem_id=f"preset-{name}", **size) for name in PRESETS]
         self._add_message("run")
-        self.example_groups, models = [], self.studio.models
+        self.example_groups, models = [], self.service.models
         for small, examples in ((True, sprite_examples()), (False, photo_examples())):
             with gr.Row(visible=models.is_small(models.default) is small) as group:
                 for example in examples:
                     button = gr.Button(example.prompt, size="sm", min_width=200, elem_classes="kg-example")
-                    files = [str(self.studio.store.put_example(*picture)) for picture in example.pictures]
+                    files = [str(self.service.store.put_example(*image)) for image in example.images]
                     load = partial(lambda *values: values, example.prompt, files or None)
-                    button.click(load, None, [self.prompt, self.pictures], **QUICK)
+                    button.click(load, None, [self.prompt, self.references], **QUICK)
             self.example_groups.append(group)
 
     def _build_settings(self):
-        models = self.studio.models
+        models = self.service.models
         start = defaults(models.is_small(models.default))
 
         def row(*entries):
@@ -134,7 +134,7 @@ class Page:
 
     def _build_controls(self):
         kinds = [(NO_CONTROL, NO_CONTROL)]
-        models = self.studio.models
+        models = self.service.models
         kinds += [(f"{kind}: {CONTROLS[kind].description}", kind) for kind in models.controls(models.default)]
         with gr.Accordion("Controls", open=False, elem_id="controls"):
             gr.Markdown(SPRITES_CONTROLS if models.is_builtin(models.default) else CONTROLS_HELP)
@@ -150,34 +150,33 @@ class Page:
         name = f"control_{slot}"
         kind = gr.Dropdown(kinds, value=NO_CONTROL, label="Kind", elem_id=f"{name}_kind")
         with gr.Row():
-            picture = {"sources": ("upload", "clipboard"), "type": "filepath", "image_mode": None}
+            upload = {"sources": ("upload", "clipboard"), "type": "filepath", "image_mode": None}
             size = {"height": 240, "min_width": 200, "buttons": ["download", "fullscreen"]}
-            picture = Picture(label="Picture", elem_id=f"{name}_picture", **picture, **size)
-            image = Picture(
+            source = Image(label="Image", elem_id=f"{name}_picture", **upload, **size)
+            image = Image(
                 label="Control image", format="png", interactive=False, elem_id=f"{name}_image", **size
             )
-        with gr.Accordion("Draw, or paint on the picture", open=False, elem_id=f"{name}_drawing"):
+        with gr.Accordion("Draw, or paint on the image", open=False, elem_id=f"{name}_drawing"):
             strokes = board("Strokes", elem_id=f"{name}_strokes")
-        ready = gr.Checkbox(False, label="The picture is the control image already")
+        ready = gr.Checkbox(False, label="The image is the control image already")
         with gr.Row():
             scale = slider("Strength", 2, 1.0)
-            start, end = (
-                slider("Start, share of the steps", 1, 0.0),
-                slider("End, share of the steps", 1, 1.0),
-            )
+            start = slider("Start, share of the steps", 1, 0.0)
+            end = slider("End, share of the steps", 1, 1.0)
         look = gr.Button("Show the control image", size="sm", elem_id=f"{name}_look")
         self._add_message(name)
-        components = (kind, picture, strokes, ready, scale, start, end)
-        self.fields.update({f"{name}_{knob}": part for knob, part in zip(KNOBS, components, strict=True)})
+        components = (kind, source, strokes, ready, scale, start, end)
+        for field, component in zip(CONTROL_FIELDS, components, strict=True):
+            self.fields[f"{name}_{field}"] = component
         self.previews.append((look, image))
 
     def _build_words(self):
         with gr.Accordion("Image words", open=False, elem_id="image-words"):
-            gr.Markdown("Give pictures a name and use it in prompts: `<my-dog> in the snow`.")
+            gr.Markdown("Give images a name and use it in prompts: `<my-dog> in the snow`.")
             several = {"file_count": "multiple", "file_types": ["image"], "height": 170}
             with gr.Row():
                 self.word_name = gr.Textbox("", label="Name", placeholder="my-dog", elem_id="word-name")
-                self.word_pictures = Files(label="Its pictures", elem_id="word-pictures", **several)
+                self.word_images = Files(label="Its images", elem_id="word-pictures", **several)
             self.word_add = gr.Button("Make it a word", size="sm", elem_id="word-add")
             with gr.Row():
                 self.words = gr.Dropdown([], label="Words of this session", elem_id="words")
@@ -192,10 +191,10 @@ class Page:
         self.progress = gr.HTML(label="Progress", elem_id="progress")
         look = {"object_fit": "contain", "format": "png", "interactive": False}
         look["buttons"] = ["download", "download_all", "fullscreen"]
-        models = self.studio.models
+        models = self.service.models
         # 64 pixels are enlarged to be seen: as they are, not blurred
         look["elem_classes"] = ["kg-sprites"] if models.is_builtin(models.default) else []
-        self.images = Pictures(label="Images", columns=2, height=520, elem_id="images", **look)
+        self.images = Gallery(label="Images", columns=2, height=520, elem_id="images", **look)
         self.settings = gr.JSON(label="Settings of the images", visible=False)
         self.details = gr.HTML(elem_id="details")
         self.use = gr.Button("Use the chosen image as input", size="sm", elem_id="use")
@@ -204,18 +203,18 @@ class Page:
         self._add_message("restore")
         with gr.Accordion("History of this session", open=False, elem_id="past"):
             look.update(columns=4, height=300, allow_preview=False, elem_id="history")
-            self.history = Pictures(label="Images, the newest first", **look)
+            self.history = Gallery(label="Images, the newest first", **look)
 
     # What calls what -----------------------------------------------------------------------------------------------
 
     def _connect(self):
-        actions = self.actions = Actions(self.studio, list(self.messages))
+        actions = self.actions = Actions(self.service, list(self.messages))
         timer, model = gr.Timer(1), self.fields["model"]
         gr.on([self.blocks.load, timer.tick], actions.model_state, None, [self.state, timer], **QUICK)
         gr.on(
-            [entry.change for entry in (self.prompt, self.pictures, self.words, model)] + [self.blocks.load],
+            [self.blocks.load, *(part.change for part in (self.prompt, self.references, self.words, model))],
             actions.prompt_line,
-            [self.session, self.prompt, self.pictures, model],
+            [self.session, self.prompt, self.references, model],
             self.prompt_line,
             trigger_mode="always_last",
             **QUICK,
@@ -235,7 +234,7 @@ class Page:
             actions.generating(self.fields),
             self.fields,
             [self.images, self.settings, self.progress],
-            concurrency_limit=None,  # the studio has a queue of its own, with places to tell
+            concurrency_limit=None,  # the service has a queue of its own, with places to tell
             trigger_mode="once",
         )
         run.success(actions.after_run, self.session, [self.history, self.details], **QUICK)
@@ -243,9 +242,10 @@ class Page:
         self.cancel.click(actions.cancel, self.session, self.progress, api_name="cancel", queue=False)
         for slot, (look, image) in enumerate(self.previews, 1):
             fields = {name: self.fields[name] for name in ("width", "height")}
-            fields.update({knob: self.fields[f"control_{slot}_{knob}"] for knob in KNOBS[:4]})
-            picture, strokes = fields["picture"], fields["strokes"]
-            picture.change(actions.board, picture, strokes, **QUICK)
+            for name in ("kind", "picture", "strokes", "ready"):
+                fields[name] = self.fields[f"control_{slot}_{name}"]
+            source, strokes = fields["picture"], fields["strokes"]
+            source.change(actions.board, source, strokes, **QUICK)
             handler = actions.previewing(slot)
             self._endpoint(look.click, f"preview_control_{slot}", handler, fields, image)
 
@@ -253,7 +253,7 @@ class Page:
         self.images.select(actions.choose, self.session, self.details, **QUICK)
         self.history.select(actions.choose_from_history, self.session, self.details, **QUICK)
         failed = {"fn": actions.show_error, "inputs": self.session, "outputs": [*self.messages.values()]}
-        used = self.use.click(actions.use_as_input, [self.session, self.pictures], self.pictures, **QUICK)
+        used = self.use.click(actions.use_as_input, [self.session, self.references], self.references, **QUICK)
         used.failure(**failed, **QUICK)
         outputs = [*self.fields.values(), self.messages["restore"], self.words]
         restore = partial(actions.restore, names=list(self.fields))
@@ -264,7 +264,7 @@ class Page:
 
     def _connect_words(self, actions):
         model = {"model": self.fields["model"]}
-        given = {**model, "name": self.word_name, "pictures": self.word_pictures}
+        given = {**model, "name": self.word_name, "pictures": self.word_images}
         self._endpoint(self.word_add.click, "add_word", actions.add_word, given, self.words)
         self._endpoint(self.words_save.click, "save_words", actions.save_words, model, self.words_file)
         file = {**model, "file": self.words_load}
@@ -283,8 +283,8 @@ class Page:
         return done
 
 
-def serve(studio, controls=False, host="127.0.0.1", port=7860, share=False, auth=None, block=True):
-    """Start the page of a studio. The current folder must be the studio's output folder: files are named from there.
+def serve(service, controls=False, host="127.0.0.1", port=7860, share=False, auth=None, block=True):
+    """Start the page of a service. The current folder must be the service's output folder: files are named from there.
 
     Args:
         auth: (user, password), or None.
@@ -293,14 +293,13 @@ def serve(studio, controls=False, host="127.0.0.1", port=7860, share=False, auth
     Returns:
         gr.Blocks, with its address as `local_url`.
     """
-    os.environ["GRADIO_TEMP_DIR"] = (
-        UPLOADS  # relative, so that no page learns where the server keeps its files
-    )
+    # relative, so that no page learns where the server keeps its files
+    os.environ["GRADIO_TEMP_DIR"] = UPLOADS
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # gradio goes through all of them after every event
     gr.set_static_paths([IMAGES])  # served from where they are; other files would be copied first
-    blocks = Page(studio, controls).blocks
-    blocks.queue(max_size=4 * studio.worker.capacity + 16, default_concurrency_limit=4)
+    blocks = Page(service, controls).blocks
+    blocks.queue(max_size=4 * service.worker.capacity + 16, default_concurrency_limit=4)
     # no font is fetched: these are names of what the browser has
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
@@ -331,7 +330,7 @@ def serve(studio, controls=False, host="127.0.0.1", port=7860, share=False, auth
         )
     except OSError as error:
         raise OSError(
-            f"The app cannot listen at {host}:{port}: another program does, or it is no address of this machine. Pass "
+            f"The app cannot listen at {host}:{port}: another program does, or it is not an address of this machine. Pass "
             "another --port, or --host."
         ) from error
     if block:

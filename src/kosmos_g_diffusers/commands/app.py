@@ -1,6 +1,6 @@
 """Open Kosmos-G in a browser.
 
-The page takes prompts of words and pictures, settings, controls, LoRAs and image words, and shows each image while it
+The page takes prompts of words and images, settings, controls, LoRAs and image words, and shows each image while it
 is being drawn. Images are written to --output with their settings inside; kosmos-g generate --from IMAGE makes them
 again. Without --model the small model that ships draws, which knows sprites alone: enough to try the page. Only this
 machine can reach the page unless --host or --share says otherwise; then give it a password. Ctrl-C ends it.
@@ -16,9 +16,9 @@ import os
 import sys
 from pathlib import Path
 
-from ..app.logic import CAPACITY, Studio
 from ..environment import DTYPES, check_device, default_device, default_dtype
 from ..serving.models import Models
+from ..serving.service import CAPACITY, Service
 from ..serving.store import Store
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -81,12 +81,12 @@ def run(arguments):
     output.mkdir(parents=True, exist_ok=True)
     # files are named from here, so that no page learns where the server keeps them
     os.chdir(output)
-    studio = Studio(models, Store("."), arguments.queue)
-    studio.start()
+    service = Service(models, Store("."), arguments.queue)
+    service.start()
     try:
-        serve(studio, arguments.control, arguments.host, arguments.port, arguments.share, auth)
+        serve(service, arguments.control, arguments.host, arguments.port, arguments.share, auth)
     finally:
-        studio.close()
+        service.close()
 
 
 def read_auth(text):

@@ -13,7 +13,7 @@ FLAG = re.compile(r"--([a-z][a-z-]*)")
 
 
 class FieldError(Exception):
-    """Something that the user can mend, and the field of the page where."""
+    """Something that the user can fix, and the field where."""
 
     def __init__(self, field, message):
         super().__init__(message)

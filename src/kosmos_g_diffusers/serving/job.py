@@ -9,7 +9,7 @@ from ..generation.generate import draw_images, prompt_arguments, size_arguments
 from ..generation.png import write_png
 from .errors import at
 from .preview import data_uri
-from .store import open_picture
+from .store import open_image_file
 
 PREVIEWS = 10  # of an image, at most
 
@@ -27,63 +27,71 @@ class Progress:
     preview: str | None = None  # of the image being drawn, as a data: URI
 
 
+def finished_images(ticket):
+    """Paths of the images of a run that are written so far."""
+    return ticket.progress.images if ticket.progress else ()
+
+
 class Drawing:
-    """The job of a run: called with its ticket it returns the paths of the images.
+    """The job of a run, called with its ticket, whose progress tells the paths of the images.
 
     Args:
         models, store: of the app.
         settings: whose model, U-Net and LoRA are names of what `models` offers.
-        pictures, control_pictures, words: paths of the files that the settings name, in their order.
+
+    Raises:
+        FieldError: a file that the settings name is not in the store.
     """
 
-    def __init__(self, models, store, settings, pictures, control_pictures, words):
+    def __init__(self, models, store, settings):
         self.models, self.store, self.settings = models, store, settings
-        self.pictures, self.control_pictures, self.words = pictures, control_pictures, words
+        self.reference_images = store.find_all(settings.images, "pictures")
+        self.control_images = store.find_all([control.picture for control in settings.controls], "controls")
+        self.words = store.find_all(settings.image_words, "words")
 
     def __call__(self, ticket):
         settings, paths = self.settings, []
         ticket.progress = Progress("getting the model ready", num_images=settings.num_images)
         pipe = self.models.prepare(settings)
         try:
-            with self.models.image_words(self.words):
+            with self.models.image_words(settings.model, self.words):
                 arguments = self._read_inputs(pipe)
             ticket.check()
             follow = _Follower(ticket, settings, self.models.preview, paths)
             with at("run"):
                 for image, image_settings in draw_images(pipe, settings, arguments, follow):
-                    path = self.store.new_image()
+                    path = self.store.new_image_path()
                     write_png(image, path, image_settings)
                     paths.append(path)
                     follow.image_is_done()
         finally:
             # a run that ends in the middle leaves diffusers' offloading hooks where they were
             pipe.maybe_free_model_hooks()
-        return tuple(paths)
 
     def _read_inputs(self, pipe):
         with at("controls"):
-            arguments = size_arguments(pipe, self.settings, self.control_pictures)
+            arguments = size_arguments(pipe, self.settings, self.control_images)
         # opened here, so that the library's errors name no file of the server
-        pictures = [open_picture(path, "pictures") for path in self.pictures]
+        reference_images = [open_image_file(path, "pictures") for path in self.reference_images]
         with at("negative_prompt"):
             negative = self.settings.negative_prompt or ""
             pipe.get_processor()(negative, marks_are_text=True, name="negative prompt")
         with at("prompt"):
-            arguments.update(prompt_arguments(pipe, self.settings, pictures))
+            arguments.update(prompt_arguments(pipe, self.settings, reference_images))
         return arguments
 
 
 class _Follower:
-    """diffusers' callback at the end of each step: stops a run that was given up, and says how far it is.
+    """diffusers' callback at the end of each step: stops a run that was cancelled, and says how far it is.
 
     An exception ends the pipeline at once. Its own `interrupt` would go through the steps that are left without drawing,
     and then decode: seconds on a CPU, for an image that nobody wants.
     """
 
     def __init__(self, ticket, settings, preview, paths):
-        self.ticket, self.settings, self.preview, self.paths = ticket, settings, preview, paths
+        self.ticket, self.settings, self.make_preview, self.paths = ticket, settings, preview, paths
         self.planned = settings.steps  # of an image; schedulers of second order take more
-        self.started, self.done, self.picture = time.monotonic(), 0, None
+        self.started, self.done, self.preview = time.monotonic(), 0, None
         self._tell()
 
     def __call__(self, pipe, step, timestep, tensors):
@@ -92,12 +100,12 @@ class _Follower:
         self.done += 1
         if step % max(1, self.planned // PREVIEWS) == 0:
             with torch.no_grad():
-                self.picture = data_uri(self.preview(tensors["latents"]))
+                self.preview = data_uri(self.make_preview(tensors["latents"]))
         self._tell()
         return {}
 
     def image_is_done(self):
-        self.picture = None
+        self.preview = None
         self._tell()
         self.ticket.check()
 
@@ -111,5 +119,5 @@ class _Follower:
             tuple(self.paths),
             self.settings.num_images,
             elapsed / self.done * (steps - self.done) if self.done else None,
-            self.picture,
+            self.preview,
         )

@@ -4,15 +4,15 @@ A client chooses by name out of what was found in the given folders when the app
 """
 
 import contextlib
-import json
 import logging
 from collections import OrderedDict
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from ..control.controls import CONTROLS, load_controlnet
+from ..environment import as_dtype
+from ..files import read_json
 from ..generation.generate import LORA_NAME, add_lora, load_model, load_unet, with_controlnets
 from ..generation.schedulers import make_scheduler
 from ..sprites.pretrained import SPRITES, SPRITES_CONTROL, with_small_model
@@ -73,10 +73,7 @@ class Models:
         if folder is None:
             return True
         try:
-            unet, vae = (
-                json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-                for part in ("unet", "vae")
-            )
+            unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
             return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1) <= SMALL_SIDE
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -85,12 +82,20 @@ class Models:
         """Kinds of control that there are ControlNets for, with a model."""
         return (SPRITES_CONTROL,) if self.is_builtin(name) else tuple(CONTROLS)
 
-    def load(self, name):
-        """Load a model in the place of the one that is loaded.
+    def short_side(self):
+        """Pixels of the shorter side of what the loaded model draws unless it is told otherwise."""
+        if (pipe := self.pipe) is None:
+            return 512
+        side = pipe.unet.config.sample_size
+        return (side if isinstance(side, int) else min(side)) * pipe.vae_scale_factor
+
+    def load(self, name=None):
+        """Load a model in the place of the one that is loaded; None is the first that is offered.
 
         Raises:
             FieldError: it cannot be loaded; then none is.
         """
+        name = name or self.default
         if name == self._model:
             return
         self.state, self.pipe, self.preview, self._model = "loading", None, None, None
@@ -99,7 +104,7 @@ class Models:
         try:
             with at("model"):
                 try:
-                    pipe = load_model(self.models[name] or SPRITES, getattr(torch, self.dtype))
+                    pipe = load_model(self.models[name] or SPRITES, as_dtype(self.dtype))
                 except (OSError, SafetensorError) as error:  # files that are missing or damaged
                     raise ValueError(f"The model {name!r} cannot be loaded: {error}") from error
                 pipe.to(self.device)
@@ -117,7 +122,7 @@ class Models:
         Raises:
             FieldError: something of it cannot be loaded or does not fit; the next run finds things as they were.
         """
-        self.load(settings.model or self.default)
+        self.load(settings.model)
         self._set_unet(settings.unet or OWN)
         self._set_lora(settings.lora or NO_LORA, settings.lora_scale)
         pipe = self.pipe
@@ -139,7 +144,7 @@ class Models:
             if name == OWN:
                 unet = self._own_unet
             else:
-                unet = load_unet(self.unets[name], getattr(torch, self.dtype), self._own_unet).to(self.device)
+                unet = load_unet(self.unets[name], as_dtype(self.dtype), self._own_unet).to(self.device)
             if unet.config.cross_attention_dim != self._own_unet.config.cross_attention_dim:
                 raise ValueError(
                     f"The U-Net {name!r} reads states of width {unet.config.cross_attention_dim}, the model gives "
@@ -158,7 +163,7 @@ class Models:
                     path = self.loras[name]
                     try:
                         add_lora(self.pipe, path, scale)
-                    except ValueError as error:  # visitors know it by its name
+                    except ValueError as error:  # users know it by its name
                         raise ValueError(str(error).replace(str(path), name)) from error
                 self._lora = name
         elif name != NO_LORA:
@@ -168,7 +173,7 @@ class Models:
         found = []
         for control in with_small_model(settings).controls:
             if control.name not in self._controlnets:
-                controlnet = load_controlnet(control.controlnet or control.name, getattr(torch, self.dtype))
+                controlnet = load_controlnet(control.controlnet or control.name, as_dtype(self.dtype))
                 self._controlnets[control.name] = controlnet.to(self.device)
             self._controlnets.move_to_end(control.name)
             found.append(self._controlnets[control.name])
@@ -177,14 +182,19 @@ class Models:
         return found
 
     @contextlib.contextmanager
-    def image_words(self, paths):
-        """Image words of files, known to the loaded model as long as the block lasts: sessions must not share them."""
+    def image_words(self, model, paths=()):
+        """The pipeline of a model, which knows the image words of files as long as the block lasts: no session shares them.
+
+        Raises:
+            FieldError: the model or the words cannot be loaded, or a mistake in the block.
+        """
+        self.load(model)
         before = set(self.pipe.image_words)
         try:
             with at("words"):
-                for path in paths:
+                for path in dict.fromkeys(paths):
                     self.pipe.load_image_words(path)
-            yield self.pipe
+                yield self.pipe
         finally:
             for word in set(self.pipe.image_words) - before:
                 self.pipe.remove_image_word(word)

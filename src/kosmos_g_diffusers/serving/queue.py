@@ -1,4 +1,4 @@
-"""One run at a time, the others in a queue with an end: each has a ticket that tells its place and can be handed back."""
+"""One run at a time, the others in a queue with an end: each has a ticket that tells its place and can be cancelled."""
 
 import logging
 import threading
@@ -16,7 +16,7 @@ class QueueFull(Exception):
 
 
 class Cancelled(BaseException):
-    """Raised in a run whose ticket was handed back; as asyncio's, no error, so that what handles errors lets it pass."""
+    """Raised in a run that was cancelled. Like asyncio's it is not an Exception, so that what handles errors lets it pass."""
 
 
 class Ticket:
@@ -37,12 +37,12 @@ class Ticket:
         return self._worker.place_of(self)
 
     def cancel(self):
-        """Give the run up: at once while it waits, and where it next looks with `check` while it runs."""
+        """End the run: at once while it waits, and where it next calls `check` while it runs."""
         self._cancelled.set()
         self._worker.forget(self)
 
     def check(self):
-        """Raises Cancelled if the run was given up; the job calls it as often as it can stop."""
+        """Raises Cancelled if the run was cancelled; the job calls it as often as it can stop."""
         if self._cancelled.is_set():
             raise Cancelled
 
@@ -60,7 +60,7 @@ class Ticket:
 
     def _end(self, state):
         self.state = state
-        self._job = None  # frees the pictures that it holds
+        self._job = None  # frees the images that it holds
         self.ended.set()
 
 
@@ -68,7 +68,7 @@ class Worker:
     """A thread that runs jobs one after the other.
 
     Args:
-        capacity: runs that may wait, beside the one that is running.
+        capacity: runs that may wait, besides the one that is running.
     """
 
     def __init__(self, capacity, name="worker"):
@@ -123,7 +123,7 @@ class Worker:
         return self._running is not None and not self._running.ended.is_set()
 
     def close(self):
-        """Give up every run and end the thread; one that loads a model is not waited for."""
+        """Cancel every run and end the thread; one that loads a model is not waited for."""
         with self._condition:
             self._closed = True
             tickets = [*self._waiting, *([self._running] if self._running else [])]

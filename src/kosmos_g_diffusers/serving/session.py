@@ -1,4 +1,4 @@
-"""What one visitor has: image words, what was made, and the run that is under way."""
+"""What one user has: image words, what was made, and the run that is under way."""
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ MAX_HISTORY = 200  # images; the files stay
 
 @dataclass
 class Session:
-    """Kept by the page for as long as it is open. Starts empty; every visitor gets a copy of the first one."""
+    """Kept by the page for as long as it is open. Starts empty; every user gets a copy of the first one."""
 
     words: OrderedDict = field(default_factory=OrderedDict)  # name -> InputImage of its file
     models: dict = field(default_factory=dict)  # name of a word -> name of the model that it was made with
@@ -29,6 +29,11 @@ class Session:
     def words_of(self, model):
         """Name -> InputImage of the words that were made with a model."""
         return {name: file for name, file in self.words.items() if self.models[name] == model}
+
+    def learn_words(self, words, model):
+        """Words of a model: name -> InputImage."""
+        self.words.update(words)
+        self.models.update(dict.fromkeys(words, model))
 
     def forget_word(self, name):
         self.words.pop(name, None)

@@ -1,4 +1,4 @@
-"""The output folder of the app: images, and the pictures and image words that they were made from.
+"""The output folder of the app: drawn images, and the images and image words that they were made from.
 
     images/20270131-235959-1f2e3d4c5b6a.png   what was made; the name cannot be guessed
     inputs/<sha256>.png                       what it was made from, named by its contents
@@ -8,78 +8,80 @@ Settings name inputs by their path from an image, so that `kosmos-g generate --f
 files by their contents alone: no string of a client is ever taken as a path.
 """
 
-import hashlib
+import io
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import PIL.Image
 import PIL.ImageOps
 
+from ..files import hash_bytes, remove_partial_files, written_atomically
 from ..generation.settings import InputImage
 from .errors import FieldError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 20 * 2**20  # of a file
-MAX_PIXELS = 40_000_000  # of a picture, before it is decoded
-MAX_FILES = 10  # at once: pictures of a prompt, or of an image word
+MAX_PIXELS = 40_000_000  # of an image, before it is decoded
+MAX_FILES = 10  # at once: images of a prompt, or of an image word
 WORDS_SUFFIX = ".safetensors"
 UPLOADS_KEPT = 86_400  # seconds; what a run used is among the inputs by then
 IMAGES, INPUTS, UPLOADS = "images", "inputs", "uploads"
 
 
-def check_picture(path, field="pictures"):
-    """Look at a picture, a path or an open file, without decoding it; returns its format.
+def check_image_file(path, field="pictures"):
+    """Look at an image file, a path or an open file, without decoding it; returns its format.
 
     Raises:
-        FieldError: no picture of a known format, or too large.
+        FieldError: not an image of a known format, or too large.
     """
     size = path.getbuffer().nbytes if hasattr(path, "getbuffer") else os.path.getsize(path)
     if size > MAX_BYTES:
         raise FieldError(
-            field, f"This file has {size / 2**20:.0f} MB; a picture may have {MAX_BYTES // 2**20} MB."
+            field, f"This file has {size / 2**20:.0f} MB; an image may have {MAX_BYTES // 2**20} MB."
         )
     try:
-        with PIL.Image.open(path, formats=FORMATS) as picture:
-            pixels, kind = picture.width * picture.height, picture.format
+        with PIL.Image.open(path, formats=FORMATS) as image:
+            pixels, kind = image.width * image.height, image.format
     except PIL.Image.DecompressionBombError:
         raise FieldError(
-            field, f"This picture has too many pixels; it may have {MAX_PIXELS // 1_000_000} million pixels."
+            field, f"This image has too many pixels; it may have {MAX_PIXELS // 1_000_000} million pixels."
         ) from None
     except (OSError, ValueError, SyntaxError):
         raise FieldError(
-            field, f"This file is no picture that can be read. Pass one of {', '.join(FORMATS)}."
+            field, f"This file is not an image that can be read. Pass one of {', '.join(FORMATS)}."
         ) from None
     if pixels > MAX_PIXELS:
         raise FieldError(
             field,
-            f"This picture has {pixels / 1e6:.0f} million pixels; it may have {MAX_PIXELS // 1_000_000} million.",
+            f"This image has {pixels / 1e6:.0f} million pixels; it may have {MAX_PIXELS // 1_000_000} million.",
         )
     return kind
 
 
-def picture_size(path):
-    """(width, height) of a picture, without decoding it; None if it cannot be read."""
+def image_file_size(path):
+    """(width, height) of an image file, without decoding it; None if it cannot be read."""
     try:
-        with PIL.Image.open(path, formats=FORMATS) as picture:
-            return picture.size
+        with PIL.Image.open(path, formats=FORMATS) as image:
+            return image.size
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
         return None
 
 
-def open_picture(path, field):
-    """A picture that was checked -> RGB or RGBA PIL image, upright; FieldError if its file is cut short."""
-    check_picture(path, field)
+def open_image_file(path, field):
+    """An image file, which is checked -> RGB or RGBA PIL image, upright; FieldError if it is cut short."""
+    check_image_file(path, field)
     if hasattr(path, "seek"):
         path.seek(0)
     try:
-        with PIL.Image.open(path, formats=FORMATS) as picture:
-            upright = PIL.ImageOps.exif_transpose(picture)
+        with PIL.Image.open(path, formats=FORMATS) as image:
+            upright = PIL.ImageOps.exif_transpose(image)
             return upright.convert("RGBA" if "A" in upright.getbands() else "RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise FieldError(field, "This picture is damaged: its file ends too early.") from error
+        raise FieldError(field, "This image is damaged: its file ends too early.") from error
 
 
 class Store:
@@ -89,54 +91,54 @@ class Store:
         self.folder = Path(folder)
         for name in (IMAGES, INPUTS, UPLOADS):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+            remove_partial_files(self.folder / name, older_than=UPLOADS_KEPT)
         for path in (self.folder / UPLOADS).iterdir():
             if time.time() - path.stat().st_mtime > UPLOADS_KEPT:
                 (shutil.rmtree if path.is_dir() else os.unlink)(path)
 
-    def put_example(self, name, picture):
-        """Write a picture, a path or a PIL image, among the uploads, under a name that visitors see; returns its path."""
+    def put_example(self, name, image):
+        """Write an image, a path or a PIL image, among the uploads, under a name that users see; returns its path."""
         path = self.folder / UPLOADS / "examples" / name
         path.parent.mkdir(exist_ok=True)
-        if isinstance(picture, PIL.Image.Image):
-            picture.save(path)
+        if isinstance(image, PIL.Image.Image):
+            image.save(path)
         else:
-            shutil.copyfile(picture, path)
+            shutil.copyfile(image, path)
         return path
 
-    def new_image(self):
+    def new_image_path(self):
         """Path for an image that is about to be written."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(6)}.png"
         return self.folder / IMAGES / name
 
-    def keep_picture(self, path, field):
-        """Keep an uploaded picture; returns it as settings name it.
+    def keep_upload(self, path, field):
+        """Keep an uploaded image; returns it as settings name it.
 
         Raises:
-            FieldError: see `check_picture`.
+            FieldError: see `check_image_file`.
         """
-        return self._keep(path, f".{check_picture(path, field).lower()}")
+        suffix = f".{check_image_file(path, field).lower()}"
+        return self._keep(Path(path).read_bytes(), suffix)
 
-    def keep_image(self, image):
-        """The same for a PIL image."""
-        part = self.folder / INPUTS / f".{secrets.token_hex(8)}.png"
-        try:
-            image.save(part)
-            return self._keep(part, ".png")
-        finally:
-            part.unlink(missing_ok=True)
+    def keep_drawn(self, image):
+        """The same for a PIL image that was made here."""
+        file = io.BytesIO()
+        image.save(file, format="PNG")
+        return self._keep(file.getvalue(), ".png")
 
-    def keep_words(self, path):
-        """The same for a file of image words."""
-        return self._keep(path, WORDS_SUFFIX)
+    def keep_word(self, pipe, word):
+        """The same for an image word that a pipeline knows."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"word{WORDS_SUFFIX}"
+            pipe.save_image_words(file, [word])
+            return self._keep(file.read_bytes(), WORDS_SUFFIX)
 
-    def _keep(self, path, suffix):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    def _keep(self, content, suffix):
+        digest = hash_bytes(content)
         kept = self.folder / INPUTS / f"{digest}{suffix}"
         if not kept.exists():
-            part = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}.part")
-            shutil.copyfile(path, part)
-            os.replace(part, kept)
+            with written_atomically(kept) as file:
+                file.write(content)
         return InputImage(f"../{INPUTS}/{kept.name}", digest)
 
     def find(self, file):
@@ -147,8 +149,9 @@ class Store:
         """
         return next((self.folder / INPUTS).glob(f"{file.sha256}.*"), None)
 
-    def image(self, name):
-        """Path of an image of `new_image` from its bare name; None for any other string."""
-        known = Path(name).name == name and name.endswith(".png") and not name.startswith(".")
-        path = self.folder / IMAGES / name
-        return path if known and path.is_file() else None
+    def find_all(self, files, field):
+        """The same for several. Raises FieldError if one is not here."""
+        found = [self.find(file) for file in files]
+        if None in found:
+            raise FieldError(field, "An image of this run is no longer on the server. Drop it again.")
+        return found

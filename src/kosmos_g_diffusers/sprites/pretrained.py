@@ -9,10 +9,14 @@ from ..control.controls import load_controlnet
 
 SPRITES = str(Path(__file__).parent / "model")  # trained by examples/sprites
 SPRITES_CONTROL = "canny"  # the control that its ControlNet was trained for
+SPRITES_ONLY = (
+    "This small model knows nothing but sprites: 64 pixel images of one or two shapes. Photos and other words mean nothing "
+    "to it."
+)
 SPRITES_NOTE = (
-    "Note: no model was given, so the small model that ships is taken. It knows nothing but sprites: 64 pixel pictures of one "
-    'or two shapes, and prompts such as "<i> on a mint background" or "a large red striped star on a white background". '
-    "Photos and other words mean nothing to it. Convert a checkpoint (kosmos-g convert --help) and pass --model for more."
+    f"Note: no model was given, so the small model that ships is taken. {SPRITES_ONLY} Its prompts are such as "
+    '"<i> on a mint background" or "a large red striped star on a white background". '
+    "Convert a checkpoint (kosmos-g convert --help) and pass --model for more."
 )
 
 

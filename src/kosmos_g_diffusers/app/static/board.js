@@ -1,4 +1,4 @@
-// A drawing board: strokes on a picture, or on white. Its value is a PNG of the strokes alone, as a data: URI, or "".
+// A drawing board: strokes on an image, or on white. Its value is a PNG of the strokes alone, as a data: URI, or "".
 const board = element.querySelector("canvas")
 const brush = element.querySelector("input")
 const pen = board.getContext("2d")
@@ -10,16 +10,16 @@ function fit(width, height) {
   props.value = ""
 }
 
-function setPicture() {
-  const picture = new Image()
-  picture.onload = () => {
-    const [width, height] = [picture.naturalWidth, picture.naturalHeight]
+function setImage() {
+  const image = new Image()
+  image.onload = () => {
+    const [width, height] = [image.naturalWidth, image.naturalHeight]
     const scale = Math.max(1, Math.round(384 / Math.max(width, height)))  // sprites are too small to paint on
     fit(scale * width, scale * height)
-    board.style.backgroundImage = `url("${props.picture}")`
+    board.style.backgroundImage = `url("${props.image}")`
   }
-  if (props.picture) {
-    picture.src = props.picture
+  if (props.image) {
+    image.src = props.image
   } else {
     fit(512, 512)
     board.style.backgroundImage = "none"
@@ -56,7 +56,7 @@ for (const end of ["pointerup", "pointercancel"]) {
     last = null
   })
 }
-element.querySelector("button").addEventListener("click", setPicture)
-watch("picture", setPicture)
+element.querySelector("button").addEventListener("click", setImage)
+watch("image", setImage)
 watch("value", () => { if (!props.value) pen.clearRect(0, 0, board.width, board.height) })
-setPicture()
+setImage()

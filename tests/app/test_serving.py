@@ -9,7 +9,7 @@ import torch
 
 from kosmos_g_diffusers import SPRITES
 from kosmos_g_diffusers.app import html as render
-from kosmos_g_diffusers.app.form import PRESETS, Form, count_line, defaults, presets, read_form
+from kosmos_g_diffusers.app.form import PRESETS, count_line, defaults, presets, read_values
 from kosmos_g_diffusers.control.controls import CONTROLS
 from kosmos_g_diffusers.generation.png import write_png
 from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage
@@ -19,7 +19,7 @@ from kosmos_g_diffusers.serving.models import Models
 from kosmos_g_diffusers.serving.preview import LatentPreview
 from kosmos_g_diffusers.serving.queue import QueueFull, Worker
 from kosmos_g_diffusers.serving.session import MAX_HISTORY, Session
-from kosmos_g_diffusers.serving.store import Store, check_picture, open_picture
+from kosmos_g_diffusers.serving.store import Store, check_image_file, open_image_file
 
 
 @pytest.fixture
@@ -147,71 +147,71 @@ def test_preview_of_a_vae_that_is_linear_is_exact(pipe):
 
 # Fields --------------------------------------------------------------------------------------------------------------
 
-PICTURE = InputImage("../inputs/x.png", "0" * 64)
+WORDS = {
+    "<my-dog>": InputImage("../inputs/w.safetensors", "1" * 64),
+    "<other>": InputImage("../inputs/x.safetensors", "0" * 64),
+}
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """Function from some values of the page, with the others as it starts, to settings; the session knows WORDS."""
+    session, store = Session(), Store(tmp_path / "out")
+    session.learn_words(WORDS, "sprites")
+
+    def ask(prompt="a hat", **values):
+        return read_values({**defaults(False), "prompt": prompt, **values}, session, Models(), store)
+
+    return ask
 
 
 @pytest.mark.parametrize(
-    ("prompt", "pictures", "line", "complete"),
+    ("prompt", "images", "line", "complete"),
     [
-        ("<i> and <i>", 1, "2 <i>, 1 picture: one picture is missing", False),
-        ("<i> and <i>", 0, "2 <i>, 0 pictures: 2 pictures are missing", False),
-        ("a hat", 2, "0 <i>, 2 pictures: 2 <i> are missing", False),
-        ("<i>", 1, "1 <i>, 1 picture", True),
+        ("<i> and <i>", 1, "2 <i>, 1 image: one image is missing", False),
+        ("<i> and <i>", 0, "2 <i>, 0 images: 2 images are missing", False),
+        ("a hat", 2, "0 <i>, 2 images: 2 <i> are missing", False),
+        ("<i>", 1, "1 <i>, 1 image", True),
         ("<i>" * 11, 11, "at most 10 are possible", False),
     ],
 )
-def test_line_says_what_the_prompt_needs(prompt, pictures, line, complete):
-    text, is_complete = count_line(prompt, pictures)
+def test_line_says_what_the_prompt_needs(prompt, images, line, complete):
+    text, is_complete = count_line(prompt, images)
     assert line in text and is_complete is complete
 
 
-def test_form_becomes_settings_of_the_command_line():
-    form = Form(
-        "<i>, <my-dog>",
-        (PICTURE,),
-        "red",
-        steps=7,
-        seed=4,
-        surprise=False,
-        scheduler="dpm",
-        width=64,
-        height=64,
-    )
-    word = InputImage("../inputs/w.safetensors", "1" * 64)
-    settings = read_form(form, Models(), {"<my-dog>": word, "<other>": PICTURE})
+def test_values_become_settings_of_the_command_line(ask, tmp_path):
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    values = {"negative_prompt": "red", "steps": 7, "seed": 4, "scheduler": "dpm", "width": 64, "height": 64}
+    settings = ask("<i>, <my-dog>", pictures=[tmp_path / "mine.png"], surprise=False, **values)
+    kept = InputImage.from_file(tmp_path / "mine.png").sha256
     same = GenerationSettings(
         "<i>, <my-dog>",
-        images=(PICTURE,),
-        negative_prompt="red",
-        image_words=(word,),
-        steps=7,
-        seed=4,
-        scheduler="dpm",
-        width=64,
-        height=64,
+        images=(InputImage(f"../inputs/{kept}.png", kept),),
+        image_words=(WORDS["<my-dog>"],),
         versions=settings.versions,
+        **values,
     )
     assert settings == same == GenerationSettings.from_json(settings.to_json())
 
 
-def test_surprise_draws_a_seed_for_each_run():
-    seeds = {read_form(Form("a hat", seed=4), Models(), {}).seed for _ in range(4)}
-    assert len(seeds) == 4
+def test_surprise_draws_a_seed_for_each_run(ask):
+    assert len({ask(seed=4, surprise=True).seed for _ in range(4)}) == 4
 
 
 @pytest.mark.parametrize("is_small", [True, False])
-def test_presets_and_what_the_page_starts_with_are_within_the_limits(is_small):
+def test_presets_and_what_the_page_starts_with_are_within_the_limits(ask, is_small):
     assert presets(is_small).keys() == PRESETS.keys()
     for values in (*presets(is_small).values(), defaults(is_small)):
-        assert read_form(Form("a hat", **values), Models(), {}).steps == values["steps"]
+        assert ask(**values).steps == values["steps"]
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("model", "x"), ("unet", "../x"), ("lora", "/x"), ("scheduler", "x")]
 )
-def test_only_what_is_offered_can_be_chosen(field, value):
+def test_only_what_is_offered_can_be_chosen(ask, field, value):
     with pytest.raises(FieldError, match="not offered") as caught:
-        read_form(Form("a hat", **{field: value}), Models(), {})
+        ask(**{field: value})
     assert caught.value.field == field
 
 
@@ -263,26 +263,26 @@ def test_html_holds_every_text_as_text():
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def test_store_keeps_a_picture_by_its_contents(tmp_path):
+def test_store_keeps_an_image_by_its_contents(tmp_path):
     image = PIL.Image.new("RGB", (8, 8), "red")
     image.save(tmp_path / "mine.png")
     store = Store(tmp_path / "out")
-    kept = store.keep_picture(tmp_path / "mine.png", "pictures")
-    assert kept == store.keep_picture(tmp_path / "mine.png", "pictures")
+    kept = store.keep_upload(tmp_path / "mine.png", "pictures")
+    assert kept == store.keep_upload(tmp_path / "mine.png", "pictures")
     assert store.find(kept).read_bytes() == (tmp_path / "mine.png").read_bytes()
-    path = store.new_image()
+    path = store.new_image_path()
     write_png(image, path, GenerationSettings("<i>", images=(kept,)))
     assert kept.find(path.parent).samefile(store.find(kept))  # as `kosmos-g generate --from` looks for it
     assert store.find(InputImage("/etc/passwd", "f" * 64)) is None
     assert len(list((tmp_path / "out" / "inputs").iterdir())) == 1
 
 
-def test_damaged_picture_is_told(tmp_path):
+def test_damaged_image_is_told(tmp_path):
     PIL.Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
-    assert check_picture(tmp_path / "cut.png") == "PNG"
+    assert check_image_file(tmp_path / "cut.png") == "PNG"
     with pytest.raises(FieldError, match="damaged"):
-        open_picture(tmp_path / "cut.png", "pictures")
+        open_image_file(tmp_path / "cut.png", "pictures")
 
 
 def test_folders_give_the_names_that_are_offered(tmp_path):

@@ -1,0 +1,84 @@
+"""Image words of a session: made of images, saved to a file and loaded from one. Each is kept as a file of its own."""
+
+import time
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from .errors import FieldError, at
+from .session import MAX_WORDS
+from .store import MAX_BYTES, MAX_FILES, UPLOADS, WORDS_SUFFIX, open_image_file
+
+
+async def add_word(service, session, model, name, paths):
+    """Make images a word of the session, for a model by its name; returns the word. Raises FieldError."""
+    word = f"<{name.strip().strip('<>').lower()}>"
+    if not paths:
+        raise FieldError("words", "Drop the image that the word is to mean.")
+    if word == "<>":
+        raise FieldError("words", "Give the word a name, such as my-dog.")
+    if len(paths) > MAX_FILES:
+        raise FieldError("words", f"A word may mean {MAX_FILES} images, and {len(paths)} were given.")
+    _check_room(session, [word])
+
+    def make(ticket):
+        images = [open_image_file(path, "words") for path in paths]
+        with service.models.image_words(model) as pipe:
+            pipe.add_image_word(word, images)
+            return service.store.keep_word(pipe, word)
+
+    file = await service.carry_out(service.worker, make, "words")
+    session.learn_words({word: file}, model)
+    return word
+
+
+async def save_words(service, session, model):
+    """Path of a file with the session's words of a model. Raises FieldError."""
+    words = session.words_of(model)
+    if not words:
+        raise FieldError("words", "This session knows no image words of this model. Name an image first.")
+    paths = service.store.find_all(words.values(), "words")
+
+    def make(ticket):
+        with service.models.image_words(model, paths) as pipe:
+            name = f"image-words-{time.strftime('%Y%m%d-%H%M%S')}{WORDS_SUFFIX}"
+            pipe.save_image_words(service.store.folder / UPLOADS / name, list(words))
+            return service.store.folder / UPLOADS / name
+
+    return await service.carry_out(service.worker, make, "words")
+
+
+async def load_words(service, session, model, path):
+    """Take the words of a file into the session; returns them. Raises FieldError."""
+    with at("words"):
+        if Path(path).stat().st_size > MAX_BYTES:
+            raise ValueError(f"This file is larger than {MAX_BYTES // 2**20} MB.")
+        try:
+            names = read_words(path)
+        except (OSError, SafetensorError):
+            raise ValueError("This is not a file of image words. Pass one that was saved here.") from None
+    _check_room(session, names)
+
+    def make(ticket):
+        with service.models.image_words(model, [path]) as pipe:
+            return {word: service.store.keep_word(pipe, word) for word in names}
+
+    kept = await service.carry_out(service.worker, make, "words")
+    session.learn_words(kept, model)
+    return names
+
+
+def read_words(path):
+    """Names of the words in a file. Raises OSError or SafetensorError."""
+    with safe_open(path, framework="pt") as file:
+        return sorted(file.keys())
+
+
+def _check_room(session, names):
+    taken = [name for name in names if name in session.words]
+    if taken:
+        raise FieldError(
+            "words", f"{taken[0]} is an image word already. Take another name, or forget it first."
+        )
+    if len(session.words) + len(names) > MAX_WORDS:
+        raise FieldError("words", f"A session may have {MAX_WORDS} image words. Save and forget some first.")

@@ -1,0 +1,114 @@
+"""What a page or an HTTP service offers, without either: runs are queued, carried out, and told of while they last."""
+
+import asyncio
+import time
+
+from ..control.controls import control_image, control_preview, control_size
+from .errors import FieldError, at, unexpected
+from .job import Drawing, finished_images
+from .queue import QueueFull, Worker
+from .store import open_image_file
+
+POLL = 0.1  # seconds between two looks at a run
+# seconds after which a look is told even if nothing has changed, or a closed page would go unnoticed
+PATIENCE = 1.0
+CAPACITY = 16  # runs that may wait
+
+
+class Service:
+    """Args: models: Models. store: Store. capacity: runs that may wait for the one that is running."""
+
+    def __init__(self, models, store, capacity=CAPACITY):
+        self.models, self.store = models, store
+        self.worker = Worker(capacity, "drawing")
+        self.annotating = Worker(capacity, "control images")  # on the CPU, while the other draws
+
+    def start(self):
+        """Begin to load the default model; returns at once."""
+        self.models.state = "loading"
+        self.worker.submit(lambda ticket: self.models.load())
+
+    def close(self):
+        self.worker.close()
+        self.annotating.close()
+
+    async def draw(self, session, settings):
+        """Yield the ticket of a run whenever there is news of it; the last time it has ended well or was cancelled.
+
+        Args:
+            settings: GenerationSettings, whose model, U-Net and LoRA are names of what is offered and whose files are kept.
+
+        Raises:
+            FieldError: what was asked for cannot be done.
+        """
+        session.ticket = ticket = _submit(self.worker, Drawing(self.models, self.store, settings), "run")
+        try:
+            async for _ in _news(ticket):
+                yield ticket
+            session.remember(finished_images(ticket))
+            _raise_error_of(ticket, "run")
+            yield ticket
+        finally:
+            ticket.cancel()  # when the page was closed in the middle; nothing happens when the run has ended
+
+    def cancel(self, session):
+        """Cancel the session's run; what it has finished stays. Returns whether there was one."""
+        if session.ticket is None or session.ticket.ended.is_set():
+            return False
+        session.ticket.cancel()
+        return True
+
+    async def control_image(self, field, control, height=None, width=None):
+        """PIL image of what a ControlNet would read of a ControlInput.
+
+        Raises:
+            FieldError: see `control_image` of the library.
+        """
+        (path,) = self.store.find_all([control.picture], field)
+
+        def make(ticket):
+            with at(field):
+                image = open_image_file(path, field)
+                if control.ready:
+                    return image
+                size = {"height": height, "width": width, "short_side": self.models.short_side()}
+                control_size(image, **size)  # says at once what does not fit
+                return control_preview(control_image(control.name, image.convert("RGB"), **size))
+
+        return await self.carry_out(self.annotating, make, field)
+
+    async def carry_out(self, worker, job, field):
+        """Wait for a job that has no progress to tell; returns its result. What goes wrong belongs to `field`."""
+        ticket = _submit(worker, job, field)
+        try:
+            async for _ in _news(ticket):
+                pass
+            _raise_error_of(ticket, field)
+            return ticket.result
+        finally:
+            ticket.cancel()
+
+
+def _submit(worker, job, field):
+    try:
+        return worker.submit(job)
+    except QueueFull as error:
+        raise FieldError(field, str(error)) from error
+
+
+async def _news(ticket):
+    """Come back whenever something about a ticket has changed, and at least every second, until it has ended."""
+    told, at_time = None, 0.0
+    while not ticket.ended.is_set():
+        news = (ticket.state, ticket.place, ticket.progress)
+        if news != told or time.monotonic() - at_time > PATIENCE:
+            told, at_time = news, time.monotonic()
+            yield news
+        await asyncio.sleep(POLL)
+
+
+def _raise_error_of(ticket, field):
+    if isinstance(ticket.error, FieldError):
+        raise ticket.error
+    if ticket.error is not None:
+        raise FieldError(field, unexpected(ticket.error)) from ticket.error
