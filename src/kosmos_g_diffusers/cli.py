@@ -12,7 +12,7 @@ COMMANDS = (convert, init, generate, control, app, caption, data, train, evaluat
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="kosmos-g",
-        description="Kosmos-G for diffusers: images from prompts of words and pictures.",
+        description="Kosmos-G for diffusers: images from prompts of words and images.",
         epilog="kosmos-g COMMAND --help shows the flags of a command and examples.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

@@ -565,7 +565,7 @@ class KosmosGPromptMixin:
                 "A LoRA for CLIP's text encoder alone, or for another kind of model, has nothing to act on: take one made "
                 "for the U-Net of Stable Diffusion 1.5."
             )
-        # a file may hold both spellings, and diffusers judges all keys by the first
+        # a file may hold both spellings, and diffusers takes all keys for those of the first
         layers = convert_unet_state_dict_to_peft(layers)
         modules = dict(unet.named_modules())
         foreign = []

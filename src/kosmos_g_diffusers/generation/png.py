@@ -34,7 +34,7 @@ def read_settings(path):
     """The settings in a PNG that `write_png` wrote.
 
     Raises:
-        ValueError: the file is no PNG, carries no settings, or carries something that is not settings.
+        ValueError: the file is not a PNG, carries no settings, or carries something that is not settings.
     """
     try:
         # reads the chunks before the pixels, and no more

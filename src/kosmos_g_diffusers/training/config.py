@@ -32,7 +32,7 @@ class TrainConfig:
         (), "how often each of them is drawn (default: all alike)", metavar="WEIGHT"
     )
     words: tuple[str, ...] = setting(
-        (), "instruct: sources of stage 1 to go on with, so that the model keeps its words", metavar="SOURCE"
+        (), "instruct: sources of stage 1 to keep training on, so that the model keeps its words", metavar="SOURCE"
     )
     words_share: float = setting(
         0.1, "instruct: share of the batches that come from --words", low=0.001, high=0.999
@@ -45,14 +45,14 @@ class TrainConfig:
     )
     resolution: int = setting(
         0,
-        "instruct: side of the pictures to draw, in pixels (default: what the U-Net was trained for)",
+        "instruct: side of the images to draw, in pixels (default: what the U-Net was trained for)",
         low=0,
     )
     max_text_tokens: int = setting(
         0, "leave out longer samples (default: align 85, instruct 128, pretrain none)", low=0
     )
     min_side: int = setting(
-        0, "leave out captioned pictures of TSV rows with a smaller side, in pixels", low=0
+        0, "leave out captioned images of TSV rows with a smaller side, in pixels", low=0
     )
     entity_dropout: float = setting(
         0.5, "probability that the words of a cut-out entity are dropped", low=0, high=1
@@ -64,7 +64,7 @@ class TrainConfig:
         0.01, "largest share of samples that may be unreadable", fixed=False, low=0, high=1
     )
     bucket_window: int = setting(8, "batches whose samples are sorted by length together; 1 is off", low=1)
-    workers: int = setting(2, "processes that decode pictures", fixed=False, low=0)
+    workers: int = setting(2, "processes that decode images", fixed=False, low=0)
     cache: str = setting(
         "", "folder that keeps the work of frozen models (default: none)", fixed=False, metavar="FOLDER"
     )
