@@ -217,9 +217,8 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    @wraps(
-        Kosmos2PreTrainedModel.save_pretrained, assigned=()
-    )  # diffusers asks for the names of its arguments
+    # diffusers asks for the names of its arguments
+    @wraps(Kosmos2PreTrainedModel.save_pretrained, assigned=())
     def save_pretrained(self, *args, **kwargs):
         """As transformers', which knows adapters of `add_adapter`. ValueError for layers that peft itself has wrapped.
 

@@ -4,7 +4,7 @@ A results folder:
 
     manifest.jsonl          what is run (manifest.py)
     words/                  input images of several prompts, encoded once, as image words
-    images/<id>.png         with prompt, seed and settings inside (settings.py)
+    images/<id>.png         with prompt, seed and settings inside (generation/png.py)
     scores/<scorer>.jsonl   a line for each image (scoring.py)
     report.json, report.md, plots/, sheets/    (report.py)
 
