@@ -32,7 +32,9 @@ class TrainConfig:
         (), "how often each of them is drawn (default: all alike)", metavar="WEIGHT"
     )
     words: tuple[str, ...] = setting(
-        (), "instruct: sources of stage 1 to keep training on, so that the model keeps its words", metavar="SOURCE"
+        (),
+        "instruct: sources of stage 1 to keep training on, so that the model keeps its words",
+        metavar="SOURCE",
     )
     words_share: float = setting(
         0.1, "instruct: share of the batches that come from --words", low=0.001, high=0.999
@@ -51,9 +53,7 @@ class TrainConfig:
     max_text_tokens: int = setting(
         0, "leave out longer samples (default: align 85, instruct 128, pretrain none)", low=0
     )
-    min_side: int = setting(
-        0, "leave out captioned images of TSV rows with a smaller side, in pixels", low=0
-    )
+    min_side: int = setting(0, "leave out captioned images of TSV rows with a smaller side, in pixels", low=0)
     entity_dropout: float = setting(
         0.5, "probability that the words of a cut-out entity are dropped", low=0, high=1
     )
