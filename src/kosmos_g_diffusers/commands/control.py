@@ -13,10 +13,9 @@ examples:
 
 from pathlib import Path
 
-from ..control.controls import CONTROLS, control_image, control_preview
+from ..control.controls import CONTROLS, control_image, save_control
 from ..environment import check_device
 from ..fields import add_flag
-from ..files import written_atomically
 
 
 def add_arguments(parser):
@@ -59,8 +58,7 @@ def run(arguments):
         device=arguments.device,
         **parameters,
     )
-    with written_atomically(output) as file:
-        control_preview(image).save(file, format="PNG")
+    save_control(image, output, arguments.force)
     print(output)
 
 

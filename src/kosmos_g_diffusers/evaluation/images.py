@@ -21,10 +21,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import hash_folder, remove_partial_files
-from ..generation.generate import load_pipeline
+from ..generation.generate import download_model, load_pipeline
 from ..generation.png import read_settings, write_png
 from ..generation.settings import GenerationSettings, InputImage
-from ..pipeline_kosmos_g import KosmosGPipeline
 from ..processing_kosmos_g import IMAGE_MARK, open_image
 from ..sprites.pretrained import SPRITES, with_small_model
 from .manifest import FILE_NAME, Manifest
@@ -69,13 +68,13 @@ def identify_model(model):
         return {"path": None, "name": "sprites", "sha256": hash_folder(SPRITES, COMPONENTS)}
     if not Path(model).is_dir():
         try:
-            snapshot = Path(KosmosGPipeline.download(model, use_safetensors=True))
+            revision = download_model(model).name
         except (OSError, ValueError) as error:
             raise OSError(
                 f"The model {str(model)!r} is not a folder and cannot be fetched from the Hub ({error}). Pass the folder that "
                 "kosmos-g convert has written, a Hub id, or no --model for the small one that ships."
             ) from error
-        return {"path": model, "revision": snapshot.name}
+        return {"path": model, "revision": revision}
     if not (Path(model) / "model_index.json").is_file():
         raise ValueError(
             f"The folder {str(model)!r} holds no model: it has no model_index.json. Pass the folder that kosmos-g convert "
