@@ -38,10 +38,9 @@ def add_arguments(parser):
 def run(arguments):
     if arguments.list:
         return print(_table())
-    if arguments.name is None or arguments.image is None:
-        raise ValueError(
-            "Name a control and an image: kosmos-g control canny photo.png. --list shows the controls."
-        )
+    if arguments.image is None:  # nor perhaps the name before it
+        example = "kosmos-g control canny photo.png"
+        raise ValueError(f"Name a control and an image: {example}. --list shows the controls.")
     output = Path(arguments.output)
     if output.suffix.lower() != ".png":
         raise ValueError(f"The output {arguments.output!r} does not end in .png.")
