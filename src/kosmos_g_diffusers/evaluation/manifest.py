@@ -39,14 +39,10 @@ class Task:
 
     def __post_init__(self):
         if not TASK_ID.fullmatch(self.id):
-            raise ValueError(
-                f"{self.id!r} cannot name an image. Use letters, digits, '+', '-', '_', '.' and '/'."
-            )
-        n_marks = self.prompt.count(IMAGE_MARK)
-        if n_marks != len(self.pictures):
-            raise ValueError(
-                f"The prompt of {self.id} has {n_marks} '<i>' marks and {len(self.pictures)} input images."
-            )
+            raise ValueError(f"{self.id!r} cannot name an image. Use letters, digits and any of + - _ . /")
+        n_marks, n_images = self.prompt.count(IMAGE_MARK), len(self.pictures)
+        if n_marks != n_images:
+            raise ValueError(f"The prompt of {self.id} has {n_marks} '<i>' marks and {n_images} images.")
 
 
 @dataclass(frozen=True)
@@ -137,12 +133,10 @@ class Manifest:
 
     def check_same(self, other, n_images_left):
         """Raise a ValueError that names what differs, unless `other` may continue in the folder of this manifest."""
-        mine, theirs = _flatten(self), _flatten(other)
+        parts = ["options", "model", "settings", "conditions", "pictures"]
         if n_images_left == 0:  # new scores and reports may be made elsewhere, with other versions
-            mine, theirs = (
-                {key: value for key, value in flat.items() if not key.startswith("conditions.")}
-                for flat in (mine, theirs)
-            )
+            parts.remove("conditions")
+        mine, theirs = _flatten(self, parts), _flatten(other, parts)
         different = [
             f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} now"
             for key in {**mine, **theirs}
@@ -159,10 +153,10 @@ class Manifest:
         )
 
 
-def _flatten(manifest):
+def _flatten(manifest, parts):
     """Name -> value of everything but the images that two runs can differ in."""
     flat = {"benchmark": manifest.benchmark}
-    for name in ("options", "model", "settings", "conditions", "pictures"):
+    for name in parts:
         flat.update({f"{name}.{key}": value for key, value in getattr(manifest, name).items()})
     flat.pop("model.path", None)  # where the same weights lie does not matter
     flat["number of images"] = len(manifest.tasks)
@@ -195,18 +189,21 @@ def derive_seed(base, *parts):
     return int.from_bytes(digest[:4], "big")
 
 
+def check_images(data, paths):
+    """ValueError that names all images which are not in the data folder."""
+    missing = [path for path in sorted(set(paths)) if not (Path(data) / path).is_file()]
+    if missing:
+        found = f"{len(missing)} images are not in {str(data)!r}: {', '.join(missing)}"
+        raise ValueError(f"{found}. Complete the data folder.")
+
+
 def hash_images(data, paths):
     """Path from `data` -> SHA-256. All are opened as well: one that is damaged must show before hours of work.
 
     Raises:
         ValueError: images are missing or cannot be read; all of them are named.
     """
-    paths = sorted(set(paths))
-    missing = [path for path in paths if not (Path(data) / path).is_file()]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} images are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
-        )
+    check_images(data, paths)
     damaged = []
     for path in paths:
         try:
