@@ -156,10 +156,8 @@ def _write_sheets(output, runs):
                 # once for prompts that follow each other
                 parts.append({"inputs": input_figures(data, inputs)})
             shown = inputs
-            rows = [
-                (title, image_figures(output / "sheets", folder, group, scores))
-                for title, (folder, _, scores) in zip("AB", runs, strict=True)
-            ]
+            figures = [image_figures(output / "sheets", folder, group, scores) for folder, _, scores in runs]
+            rows = list(zip("AB", figures, strict=True))
             parts.append({"prompt": group[0].prompt, "rows": rows})
         paths.append(f"sheets/{file_name(name)}.html")
         write_page(output / paths[-1], title=name, notes=notes, parts=parts)

@@ -123,9 +123,7 @@ def _load_clip(name, source, device):
     def tokenize(texts):
         for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
             if len(ids) > length:
-                logger.warning(
-                    f"CLIP reads {length} tokens, {text!r} has {len(ids)}: the rest does not count."
-                )
+                logger.warning(f"CLIP reads {length} tokens, and {text!r} has {len(ids)}: the rest is cut.")
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return tokens.to(device)
 

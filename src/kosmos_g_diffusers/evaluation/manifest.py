@@ -127,9 +127,8 @@ class Manifest:
         except FileNotFoundError as error:
             raise ValueError(f"{str(folder)!r} is not a results folder: it has no {FILE_NAME}.") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} cannot be used ({error}). Pass the --output of a kosmos-g evaluate of this version."
-            ) from error
+            advice = "Pass the --output of a kosmos-g evaluate of this version."
+            raise ValueError(f"{path} cannot be used ({error}). {advice}") from error
 
     def check_same(self, other, n_images_left):
         """Raise a ValueError that names what differs, unless `other` may continue in the folder of this manifest."""
@@ -137,11 +136,8 @@ class Manifest:
         if n_images_left == 0:  # new scores and reports may be made elsewhere, with other versions
             parts.remove("conditions")
         mine, theirs = _flatten(self, parts), _flatten(other, parts)
-        different = [
-            f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} now"
-            for key in {**mine, **theirs}
-            if mine.get(key) != theirs.get(key)
-        ]
+        keys = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+        different = [f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} now" for key in keys]
         different += _compare_tasks(self.tasks, other.tasks)
         if not different:
             return
@@ -160,15 +156,18 @@ def _flatten(manifest, parts):
         flat.update({f"{name}.{key}": value for key, value in getattr(manifest, name).items()})
     flat.pop("model.path", None)  # where the same weights lie does not matter
     flat["number of images"] = len(manifest.tasks)
-    return json.loads(json.dumps(flat))  # as it is read back: lists for tuples
+    return _as_read(flat)
+
+
+def _as_read(content):
+    """As JSON gives it back: lists for tuples."""
+    return json.loads(json.dumps(content))
 
 
 def _compare_tasks(found, asked):
     """What differs between the images of two runs, in a sentence; [] if nothing does."""
-    found, asked = (
-        {task.id: json.loads(json.dumps(asdict(task))) for task in tasks} for tasks in (found, asked)
-    )
-    different = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]
+    found, asked = ({task.id: _as_read(asdict(task)) for task in tasks} for tasks in (found, asked))
+    different = [name for name in found | asked if found.get(name) != asked.get(name)]
     if not different:
         return []
     name = different[0]

@@ -25,9 +25,8 @@ def bootstrap(values, seed=0):
         return None
     rng = np.random.default_rng(seed)
     # some at a time: thirty thousand images would need gigabytes
-    means = np.concatenate(
-        [values[rng.integers(0, len(values), (100, len(values)))].mean(1) for _ in range(RESAMPLES // 100)]
-    )
+    draws = (rng.integers(0, len(values), (100, len(values))) for _ in range(RESAMPLES // 100))
+    means = np.concatenate([values[draw].mean(1) for draw in draws])
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return round(float(low), 6), round(float(high), 6)
 
@@ -141,13 +140,10 @@ def scores_table(report):
 def as_markdown(report, plots, sheets, notes):
     options = [f"{name} {value}" for name, value in report["options"].items()]
     versions = report["conditions"]["versions"]
-    settings = {
-        name: "the model's own" if value is None else value for name, value in report["settings"].items()
-    }
     facts = {
         "benchmark": " ".join([report["benchmark"], *options]),
         "model": _as_words(report["model"]),
-        **settings,
+        **{name: "the model's own" if given is None else given for name, given in report["settings"].items()},
         **report["conditions"],
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "scorers": "; ".join(map(_as_words, report["scorers"])),

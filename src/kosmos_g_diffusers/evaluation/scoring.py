@@ -89,12 +89,10 @@ def score(folder, manifest, scorer, state):
         if all(known.get(name, {}).get("sha256") == digest for name, digest in digests.items()):
             continue
         images = [PIL.Image.open(files[task.id]).convert("RGB") for task in tasks]
-        scores = scorer.score(tasks, images)
-        rounded = [{name: round(value, 6) for name, value in one.items()} for one in scores]
-        records = [
-            {"id": name, "sha256": digest, "scores": one}
-            for (name, digest), one in zip(digests.items(), rounded, strict=True)
-        ]
+        records = []
+        for (name, digest), one in zip(digests.items(), scorer.score(tasks, images), strict=True):
+            rounded = {metric: round(value, 6) for metric, value in one.items()}
+            records.append({"id": name, "sha256": digest, "scores": rounded})
         write_records(parts / f"{number:06}.jsonl", scorer.identity, records)
     state.wait_for_everyone()
     if state.is_main_process and parts.exists():

@@ -104,11 +104,8 @@ def image_figures(page_folder, folder, tasks, scores):
     figures = []
     for task in tasks:
         path = image_path(folder, task)
-        lines = [
-            f"{name.removeprefix(f'{task.row}.')} {value:.3f}"
-            for name, value in scores[task.id].items()
-            if CONTROL not in name
-        ]
+        shown = {name: value for name, value in scores[task.id].items() if CONTROL not in name}
+        lines = [f"{name.removeprefix(f'{task.row}.')} {value:.3f}" for name, value in shown.items()]
         source = Path(os.path.relpath(path, page_folder)).as_posix()
         with PIL.Image.open(path) as image:
             figures.append({"source": source, "alt": task.id, "lines": lines, "small": _is_small(image)})
