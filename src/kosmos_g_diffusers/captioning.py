@@ -47,16 +47,13 @@ class Answerer:
         inputs = self._read(prompt, images)
         length, longest = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
         if length >= longest:
-            raise ValueError(
-                f"The prompt has {length} tokens, and the model reads at most {longest}: there is no room for an answer. "
-                "Shorten it."
-            )
+            room = f"the model reads at most {longest}: there is no room for an answer"
+            raise ValueError(f"The prompt has {length} tokens, and {room}. Shorten it.")
         options = {"do_sample": False, "suppress_tokens": self.forbidden, **options}
         # that of the whole model insists on an image
         generate = self.model.generate if "pixel_values" in inputs else self.model.text_model.generate
         ids = generate(**inputs, max_new_tokens=min(max_new_tokens, longest - length), **options)
-        answer = ids[0, length:]
-        return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        return self.tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
 
     def _read(self, prompt, images):
         """What the model takes for one prompt."""
@@ -87,9 +84,8 @@ def load_answerer(model, dtype, device):
     """
     try:
         # Kosmos-G folders never hold pickle files; refuse to load any
-        text_encoder = KosmosGTextEncoder.from_pretrained(
-            model, subfolder="text_encoder", dtype=dtype, use_safetensors=True
-        )
+        options = {"subfolder": "text_encoder", "dtype": dtype, "use_safetensors": True}
+        text_encoder = KosmosGTextEncoder.from_pretrained(model, **options)
         tokenizer = KosmosGTokenizer.from_pretrained(model, subfolder="tokenizer")
     except OSError as error:
         raise OSError(

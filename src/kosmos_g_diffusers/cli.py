@@ -16,9 +16,8 @@ def build_parser():
         epilog="kosmos-g COMMAND --help shows the flags of a command and examples.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument(
-        "--traceback", action="store_true", help="show where an error came from, for a bug report"
-    )
+    traceback = "show where an error came from, for a bug report"
+    parser.add_argument("--traceback", action="store_true", help=traceback)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in COMMANDS:
         title, description, examples = module.__doc__.split("\n\n", 2)

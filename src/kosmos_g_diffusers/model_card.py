@@ -10,11 +10,9 @@ MARKER = "<!-- written by kosmos_g_diffusers; a card without this line is left a
 NEWLINE = "\n"  # f-strings of older Pythons take no backslash
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 UNKNOWN_SOURCE = ("not recorded", "not recorded")
+ENCODER = "Kosmos-G: Kosmos-2 modules of transformers and an AlignerNet"
 SOURCES = {  # of a model of the released size
-    "text_encoder": (
-        "Kosmos-G: Kosmos-2 modules of transformers and an AlignerNet",
-        "MIT (code of microsoft/unilm)",
-    ),
+    "text_encoder": (ENCODER, "MIT (code of microsoft/unilm)"),
     "tokenizer": ("Kosmos-G", "MIT (microsoft/unilm)"),
     "unet": ("Stable Diffusion 1.5", "CreativeML Open RAIL-M"),
     "vae": ("Stable Diffusion 1.5", "CreativeML Open RAIL-M"),
@@ -56,11 +54,9 @@ def model_card(pipeline, *, provenance=None, results=None):
         language="en",
     )
     words = ", ".join(f"`{word}`" for word in pipeline.image_words)
-    checker = (
-        "The safety checker of Stable Diffusion is part of this folder."
-        if getattr(pipeline, "safety_checker", None) is not None
-        else "This folder has **no safety checker**: do not show unfiltered results in services open to the public."
-    )
+    checker = "The safety checker of Stable Diffusion is part of this folder."
+    if getattr(pipeline, "safety_checker", None) is None:
+        checker = "This folder has **no safety checker**: do not show unfiltered results in services open to the public."
     return f"""---
 {data.to_yaml()}
 ---
@@ -117,8 +113,7 @@ def _component_rows(pipeline, provenance, full_size):
 
 def _hub_id(component):
     """Where a component was loaded from, if that is a Hub id; a path on somebody's machine is nobody's business."""
-    name = getattr(component, "name_or_path", None) or getattr(
-        getattr(component, "config", None), "_name_or_path", None
-    )
+    config = getattr(component, "config", None)
+    name = getattr(component, "name_or_path", None) or getattr(config, "_name_or_path", None)
     is_hub_id = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     return f"`{name}`" if is_hub_id and not os.path.exists(name) else None

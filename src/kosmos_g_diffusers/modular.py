@@ -28,16 +28,12 @@ class KosmosGTextEncoderStep(ModularPipelineBlocks):
 
     @property
     def description(self):
-        return (
-            "Turns prompts of words and images into the states that the U-Net of Stable Diffusion 1.5 reads"
-        )
+        return "Turns prompts of words and images into the states that Stable Diffusion 1.5's U-Net reads"
 
     @property
     def expected_components(self):
-        return [
-            ComponentSpec("text_encoder", KosmosGTextEncoder),
-            ComponentSpec("tokenizer", KosmosGTokenizer),
-        ]
+        encoder = ComponentSpec("text_encoder", KosmosGTextEncoder)
+        return [encoder, ComponentSpec("tokenizer", KosmosGTokenizer)]
 
     @property
     def inputs(self):
@@ -80,15 +76,12 @@ class KosmosGTextEncoderStep(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components, state):
         block_state = self.get_block_state(state)
-        encoder = KosmosGPipeline(  # the prompt mixin needs no other component
-            vae=None,
+        # the prompt mixin needs no other component
+        encoder = KosmosGPipeline(
             text_encoder=components.text_encoder,
             tokenizer=components.tokenizer,
-            unet=None,
-            scheduler=None,
-            safety_checker=None,
-            feature_extractor=None,
             requires_safety_checker=False,
+            **dict.fromkeys(("vae", "unet", "scheduler", "safety_checker", "feature_extractor")),
         )
         block_state.prompt_embeds, block_state.negative_prompt_embeds = encoder.encode_prompt(
             block_state.prompt,

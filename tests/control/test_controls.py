@@ -25,6 +25,7 @@ from kosmos_g_diffusers.control.controls import (
     load_annotator,
     load_controlnet,
     open_control,
+    save_control,
 )
 from kosmos_g_diffusers.fields import check_value
 from kosmos_g_diffusers.generation.png import read_settings, write_png
@@ -585,6 +586,19 @@ def test_control_command_writes_what_the_library_makes(folder, aux, capsys):
     )
     assert main(["control", "canny", "cat.jpg", "-o", "edges.png", "--short-side", "64", "--force"]) == 0
     assert PIL.Image.open("edges.png").size == (96, 64)
+
+
+def test_control_image_is_saved_over_another_only_when_asked(tmp_path):
+    path, first, second = (
+        tmp_path / "edges.png",
+        *(PIL.Image.new("RGB", (8, 8), name) for name in ("red", "blue")),
+    )
+    save_control(first, path)
+    with pytest.raises(FileExistsError, match="edges.png is there already"):
+        save_control(second, path)
+    assert pixels(path) == first.tobytes()
+    save_control(second, path, overwrite=True)
+    assert pixels(path) == second.tobytes() and [found.name for found in tmp_path.iterdir()] == ["edges.png"]
 
 
 def test_control_command_prints_the_table(capsys):

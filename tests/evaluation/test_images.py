@@ -308,7 +308,7 @@ def test_model_that_is_none_is_explained_before_anything_is_written(run, tmp_pat
     def refuse(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(engine.KosmosGPipeline, "download", refuse)
+    monkeypatch.setattr(generation.KosmosGPipeline, "download", refuse)
     with pytest.raises(OSError, match="'someone/nothing' is not a folder and cannot be fetched.*no network"):
         run(tmp_path / "run", "--model", "someone/nothing")
     with pytest.raises(ValueError, match="holds no model: it has no model_index.json"):

@@ -26,61 +26,43 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 def add_arguments(parser):
     add = parser.add_argument
-    add(
-        "--model",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="Kosmos-G folder; repeat it to offer several (default: the small model that ships, of sprites)",
-    )
+    models = "Kosmos-G folder; repeat it to offer several (default: the small model that ships, of sprites)"
+    add("--model", action="append", default=[], metavar="DIR", help=models)
     add("--lora-dir", metavar="DIR", help="folder of .safetensors files to offer as LoRAs")
     add("--unet-dir", metavar="DIR", help="folder of U-Net folders to offer in the place of the model's")
-    add(
-        "--control",
-        action="store_true",
-        help="show the controls (kosmos-g control --list); the small model has canny",
-    )
-    add(
-        "--output", default="kosmos-g-app", metavar="DIR", help="folder to write into (default: kosmos-g-app)"
-    )
+    controls = "show the controls (kosmos-g control --list); the small model has canny"
+    add("--control", action="store_true", help=controls)
+    add("--output", default="kosmos-g-app", metavar="DIR", help="folder to write into (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     add("--port", type=int, default=7860, metavar="N", help="of the address (default: 7860)")
     add("--share", action="store_true", help="open a public address through gradio's servers")
     add("--auth", metavar="USER:PASSWORD", help="ask for a name and a password")
     add("--queue", type=int, default=CAPACITY, metavar="N", help=f"runs that may wait (default: {CAPACITY})")
-    add(
-        "--device", default=None, help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)"
-    )
-    add(
-        "--dtype", choices=DTYPES, metavar="NAME", help=f"one of {', '.join(DTYPES)} (default: by the device)"
-    )
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, else float16)")
 
 
 def run(arguments):
     auth = read_auth(arguments.auth)
     if auth is None and (arguments.share or arguments.host not in LOCAL_HOSTS):
-        print(
-            "Note: anyone who reaches this address can use it. --auth USER:PASSWORD asks for one.",
-            file=sys.stderr,
-        )
+        note = "Note: anyone who reaches this address can use it. --auth USER:PASSWORD asks for one."
+        print(note, file=sys.stderr)
     if arguments.queue < 1:
         raise ValueError(f"--queue is {arguments.queue}; expected 1 or more.")
     try:
         from ..app.page import serve
     except ImportError as error:
-        raise ImportError(
-            f"The app needs gradio ({error}). Run: pip install 'kosmos-g-diffusers[app]'"
-        ) from error
+        install = "pip install 'kosmos-g-diffusers[app]'"
+        raise ImportError(f"The app needs gradio ({error}). Run: {install}") from error
 
     device = arguments.device or default_device()
     check_device(device)
     dtype = arguments.dtype or default_dtype(device)
     models = Models(arguments.model, arguments.lora_dir, arguments.unet_dir, device, dtype)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
-    output = Path(arguments.output).resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    Path(arguments.output).mkdir(parents=True, exist_ok=True)
     # files are named from here, so that no page learns where the server keeps them
-    os.chdir(output)
+    os.chdir(arguments.output)
     service = Service(models, Store("."), arguments.queue)
     service.start()
     try:

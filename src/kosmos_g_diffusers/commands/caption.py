@@ -23,20 +23,10 @@ def add_arguments(parser):
     add("images", nargs="+", metavar="IMAGE", help="path or URL")
     add("--prompt", default=CAPTION_PROMPT, metavar="TEXT", help=f"(default: {CAPTION_PROMPT!r})")
     add("--model", metavar="MODEL", help="folder or Hub id (default: the small model that ships, of sprites)")
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help=f"longest answer (default: {MAX_NEW_TOKENS})",
-    )
-    add(
-        "--num-beams",
-        type=int,
-        default=1,
-        metavar="N",
-        help="answers pursued at once (default: 1, the likeliest word)",
-    )
+    longest = f"longest answer (default: {MAX_NEW_TOKENS})"
+    add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=longest)
+    beams = "answers pursued at once (default: 1, the likeliest word)"
+    add("--num-beams", type=int, default=1, metavar="N", help=beams)
     add("--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, else float16)")
     add("--device", help="cpu, cuda, mps, ... (default: an accelerator if there is one)")
 
@@ -44,19 +34,16 @@ def add_arguments(parser):
 def run(arguments):
     device = arguments.device or default_device()
     check_device(device)
-    dtype = arguments.dtype or default_dtype(device)
     if arguments.num_beams < 1:
         raise ValueError(f"--num-beams is {arguments.num_beams}; expected 1 or more.")
-    answer = load_answerer(arguments.model or SPRITES, as_dtype(dtype), device)
-    prompt, images = arguments.prompt, arguments.images
-    marked = IMAGE_MARK in prompt
-    for group in [images] if marked else [[image] for image in images]:
-        text = answer(
-            prompt if marked else f"{IMAGE_MARK} {prompt}",
-            group,
-            max_new_tokens=arguments.max_new_tokens,
-            num_beams=arguments.num_beams,
-        )
-        print(text if marked or len(images) == 1 else f"{group[0]}: {text}")
+    dtype = as_dtype(arguments.dtype or default_dtype(device))
+    answer = load_answerer(arguments.model or SPRITES, dtype, device)
+    prompt, groups = arguments.prompt, [arguments.images]
+    if IMAGE_MARK not in prompt:
+        prompt, groups = f"{IMAGE_MARK} {prompt}", [[image] for image in arguments.images]
+    options = {"max_new_tokens": arguments.max_new_tokens, "num_beams": arguments.num_beams}
+    for group in groups:
+        text = answer(prompt, group, **options)
+        print(text if len(groups) == 1 else f"{group[0]}: {text}")
     if arguments.model is None:
         print(SPRITES_NOTE, file=sys.stderr)

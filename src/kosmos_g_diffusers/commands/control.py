@@ -13,10 +13,9 @@ examples:
 
 from pathlib import Path
 
-from ..control.controls import CONTROLS, control_image, control_preview
+from ..control.controls import CONTROLS, control_image, save_control
 from ..environment import check_device
 from ..fields import add_flag
-from ..files import written_atomically
 
 
 def add_arguments(parser):
@@ -39,10 +38,9 @@ def add_arguments(parser):
 def run(arguments):
     if arguments.list:
         return print(_table())
-    if arguments.name is None or arguments.image is None:
-        raise ValueError(
-            "Name a control and an image: kosmos-g control canny photo.png. --list shows the controls."
-        )
+    if arguments.image is None:  # nor perhaps the name before it
+        example = "kosmos-g control canny photo.png"
+        raise ValueError(f"Name a control and an image: {example}. --list shows the controls.")
     output = Path(arguments.output)
     if output.suffix.lower() != ".png":
         raise ValueError(f"The output {arguments.output!r} does not end in .png.")
@@ -59,8 +57,7 @@ def run(arguments):
         device=arguments.device,
         **parameters,
     )
-    with written_atomically(output) as file:
-        control_preview(image).save(file, format="PNG")
+    save_control(image, output, arguments.force)
     print(output)
 
 

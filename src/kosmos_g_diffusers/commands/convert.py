@@ -16,20 +16,13 @@ from ..environment import DTYPES, as_dtype
 
 
 def add_arguments(parser):
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="FILE", help="official .pt file of either stage"
-    )
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="official sentencepiece.bpe.model")
-    parser.add_argument(
-        "--base",
-        required=True,
-        metavar="MODEL",
-        help="folder or Hub id of Stable Diffusion 1.5, for what the file lacks",
-    )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write, new or empty")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights written (default: as in the checkpoint)"
-    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="official .pt file of either stage")
+    add("--tokenizer", required=True, metavar="FILE", help="official sentencepiece.bpe.model")
+    base = "folder or Hub id of Stable Diffusion 1.5, for what the file lacks"
+    add("--base", required=True, metavar="MODEL", help=base)
+    add("--output", required=True, metavar="FOLDER", help="folder to write, new or empty")
+    add("--dtype", choices=DTYPES, help="of the weights written (default: as in the checkpoint)")
 
 
 def run(arguments):

@@ -20,6 +20,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 
 from ..data.making import ComposeSettings, EditSettings, compose, instructpix2pix, write_contact_sheet
 from ..data.making.instructpix2pix import COLUMNS
@@ -33,9 +34,8 @@ def add_arguments(parser):
     _add_instructpix2pix(actions.add_parser("instructpix2pix", help="InstructPix2Pix -> shards of edits"))
     sheet = actions.add_parser("sheet", help="a page that shows samples of any shards")
     sheet.add_argument("shards", metavar="SHARDS", help="folder of shards, a shard, a pattern or a URL")
-    sheet.add_argument(
-        "--output", default="contact-sheet.html", metavar="FILE", help="page to write (default: %(default)s)"
-    )
+    output = "page to write (default: %(default)s)"
+    sheet.add_argument("--output", default="contact-sheet.html", metavar="FILE", help=output)
     sheet.add_argument("--samples", type=int, default=100, metavar="N", help="to show (default: %(default)s)")
 
 
@@ -52,104 +52,56 @@ def _add_compose(parser):
 def _add_instructpix2pix(parser):
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--folder", help="the original layout: seeds.json, NAME/prompt.json, NAME/SEED_0.jpg, ..."
-    )
+    layout = "the original layout: seeds.json, NAME/prompt.json, NAME/SEED_0.jpg, ..."
+    source.add_argument("--folder", help=layout)
     source.add_argument("--dataset", metavar="NAME", help="Hub id or folder of a Hugging Face data set")
     add("--split", default="train", help="of the data set (default: %(default)s)")
     add("--revision", help="of the data set (default: the newest)")
     listed = ", ".join(f"{use}={column}" for use, column in COLUMNS.items())
-    add(
-        "--column",
-        action="append",
-        default=[],
-        metavar="USE=NAME",
-        help=f"column of the data set, repeatable (default: {listed})",
-    )
-    add(
-        "--size",
-        type=int,
-        default=512,
-        metavar="N",
-        help="most pixels of the shorter side (default: %(default)s)",
-    )
+    column = f"column of the data set, repeatable (default: {listed})"
+    add("--column", action="append", default=[], metavar="USE=NAME", help=column)
+    size = "most pixels of the shorter side (default: %(default)s)"
+    add("--size", type=int, default=512, metavar="N", help=size)
     _add_output(parser)
 
 
 def _add_output(parser):
-    add = parser.add_argument
-    add("--output", required=True, metavar="FOLDER", help="folder of shards: new, or one to continue")
-    add(
-        "--samples-per-shard",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="most that a kill loses (default: %(default)s)",
-    )
-    add(
-        "--workers",
-        type=int,
-        default=2,
-        metavar="N",
-        help="processes that decode images (default: %(default)s)",
-    )
-    add(
-        "--num-processes",
-        type=int,
-        metavar="N",
-        help="that share the work (default: of accelerate or torchrun, or 1)",
-    )
-    add(
-        "--process-index",
-        type=int,
-        metavar="N",
-        help="of this one, from 0 (default: of accelerate or torchrun, or 0)",
-    )
-    add(
-        "--sheet-samples",
-        type=int,
-        default=100,
-        metavar="N",
-        help="on the contact sheet (default: %(default)s)",
-    )
+    output = "folder of shards: new, or one to continue"
+    parser.add_argument("--output", required=True, metavar="FOLDER", help=output)
+    add = partial(parser.add_argument, type=int, metavar="N")
+    add("--samples-per-shard", default=1000, help="most that a kill loses (default: %(default)s)")
+    add("--workers", default=2, help="processes that decode images (default: %(default)s)")
+    add("--num-processes", help="that share the work (default: of accelerate or torchrun, or 1)")
+    add("--process-index", help="of this one, from 0 (default: of accelerate or torchrun, or 0)")
+    add("--sheet-samples", default=100, help="on the contact sheet (default: %(default)s)")
 
 
 def run(arguments):
     if arguments.action == "sheet":
         return print(write_contact_sheet(arguments.shards, arguments.output, arguments.samples))
-    process_index, num_processes = _share(arguments)
-    common = {
-        "workers": arguments.workers,
-        "process_index": process_index,
-        "num_processes": num_processes,
-        "samples_per_shard": arguments.samples_per_shard,
-        "sheet_samples": arguments.sheet_samples,
-    }
+    given = vars(arguments)
+    common = {name: given[name] for name in ("workers", "samples_per_shard", "sheet_samples")}
+    common["process_index"], common["num_processes"] = _share(arguments)
     with _sigterm_stops():
         if arguments.action == "compose":
-            names = {entry.name for entry in fields(ComposeSettings)}
-            given = {name: value for name, value in vars(arguments).items() if name in names}
+            names = [entry.name for entry in fields(ComposeSettings) if entry.name in given]
+            settings = ComposeSettings(**{name: given[name] for name in names})
             device = arguments.device or _own_device()
             check_device(device)
             dtype = arguments.dtype or default_dtype(device, half="bfloat16")
             manifest = compose(
                 arguments.images,
                 arguments.output,
-                ComposeSettings(**given),
+                settings,
                 device=device,
                 dtype=as_dtype(dtype),
                 batch_size=arguments.batch_size,
                 **common,
             )
         else:
-            settings = EditSettings(
-                folder=arguments.folder,
-                dataset=arguments.dataset,
-                split=arguments.split,
-                revision=arguments.revision,
-                columns=_columns(arguments.column),
-                size=arguments.size,
-            )
+            names = ("folder", "dataset", "split", "revision", "size")
+            columns = _columns(arguments.column)
+            settings = EditSettings(columns=columns, **{name: given[name] for name in names})
             manifest = instructpix2pix(arguments.output, settings, **common)
     if "samples" in manifest:
         print(f"{manifest['samples']:,} samples in {manifest['shards']:,} shards in {arguments.output}")
@@ -170,10 +122,8 @@ def _share(arguments):
 
 
 def _own_device():
-    device = default_device()
-    return (
-        f"{device}:{os.environ['LOCAL_RANK']}" if device != "cpu" and "LOCAL_RANK" in os.environ else device
-    )
+    device, rank = default_device(), os.environ.get("LOCAL_RANK")
+    return device if device == "cpu" or rank is None else f"{device}:{rank}"
 
 
 def _columns(texts):

@@ -28,8 +28,10 @@ from ..evaluation.scoring import FeatureScorer
 from ..generation.schedulers import SCHEDULERS
 from ..sprites.pretrained import SPRITES_NOTE
 
-RESUMED = """A command that was stopped is resumed when you repeat it. When it is done, look at report.md and sheets/index.html of --output.
-"""
+RESUMED = (
+    "A command that was stopped is resumed when you repeat it. When it is done, look at report.md and sheets/index.html of "
+    "--output."
+)
 
 
 def add_arguments(parser):
@@ -40,27 +42,20 @@ def add_arguments(parser):
             name,
             help=title,
             description=f"{title[0].upper()}{title[1:]}.\n\n{benchmark.DESCRIPTION.strip()}",
-            epilog=f"{RESUMED}\nexamples:{benchmark.EXAMPLES}",
+            epilog=f"{RESUMED}\n\nexamples:{benchmark.EXAMPLES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         benchmark.add_arguments(command)
-        if benchmark.SCORERS is not None:
-            _add_scorers(command, " and ".join(benchmark.SCORERS) or "none")
-        _add_common(command, benchmark.SETTINGS, benchmark.BATCH_SIZE)
+        _add_common(command.add_argument, benchmark)
 
 
-def _add_scorers(parser, default):
-    parser.add_argument(
-        "--scorer",
-        action="append",
-        dest="scorers",
-        metavar="NAME[=WEIGHTS]",
-        help=f"one of {', '.join(SCORERS)}; WEIGHTS is a folder or Hub id; repeat it (default: {default})",
-    )
-
-
-def _add_common(parser, settings, batch_size):
-    add = parser.add_argument
+def _add_common(add, benchmark):
+    """The flags that benchmarks share, with the defaults of each."""
+    settings, batch_size = benchmark.SETTINGS, benchmark.BATCH_SIZE
+    if benchmark.SCORERS is not None:
+        default = " and ".join(benchmark.SCORERS) or "none"
+        text = f"one of {', '.join(SCORERS)}; WEIGHTS is a folder or Hub id; repeat it (default: {default})"
+        add("--scorer", action="append", dest="scorers", metavar="NAME[=WEIGHTS]", help=text)
     add("--model", metavar="MODEL", help="folder or Hub id (default: the small model that ships, of sprites)")
     output = "results: new, or of the same run, which is then resumed"
     add("--output", required=True, metavar="FOLDER", help=output)

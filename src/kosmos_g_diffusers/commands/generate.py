@@ -23,6 +23,7 @@ import json
 import secrets
 import sys
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 from ..environment import default_device, default_dtype, package_versions
@@ -46,37 +47,26 @@ def add_arguments(parser):
     parser.argument_default = argparse.SUPPRESS
     add = parser.add_argument
     add("prompt", nargs="?", help='words, and <i> for each image: "<i> in the suit of <i>"')
-    add("--image", action="append", dest="images", metavar="FILE", help="image of the next <i>; repeat it")
+    repeated = partial(add, action="append", metavar="FILE")
+    repeated("--image", dest="images", help="image of the next <i>; repeat it")
     add("--negative", dest="negative_prompt", metavar="TEXT", help="what the images should not show")
-    add(
-        "--control",
-        action="append",
-        dest="controls",
-        metavar="KIND:FILE",
-        help="make the control image of an image (kosmos-g control --list); KIND:@FILE takes FILE as it is; repeat it",
-    )
+    control = "make the control image of an image (kosmos-g control --list); KIND:@FILE takes FILE as it is; repeat it"
+    repeated("--control", dest="controls", metavar="KIND:FILE", help=control)
     for entry in fields(ControlInput):
         if entry.name in CONTROL_FLAGS:
-            kind = float if entry.type is float else str
-            flag = "--" + CONTROL_FLAGS[entry.name].replace("_", "-")
-            add(
-                flag,
-                action="append",
-                type=kind,
-                metavar=entry.metadata["metavar"],
-                help=entry.metadata["help"],
-            )
-    add(
-        "--image-words",
-        action="append",
-        metavar="FILE",
-        help="image words that the prompt uses (pipe.save_image_words, kosmos-g app); repeat it",
-    )
+            flag, kind = _flag(CONTROL_FLAGS[entry.name]), float if entry.type is float else str
+            repeated(flag, type=kind, metavar=entry.metadata["metavar"], help=entry.metadata["help"])
+    words = "image words that the prompt uses (pipe.save_image_words, kosmos-g app); repeat it"
+    repeated("--image-words", help=words)
     add("--output", default="out.png", metavar="FILE", help="PNG to write (default: out.png)")
     add("--force", action="store_true", default=False, help="overwrite files that are there")
     add("--from", dest="source", default=None, metavar="FILE", help="take the settings of a PNG made here")
     add("--show", action="store_true", default=False, help="print the settings as JSON and stop")
     add_flags(parser, GenerationSettings)
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def run(arguments):
@@ -93,18 +83,16 @@ def run(arguments):
 
 def _read(arguments):
     """Flags, over the settings of --from, over defaults -> settings, and the paths of images and of control images."""
-    given = {
-        entry.name: arguments[entry.name] for entry in fields(GenerationSettings) if entry.name in arguments
-    }
+    names = [entry.name for entry in fields(GenerationSettings) if entry.name in arguments]
+    given = {name: arguments[name] for name in names}
     images = given.get("images", [])
     given["images"] = tuple(InputImage.from_file(path) for path in images)
     if "image_words" in given:
         given["image_words"] = tuple(InputImage.from_file(path) for path in given["image_words"])
     if arguments["source"] is None:
         if "prompt" not in given:
-            raise ValueError(
-                'Neither a prompt nor --from was given. Try: kosmos-g generate "<i> in the snow" --image x.png'
-            )
+            example = 'kosmos-g generate "<i> in the snow" --image x.png'
+            raise ValueError(f"Neither a prompt nor --from was given. Try: {example}")
         given.setdefault("seed", secrets.randbelow(2**32))
         given.setdefault("device", default_device())
         given["controls"], control_images = _read_controls(arguments)
@@ -115,32 +103,30 @@ def _read(arguments):
     recorded = read_settings(arguments["source"])
     if arguments["show"]:
         return recorded, [], []
+    folder = Path(arguments["source"]).parent
     # a new prompt of words alone drops them
     if not images and IMAGE_MARK in given.get("prompt", IMAGE_MARK):
         del given["images"]
-        folder = Path(arguments["source"]).parent
         images = [image.find(folder) for image in recorded.images]
     # a PNG may come from a stranger: what it names is not downloaded unless the user says so
     for name, label in (("model", "model"), ("unet", "U-Net"), ("lora", "LoRA")):
         place = getattr(recorded, name)
         if name not in given and place is not None and not Path(place).exists():
-            raise ValueError(
-                f"The PNG names the {label} {place!r}, which is not here. Pass it with --{name}."
-            )
+            raise _not_here(label, place, name)
     if "image_words" not in given:
-        folder = Path(arguments["source"]).parent
         found = [words.find(folder, "Pass --image-words anew.") for words in recorded.image_words]
         given["image_words"] = tuple(InputImage.from_file(path) for path in found)
     given["controls"], control_images = _read_controls(arguments, recorded.controls)
     versions = package_versions()
-    other = [
-        f"{name!r} {version!r}"
-        for name, version in recorded.versions.items()
-        if versions.get(name) != version
-    ]
+    written = recorded.versions.items()
+    other = [f"{name!r} {version!r}" for name, version in written if versions.get(name) != version]
     if other:
         print(f"Note: made with other versions ({', '.join(other)}): pixels may differ.", file=sys.stderr)
     return replace(recorded, **given, index=None, versions=versions), images, control_images
+
+
+def _not_here(label, place, flag):
+    return ValueError(f"The PNG names the {label} {place!r}, which is not here. Pass it with --{flag}.")
 
 
 def _read_controls(arguments, recorded=()):
@@ -149,34 +135,29 @@ def _read_controls(arguments, recorded=()):
     for text in arguments.get("controls", ()):
         name, colon, path = text.partition(":")
         if not colon or not path:
-            raise ValueError(
-                f"--control {text!r} is not of the form KIND:FILE, such as canny:photo.png or canny:@edges.png."
-            )
+            expected = "KIND:FILE, such as canny:photo.png or canny:@edges.png"
+            raise ValueError(f"--control {text!r} is not of the form {expected}.")
         ready = path.startswith("@")
         paths.append(path.removeprefix("@"))
         controls.append(ControlInput(name, InputImage.from_file(paths[-1]), ready))
     if not controls and recorded:
-        controls = list(recorded)
-        folder = Path(arguments["source"]).parent
+        controls, folder = list(recorded), Path(arguments["source"]).parent
         paths = [control.picture.find(folder, "Pass --control anew.") for control in controls]
         for control in controls:
             # as for the model: nothing that a stranger's PNG names is downloaded
             if "controlnet" not in arguments and control.controlnet and not Path(control.controlnet).exists():
-                raise ValueError(
-                    f"The PNG names the ControlNet {control.controlnet!r}, which is not here. Pass it with --controlnet."
-                )
+                raise _not_here("ControlNet", control.controlnet, "controlnet")
     for name, flag in CONTROL_FLAGS.items():
         values = arguments.get(flag)
         if values is None:
             continue
         if len(values) != len(controls):
             raise ValueError(
-                f"{len(values)} --{flag.replace('_', '-')} and {len(controls)} --control were given. Pass one for each control, "
-                "in the same order."
+                f"{len(values)} {_flag(flag)} and {len(controls)} --control were given. Pass one for each control, in the "
+                "same order."
             )
-        controls = [
-            replace(control, **{name: value}) for control, value in zip(controls, values, strict=True)
-        ]
+        pairs = zip(controls, values, strict=True)
+        controls = [replace(control, **{name: value}) for control, value in pairs]
     return tuple(controls), paths
 
 

@@ -14,26 +14,18 @@ from ..environment import DTYPES
 
 
 def add_arguments(parser):
-    parser.add_argument("--mllm", required=True, metavar="MODEL", help="folder or Hub id of Kosmos-2")
-    parser.add_argument(
-        "--base",
-        required=True,
-        metavar="MODEL",
-        help="folder or Hub id of the Stable Diffusion 1.x or 2.x that shall draw; its text encoder is what the "
-        "AlignerNet learns to imitate",
+    add = parser.add_argument
+    add("--mllm", required=True, metavar="MODEL", help="folder or Hub id of Kosmos-2")
+    base = (
+        "folder or Hub id of the Stable Diffusion 1.x or 2.x that shall draw; its text encoder is what the AlignerNet "
+        "learns to imitate"
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write, new or empty")
-    parser.add_argument(
-        "--aligner-layers",
-        type=int,
-        default=12,
-        metavar="N",
-        help="layers of each half of the AlignerNet (default: 12)",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights written (default: float32, which training keeps)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the AlignerNet's weights (default: 0)")
+    add("--base", required=True, metavar="MODEL", help=base)
+    add("--output", required=True, metavar="FOLDER", help="folder to write, new or empty")
+    layers = "layers of each half of the AlignerNet (default: 12)"
+    add("--aligner-layers", type=int, default=12, metavar="N", help=layers)
+    add("--dtype", choices=DTYPES, help="of the weights written (default: float32, which training keeps)")
+    add("--seed", type=int, default=0, help="of the AlignerNet's weights (default: 0)")
 
 
 def run(arguments):

@@ -17,7 +17,7 @@ from diffusers import ControlNetModel
 from diffusers.utils import logging
 
 from ..fields import check_value
-from ..files import first_line
+from ..files import first_line, written_atomically
 from ..loading import DTYPE_KEYWORD
 from ..processing_kosmos_g import open_image
 from . import annotators
@@ -377,6 +377,18 @@ def control_preview(control):
     holes = (control[0] < 0).all(dim=0)
     rgba = torch.cat([control[0].clamp(min=0), (~holes)[None].float()])
     return PIL.Image.fromarray((rgba * 255).round().byte().permute(1, 2, 0).numpy(), "RGBA")
+
+
+def save_control(control, path, overwrite=False):
+    """Write what `control_image` returned as a PNG, atomically.
+
+    Raises:
+        FileExistsError: `path` is there already and `overwrite` is False.
+    """
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(f"{path} is there already and was not overwritten.")
+    with written_atomically(path) as file:
+        control_preview(control).save(file, format="PNG")
 
 
 def _with_holes(image, mask):

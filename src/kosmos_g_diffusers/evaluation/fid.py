@@ -86,11 +86,7 @@ def load_inception(weights):
         if weights is not None:
             # torch-fidelity would run what a pickle holds: refuse that here
             torch.load(weights, weights_only=True)
-        network = NoTrainInceptionV3(
-            "inception-v3-compat",
-            ["2048"],
-            feature_extractor_weights_path=None if weights is None else str(weights),
-        )
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights and str(weights))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise OSError(
             f"The weights of the Inception network cannot be loaded ({error}). Without a network, download "
@@ -105,10 +101,7 @@ def load_inception(weights):
 def crop(image, size=SIZE):
     """RGB PIL image -> (3, size, size) uint8: shorter side to `size`, then the middle."""
     width, height = image.size
-    if width <= height:
-        shape = size, int(size * height / width)
-    else:
-        shape = int(size * width / height), size
+    shape = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
     image = image.resize(shape, PIL.Image.Resampling.BILINEAR)  # Pillow averages over what it leaves out
     left, top = (round((side - size) / 2) for side in shape)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)))

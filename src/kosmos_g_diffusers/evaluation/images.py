@@ -21,15 +21,15 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import hash_folder, remove_partial_files
-from ..generation.generate import load_pipeline
+from ..generation.generate import download_model, load_pipeline
 from ..generation.png import read_settings, write_png
 from ..generation.settings import GenerationSettings, InputImage
-from ..pipeline_kosmos_g import KosmosGPipeline
 from ..processing_kosmos_g import IMAGE_MARK, open_image
 from ..sprites.pretrained import SPRITES, with_small_model
 from .manifest import FILE_NAME, Manifest
 
 COMPONENTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")  # what decides an image
+IN_IMAGES = ("steps", "guidance", "scheduler", "dtype")  # settings of a run that images carry unchanged
 INSTALL = "pip install 'kosmos-g-diffusers[eval]'"
 
 
@@ -69,13 +69,13 @@ def identify_model(model):
         return {"path": None, "name": "sprites", "sha256": hash_folder(SPRITES, COMPONENTS)}
     if not Path(model).is_dir():
         try:
-            snapshot = Path(KosmosGPipeline.download(model, use_safetensors=True))
+            revision = download_model(model).name
         except (OSError, ValueError) as error:
             raise OSError(
                 f"The model {str(model)!r} is not a folder and cannot be fetched from the Hub ({error}). Pass the folder that "
                 "kosmos-g convert has written, a Hub id, or no --model for the small one that ships."
             ) from error
-        return {"path": model, "revision": snapshot.name}
+        return {"path": model, "revision": revision}
     if not (Path(model) / "model_index.json").is_file():
         raise ValueError(
             f"The folder {str(model)!r} holds no model: it has no model_index.json. Pass the folder that kosmos-g convert "
@@ -98,14 +98,21 @@ def open_folder(folder, manifest):
             remove_partial_files(place)
         return
     if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
-        raise ValueError(
-            f"{str(folder)!r} is there and is not a results folder. Pass another --output, or empty it."
-        )
+        advice = "Pass another --output, or empty it."
+        raise ValueError(f"{str(folder)!r} is there and is not a results folder. {advice}")
     manifest.write(folder)
 
 
 def image_path(folder, task):
     return Path(folder) / "images" / f"{task.id}.png"
+
+
+def check_complete(folder, manifest):
+    """ValueError if images of a run are still to be made."""
+    missing = [task.id for task in manifest.tasks if not image_path(folder, task).exists()]
+    if missing:
+        made = f"{len(missing)} images of {str(folder)!r} are not made yet, such as {missing[0]}"
+        raise ValueError(f"{made}. Finish the run first.")
 
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -128,13 +135,8 @@ def generate(folder, manifest, state, device, repair=False):
     """
     folder = Path(folder)
     _check_images(folder, manifest, state, repair)
-    batch_size = manifest.conditions["batch_size"]
-    missing = [not image_path(folder, task).exists() for task in manifest.tasks]
-    todo = [
-        tasks
-        for number, tasks in enumerate(manifest.chunks(batch_size))
-        if any(missing[number * batch_size : (number + 1) * batch_size])
-    ]
+    batches = manifest.chunks(manifest.conditions["batch_size"])
+    todo = [tasks for tasks in batches if not all(image_path(folder, task).exists() for task in tasks)]
     state.wait_for_everyone()  # nobody writes before all have looked
     if not todo:
         return 0
@@ -217,36 +219,24 @@ def _draw(pipe, manifest, tasks, words):
 
 
 def _base_settings(manifest, device):
-    settings = manifest.settings
-    return GenerationSettings(
-        prompt="",
-        model=manifest.model["path"],
-        steps=settings["steps"],
-        guidance=settings["guidance"],
-        scheduler=settings["scheduler"],
-        dtype=settings["dtype"],
-        device=str(device),
-        versions=manifest.conditions["versions"],
-    )
+    settings = {name: manifest.settings[name] for name in IN_IMAGES}
+    versions = manifest.conditions["versions"]
+    path = manifest.model["path"]
+    return GenerationSettings("", model=path, device=str(device), versions=versions, **settings)
 
 
 def _settings_of(base, folder, manifest, task, image):
     """What is written into the image, so that `kosmos-g generate --from` can make it alone."""
-    data, home = Path(manifest.data), image_path(folder, task).parent
-    inputs = tuple(
-        InputImage(
-            # input images of the run itself are found from the image, wherever the run is taken
-            Path(os.path.relpath(data / path, home)).as_posix()
-            if data.parent == folder
-            else str(data / path),
-            manifest.pictures[path],
-        )
-        for path in task.pictures
-    )
+    data = Path(manifest.data)
+    places = [str(data / path) for path in task.pictures]
+    if data.parent == folder:  # the run's own are found from the image, wherever the run is taken
+        home = image_path(folder, task).parent
+        places = [Path(os.path.relpath(place, home)).as_posix() for place in places]
+    inputs = zip(places, task.pictures, strict=True)
     return replace(
         base,
         prompt=task.prompt,
-        images=inputs,
+        images=tuple(InputImage(place, manifest.pictures[path]) for place, path in inputs),
         seed=task.seed,
         height=image.height,
         width=image.width,
@@ -272,7 +262,7 @@ def _check_images(folder, manifest, state, repair):
             if repair:
                 path.unlink()
             continue
-        expected = {name: manifest.settings[name] for name in ("steps", "guidance", "scheduler", "dtype")}
+        expected = {name: manifest.settings[name] for name in IN_IMAGES}
         expected |= {"prompt": task.prompt, "seed": task.seed}
         if any(getattr(settings, name) != value for name, value in expected.items()):
             foreign.append(str(path))
@@ -283,6 +273,5 @@ def _check_images(folder, manifest, state, repair):
             "files, or pass another --output."
         )
     if damaged and not repair:
-        raise ValueError(
-            f"{len(damaged)} images cannot be read: {', '.join(damaged)}. Pass --repair to make them again."
-        )
+        names = ", ".join(damaged)
+        raise ValueError(f"{len(damaged)} images cannot be read: {names}. Pass --repair to make them again.")

@@ -53,13 +53,11 @@ class KosmosGForLmms(lmms):
         answers = []
         for request in tqdm(requests, desc="Kosmos-G answers", disable=self.rank != 0):
             context, given, doc_to_visual, doc_id, task, split = request.args
-            options = {name: given[name] for name in SAMPLING if given.get(name) is not None}
-            if not options.get("do_sample"):  # tasks write a temperature of 0 for greedy
-                options = {name: options[name] for name in ("num_beams",) if name in options}
-            prompt = self._read(context, doc_to_visual, doc_id, task, split)
-            text = self.answer(
-                prompt, max_new_tokens=given.get("max_new_tokens") or MAX_NEW_TOKENS, **options
-            )
+            # without sampling, tasks write a temperature of 0
+            names = SAMPLING if given.get("do_sample") else ("num_beams",)
+            options = {name: given[name] for name in names if given.get(name) is not None}
+            options["max_new_tokens"] = given.get("max_new_tokens") or MAX_NEW_TOKENS
+            text = self.answer(self._read(context, doc_to_visual, doc_id, task, split), **options)
             until = given.get("until") or []
             for stop in [until] if isinstance(until, str) else until:
                 text = text.split(stop)[0] if stop else text
@@ -71,9 +69,7 @@ class KosmosGForLmms(lmms):
         raise NotImplementedError("Tasks that rate given answers are left out: take those that generate one.")
 
     def generate_until_multi_round(self, requests):
-        raise NotImplementedError(
-            "Kosmos-G was not trained on dialogues: tasks of several rounds are left out."
-        )
+        raise NotImplementedError("Tasks of several rounds are left out: Kosmos-G learnt no dialogues.")
 
     def _read(self, context, doc_to_visual, doc_id, task, split):
         images = doc_to_visual(self.task_dict[task][split][doc_id]) or []

@@ -39,14 +39,10 @@ class Task:
 
     def __post_init__(self):
         if not TASK_ID.fullmatch(self.id):
-            raise ValueError(
-                f"{self.id!r} cannot name an image. Use letters, digits, '+', '-', '_', '.' and '/'."
-            )
-        n_marks = self.prompt.count(IMAGE_MARK)
-        if n_marks != len(self.pictures):
-            raise ValueError(
-                f"The prompt of {self.id} has {n_marks} '<i>' marks and {len(self.pictures)} input images."
-            )
+            raise ValueError(f"{self.id!r} cannot name an image. Use letters, digits and any of + - _ . /")
+        n_marks, n_images = self.prompt.count(IMAGE_MARK), len(self.pictures)
+        if n_marks != n_images:
+            raise ValueError(f"The prompt of {self.id} has {n_marks} '<i>' marks and {n_images} images.")
 
 
 @dataclass(frozen=True)
@@ -131,23 +127,17 @@ class Manifest:
         except FileNotFoundError as error:
             raise ValueError(f"{str(folder)!r} is not a results folder: it has no {FILE_NAME}.") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} cannot be used ({error}). Pass the --output of a kosmos-g evaluate of this version."
-            ) from error
+            advice = "Pass the --output of a kosmos-g evaluate of this version."
+            raise ValueError(f"{path} cannot be used ({error}). {advice}") from error
 
     def check_same(self, other, n_images_left):
         """Raise a ValueError that names what differs, unless `other` may continue in the folder of this manifest."""
-        mine, theirs = _flatten(self), _flatten(other)
+        parts = ["options", "model", "settings", "conditions", "pictures"]
         if n_images_left == 0:  # new scores and reports may be made elsewhere, with other versions
-            mine, theirs = (
-                {key: value for key, value in flat.items() if not key.startswith("conditions.")}
-                for flat in (mine, theirs)
-            )
-        different = [
-            f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} now"
-            for key in {**mine, **theirs}
-            if mine.get(key) != theirs.get(key)
-        ]
+            parts.remove("conditions")
+        mine, theirs = _flatten(self, parts), _flatten(other, parts)
+        keys = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+        different = [f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} now" for key in keys]
         different += _compare_tasks(self.tasks, other.tasks)
         if not different:
             return
@@ -159,22 +149,25 @@ class Manifest:
         )
 
 
-def _flatten(manifest):
+def _flatten(manifest, parts):
     """Name -> value of everything but the images that two runs can differ in."""
     flat = {"benchmark": manifest.benchmark}
-    for name in ("options", "model", "settings", "conditions", "pictures"):
+    for name in parts:
         flat.update({f"{name}.{key}": value for key, value in getattr(manifest, name).items()})
     flat.pop("model.path", None)  # where the same weights lie does not matter
     flat["number of images"] = len(manifest.tasks)
-    return json.loads(json.dumps(flat))  # as it is read back: lists for tuples
+    return _as_read(flat)
+
+
+def _as_read(content):
+    """As JSON gives it back: lists for tuples."""
+    return json.loads(json.dumps(content))
 
 
 def _compare_tasks(found, asked):
     """What differs between the images of two runs, in a sentence; [] if nothing does."""
-    found, asked = (
-        {task.id: json.loads(json.dumps(asdict(task))) for task in tasks} for tasks in (found, asked)
-    )
-    different = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]
+    found, asked = ({task.id: _as_read(asdict(task)) for task in tasks} for tasks in (found, asked))
+    different = [name for name in found | asked if found.get(name) != asked.get(name)]
     if not different:
         return []
     name = different[0]
@@ -195,18 +188,21 @@ def derive_seed(base, *parts):
     return int.from_bytes(digest[:4], "big")
 
 
+def check_images(data, paths):
+    """ValueError that names all images which are not in the data folder."""
+    missing = [path for path in sorted(set(paths)) if not (Path(data) / path).is_file()]
+    if missing:
+        found = f"{len(missing)} images are not in {str(data)!r}: {', '.join(missing)}"
+        raise ValueError(f"{found}. Complete the data folder.")
+
+
 def hash_images(data, paths):
     """Path from `data` -> SHA-256. All are opened as well: one that is damaged must show before hours of work.
 
     Raises:
         ValueError: images are missing or cannot be read; all of them are named.
     """
-    paths = sorted(set(paths))
-    missing = [path for path in paths if not (Path(data) / path).is_file()]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} images are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
-        )
+    check_images(data, paths)
     damaged = []
     for path in paths:
         try:

@@ -25,9 +25,8 @@ def bootstrap(values, seed=0):
         return None
     rng = np.random.default_rng(seed)
     # some at a time: thirty thousand images would need gigabytes
-    means = np.concatenate(
-        [values[rng.integers(0, len(values), (100, len(values)))].mean(1) for _ in range(RESAMPLES // 100)]
-    )
+    draws = (rng.integers(0, len(values), (100, len(values))) for _ in range(RESAMPLES // 100))
+    means = np.concatenate([values[draw].mean(1) for draw in draws])
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return round(float(low), 6), round(float(high), 6)
 
@@ -61,27 +60,21 @@ def summarise(manifest, scores, scorers, n_words, distance=None):
         scorers = [manifest.distance.identity, *scorers]
     for name in dict.fromkeys(name for unit in by_unit.values() for name in unit):
         values = [unit[name] for unit in by_unit.values() if name in unit]
-        metrics[name] = {
-            "mean": round(float(np.mean(values)), 6),
-            "interval": bootstrap(values),
-            "units": len(values),
-        }
+        mean = round(float(np.mean(values)), 6)
+        metrics[name] = {"mean": mean, "interval": bootstrap(values), "units": len(values)}
+    inputs = [path for task in manifest.tasks for path in task.pictures]
     repeated = set(repeated_inputs(manifest))
     single_units = len(by_unit) == len(manifest.tasks)
+    copied = ("benchmark", "options", "model", "settings", "conditions")
     return {
-        "benchmark": manifest.benchmark,
-        "options": manifest.options,
-        "model": manifest.model,
-        "settings": manifest.settings,
-        "conditions": manifest.conditions,
+        **{name: getattr(manifest, name) for name in copied},
         "scorers": scorers,
         "counts": {
             "units": len(manifest.units),
             "prompts": len({(task.prompt, task.pictures) for task in manifest.tasks}),
             "images": len(manifest.tasks),
-            "pictures": len({path for task in manifest.tasks for path in task.pictures}),
-            "pictures encoded": n_words
-            + sum(path not in repeated for task in manifest.tasks for path in task.pictures),
+            "pictures": len(set(inputs)),
+            "pictures encoded": n_words + sum(path not in repeated for path in inputs),
             **counts,
         },
         "metrics": metrics,
@@ -101,11 +94,9 @@ def write_report(folder, manifest, scores, scorers, distance=None):
     n_words = len(list((folder / "words").glob("*.safetensors")))
     report = summarise(manifest, scores, scorers, n_words, distance)
     sheets = write_sheets(folder, manifest, scores)
-    plots = [_plot(folder, report, metric) for metric in table_metrics(report["metrics"])]
+    plots = [path for name in table_metrics(report["metrics"]) if (path := _plot(folder, report, name))]
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    write_text(
-        folder / "report.md", as_markdown(report, [path for path in plots if path], sheets, manifest.notes)
-    )
+    write_text(folder / "report.md", as_markdown(report, plots, sheets, manifest.notes))
     return report
 
 
@@ -134,20 +125,14 @@ def _as_cell(text):
 def scores_table(report):
     """Every metric with its interval, next to its control and the published numbers."""
     metrics, published = report["metrics"], report["published"]
-    controls = {
-        name.replace(CONTROL, "."): format_score(entry) for name, entry in metrics.items() if CONTROL in name
-    }
+    controls = {name.replace(CONTROL, "."): metrics[name] for name in metrics if CONTROL in name}
     rows = []
     for metric in table_metrics(metrics):
-        numbers = [f"{scores[metric]:.3f}" if metric in scores else "" for scores in published.values()]
-        rows.append(
-            [
-                metric,
-                format_score(metrics[metric]),
-                *([controls.get(metric, "")] if controls else []),
-                *numbers,
-            ]
-        )
+        row = [metric, format_score(metrics[metric])]
+        if controls:
+            row.append(format_score(controls[metric]) if metric in controls else "")
+        row += [f"{scores[metric]:.3f}" if metric in scores else "" for scores in published.values()]
+        rows.append(row)
     control = ["control: input images shuffled"] if controls else []
     return table(["", f"this run ({LEVEL:.0%} interval)", *control, *published], rows)
 
@@ -158,11 +143,8 @@ def as_markdown(report, plots, sheets, notes):
     facts = {
         "benchmark": " ".join([report["benchmark"], *options]),
         "model": _as_words(report["model"]),
-        **{
-            name: "the model's own" if value is None else str(value)
-            for name, value in report["settings"].items()
-        },
-        **{name: str(value) for name, value in report["conditions"].items() if name != "versions"},
+        **{name: "the model's own" if given is None else given for name, given in report["settings"].items()},
+        **report["conditions"],
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "scorers": "; ".join(map(_as_words, report["scorers"])),
         "counted": ", ".join(f"{count} {name}" for name, count in report["counts"].items()),
@@ -173,17 +155,15 @@ def as_markdown(report, plots, sheets, notes):
         f"Intervals: bootstrap of the mean over {report['counts']['units']} units, {RESAMPLES:,} resamples.",
         *notes,
         "## What was run",
-        table(["", ""], [[name, value] for name, value in facts.items()]),
+        table(["", ""], [[name, str(value)] for name, value in facts.items()]),
     ]
     metrics = table_metrics(report["metrics"])
     for title, groups in (("By unit", report["by unit"]), ("By prompt", report["by prompt"])):
         used = [metric for metric in metrics if any(metric in group for group in groups.values())]
         dotted = any("." in metric for metric in used)  # these belong to one row each
         if len(groups) > 1 and not dotted:
-            rows = [
-                [name, *(f"{group[m]:.3f}" if m in group else "" for m in used)]
-                for name, group in groups.items()
-            ]
+            cells = [[f"{group[m]:.3f}" if m in group else "" for m in used] for group in groups.values()]
+            rows = [[name, *row] for name, row in zip(groups, cells, strict=True)]
             parts += [f"## {title}", table(["", *used], rows)]
     parts += ["## Plots", *(f"![{Path(path).stem}]({path})" for path in plots)] if plots else []
     parts += ["## Images", " · ".join(f"[{Path(path).stem}]({path})" for path in sheets)]
@@ -203,9 +183,8 @@ def _plot(folder, report, metric):
     groups = {title: values for title, values in groups.items() if len(values) > 1}
     if not groups:
         return None
-    figure_class = load_matplotlib()
-    height = 1.2 + 0.2 * max(map(len, groups.values()))
-    figure = figure_class(figsize=(6.5 * len(groups), height), layout="constrained")
+    size = (6.5 * len(groups), 1.2 + 0.2 * max(map(len, groups.values())))
+    figure = load_matplotlib()(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(groups), squeeze=False)[0]
     for axis, (title, values) in zip(axes, groups.items(), strict=True):
         entry = report["metrics"][metric]
@@ -213,14 +192,11 @@ def _plot(folder, report, metric):
         axis.axvline(entry["mean"], label=f"mean {entry['mean']:.3f}")
         for (name, scores), style in zip(report["published"].items(), ("--", ":", "-."), strict=False):
             if metric in scores:
-                axis.axvline(
-                    scores[metric], linestyle=style, color="black", label=f"{name} {scores[metric]:.3f}"
-                )
+                label = f"{name} {scores[metric]:.3f}"
+                axis.axvline(scores[metric], linestyle=style, color="black", label=label)
         axis.set(title=title, xlabel=metric)
         axis.legend(fontsize="small")
-    path = f"plots/{file_name(metric)}.png"
-    save_figure(figure, folder / path)
-    return path
+    return save_plot(figure, folder, metric)
 
 
 def draw_values(axis, values, interval):
@@ -246,7 +222,9 @@ def load_matplotlib():
     return Figure
 
 
-def save_figure(figure, path):
-    """Write a PNG atomically, without the date and version that would make every file another."""
-    with written_atomically(path) as file:
+def save_plot(figure, folder, metric):
+    """Write a PNG without the date and version that would make every file another; its path from `folder`."""
+    path = f"plots/{file_name(metric)}.png"
+    with written_atomically(folder / path) as file:
         figure.savefig(file, format="png", dpi=100, metadata={"Software": None})
+    return path

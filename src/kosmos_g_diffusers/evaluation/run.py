@@ -68,27 +68,16 @@ def _begin(manifest, output, state, model, settings, device, batch_size):
     own = manifest.data is None
     data = str(output / OWN_PICTURES if own else manifest.data)
     if state.is_main_process:
-        names = sorted(
-            {name for task in manifest.tasks for name in (*task.pictures, *sum(task.references, ()))}
-        )
+        used = [(task.pictures, *task.references) for task in manifest.tasks]
+        names = sorted({name for groups in used for group in groups for name in group})
         if own:
             pictures = {name: hash_bytes(manifest.files[f"{OWN_PICTURES}/{name}"]) for name in names}
         else:
             pictures = hash_images(data, names)
-        conditions = {
-            "device": torch.device(device).type,
-            "batch_size": batch_size,
-            "versions": package_versions(),
-        }
-        asked = replace(
-            manifest,
-            data=OWN_PICTURES if own else data,
-            model=identify_model(model),
-            settings=settings,
-            conditions=conditions,
-            pictures=pictures,
-        )
-        open_folder(output, asked)
+        conditions = {"device": torch.device(device).type, "batch_size": batch_size}
+        conditions["versions"] = package_versions()
+        asked = replace(manifest, pictures=pictures, settings=settings, conditions=conditions)
+        open_folder(output, replace(asked, data=OWN_PICTURES if own else data, model=identify_model(model)))
         for name, content in manifest.files.items():
             path = output / name
             path.parent.mkdir(exist_ok=True)

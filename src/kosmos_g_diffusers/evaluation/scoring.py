@@ -44,20 +44,15 @@ class FeatureScorer:
         features, results = self._extractor.features(images), [{} for _ in tasks]
         for metric, rows in features.items():
             for task, feature, scores in zip(tasks, rows, results, strict=True):
-                cosines = [
-                    float((self._features_of(paths)[metric] @ feature).mean()) for paths in task.references
-                ]
+                references = [self._features_of(paths)[metric] for paths in task.references]
+                cosines = [float((subject @ feature).mean()) for subject in references]
                 if cosines:
                     scores[metric] = sum(cosines) / len(cosines)
                 if len(cosines) > 1:
-                    scores |= {
-                        f"{metric}_subject_{number}": cosine for number, cosine in enumerate(cosines, 1)
-                    }
+                    scores |= {f"{metric}_subject_{number}": one for number, one in enumerate(cosines, 1)}
                     scores[f"{metric}_worst_subject"] = min(cosines)
-        with_words = [
-            index for index, task in enumerate(tasks) if self._extractor.has_text and task.text is not None
-        ]
-        if with_words:
+        with_words = [index for index, task in enumerate(tasks) if task.text is not None]
+        if with_words and self._extractor.has_text:
             texts = self._extractor.text_features([tasks[index].text for index in with_words])
             cosines = (next(iter(features.values()))[with_words] * texts).sum(-1).tolist()
             for index, cosine in zip(with_words, cosines, strict=True):
@@ -94,15 +89,10 @@ def score(folder, manifest, scorer, state):
         if all(known.get(name, {}).get("sha256") == digest for name, digest in digests.items()):
             continue
         images = [PIL.Image.open(files[task.id]).convert("RGB") for task in tasks]
-        scores = scorer.score(tasks, images)
-        records = [
-            {
-                "id": task.id,
-                "sha256": digests[task.id],
-                "scores": {name: round(value, 6) for name, value in one.items()},
-            }
-            for task, one in zip(tasks, scores, strict=True)
-        ]
+        records = []
+        for (name, digest), one in zip(digests.items(), scorer.score(tasks, images), strict=True):
+            rounded = {metric: round(value, 6) for metric, value in one.items()}
+            records.append({"id": name, "sha256": digest, "scores": rounded})
         write_records(parts / f"{number:06}.jsonl", scorer.identity, records)
     state.wait_for_everyone()
     if state.is_main_process and parts.exists():
@@ -159,9 +149,8 @@ def _read_records(path, identity=None):
         found, *records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
         records = {record["id"]: record for record in records}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}). Delete it, and the scores are computed again."
-        ) from error
+        advice = "Delete it, and the scores are computed again."
+        raise ValueError(f"{path} is damaged ({error}). {advice}") from error
     if identity not in (None, found):
         raise ValueError(
             f"{path} was made by {found}, and {identity} was asked for. Scores are never mixed: delete that file, or pass "

@@ -60,16 +60,15 @@ def write_sheets(folder, manifest, scores):
         notes, shown = [], tasks[:LONGEST]
         if len(shown) < len(tasks):
             notes.append(f"The first {len(shown)} of {len(tasks)} images; the others are in images/.")
-        parts = []
         shared = len({task.pictures for task in shown}) == 1
-        if shared:
-            parts.append({"inputs": input_figures(manifest.data, shown[0].pictures)})
+        parts = [{"inputs": input_figures(manifest.data, shown[0].pictures)}] if shared else []
         for group in group_by_prompt(shown):
             inputs = [] if shared else input_figures(manifest.data, group[0].pictures)
             row = ("", image_figures(sheets, folder, group, scores))
             parts.append({"prompt": group[0].prompt, "inputs": inputs, "rows": [row]})
-        links.append((name, f"{file_name(name)}.html"))
-        write_page(sheets / links[-1][1], title=name, index="index.html", notes=notes, parts=parts)
+        path = f"{file_name(name)}.html"
+        links.append((name, path))
+        write_page(sheets / path, title=name, index="index.html", notes=notes, parts=parts)
     write_page(sheets / "index.html", title=manifest.benchmark, links=links)
     return [f"sheets/{path}" for _, path in links]
 
@@ -105,11 +104,8 @@ def image_figures(page_folder, folder, tasks, scores):
     figures = []
     for task in tasks:
         path = image_path(folder, task)
-        lines = [
-            f"{name.removeprefix(f'{task.row}.')} {value:.3f}"
-            for name, value in scores[task.id].items()
-            if CONTROL not in name
-        ]
+        shown = {name: value for name, value in scores[task.id].items() if CONTROL not in name}
+        lines = [f"{name.removeprefix(f'{task.row}.')} {value:.3f}" for name, value in shown.items()]
         source = Path(os.path.relpath(path, page_folder)).as_posix()
         with PIL.Image.open(path) as image:
             figures.append({"source": source, "alt": task.id, "lines": lines, "small": _is_small(image)})
@@ -122,12 +118,16 @@ def input_figures(data, paths):
     for path in paths:
         image = open_image(Path(data) / path, str(Path(data) / path))
         image.thumbnail((THUMBNAIL, THUMBNAIL))
-        kind = "png" if _is_small(image) else "jpeg"
-        file = io.BytesIO()
-        image.save(file, format=kind)
-        source = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+        source = as_data_url(image, "png" if _is_small(image) else "jpeg")
         figures.append({"source": source, "lines": [path], "small": _is_small(image)})
     return figures
+
+
+def as_data_url(image, kind, **options):
+    """A PIL image as text, encoded as "png" or "jpeg" with Pillow's options for that format."""
+    file = io.BytesIO()
+    image.save(file, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
 def _is_small(image):

@@ -66,6 +66,11 @@ def load_model(model, dtype):
     return KosmosGPipeline.from_pretrained(model, use_safetensors=True, **{DTYPE_KEYWORD: dtype})
 
 
+def download_model(model):
+    """Fetch the pipeline of a Hub id, as `load_model` would; returns its folder in the cache, named after the revision."""
+    return Path(KosmosGPipeline.download(model, use_safetensors=True))
+
+
 def load_unet(source, dtype, like):
     """A U-Net that takes the place of a model's.
 

@@ -124,12 +124,8 @@ NOTE = "The published numbers are of 30 subjects with 25 prompts and 4 images ea
 def add_arguments(parser):
     add = parser.add_argument
     add("--data", required=True, metavar="FOLDER", help="the folder dataset of github.com/google/dreambooth")
-    add(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="paper",
-        help="score against the one image that the model was given (paper, the default) or all of the subject (standard)",
-    )
+    protocol = "score against the one image that the model was given (paper, the default) or all of the subject (standard)"
+    add("--protocol", choices=PROTOCOLS, default="paper", help=protocol)
     add("--subjects", type=_names, metavar="A,B", help="some of them (default: all 30)")
     add("--prompts", type=_numbers, metavar="N,N", help="some of them, from 0 to 24 (default: all 25)")
     add("--images-per-prompt", type=int, default=IMAGES_PER_PROMPT, metavar="N", help="(default: 4)")
@@ -143,20 +139,13 @@ def _numbers(text):
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of numbers; expected some such as 0,20"
-        ) from None
+        wrong = f"{text!r} is not a list of numbers; expected some such as 0,20"
+        raise argparse.ArgumentTypeError(wrong) from None
 
 
 def plan(arguments):
-    tasks = build_tasks(
-        arguments.data,
-        arguments.protocol,
-        arguments.subjects,
-        arguments.prompts,
-        arguments.images_per_prompt,
-        arguments.seed,
-    )
+    names = ("data", "protocol", "subjects", "prompts", "images_per_prompt", "seed")
+    tasks = build_tasks(**{name: getattr(arguments, name) for name in names})
     return Manifest(
         benchmark="dreambench",
         options={"protocol": arguments.protocol},
@@ -228,17 +217,15 @@ def build_tasks(data, protocol, subjects=None, prompts=None, images_per_prompt=I
 
 def list_images(data, folder):
     """Paths from `data` of the images of a folder, in order of their names."""
-    names = sorted(
-        path.name for path in (Path(data) / folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
-    )
+    paths = (Path(data) / folder).iterdir()
+    names = sorted(path.name for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     return tuple(f"{folder}/{name}" for name in names)
 
 
 def _check_subjects(data, subjects):
     if not data.is_dir():
-        raise ValueError(
-            f"There is no folder {str(data)!r}. Pass the folder `dataset` of github.com/google/dreambooth."
-        )
+        place = "the folder `dataset` of github.com/google/dreambooth"
+        raise ValueError(f"There is no folder {str(data)!r}. Pass {place}.")
     if subjects is None:
         strangers = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name[0] != ".")
         advice = "Move these folders elsewhere, or name the subjects to run with --subjects."

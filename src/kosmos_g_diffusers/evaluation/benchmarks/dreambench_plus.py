@@ -5,16 +5,16 @@ first line, then a prompt a line. Its judge is a hosted model, which this packag
 judge's own scripts read, and, with the judge's instructions, the requests themselves.
 """
 
-import base64
-import io
 import json
+import re
 from functools import partial
 from pathlib import Path
 
 from ...files import write_text
 from ...processing_kosmos_g import IMAGE_MARK, open_image
-from ..images import image_path
+from ..images import check_complete, image_path
 from ..manifest import Manifest, Task, derive_seed
+from ..sheets import as_data_url
 
 TITLE = "DreamBench++, and its images for its judge"
 DESCRIPTION = """
@@ -31,9 +31,9 @@ BATCH_SIZE = 4
 SCORERS = ("dino", "clip")
 IMAGES_PER_PROMPT = 1  # as its own scripts make
 JUDGE_SIZE = (512, 512)  # what its scripts show the judge
-ARTICLES = ("a ", "an ", "the ")
-# kind of request -> files of its repository with the judge's instructions: what the user says, and what the judge is
-# made to answer
+ARTICLE = re.compile(r"(?<![^\W_])(a|an|the) \Z", re.IGNORECASE)  # as the last word, not the end of one
+JPEG_QUALITY = 95
+# kind of request -> files with the judge's instructions: what the user says, and what the judge is made to answer
 INSTRUCTIONS = {
     kind: (f"user_prompt_{kind}_full.txt", f"gpt_prompt_{kind}_full.txt")
     for kind in ("subject", "style", "text")
@@ -125,13 +125,7 @@ def place_image(text, subject):
     if place < 0:
         return f"{IMAGE_MARK} {text}"
     before, after = text[:place], text[place + len(subject) :]
-    for article in ARTICLES:
-        if before.lower().endswith(article) and (
-            len(before) == len(article) or not before[-len(article) - 1].isalnum()
-        ):
-            before = before[: -len(article)]
-            break
-    return f"{before}{IMAGE_MARK}{after}"
+    return f"{ARTICLE.sub('', before)}{IMAGE_MARK}{after}"
 
 
 def _as_id(text):
@@ -153,11 +147,7 @@ def export(folder, data, output, instructions=None):
         ValueError: images are missing, or instructions.
     """
     output, manifest = Path(output), Manifest.read(folder)
-    missing = [task.id for task in manifest.tasks if not image_path(folder, task).exists()]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} images are not made yet, such as {missing[0]}. Finish the run first."
-        )
+    check_complete(folder, manifest)
     texts = None if instructions is None else read_instructions(instructions)
     requests = []
     for task in manifest.tasks:
@@ -167,7 +157,7 @@ def export(folder, data, output, instructions=None):
         for kind, image in (("src_image", source), ("tgt_image", target)):
             path = output / kind / f"{name}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_as_jpeg(image))
+            image.save(path, quality=JPEG_QUALITY)
         write_text(output / "text" / f"{name}.txt", task.text + "\n")
         if texts is not None:
             kind = "style" if task.truth["collection"].startswith("style_") else "subject"
@@ -192,24 +182,14 @@ def read_instructions(folder):
         raise ValueError(
             f"The judge's instructions {', '.join(missing)} are not there. Pass dreambench_plus/prompts of its repository."
         )
-    return {
-        kind: [path.read_text(encoding="utf-8").strip() for path in group] for kind, group in paths.items()
-    }
+    return {kind: [path.read_text("utf-8").strip() for path in group] for kind, group in paths.items()}
 
 
 def _request(name, texts, content):
-    messages = [
-        {"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)
-    ]
-    return {"id": name, "messages": [*messages, {"role": "user", "content": content}]}
-
-
-def _as_jpeg(image):
-    file = io.BytesIO()
-    image.save(file, format="JPEG", quality=95)
-    return file.getvalue()
+    parts = zip(("user", "assistant", "user"), (*texts, content), strict=True)
+    return {"id": name, "messages": [{"role": role, "content": part} for role, part in parts]}
 
 
 def _as_content(image):
-    url = f"data:image/jpeg;base64,{base64.b64encode(_as_jpeg(image)).decode('ascii')}"
+    url = as_data_url(image, "jpeg", quality=JPEG_QUALITY)
     return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}

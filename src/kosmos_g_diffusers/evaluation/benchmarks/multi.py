@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ...files import read_json
 from ...processing_kosmos_g import IMAGE_MARK
-from ..manifest import Manifest, Task, derive_seed
+from ..manifest import Manifest, Task, check_images, derive_seed
 from . import dreambench
 
 TITLE = "prompts of several subjects"
@@ -71,12 +71,7 @@ def build_tasks(data, prompts=None, images_per_prompt=4, seed=0):
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} holds no list of prompts. {EXAMPLE}")
     read = [_read_entry(data, path, number, entry) for number, entry in enumerate(entries)]
-    missing = {name for _, images, _, references in read for name in (*images, *sum(references, ()))}
-    missing = sorted(name for name in missing if not (data / name).exists())
-    if missing:
-        raise ValueError(
-            f"{len(missing)} images are not in {str(data)!r}: {', '.join(missing)}. Complete the data folder."
-        )
+    check_images(data, [name for _, images, _, groups in read for name in (*images, *sum(groups, ()))])
     tasks = []
     for number, (prompt, images, text, references) in enumerate(read):
         unit = "+".join(dict.fromkeys(_subject(image) for image in images)) or "no picture"
@@ -127,9 +122,8 @@ def _read_entry(data, path, number, entry):
         if isinstance(group, str) and (data / group).is_dir():
             group = list(dreambench.list_images(data, group))
         if not _is_list_of_text(group) or not group:
-            raise ValueError(
-                f"{where}: the references {group!r} are neither a list of images nor a folder with images."
-            )
+            wrong = "neither a list of images nor a folder with images"
+            raise ValueError(f"{where}: the references {group!r} are {wrong}.")
         groups.append(tuple(group))
     for name in (*images, *sum(groups, ())):
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -146,19 +140,15 @@ def _from_uno(data, where, entry):
     prompt, paths = entry["prompt"], entry["image_paths"]
     if not isinstance(prompt, str) or not _is_list_of_text(paths):
         raise ValueError(f"{where}: prompt must be a string and image_paths a list of paths.")
-    images, marked, start = [], prompt, 0
+    images, marked, start, advice = [], prompt, 0, "Write prompts with <i> instead."
     for path in paths:
         subject, name = Path(path).parts[-2:] if len(Path(path).parts) > 1 else ("", path)
         if subject not in dreambench.SUBJECTS:
-            raise ValueError(
-                f"{where}: the class of {path!r} is not in DreamBench's table. Write prompts with <i> instead."
-            )
+            raise ValueError(f"{where}: the class of {path!r} is not in DreamBench's table. {advice}")
         words = f"a {dreambench.SUBJECTS[subject].class_word}"
         place = marked.find(words, start)
         if place < 0:
-            raise ValueError(
-                f"{where}: its prompt does not say {words!r} for {path!r}. Write prompts with <i> instead."
-            )
+            raise ValueError(f"{where}: its prompt does not say {words!r} for {path!r}. {advice}")
         marked = marked[:place] + IMAGE_MARK + marked[place + len(words) :]
         start = place + len(IMAGE_MARK)
         images.append(f"{subject}/{name}")

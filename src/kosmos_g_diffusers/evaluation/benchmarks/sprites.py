@@ -65,9 +65,8 @@ def build_tasks(count=COUNT, seed=0):
         (tasks, path of each input image -> its PNG as bytes).
     """
     if count < 2:
-        raise ValueError(
-            f"{count} prompts of each kind were asked for. Expected 2 or more: the control shuffles them."
-        )
+        expected = "Expected 2 or more: the control shuffles them."
+        raise ValueError(f"{count} prompts of each kind were asked for. {expected}")
     tasks, files = [], {}
     for kind in KINDS:
         # scored, as a control, by the truth of another prompt of the kind
@@ -147,13 +146,12 @@ class ReaderScorer:
         results = []
         for task, image in zip(tasks, images, strict=True):
             scene, kind, truth = read(image), task.truth["kind"], task.truth
-            scores = {
-                f"{kind}.{name}": value for name, value in compare_with_truth(kind, scene, truth).items()
-            }
-            if truth[CONTROL] is not None:
-                control = compare_with_truth(kind, scene, truth[CONTROL])
-                scores |= {f"{kind}.{CONTROL}.{name}": value for name, value in control.items()}
-            results.append({name: float(value) for name, value in scores.items()})
+            scores = {}
+            for prefix, wanted in ((kind, truth), (f"{kind}.{CONTROL}", truth[CONTROL])):
+                if wanted is not None:
+                    seen = compare_with_truth(kind, scene, wanted)
+                    scores |= {f"{prefix}.{name}": float(value) for name, value in seen.items()}
+            results.append(scores)
         return results
 
 
@@ -168,24 +166,17 @@ def compare_with_truth(kind, scene, truth):
     if kind == "pair":
         seen = [sprite.triple[:2] for sprite in scene.sprites]
         first, second = (triple[:2] for triple in wanted)
-        both = len(seen) == 2 and (seen == [first, second] or seen == [second, first])
         return {
             "first": first in seen,
             "second": second in seen,
-            "both": both,
+            "both": seen in ([first, second], [second, first]),
             "both in order": seen == [first, second],
             "background": background,
         }
-    shape, colour, pattern = wanted[0]
     seen = scene.sprites[0].triple if len(scene.sprites) == 1 else (None, None, None)
-    found = {
-        "shape": seen[0] == shape,
-        "colour": seen[1] == colour,
-        "pattern": seen[2] == pattern,
-        "background": background,
-    }
+    shape, colour, pattern = (found == asked for found, asked in zip(seen, wanted[0], strict=True))
     if kind == "edit":
-        found = {"new colour": found["colour"], "old shape": found["shape"], "old pattern": found["pattern"]}
-        found["background"] = background
-        return {**found, "new colour and old shape": found["new colour"] and found["old shape"]}
+        found = {"new colour": colour, "old shape": shape, "old pattern": pattern, "background": background}
+        return {**found, "new colour and old shape": colour and shape}
+    found = {"shape": shape, "colour": colour, "pattern": pattern, "background": background}
     return {**found, "all": all(found.values())}
