@@ -6,14 +6,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from .recipes import (
-    BACKGROUND,
-    WORD_DROPOUT,
-    caption_sample,
-    check_caption,
-    composition_sample,
-    edit_sample,
-)
+from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, check_caption, composition_sample, edit_sample
 from .sample import IMAGE_LENGTH, BadSample, Sample, decode_image
 from .shard_files import ShardFiles
 

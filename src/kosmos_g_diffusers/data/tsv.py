@@ -9,13 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..files import cache_path, default_cache_dir, read_json, written_atomically
-from .recipes import (
-    BACKGROUND,
-    WORD_DROPOUT,
-    caption_sample,
-    composition_sample,
-    edit_sample,
-)
+from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, composition_sample, edit_sample
 from .sample import IMAGE_LENGTH, BadSample, FilteredSample, decode_base64_image
 
 logger = logging.getLogger(__name__)

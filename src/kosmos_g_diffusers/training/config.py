@@ -32,7 +32,9 @@ class TrainConfig:
         (), "how often each of them is drawn (default: all alike)", metavar="WEIGHT"
     )
     words: tuple[str, ...] = setting(
-        (), "instruct: sources of stage 1 to keep training on, so that the model keeps its words", metavar="SOURCE"
+        (),
+        "instruct: sources of stage 1 to keep training on, so that the model keeps its words",
+        metavar="SOURCE",
     )
     words_share: float = setting(
         0.1, "instruct: share of the batches that come from --words", low=0.001, high=0.999
@@ -44,16 +46,12 @@ class TrainConfig:
         metavar="MODEL",
     )
     resolution: int = setting(
-        0,
-        "instruct: side of the images to draw, in pixels (default: what the U-Net was trained for)",
-        low=0,
+        0, "instruct: side of the images to draw, in pixels (default: what the U-Net was trained for)", low=0
     )
     max_text_tokens: int = setting(
         0, "leave out longer samples (default: align 85, instruct 128, pretrain none)", low=0
     )
-    min_side: int = setting(
-        0, "leave out captioned images of TSV rows with a smaller side, in pixels", low=0
-    )
+    min_side: int = setting(0, "leave out captioned images of TSV rows with a smaller side, in pixels", low=0)
     entity_dropout: float = setting(
         0.5, "probability that the words of a cut-out entity are dropped", low=0, high=1
     )
@@ -201,11 +199,7 @@ STAGE_DEFAULTS = {
 
 
 # Headings of the flags in --help, by the first setting under each
-GROUPS = {
-    "model": "model and data",
-    "steps": "what is learned",
-    "mixed_precision": "how it runs",
-}
+GROUPS = {"model": "model and data", "steps": "what is learned", "mixed_precision": "how it runs"}
 
 
 def add_arguments(parser, stage=None):

@@ -20,14 +20,7 @@ from .cache import FrozenCache
 from .checkpoints import begin_run
 from .config import STAGES
 from .loop import train
-from .model_folder import (
-    DECODER_FOLDER,
-    complete,
-    decoder_folder,
-    load_scheduler,
-    locate_model,
-    save_decoder,
-)
+from .model_folder import DECODER_FOLDER, complete, decoder_folder, load_scheduler, locate_model, save_decoder
 from .samples import SampleSheet
 from .stages import AlignStage, InstructStage, PretrainStage
 
