@@ -25,20 +25,16 @@ class TrainConfig:
     stage: str = setting("", "what is trained: the command's word, kept with the run", choices=("", *STAGES))
     model: str = setting("", "pipeline folder or Hub id to start from", metavar="MODEL")
     output: str = setting("", "folder of the run: checkpoints, log, samples", fixed=False, metavar="FOLDER")
-    data: tuple[str, ...] = setting(
-        (), "where samples come from; docs/data.md has the forms", metavar="SOURCE"
-    )
+    data: tuple[str, ...] = setting((), "where samples come from; forms: docs/data.md", metavar="SOURCE")
     data_weights: tuple[float, ...] = setting(
         (), "how often each of them is drawn (default: all alike)", metavar="WEIGHT"
     )
     words: tuple[str, ...] = setting(
         (),
-        "instruct: sources of stage 1 to keep training on, so that the model keeps its words",
+        "instruct: sources of stage 1 to keep training on, so the model keeps its words",
         metavar="SOURCE",
     )
-    words_share: float = setting(
-        0.1, "instruct: share of the batches that come from --words", low=0.001, high=0.999
-    )
+    words_share: float = setting(0.1, "instruct: share of the batches of --words", low=0.001, high=0.999)
     words_weight: float = setting(0.1, "instruct: factor of the loss of these batches", low=0)
     target: str = setting(
         "",
@@ -52,20 +48,12 @@ class TrainConfig:
         0, "leave out longer samples (default: align 85, instruct 128, pretrain none)", low=0
     )
     min_side: int = setting(0, "leave out captioned images of TSV rows with a smaller side, in pixels", low=0)
-    entity_dropout: float = setting(
-        0.5, "probability that the words of a cut-out entity are dropped", low=0, high=1
-    )
-    background_probability: float = setting(
-        0.5, "probability that a cut-out keeps its background", low=0, high=1
-    )
-    max_bad_samples: float = setting(
-        0.01, "largest share of samples that may be unreadable", fixed=False, low=0, high=1
-    )
+    entity_dropout: float = setting(0.5, "probability that an entity's words are dropped", low=0, high=1)
+    background_probability: float = setting(0.5, "probability of a cut-out with background", low=0, high=1)
+    max_bad_samples: float = setting(0.01, "largest share of unreadable samples", fixed=False, low=0, high=1)
     bucket_window: int = setting(8, "batches whose samples are sorted by length together; 1 is off", low=1)
     workers: int = setting(2, "processes that decode images", fixed=False, low=0)
-    cache: str = setting(
-        "", "folder that keeps the work of frozen models (default: none)", fixed=False, metavar="FOLDER"
-    )
+    cache: str = setting("", "keeps the work of frozen models (default: none)", fixed=False, metavar="FOLDER")
 
     steps: int = setting(300_000, "optimizer steps", low=1)
     batch_size: int = setting(16, "samples of a process and forward pass", low=1)
@@ -80,18 +68,12 @@ class TrainConfig:
     adam_epsilon: float = setting(1e-6, "of AdamW", low=0)
     weight_decay: float = setting(0.01, "of AdamW", low=0)
     max_grad_norm: float = setting(2.0, "gradients are clipped to this norm; 0 is off", low=0)
-    ema_decay: float = setting(
-        0.0, "of the average of the weights that checkpoints hold; 0 is off", low=0, high=0.999999
-    )
-    condition_dropout: float = setting(
-        0.1, "instruct: probability that a sample trains without its prompt", low=0, high=1
-    )
+    ema_decay: float = setting(0.0, "of the averaged weights in checkpoints; 0 is off", low=0, high=0.999999)
+    condition_dropout: float = setting(0.1, "instruct: probability of a sample without prompt", low=0, high=1)
     train_vision: str = setting(
         "last", "pretrain, instruct: blocks of the vision tower that train", choices=("none", "last", "all")
     )
-    lora_rank: int = setting(
-        0, "instruct: train adapters of this rank instead of the weights; 0 is off", low=0
-    )
+    lora_rank: int = setting(0, "instruct: train adapters of this rank, not the weights; 0 is off", low=0)
     seed: int = setting(0, "of data order, noise and dropout", low=0)
 
     mixed_precision: str = setting("no", "dtype of the forward pass", choices=("no", "fp16", "bf16"))
@@ -143,7 +125,7 @@ class TrainConfig:
                 f"{name} (did you mean {near[name][0]}?)" if near[name] else name for name in unknown
             )
             raise ValueError(
-                f"{source} has unknown settings: {named}. kosmos-g train align --help lists all of them."
+                f"{source} has unknown settings: {named}. kosmos-g train align --help lists all."
             )
         if stage is not None and values.get("stage", stage) not in ("", stage):
             raise ValueError(
@@ -167,9 +149,7 @@ class TrainConfig:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(
-                f"{path} holds no settings of a run ({error}). Is it another program's?"
-            ) from error
+            raise ValueError(f"{path} holds no settings of a run ({error}). Another program's?") from error
         return cls.from_dict(values, source=str(path))
 
     def check_resumes(self, earlier, folder):

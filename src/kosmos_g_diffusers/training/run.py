@@ -213,9 +213,7 @@ class Run:
             sources = [*sources, *words]
             collates += [PretrainCollate(self.processor)] * len(words)
             named = ", ".join(source.name for source in words)
-            self.notes.append(
-                f"words: {config.words_share:.0%} of the batches are of {named}, learned as in stage 1"
-            )
+            self.notes.append(f"words: {config.words_share:.0%} of the batches are of {named}, as in stage 1")
         if self.cache is not None:
             collates = [self.cache.attach(each) for each in collates]
         return MixtureDataset(
@@ -304,9 +302,7 @@ def _load(model_class, folder, part):
     try:
         return load_pretrained(model_class, folder, subfolder=part)
     except IncompleteWeights as error:
-        raise ValueError(
-            f"The {part} of {folder} cannot be read: {error}. Download or make the folder again."
-        ) from error
+        raise ValueError(f"The {part} of {folder} cannot be read: {error}. Get or make it again.") from error
 
 
 def _load_decoder(folder):

@@ -43,9 +43,7 @@ class Stage(nn.Module):
         vision = text_encoder.vision_model.model
         choices = {"none": [], "last": [vision.encoder.layers[-1], vision.post_layernorm], "all": [vision]}
         if train_vision not in choices:
-            raise ValueError(
-                f"train_vision is {train_vision!r}. Pass one of {', '.join(map(repr, choices))}."
-            )
+            raise ValueError(f"train_vision is {train_vision!r}. Pass {' or '.join(map(repr, choices))}.")
         text_encoder.requires_grad_(False)
         for module in (*trained, *choices[train_vision]):
             module.requires_grad_(True)
