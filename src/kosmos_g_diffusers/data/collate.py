@@ -170,7 +170,7 @@ class InstructCollate:
         self.prompts = _Prompts(processor, max_text_tokens)
         if resolution < 1 or resolution % vae_scale_factor:
             raise ValueError(
-                f"resolution={resolution} was given; expected a multiple of {vae_scale_factor}, the VAE's factor."
+                f"resolution={resolution} was given. Expected a multiple of the VAE's factor, {vae_scale_factor}."
             )
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout={condition_dropout} is not a probability, 0 to 1.")

@@ -7,10 +7,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+import torch
+
 from ..fields import CHOICE, RANGE, add_flags, find_problem, is_of_type, setting
-from ..files import written_atomically
+from ..files import write_text
 
 STAGES = ("pretrain", "align", "instruct")
+# accelerate's name -> dtype that the forward pass computes in
+MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class TrainConfig:
     lora_rank: int = setting(0, "instruct: train adapters of this rank, not the weights; 0 is off", low=0)
     seed: int = setting(0, "of data order, noise and dropout", low=0)
 
-    mixed_precision: str = setting("no", "dtype of the forward pass", choices=("no", "fp16", "bf16"))
+    mixed_precision: str = setting("no", "dtype of the forward pass", choices=tuple(MIXED_PRECISIONS))
     gradient_checkpointing: bool = setting(False, "recompute layers to save memory", fixed=False)
     log_every: int = setting(10, "optimizer steps between lines of the log", fixed=False, low=1)
     save_every: int = setting(1000, "optimizer steps between checkpoints", fixed=False, low=1)
@@ -93,6 +97,11 @@ class TrainConfig:
     def __post_init__(self):
         for entry in fields(self):
             object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
+
+    @property
+    def dtype(self):
+        """The torch dtype that `mixed_precision` names."""
+        return MIXED_PRECISIONS[self.mixed_precision]
 
     @classmethod
     def from_toml(cls, path, stage=None, **overrides):
@@ -120,13 +129,9 @@ class TrainConfig:
         known = {entry.name for entry in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            near = {name: get_close_matches(name, known, 1) for name in unknown}
-            named = ", ".join(
-                f"{name} (did you mean {near[name][0]}?)" if near[name] else name for name in unknown
-            )
-            raise ValueError(
-                f"{source} has unknown settings: {named}. kosmos-g train align --help lists all."
-            )
+            near = ((name, get_close_matches(name, known, 1)) for name in unknown)
+            named = ", ".join(f"{name} (did you mean {found[0]}?)" if found else name for name, found in near)
+            raise ValueError(f"{source} has unknown settings: {named}. All: kosmos-g train align --help.")
         if stage is not None and values.get("stage", stage) not in ("", stage):
             raise ValueError(
                 f"{source} is for the stage {values['stage']!r}, and {stage!r} was asked for. "
@@ -140,8 +145,7 @@ class TrainConfig:
 
     def save(self, path):
         """Write the settings as JSON, atomically."""
-        with written_atomically(path) as file:
-            file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path):
@@ -154,11 +158,9 @@ class TrainConfig:
 
     def check_resumes(self, earlier, folder):
         """Raise ValueError if a run with the settings `earlier` in `folder` must not be resumed with these."""
-        changed = [
-            f"{entry.name} (was {getattr(earlier, entry.name)!r}, now {getattr(self, entry.name)!r})"
-            for entry in fields(self)
-            if entry.metadata.get("fixed", True) and getattr(self, entry.name) != getattr(earlier, entry.name)
-        ]
+        fixed = [entry.name for entry in fields(self) if entry.metadata.get("fixed", True)]
+        pairs = [(name, getattr(earlier, name), getattr(self, name)) for name in fixed]
+        changed = [f"{name} (was {old!r}, now {new!r})" for name, old, new in pairs if old != new]
         if changed:
             raise ValueError(
                 f"The run in {folder} has other settings: {', '.join(changed)}. Continue with the settings it was begun "
@@ -209,15 +211,14 @@ def _checked(entry, value):
             raise TypeError(f"{entry.name} is {value!r}. Expected a list of {kind.__name__} values.")
         return tuple(_checked_one(entry, item, kind) for item in value)
     value = _checked_one(entry, value, kind)
-    problem = find_problem(value, kind, **metadata)
+    problem, expected = find_problem(value, kind, **metadata), None
     if problem == CHOICE:
-        known = ", ".join(repr(choice) for choice in metadata["choices"])
-        raise ValueError(f"{entry.name} is {value!r}. Expected one of {known}.")
-    if problem == RANGE or (kind is float and math.isinf(value)):
+        expected = f"one of {', '.join(map(repr, metadata['choices']))}"
+    elif problem == RANGE or (kind is float and math.isinf(value)):
         low, high = metadata["low"], metadata["high"]
-        raise ValueError(
-            f"{entry.name} is {value!r}. Expected {f'at least {low}' if math.isinf(high) else f'{low} to {high}'}."
-        )
+        expected = f"at least {low}" if math.isinf(high) else f"{low} to {high}"
+    if expected:
+        raise ValueError(f"{entry.name} is {value!r}. Expected {expected}.")
     return value
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 import torch.utils.data
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ...fields import check, setting
 from ..sample import BadSample, FilteredSample
-from .captioner import Captioner
 from .cutouts import Segmenter, cut_out
 from .entities import EntityFinder, build_chat
 from .inputs import find_images, read_ahead, read_image_file, shrink
@@ -84,15 +84,7 @@ def compose(
     inputs = find_images(images, leave_out=output)
     # the folder's own name: it may lie elsewhere tomorrow, and images are known by their path within it
     recorded = {"images": Path(images).resolve().name, **asdict(settings), "question": build_chat("...")}
-    folder = OutputFolder(
-        output,
-        "compose",
-        recorded,
-        process_index=process_index,
-        num_processes=num_processes,
-        samples_per_shard=samples_per_shard,
-    )
-    with folder:
+    with OutputFolder(output, "compose", recorded, process_index, num_processes, samples_per_shard) as folder:
         todo = folder.todo(inputs)
         if todo:
             batches = read_ahead(SquareImages(images, todo, settings.min_side), batch_size, workers)
@@ -176,6 +168,32 @@ class Composer:
         if not entities:
             return BadSample("cut-out", f"nothing large enough was found: {', '.join(names)} of {caption!r}")
         return Composition(caption, image.resize((size, size)), entities, areas)
+
+
+class Captioner:
+    """Says what images show: a captioner of transformers that needs no prompt, BLIP-2 or BLIP.
+
+    Args:
+        model: folder or Hub id, such as Salesforce/blip2-opt-2.7b.
+        device, dtype: where and in what precision it runs.
+        max_new_tokens: of a caption.
+
+    Raises:
+        OSError: the model cannot be loaded.
+    """
+
+    def __init__(self, model, *, device, dtype, max_new_tokens=32):
+        self.processor = AutoProcessor.from_pretrained(model)
+        self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
+        self.max_new_tokens = max_new_tokens
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """A caption, one line, for each of a list of RGB PIL images; the likeliest words, without chance."""
+        inputs = self.processor(images=images, return_tensors="pt").to(self.model.device, self.model.dtype)
+        ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
 
 
 def _write(folder, composer, batch):

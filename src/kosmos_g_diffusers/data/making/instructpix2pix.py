@@ -78,19 +78,11 @@ def instructpix2pix(
         ValueError: nothing is found where it should be, or as `OutputFolder` says.
         ImportError: the package datasets is not installed.
     """
+    command, recorded = "instructpix2pix", asdict(settings)
     edits = EditFolder(settings.folder) if settings.dataset is None else EditDataset(settings)
-    recorded = asdict(settings)
     if settings.folder is not None:  # its own name: it may lie elsewhere tomorrow
         recorded = {"folder": Path(settings.folder).resolve().name, "size": settings.size}
-    folder = OutputFolder(
-        output,
-        "instructpix2pix",
-        recorded,
-        process_index=process_index,
-        num_processes=num_processes,
-        samples_per_shard=samples_per_shard,
-    )
-    with folder:
+    with OutputFolder(output, command, recorded, process_index, num_processes, samples_per_shard) as folder:
         todo = folder.todo(edits.inputs)
         if todo:
             with folder.progress(todo) as bar:

@@ -52,9 +52,7 @@ class OutputFolder:
             writes the same share.
     """
 
-    def __init__(
-        self, folder, command, settings, *, process_index=0, num_processes=1, samples_per_shard=1000
-    ):
+    def __init__(self, folder, command, settings, process_index=0, num_processes=1, samples_per_shard=1000):
         if not 0 <= process_index < num_processes:
             raise ValueError(
                 f"Process {process_index} of {num_processes} was given. Expected an index from 0 to {num_processes - 1}."
