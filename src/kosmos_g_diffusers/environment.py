@@ -8,7 +8,6 @@ import sys
 __version__ = "0.1.0"
 
 DTYPES = ("float32", "float16", "bfloat16")  # names of torch's dtypes that models are loaded in
-MIXED_PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # accelerate's name -> dtype
 
 
 def as_dtype(name):

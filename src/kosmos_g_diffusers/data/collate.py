@@ -25,21 +25,20 @@ class _Prompts:
 
     def prepare(self, key, prompt):
         """{"ids", "slots", "pixels"} as `KosmosGProcessor` makes them of the same words and images."""
-        if all(isinstance(part, str) and not part.strip() for part in prompt):
+        images = [part for part in prompt if not isinstance(part, str)]
+        if not images and not "".join(prompt).strip():
             raise BadSample("caption", f"{key} has an empty prompt")
-        for part in prompt:
-            if not isinstance(part, str):
-                _check_aspect(part, key)
+        for image in images:
+            _check_aspect(image, key)
         # not the processor's call: that refuses "<b>" as an unknown image word, and in collected text it is text
         try:
             ids, slots, pixels = self.processor.encode(prompt)
         except ValueError as error:
             raise FilteredSample("length", f"{key}: {error}") from error
         text_tokens = len(ids) - 1 - len(pixels) * (2 + self.processor.latent_query_num)
-        if self.max_text_tokens is not None and text_tokens > self.max_text_tokens:
-            raise FilteredSample(
-                "length", f"{key} has {text_tokens} tokens of text, more than {self.max_text_tokens}"
-            )
+        most = self.max_text_tokens
+        if most is not None and text_tokens > most:
+            raise FilteredSample("length", f"{key} has {text_tokens} tokens of text, more than {most}")
         return {"ids": ids, "slots": slots, "pixels": pixels}
 
     def pad(self, rows):
@@ -120,22 +119,15 @@ class AlignCollate:
 
     def prepare(self, sample, generator):
         if not (sample.caption or "").strip():
-            raise BadSample(
-                "caption", f"{sample.key} has no caption, and the alignment stage learns from captions"
-            )
+            raise BadSample("caption", f"{sample.key} has no caption for the alignment stage to learn from")
         row = self.prompts.prepare(sample.key, (sample.caption,))
-        tokenizer = self.target_tokenizer
-        most = tokenizer.model_max_length
+        most = self.target_tokenizer.model_max_length
         # the length is looked at here: a warning of transformers for each long caption would flood the log
-        encoded = tokenizer(
-            sample.caption, padding="max_length", max_length=most, truncation=False, verbose=False
-        )
-        if len(encoded["input_ids"]) > most:
-            raise FilteredSample(
-                "length",
-                f"{sample.key} has {len(encoded['input_ids'])} tokens for the target text encoder, which reads {most}",
-            )
-        row["clip_input_ids"] = encoded["input_ids"]
+        options = {"padding": "max_length", "max_length": most, "truncation": False, "verbose": False}
+        row["clip_input_ids"] = ids = self.target_tokenizer(sample.caption, **options)["input_ids"]
+        if len(ids) > most:
+            message = f"{sample.key} has {len(ids)} tokens for the target text encoder, which reads {most}"
+            raise FilteredSample("length", message)
         return row
 
     def __call__(self, rows):
@@ -181,9 +173,7 @@ class InstructCollate:
                 f"resolution={resolution} was given. Expected a multiple of the VAE's factor, {vae_scale_factor}."
             )
         if not 0 <= condition_dropout <= 1:
-            raise ValueError(
-                f"condition_dropout={condition_dropout} was given. Expected a probability, 0 to 1."
-            )
+            raise ValueError(f"condition_dropout={condition_dropout} is not a probability, 0 to 1.")
         self.resolution, self.resize = resolution, resize
         self.num_train_timesteps, self.condition_dropout = num_train_timesteps, condition_dropout
         side = resolution // vae_scale_factor
@@ -191,9 +181,7 @@ class InstructCollate:
 
     def prepare(self, sample, generator):
         if sample.target is None:
-            raise BadSample(
-                "target", f"{sample.key} has no image to draw, and the instruction stage learns to draw"
-            )
+            raise BadSample("target", f"{sample.key} has no image to draw for the instruction stage")
         row = self.prompts.prepare(sample.key, sample.prompt)
         row["target_pixel_values"] = self._prepare_target(sample)
         row["latent_noise"] = torch.randn(self.latent_shape, generator=generator)
@@ -240,7 +228,5 @@ def preprocess_target(image, resolution):
 def _check_aspect(image, key):
     """A strip, its shorter side brought to the model's size, could be as large as a decompression bomb."""
     if max(image.size) > MOST_ASPECT * min(image.size):
-        raise BadSample(
-            "image",
-            f"{key} has an image of {image.width} x {image.height} pixels, too narrow to crop a square from",
-        )
+        size = f"{image.width} x {image.height}"
+        raise BadSample("image", f"{key} has an image of {size} pixels, too narrow to crop a square from")

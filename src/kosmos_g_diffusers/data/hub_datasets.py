@@ -39,13 +39,11 @@ class HubDatasetSource:
         import datasets
 
         columns = {"caption": caption, "image": image, "edit": edit, "source": source, "input": input}
-        missing = {
-            use: column for use, column in columns.items() if column not in (None, *dataset.column_names)
-        }
+        there = dataset.column_names
+        missing = [f"{use}={column}" for use, column in columns.items() if column not in (None, *there)]
         if missing:
-            wanted = ", ".join(f"{use}={column}" for use, column in missing.items())
             raise ValueError(
-                f"The dataset {name} has no column for {wanted}. Its columns: {', '.join(dataset.column_names)}."
+                f"The dataset {name} has no column for {', '.join(missing)}. Its columns: {', '.join(there)}."
             )
         if edit is not None and not (image and source):
             raise ValueError(
@@ -97,9 +95,8 @@ class HubDatasetSource:
         return len(self.dataset)
 
     def length(self, index):
-        texts = self._texts[int(index)].values()
-        images = 1 if self.columns["edit"] is not None else 0
-        return sum(len(text) for text in texts if isinstance(text, str)) + IMAGE_LENGTH * images
+        texts = [text for text in self._texts[int(index)].values() if isinstance(text, str)]
+        return sum(map(len, texts)) + IMAGE_LENGTH * (self.columns["edit"] is not None)
 
     def read(self, index, rng):
         key = f"{self.name}:{index}"
@@ -113,9 +110,8 @@ class HubDatasetSource:
             return caption_sample(key, values.get("caption"), target)
         source, caption = self._image(values["source"], key), values.get("caption")
         caption = check_caption(caption, key) if caption is not None else None
-        return edit_sample(
-            key, values.get("input"), values["edit"], source, target, caption, rng, self.word_dropout
-        )
+        words, edit = values.get("input"), values["edit"]
+        return edit_sample(key, words, edit, source, target, caption, rng, self.word_dropout)
 
     @staticmethod
     def _image(value, key):

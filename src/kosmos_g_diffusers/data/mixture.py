@@ -72,21 +72,13 @@ class MixtureDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"{len(self.collates)} collates were given for {len(self.sources)} sources. Pass one for each, or one for all."
             )
-        for name, value in (
-            ("batch_size", batch_size),
-            ("num_processes", num_processes),
-            ("bucket_window", bucket_window),
-            ("shuffle_window", shuffle_window),
-        ):
+        counts = {"batch_size": batch_size, "num_processes": num_processes}
+        counts |= {"bucket_window": bucket_window, "shuffle_window": shuffle_window}
+        for name, value in counts.items():
             if value < 1:
-                raise ValueError(
-                    f"{name}={value} was given. It counts samples, processes or batches: at least 1."
-                )
+                raise ValueError(f"{name}={value} was given. It is a count: at least 1 is expected.")
         if not 0 <= process_index < num_processes:
-            raise ValueError(
-                f"process_index={process_index} was given with num_processes={num_processes}. "
-                f"Expected 0 to {num_processes - 1}."
-            )
+            raise ValueError(f"process_index={process_index} was given. Expected 0 to {num_processes - 1}.")
         self.orders = [
             EndlessOrder(source.groups, stream_seed(self.seed, "order", number), shuffle_window)
             for number, source in enumerate(self.sources)
@@ -100,19 +92,14 @@ class MixtureDataset(torch.utils.data.Dataset):
         source, batch = self.locate(step)
         first = self.process_index * self.batch_size
         positions = self.positions(source, batch)[first : first + self.batch_size]
-        rows, keys, skipped = [], [], []
-        for position in positions:
-            key, row = self._prepare(source, position, skipped)
-            keys.append(key)
-            rows.append(row)
-        result = self.collates[source](rows)
+        skipped = []
+        keys, rows = zip(*[self._prepare(source, position, skipped) for position in positions], strict=True)
+        result = self.collates[source](list(rows))
         causes = [FILTERED * isinstance(error, FilteredSample) + error.cause for error in skipped]
         result["source"] = self.sources[source].name
-        result["keys"] = keys
+        result["keys"] = list(keys)
         result["skipped"] = dict(Counter(causes))
-        result["skipped_messages"] = [
-            (cause, error.message) for cause, error in zip(causes, skipped, strict=True)
-        ]
+        result["skipped_messages"] = list(zip(causes, [error.message for error in skipped], strict=True))
         return result
 
     def locate(self, step):
@@ -120,9 +107,8 @@ class MixtureDataset(torch.utils.data.Dataset):
         block, rest = divmod(step, SCHEDULE_BLOCK)
         while len(self._counts_before) <= block:  # 4096 steps at a time: a few milliseconds for a long run
             drawn = self._schedule_blocks(len(self._counts_before) - 1)
-            self._counts_before.append(
-                self._counts_before[-1] + np.bincount(drawn, minlength=len(self.sources))
-            )
+            counts = np.bincount(drawn, minlength=len(self.sources))
+            self._counts_before.append(self._counts_before[-1] + counts)
         drawn = self._schedule_blocks(block)
         source = int(drawn[rest])
         return source, int(self._counts_before[block][source] + np.count_nonzero(drawn[:rest] == source))
@@ -185,9 +171,7 @@ def _check_weights(sources, weights):
         raise ValueError("No data was given. Pass at least one source of training data.")
     for source in sources:
         if len(source) == 0:
-            raise ValueError(
-                f"Source {source.name!r} holds no samples. Check its path, or take it out of the mixture."
-            )
+            raise ValueError(f"Source {source.name!r} holds no samples. Check its path, or leave it out.")
     weights = np.ones(len(sources)) if weights is None else np.asarray(weights, dtype=np.float64)
     names = ", ".join(source.name for source in sources)
     if weights.shape != (len(sources),):
@@ -273,9 +257,8 @@ class EndlessOrder:
         """The indices of one window of an epoch, shuffled."""
         groups, _, windows = self._epoch(epoch)
         members = groups[np.searchsorted(windows, window) : np.searchsorted(windows, window, side="right")]
-        indices = np.concatenate(
-            [np.arange(self.starts[group], self.starts[group] + self.sizes[group]) for group in members]
-        )
+        starts, sizes = self.starts[members], self.sizes[members]
+        indices = np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
         return np.random.default_rng(stream_seed(self.seed, "window", epoch, window)).permutation(indices)
 
 

@@ -21,9 +21,8 @@ WORD_ENDS = frozenset(" ,.!?;:)]}")
 def check_caption(caption, key):
     """The caption without outer spaces. Raises BadSample when it is empty or not text."""
     if not isinstance(caption, str) or not caption.strip():
-        given = (
-            "an empty caption" if isinstance(caption, str) else f"a caption of type {type(caption).__name__}"
-        )
+        kind = type(caption).__name__
+        given = "an empty caption" if kind == "str" else f"a caption of type {kind}"
         raise BadSample("caption", f"{key} has {given}")
     return caption.strip()
 
@@ -55,10 +54,8 @@ def composition_sample(
     """
     caption = check_caption(caption, key)
     keep_words = rng.random() >= word_dropout
-    prompt = [
-        part if isinstance(part, str) else image(part, rng.random() < background)
-        for part in interleave(caption, entities, keep_words)
-    ]
+    prompt = interleave(caption, entities, keep_words)
+    prompt = [part if isinstance(part, str) else image(part, rng.random() < background) for part in prompt]
     return Sample(key, tuple(prompt), target, caption)
 
 

@@ -91,9 +91,7 @@ def decode_image(data, key):
         BadSample: cause "image"; too many bytes or pixels, damaged, or not an image.
     """
     if len(data) > MOST_IMAGE_BYTES:
-        raise BadSample(
-            "image", f"{key} has an image of {len(data):,} bytes; at most {MOST_IMAGE_BYTES:,} are read"
-        )
+        raise BadSample("image", f"{key} has an image of {len(data):,} bytes, over {MOST_IMAGE_BYTES:,}")
     try:
         return open_image(PIL.Image.open(io.BytesIO(data), formats=FORMATS), "the image")
     except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything

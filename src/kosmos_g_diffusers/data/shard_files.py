@@ -76,10 +76,9 @@ class ShardFiles:
 
     def read(self, number, offset, size):
         """Bytes of a shard. Raises BadSample ("shard"; "image" when they are too many)."""
+        name = self.names[number]
         if size > MOST_IMAGE_BYTES:
-            raise BadSample(
-                "image", f"{self.names[number]} has a member of {size:,} bytes; {MOST_IMAGE_BYTES:,} are read"
-            )
+            raise BadSample("image", f"{name} has a member of {size:,} bytes, over {MOST_IMAGE_BYTES:,}")
 
         def read_part(path):
             # opened for each part: nothing is shared between processes, and nothing is left open
@@ -89,7 +88,7 @@ class ShardFiles:
 
         data = self._use(number, read_part)
         if len(data) != size:
-            raise BadSample("shard", f"{self.names[number]} is cut off at byte {offset + len(data):,}")
+            raise BadSample("shard", f"{name} is cut off at byte {offset + len(data):,}")
         return data
 
     def _use(self, number, function):
@@ -107,11 +106,9 @@ class ShardFiles:
 
     def _find_local(self):
         path = Path(self.where).expanduser()
-        if path.is_dir() and (path / INDEX_NAME).is_file():
-            listed = self._read_index(path / INDEX_NAME)
-            return listed + sorted(str(file) for file in path.glob("*.tar") if str(file) not in listed)
         if path.is_dir():
-            return sorted(map(str, path.glob("*.tar")))
+            listed = self._read_index(path / INDEX_NAME) if (path / INDEX_NAME).is_file() else []
+            return listed + sorted(str(file) for file in path.glob("*.tar") if str(file) not in listed)
         if path.is_file() and path.suffix == ".json":
             return self._read_index(path)
         urls = []
@@ -139,9 +136,7 @@ class ShardFiles:
             try:
                 self._note_samples(self._fetch_json(index), index, base)
             except OSError as error:
-                logger.warning(
-                    "There is no %s (%s): the shards are fetched to count them.", index, _hide(index, error)
-                )
+                logger.warning("No %s (%s): shards are fetched to count them.", index, _hide(index, error))
         return _expand_braces(self.where)
 
     def _read_index(self, path):
@@ -207,12 +202,11 @@ class ShardFiles:
                 remove_partial_files(path.parent, path.name)  # of a process that was killed while it fetched
                 try:
                     # the stream is closed first, and that raises when the command behind it failed
-                    with written_atomically(path) as file, _open_url(url) as stream:
+                    with written_atomically(path) as file, _webdataset().gopen(url, "rb") as stream:
                         shutil.copyfileobj(stream, file, 1024**2)
                 except OSError as error:
-                    raise BadSample(
-                        "shard", f"{_short(url)} cannot be fetched ({_hide(url, error)})"
-                    ) from error
+                    message = f"{_short(url)} cannot be fetched ({_hide(url, error)})"
+                    raise BadSample("shard", message) from error
                 self._make_room(path)
         return path
 
@@ -231,7 +225,7 @@ class ShardFiles:
                 file.unlink(missing_ok=True)
 
     def _fetch_json(self, url):
-        with _open_url(url) as stream:
+        with _webdataset().gopen(url, "rb") as stream:
             data = stream.read(MOST_JSON_BYTES)
         try:
             return json.loads(data)
@@ -259,14 +253,8 @@ def _webdataset():
     return webdataset
 
 
-def _open_url(url):
-    return _webdataset().gopen(url, "rb")
-
-
 def _expand_braces(where):
-    if "{" not in where:
-        return [where]
-    return _webdataset().shardlists.expand_urls(where)
+    return _webdataset().shardlists.expand_urls(where) if "{" in where else [where]
 
 
 @dataclass

@@ -77,13 +77,11 @@ class ShardWriter:
 
     def write_prompt(self, key, prompt, target=None, caption=None, note=None):
         """Any prompt of strings and PIL images in reading order, such as a stretch of a document with images."""
-        parts, images = [], {}
-        for part in prompt:
+        parts, images = list(prompt), {}
+        for place, part in enumerate(parts):
             if isinstance(part, PIL.Image.Image):
-                parts.append({"image": str(len(images))})
+                parts[place] = {"image": str(len(images))}
                 images[str(len(images))] = part
-            else:
-                parts.append(part)
         self._add(key, {"prompt": parts, "caption": caption}, images | {"target": target}, note)
 
     def close(self):
@@ -112,10 +110,8 @@ class ShardWriter:
 
     def _encode(self, image, ending):
         buffer = io.BytesIO()
-        if ending == "png":
-            image.convert("RGB").save(buffer, "PNG")
-        else:
-            image.convert("RGB").save(buffer, "JPEG", quality=self.quality)
+        options = {"format": "PNG"} if ending == "png" else {"format": "JPEG", "quality": self.quality}
+        image.convert("RGB").save(buffer, **options)
         return buffer.getvalue()
 
     def _write_shard(self):

@@ -1,4 +1,4 @@
-"""WebDataset tar shards: the source that reads them and the writer that makes them. Their layout is in docs/data.md."""
+"""WebDataset tar shards as a source of samples. Their layout is in docs/data.md; shard_writer.py makes them."""
 
 import json
 import re
@@ -6,14 +6,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from .recipes import (
-    BACKGROUND,
-    WORD_DROPOUT,
-    caption_sample,
-    check_caption,
-    composition_sample,
-    edit_sample,
-)
+from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, check_caption, composition_sample, edit_sample
 from .sample import IMAGE_LENGTH, BadSample, Sample, decode_image
 from .shard_files import ShardFiles
 
@@ -82,19 +75,17 @@ class ShardSource:
             return self._read_prompt(record, members)
         if "edit" in record:
             return self._read_edit(record, members, rng)
-        caption = record.get("caption")
         if "entities" in record:
-            return composition_sample(
-                members.key,
-                caption,
-                _check_texts(record["entities"], "entities", members.key),
-                members.entity,
-                members.target(),
-                rng,
-                self.word_dropout,
-                self.background,
-            )
-        return caption_sample(members.key, caption, members.target())
+            return self._read_composition(record, members, rng)
+        return caption_sample(members.key, record.get("caption"), members.target())
+
+    def _read_composition(self, record, members, rng):
+        key, caption, entities = members.key, record.get("caption"), record["entities"]
+        sound = isinstance(entities, list) and all(isinstance(words, str) for words in entities)
+        if not sound or len(entities) > MOST_PARTS:
+            raise BadSample("row", f"{key}: entities is not a list of at most {MOST_PARTS} strings")
+        target, chances = members.target(), (self.word_dropout, self.background)
+        return composition_sample(key, caption, entities, members.entity, target, rng, *chances)
 
     def _read_prompt(self, record, members):
         parts, prompt = record["prompt"], []
@@ -106,9 +97,7 @@ class ShardSource:
             elif isinstance(part, dict) and IMAGE_NAME.fullmatch(str(part.get("image"))):
                 prompt.append(members.image(str(part["image"])))
             else:
-                raise BadSample(
-                    "row", f'{members.key}: a part of the prompt is neither text nor {{"image": "0"}}'
-                )
+                raise BadSample("row", f'{members.key}: a prompt part is neither text nor {{"image": "0"}}')
         caption = record.get("caption")
         caption = check_caption(caption, members.key) if caption is not None else None
         return Sample(members.key, tuple(prompt), members.target(), caption)
@@ -121,10 +110,8 @@ class ShardSource:
             raise BadSample("row", f"{members.key} is an edit without the images 0.source and 0.target")
         pair = rng.randrange(pairs)
         source, target = members.image(f"{pair}.source"), members.image(f"{pair}.target")
-        words, caption = record.get("input"), record.get("caption")
-        return edit_sample(
-            members.key, words, record["edit"], source, target, caption, rng, self.word_dropout
-        )
+        words, edit, caption = record.get("input"), record["edit"], record.get("caption")
+        return edit_sample(members.key, words, edit, source, target, caption, rng, self.word_dropout)
 
     def _locate(self, index):
         """(number of the shard, TarSample). Raises BadSample for the samples that a shard should have but does not."""
@@ -132,10 +119,8 @@ class ShardSource:
         samples = self._index(number)
         row = index - int(self._ends[number]) + self.groups[number]
         if row >= len(samples):
-            raise BadSample(
-                "shard",
-                f"{self.files.names[number]} holds {len(samples)} samples, and should hold {self.groups[number]}",
-            )
+            name, count = self.files.names[number], self.groups[number]
+            raise BadSample("shard", f"{name} holds {len(samples)} samples, and should hold {count}")
         return number, samples[row]
 
     def _index(self, number):
@@ -165,59 +150,47 @@ class Members:
 
     def record(self):
         """What the JSON says, a dict; of shards without JSON, the text as a caption."""
-        if "json" not in self.sample.members and "txt" in self.sample.members:
-            return {"caption": self._bytes("txt", MOST_RECORD_BYTES).decode("utf-8", errors="replace")}
-        if "json" not in self.sample.members:
-            endings = ", ".join(sorted(self.sample.members)[:8])
+        record, members = {}, self.sample.members
+        if "json" in members:
+            try:
+                record = json.loads(self._bytes("json", MOST_RECORD_BYTES))
+            except (ValueError, RecursionError) as error:
+                raise BadSample("row", f"{self.key} has a .json that cannot be read ({error})") from error
+            if not isinstance(record, dict):
+                raise BadSample("row", f"{self.key}'s .json holds a {type(record).__name__}, not an object")
+        elif "txt" not in members:
+            endings = ", ".join(sorted(members)[:8])
             raise BadSample("row", f"{self.key} has neither .json nor .txt, only {endings}")
-        try:
-            record = json.loads(self._bytes("json", MOST_RECORD_BYTES))
-        except (ValueError, RecursionError) as error:
-            raise BadSample("row", f"{self.key} has a .json that cannot be read ({error})") from error
-        if not isinstance(record, dict):
-            raise BadSample(
-                "row", f"{self.key} has a .json that holds a {type(record).__name__}, not an object"
-            )
-        if record.get("caption") is None and "txt" in self.sample.members:
+        if record.get("caption") is None and "txt" in members:
             record["caption"] = self._bytes("txt", MOST_RECORD_BYTES).decode("utf-8", errors="replace")
         return record
 
     def has(self, name):
-        return any(f"{name}.{ending}" in self.sample.members for ending in IMAGE_ENDINGS)
+        return self._find(name) is not None
 
     def image(self, name):
-        for ending in IMAGE_ENDINGS:
-            if f"{name}.{ending}" in self.sample.members:
-                return decode_image(self._bytes(f"{name}.{ending}"), self.key)
-        raise BadSample("image", f"{self.key} has no image {name} ({'|'.join(IMAGE_ENDINGS)})")
+        """The image NAME.jpg, NAME.png, ...; with the name "" the one that has none. Raises BadSample."""
+        member = self._find(name)
+        if member is None:
+            raise BadSample("image", f"{self.key} has no image {name} ({'|'.join(IMAGE_ENDINGS)})")
+        return decode_image(self._bytes(member), self.key)
 
     def entity(self, number, whole):
         """An entity's image with its background (`whole`) or cut out; the other one where only that is there."""
-        names = [f"{number}", f"{number}.cutout"]
-        names = names if whole else names[::-1]
-        return self.image(next((name for name in names if self.has(name)), names[0]))
+        first, second = (f"{number}", f"{number}.cutout") if whole else (f"{number}.cutout", f"{number}")
+        return self.image(second if self.has(second) and not self.has(first) else first)
 
     def target(self):
         """The image `target`, or the only one that has no name, as in shards made by img2dataset. None without."""
-        if self.has("target"):
-            return self.image("target")
-        for ending in IMAGE_ENDINGS:
-            if ending in self.sample.members:
-                return decode_image(self._bytes(ending), self.key)
-        return None
+        return next((self.image(name) for name in ("target", "") if self.has(name)), None)
+
+    def _find(self, name):
+        """The member that holds an image, or None."""
+        members = [f"{name}.{ending}".removeprefix(".") for ending in IMAGE_ENDINGS]
+        return next((member for member in members if member in self.sample.members), None)
 
     def _bytes(self, name, most=None):
         offset, size = self.sample.members[name]
         if most is not None and size > most:
             raise BadSample("row", f"{self.key} has a .{name} of {size:,} bytes; at most {most:,} are read")
         return self.files.read(self.shard, offset, size)
-
-
-def _check_texts(texts, name, key):
-    if (
-        not isinstance(texts, list)
-        or len(texts) > MOST_PARTS
-        or not all(isinstance(text, str) for text in texts)
-    ):
-        raise BadSample("row", f"{key}: {name} is not a list of at most {MOST_PARTS} strings")
-    return texts

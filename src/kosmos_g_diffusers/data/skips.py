@@ -1,5 +1,7 @@
 """Keeps account of the samples that could not be used, and stops the run when they are too many."""
 
+from collections import Counter
+
 from .mixture import FILTERED
 
 EXAMPLES = 3  # messages kept for each cause
@@ -21,11 +23,9 @@ class SkipCounter:
 
     def __init__(self, limit=0.01):
         if not 0 <= limit <= 1:
-            raise ValueError(
-                f"A limit of {limit} was given. Expected the largest share of bad samples, 0 to 1."
-            )
+            raise ValueError(f"A limit of {limit} was given. Expected a share of bad samples, 0 to 1.")
         self.limit = limit
-        self.seen, self.counts, self.examples = 0, {}, {}
+        self.seen, self.counts, self.examples = 0, Counter(), {}
 
     @property
     def bad(self):
@@ -42,10 +42,9 @@ class SkipCounter:
         Raises:
             TooManyBadSamples: the limit is passed.
         """
-        self.seen += used
-        for cause, number in skipped.items():
-            self.counts[cause] = self.counts.get(cause, 0) + number
-            self.seen += number * (not cause.startswith(FILTERED))
+        bad = self.bad
+        self.counts.update(skipped)
+        self.seen += used + self.bad - bad
         for cause, message in messages:
             examples = self.examples.setdefault(cause, [])
             if len(examples) < EXAMPLES and message not in examples:
@@ -61,17 +60,16 @@ class SkipCounter:
         if not self.counts:
             return f"All {self.seen:,} samples read could be used."
         lines = [f"{self.bad:,} of {self.seen:,} samples read could not be used and were replaced:"]
-        for cause, number in sorted(self.counts.items(), key=lambda item: -item[1]):
-            lines.append(
-                f"  {cause}: {number:,}, such as " + "; ".join(self.examples.get(cause, ["(no example)"]))
-            )
+        for cause, number in self.counts.most_common():
+            examples = "; ".join(self.examples.get(cause, ["(no example)"]))
+            lines.append(f"  {cause}: {number:,}, such as {examples}")
         return "\n".join(lines)
 
     def state_dict(self):
         return {"seen": self.seen, "counts": dict(self.counts), "examples": dict(self.examples)}
 
     def load_state_dict(self, state):
-        self.seen, self.counts = state["seen"], dict(state["counts"])
+        self.seen, self.counts = state["seen"], Counter(state["counts"])
         self.examples = {cause: list(messages) for cause, messages in state["examples"].items()}
 
 
@@ -85,19 +83,18 @@ class GatheredSkips:
 
     def __init__(self, limit, accelerator):
         self.counter, self.accelerator = SkipCounter(limit), accelerator
-        self._used, self._skipped, self._messages = 0, {}, []
+        self._used, self._skipped, self._messages = 0, Counter(), []
 
     def note(self, batch):
         """Note what `batch` (of `MixtureDataset`) had to replace."""
         self._used += len(batch["keys"])
-        for cause, number in batch["skipped"].items():
-            self._skipped[cause] = self._skipped.get(cause, 0) + number
+        self._skipped.update(batch["skipped"])
         self._messages += batch["skipped_messages"]
 
     def count(self):
         """Add what was noted to the counter, on all processes alike. Raises TooManyBadSamples."""
         noted = [(self._used, self._skipped, self._messages)]
-        self._used, self._skipped, self._messages = 0, {}, []
+        self._used, self._skipped, self._messages = 0, Counter(), []
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 

@@ -15,9 +15,7 @@ FORMS = """Known forms:
   datasets:NAME?image=COLUMN&caption=COLUMN   Hugging Face datasets, from the Hub or a folder; also split=, config=,
                           revision=, data_dir=, data_files=, and for edits edit=, source=, input= (columns)
 docs/data.md describes them."""
-DATASET_OPTIONS = (
-    "split", "config", "revision", "data_dir", "data_files", "image", "caption", "edit", "source", "input",
-)  # fmt: skip
+DATASET_OPTIONS = "split config revision data_dir data_files image caption edit source input".split()
 
 
 def build_source(
@@ -37,27 +35,13 @@ def build_source(
         ValueError: an unknown form, with the known ones; no data found; files missing; wrong columns.
     """
     form, _, rest = spec.partition(":")
+    common = {"word_dropout": word_dropout, "background": background, "cache_dir": cache_dir}
     if form == "tsv":
         kind, _, where = rest.partition(":")
         if kind in LAYOUTS and where:
-            return TsvSource(
-                kind,
-                where,
-                name=spec,
-                word_dropout=word_dropout,
-                background=background,
-                min_side=min_side,
-                cache_dir=cache_dir,
-            )
+            return TsvSource(kind, where, name=spec, min_side=min_side, **common)
     if form == "shards" and rest:
-        return ShardSource(
-            rest,
-            name=spec.partition("?")[0],
-            word_dropout=word_dropout,
-            background=background,
-            cache_dir=cache_dir,
-            cache_bytes=cache_bytes,
-        )
+        return ShardSource(rest, name=spec.partition("?")[0], cache_bytes=cache_bytes, **common)
     if form == "datasets" and rest:
         name, _, query = rest.partition("?")
         options = dict(parse_qsl(query, keep_blank_values=True))

@@ -9,13 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..files import cache_path, default_cache_dir, read_json, written_atomically
-from .recipes import (
-    BACKGROUND,
-    WORD_DROPOUT,
-    caption_sample,
-    composition_sample,
-    edit_sample,
-)
+from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, composition_sample, edit_sample
 from .sample import IMAGE_LENGTH, BadSample, FilteredSample, decode_base64_image
 
 logger = logging.getLogger(__name__)
@@ -67,10 +61,8 @@ class TsvSource:
         for file in self.files:
             self._check_first_row(file)
         cache_dir = default_cache_dir() if cache_dir is None else cache_dir
-        hide = len(self.files) == 1
-        self.offsets = [
-            line_offsets(file, cache_dir) for file in tqdm(self.files, f"{self.name}: rows", disable=hide)
-        ]
+        files = tqdm(self.files, f"{self.name}: rows", disable=len(self.files) == 1)
+        self.offsets = [line_offsets(file, cache_dir) for file in files]
         self.groups = [len(offsets) - 1 for offsets in self.offsets]
         self._ends = np.cumsum(self.groups)
         if not len(self):
@@ -99,9 +91,7 @@ class TsvSource:
         caption = _text(columns[1], key)
         sides = [int(side) for side in columns[3:5] if side.isdigit()]
         if len(sides) == 2 and min(sides) < self.min_side:
-            raise FilteredSample(
-                "small", f"{key} is an image of {sides[0]} x {sides[1]}, a side is under {self.min_side}"
-            )
+            raise FilteredSample("small", f"{key} is {sides[0]} x {sides[1]}, a side under {self.min_side}")
         return caption_sample(key, caption, decode_base64_image(columns[2], key))
 
     def _read_edits(self, columns, key, rng):
@@ -111,16 +101,13 @@ class TsvSource:
         return edit_sample(key, words, edit, source, target, None, rng, self.word_dropout)
 
     def _read_compositions(self, columns, key, rng):
-        return composition_sample(
-            key,
-            _text(columns[0], key),
-            [tag.strip() for tag in _text(columns[1], key).split(",")],
-            lambda tag, whole: decode_base64_image(columns[3 + 2 * tag + (not whole)], key),
-            decode_base64_image(columns[2], key),
-            rng,
-            self.word_dropout,
-            self.background,
-        )
+        def read_cutout(tag, whole):
+            return decode_base64_image(columns[3 + 2 * tag + (not whole)], key)
+
+        caption, tags = (_text(column, key) for column in columns[:2])
+        tags, target = [tag.strip() for tag in tags.split(",")], decode_base64_image(columns[2], key)
+        chances = (self.word_dropout, self.background)
+        return composition_sample(key, caption, tags, read_cutout, target, rng, *chances)
 
     def _read_row(self, index, most=None):
         """(columns as bytes, file, number of the line counted from 1) of row `index`, or of its first `most` bytes."""
@@ -128,15 +115,13 @@ class TsvSource:
         row = index - int(self._ends[number]) + self.groups[number]
         begin, end = (int(offset) for offset in self.offsets[number][row : row + 2])
         file = self.files[number]
-        if most is None and end - begin > MOST_ROW_BYTES:
-            raise BadSample(
-                "row",
-                f"{file}, line {row + 1}, has {end - begin:,} bytes; at most {MOST_ROW_BYTES:,} are read",
-            )
+        size = end - begin if most is None else min(most, end - begin)
+        if size > MOST_ROW_BYTES:
+            raise BadSample("row", f"{file}, line {row + 1}, has {size:,} bytes, over {MOST_ROW_BYTES:,}")
         try:
             with open(file, "rb") as opened:
                 opened.seek(begin)
-                data = opened.read(end - begin if most is None else min(most, end - begin))
+                data = opened.read(size)
         except OSError as error:
             raise BadSample("shard", f"{file} cannot be read ({error})") from error
         return data.rstrip(b"\r\n").split(b"\t"), file, row + 1
@@ -147,9 +132,7 @@ class TsvSource:
             row = opened.readline(MOST_ROW_BYTES)
         problem = self._column_problem(row.rstrip(b"\r\n").split(b"\t"), file, 1) if row else None
         if problem:
-            raise ValueError(
-                f"{problem}. Is this data of the kind {self.kind!r}? Known: {', '.join(LAYOUTS)}."
-            )
+            raise ValueError(f"{problem}. Is this of the kind {self.kind!r}? Known: {', '.join(LAYOUTS)}.")
 
     def _column_problem(self, columns, file, line):
         """What is wrong with the number of columns, or None."""
@@ -179,9 +162,8 @@ def line_offsets(path, cache_dir):
     """
     path = Path(path)
     stat = path.stat()
-    cached = cache_path(
-        cache_dir, "lines", str(path.resolve()), stat.st_size, stat.st_mtime_ns, suffix=".npy"
-    )
+    identity = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    cached = cache_path(cache_dir, "lines", *identity, suffix=".npy")
     try:
         offsets = np.load(cached)
         if offsets.ndim == 1 and offsets.dtype == np.int64 and 0 <= offsets[-1] <= stat.st_size:
@@ -247,7 +229,7 @@ def read_manifest(path):
     expected = 'Expected a list of {"source": ["0000.tsv", ...]}, as in the official train.json.'
     entries = read_json(path, expected)
     if not isinstance(entries, list) or not entries:
-        given = f"a {type(entries).__name__}" if not isinstance(entries, list) else "an empty list"
+        given = "an empty list" if entries == [] else f"a {type(entries).__name__}"
         raise ValueError(f"The manifest {path} holds {given}. {expected}")
     names = []
     for number, entry in enumerate(entries):
@@ -265,10 +247,8 @@ def read_manifest(path):
         )
     folder = Path(path).resolve().parent
     root = folder.parent if folder.name == "json" else folder
-    found = [
-        next((base / name for base in (root, root / "data", folder) if (base / name).is_file()), None)
-        for name in names
-    ]
+    candidates = [[base / name for base in (root, root / "data", folder)] for name in names]
+    found = [next((file for file in files if file.is_file()), None) for files in candidates]
     missing = [name for name, file in zip(names, found, strict=True) if file is None]
     if missing:
         raise ValueError(

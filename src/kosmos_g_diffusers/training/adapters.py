@@ -67,11 +67,8 @@ def save_adapter(text_encoder, folder, state_dict=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = peft.get_peft_model_state_dict(text_encoder, state_dict=state_dict, adapter_name=NAME)
-    save_file(
-        {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()},
-        folder / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    weights = {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     text_encoder.peft_config[NAME].save_pretrained(folder)
 
 
@@ -101,14 +98,12 @@ def load_adapter(pipeline_or_encoder, folder):
                 "kosmos-g train instruct --lora-rank."
             )
     config = peft.PeftConfig.from_pretrained(str(folder))
-    weights = load_file(folder / WEIGHTS)
-    weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+    weights = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
     modules, wrong = dict(encoder.named_modules()), []
     for name, tensor in weights.items():
         layer, _, half = name.partition(".lora_")
-        module = modules.get(layer)
-        width = getattr(module, "in_features" if half.startswith("A") else "out_features", None)
-        if tensor.ndim != 2 or width != tensor.shape[1 if half.startswith("A") else 0]:
+        side, width = (1, "in_features") if half.startswith("A") else (0, "out_features")
+        if tensor.ndim != 2 or tensor.shape[side] != getattr(modules.get(layer), width, None):
             wrong.append(f"{name} {tuple(tensor.shape)}")
     if wrong or not weights:
         raise ValueError(

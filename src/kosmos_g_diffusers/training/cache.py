@@ -22,8 +22,8 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from ..environment import MIXED_PRECISIONS, as_dtype
-from .cache_store import KEEP_FREE, TensorStore, as_bytes, content_key
+from .cache_store import KEEP_FREE, TensorStore, as_bytes, content_key, keys_as_tensor
+from .config import MIXED_PRECISIONS
 from .stages import AlignStage, InstructStage
 
 FORMAT_VERSION = 1  # of the folders; raise it when the same work would be kept in another way
@@ -77,7 +77,7 @@ class FrozenCache:
     def __init__(self, folder, stage, mixed_precision="no", *, dtype=None, only=None, keep_free=KEEP_FREE):
         if dtype is None:
             dtype = torch.float32 if mixed_precision == "no" else torch.float16
-        self.stage, self.precision = stage, as_dtype(MIXED_PRECISIONS[mixed_precision])
+        self.stage, self.precision = stage, MIXED_PRECISIONS[mixed_precision]
         works = find_frozen_work(stage)
         names = [work.name for work in works]
         if not names or set(only or ()) - set(names):
@@ -89,8 +89,7 @@ class FrozenCache:
         self.works = [work for work in works if only is None or work.name in only]
         self.stores = {}
         for work in self.works:
-            fingerprint = _fingerprint(work, mixed_precision, dtype)
-            path = Path(folder) / f"{work.name}-{fingerprint[:16]}"
+            path = Path(folder) / f"{work.name}-{_fingerprint(work, mixed_precision, dtype)[:16]}"
             self.stores[work.name] = TensorStore(path, dtype, keep_free=keep_free)
         self.found = dict.fromkeys(self.stores, 0)
         self.computed = dict.fromkeys(self.stores, 0)
@@ -102,9 +101,8 @@ class FrozenCache:
         Args:
             collate: of the stage's batches; see data/collate.py.
         """
-        return CachedCollate(
-            collate, [(work.name, work.inputs, self.stores[work.name]) for work in self.works]
-        )
+        works = [(work.name, work.inputs, self.stores[work.name]) for work in self.works]
+        return CachedCollate(collate, works)
 
     @torch.no_grad()
     def complete(self, batch):
@@ -183,9 +181,7 @@ class CachedCollate:
             if missing:
                 batch |= {each: tensor[missing] for each, tensor in given.items()}
                 batch[name + MISSING] = torch.tensor(missing)
-                batch[name + KEYS] = torch.frombuffer(
-                    bytearray(b"".join(keys[position] for position in missing)), dtype=torch.uint8
-                ).reshape(len(missing), -1)
+                batch[name + KEYS] = keys_as_tensor([keys[position] for position in missing])
         return batch
 
 
@@ -201,40 +197,24 @@ def find_frozen_work(stage):
         if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             logger.warning("States of the vision tower are not kept under FSDP and DeepSpeed.")
         else:
-            works.append(
-                FrozenWork(
-                    "vision_states", ("pixel_values",), blocks, vision_config.to_dict(), stage.vision_states
-                )
-            )
+            config, inputs = vision_config.to_dict(), ("pixel_values",)
+            works.append(FrozenWork("vision_states", inputs, blocks, config, stage.vision_states))
     if isinstance(stage, InstructStage):
-        vae = stage.vae
+        vae, inputs = stage.vae, ("target_pixel_values",)
         modules = nn.ModuleList(part for part in (vae.encoder, vae.quant_conv) if part is not None)
-        works.append(
-            FrozenWork(
-                "latent_parameters",
-                ("target_pixel_values",),
-                modules,
-                dict(vae.config),
-                stage.latent_parameters,
-            )
-        )
+        config = dict(vae.config)
+        works.append(FrozenWork("latent_parameters", inputs, modules, config, stage.latent_parameters))
     if isinstance(stage, AlignStage):
-        target, inputs = stage.target, ("clip_input_ids", "clip_attention_mask")
-        works.append(
-            FrozenWork(
-                "clip_embeds", inputs, nn.ModuleList([target]), target.config.to_dict(), stage.clip_embeds
-            )
-        )
+        modules, inputs = nn.ModuleList([stage.target]), ("clip_input_ids", "clip_attention_mask")
+        config = stage.target.config.to_dict()
+        works.append(FrozenWork("clip_embeds", inputs, modules, config, stage.clip_embeds))
     return works
 
 
 def _fingerprint(work, mixed_precision, dtype):
     """Hexadecimal hash of all that decides what a work gives and how it is kept, but for its input."""
-    config = {
-        key: value
-        for key, value in work.config.items()
-        if not key.startswith("_") and key not in NOT_ARCHITECTURE
-    }
+    names = [name for name in work.config if not name.startswith("_") and name not in NOT_ARCHITECTURE]
+    config = {name: work.config[name] for name in names}
     described = [FORMAT_VERSION, work.name, mixed_precision, str(dtype), config]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for name, tensor in sorted(work.modules.state_dict().items()):

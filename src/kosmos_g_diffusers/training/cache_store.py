@@ -11,6 +11,7 @@ import logging
 import secrets
 import shutil
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -41,6 +42,11 @@ def as_bytes(tensor):
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def keys_as_tensor(keys):
+    """A list of n keys as a tensor (n, 16) uint8."""
+    return torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES)
+
+
 class TensorStore:
     """Tensors of one shape and dtype, by keys of 16 bytes.
 
@@ -58,8 +64,7 @@ class TensorStore:
         self.folder, self.dtype = Path(folder), dtype
         self.shard_bytes, self.shard_entries, self.keep_free = shard_bytes, shard_entries, keep_free
         self._places = {}  # key -> (name of its shard, row)
-        # names of those whose keys are in _places, and of those that are not to be read again
-        self._shards = set()
+        self._shards = set()  # names of those whose keys are in _places, or that are not to be read again
         self._pending = {}  # key -> value, of the shard to be written
         self._writes = True
 
@@ -111,13 +116,8 @@ class TensorStore:
         if not self._pending:
             return
         keys, values = list(self._pending), torch.stack(list(self._pending.values()))
-        shard = {
-            "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES),
-            "checksums": torch.tensor(
-                [_checksum(key, value) for key, value in zip(keys, values, strict=True)]
-            ),
-            "values": values,
-        }
+        checksums = torch.tensor([_checksum(key, value) for key, value in self._pending.items()])
+        shard = {"keys": keys_as_tensor(keys), "checksums": checksums, "values": values}
         name = f"{secrets.token_hex(8)}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -177,11 +177,8 @@ class TensorStore:
         except SafetensorError as error:
             self._set_aside(name, error)
         except OSError as error:  # a network or a disk that may be well again tomorrow
-            logger.warning(
-                "%s cannot be read (%s). It is left alone; what it holds is computed.",
-                self.folder / name,
-                error,
-            )
+            path = self.folder / name
+            logger.warning("%s cannot be read (%s). It stays; what it holds is computed.", path, error)
             self._forget(name)
         return None
 
@@ -191,10 +188,8 @@ class TensorStore:
             "%s is damaged (%s). It is now called .damaged, and its entries (%d known) are computed again.",
             path, reason, entries,
         )  # fmt: skip
-        try:
+        with suppress(OSError):  # another process was quicker, or the folder is for reading only
             path.rename(path.with_suffix(".damaged"))
-        except OSError:  # another process was quicker, or the folder is for reading only
-            pass
 
     def _forget(self, name):
         before = len(self._places)

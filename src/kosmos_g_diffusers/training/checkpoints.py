@@ -100,9 +100,12 @@ def write_progress(folder, progress):
 
 
 def read_progress(folder):
-    return read_json(
-        Path(folder) / STATE / PROGRESS, "Remove this checkpoint; the one before it is used then."
-    )
+    return read_json(Path(folder) / STATE / PROGRESS, "Remove this checkpoint: the one before is used then.")
+
+
+def trained_parameters(module):
+    """The weights of a module that train, in its order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 class Saver:
@@ -122,16 +125,13 @@ class Saver:
         self.wrapped, self.stage, self.ema, self.save_model = wrapped, stage, ema, save_model
         self._keep_trained_weights_only()
 
-    def trained_parameters(self):
-        return [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
-
     @contextmanager
     def averaged_weights(self):
         """Context in which the stage has the averaged weights, if there is an average; its own come back unchanged."""
         if self.ema is None:
             yield
             return
-        parameters = self.trained_parameters()
+        parameters = trained_parameters(self.wrapped)
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
         try:

@@ -7,10 +7,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+import torch
+
 from ..fields import CHOICE, RANGE, add_flags, find_problem, is_of_type, setting
-from ..files import written_atomically
+from ..files import write_text
 
 STAGES = ("pretrain", "align", "instruct")
+# accelerate's name -> dtype that the forward pass computes in
+MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -25,20 +29,16 @@ class TrainConfig:
     stage: str = setting("", "what is trained: the command's word, kept with the run", choices=("", *STAGES))
     model: str = setting("", "pipeline folder or Hub id to start from", metavar="MODEL")
     output: str = setting("", "folder of the run: checkpoints, log, samples", fixed=False, metavar="FOLDER")
-    data: tuple[str, ...] = setting(
-        (), "where samples come from; docs/data.md has the forms", metavar="SOURCE"
-    )
+    data: tuple[str, ...] = setting((), "where samples come from; forms: docs/data.md", metavar="SOURCE")
     data_weights: tuple[float, ...] = setting(
         (), "how often each of them is drawn (default: all alike)", metavar="WEIGHT"
     )
     words: tuple[str, ...] = setting(
         (),
-        "instruct: sources of stage 1 to keep training on, so that the model keeps its words",
+        "instruct: sources of stage 1 to keep training on, so the model keeps its words",
         metavar="SOURCE",
     )
-    words_share: float = setting(
-        0.1, "instruct: share of the batches that come from --words", low=0.001, high=0.999
-    )
+    words_share: float = setting(0.1, "instruct: share of the batches of --words", low=0.001, high=0.999)
     words_weight: float = setting(0.1, "instruct: factor of the loss of these batches", low=0)
     target: str = setting(
         "",
@@ -46,28 +46,18 @@ class TrainConfig:
         metavar="MODEL",
     )
     resolution: int = setting(
-        0,
-        "instruct: side of the images to draw, in pixels (default: what the U-Net was trained for)",
-        low=0,
+        0, "instruct: side of the images to draw, in pixels (default: what the U-Net was trained for)", low=0
     )
     max_text_tokens: int = setting(
         0, "leave out longer samples (default: align 85, instruct 128, pretrain none)", low=0
     )
     min_side: int = setting(0, "leave out captioned images of TSV rows with a smaller side, in pixels", low=0)
-    entity_dropout: float = setting(
-        0.5, "probability that the words of a cut-out entity are dropped", low=0, high=1
-    )
-    background_probability: float = setting(
-        0.5, "probability that a cut-out keeps its background", low=0, high=1
-    )
-    max_bad_samples: float = setting(
-        0.01, "largest share of samples that may be unreadable", fixed=False, low=0, high=1
-    )
+    entity_dropout: float = setting(0.5, "probability that an entity's words are dropped", low=0, high=1)
+    background_probability: float = setting(0.5, "probability of a cut-out with background", low=0, high=1)
+    max_bad_samples: float = setting(0.01, "largest share of unreadable samples", fixed=False, low=0, high=1)
     bucket_window: int = setting(8, "batches whose samples are sorted by length together; 1 is off", low=1)
     workers: int = setting(2, "processes that decode images", fixed=False, low=0)
-    cache: str = setting(
-        "", "folder that keeps the work of frozen models (default: none)", fixed=False, metavar="FOLDER"
-    )
+    cache: str = setting("", "keeps the work of frozen models (default: none)", fixed=False, metavar="FOLDER")
 
     steps: int = setting(300_000, "optimizer steps", low=1)
     batch_size: int = setting(16, "samples of a process and forward pass", low=1)
@@ -82,21 +72,15 @@ class TrainConfig:
     adam_epsilon: float = setting(1e-6, "of AdamW", low=0)
     weight_decay: float = setting(0.01, "of AdamW", low=0)
     max_grad_norm: float = setting(2.0, "gradients are clipped to this norm; 0 is off", low=0)
-    ema_decay: float = setting(
-        0.0, "of the average of the weights that checkpoints hold; 0 is off", low=0, high=0.999999
-    )
-    condition_dropout: float = setting(
-        0.1, "instruct: probability that a sample trains without its prompt", low=0, high=1
-    )
+    ema_decay: float = setting(0.0, "of the averaged weights in checkpoints; 0 is off", low=0, high=0.999999)
+    condition_dropout: float = setting(0.1, "instruct: probability of a sample without prompt", low=0, high=1)
     train_vision: str = setting(
         "last", "pretrain, instruct: blocks of the vision tower that train", choices=("none", "last", "all")
     )
-    lora_rank: int = setting(
-        0, "instruct: train adapters of this rank instead of the weights; 0 is off", low=0
-    )
+    lora_rank: int = setting(0, "instruct: train adapters of this rank, not the weights; 0 is off", low=0)
     seed: int = setting(0, "of data order, noise and dropout", low=0)
 
-    mixed_precision: str = setting("no", "dtype of the forward pass", choices=("no", "fp16", "bf16"))
+    mixed_precision: str = setting("no", "dtype of the forward pass", choices=tuple(MIXED_PRECISIONS))
     gradient_checkpointing: bool = setting(False, "recompute layers to save memory", fixed=False)
     log_every: int = setting(10, "optimizer steps between lines of the log", fixed=False, low=1)
     save_every: int = setting(1000, "optimizer steps between checkpoints", fixed=False, low=1)
@@ -113,6 +97,11 @@ class TrainConfig:
     def __post_init__(self):
         for entry in fields(self):
             object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
+
+    @property
+    def dtype(self):
+        """The torch dtype that `mixed_precision` names."""
+        return MIXED_PRECISIONS[self.mixed_precision]
 
     @classmethod
     def from_toml(cls, path, stage=None, **overrides):
@@ -140,13 +129,9 @@ class TrainConfig:
         known = {entry.name for entry in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            near = {name: get_close_matches(name, known, 1) for name in unknown}
-            named = ", ".join(
-                f"{name} (did you mean {near[name][0]}?)" if near[name] else name for name in unknown
-            )
-            raise ValueError(
-                f"{source} has unknown settings: {named}. kosmos-g train align --help lists all of them."
-            )
+            near = ((name, get_close_matches(name, known, 1)) for name in unknown)
+            named = ", ".join(f"{name} (did you mean {found[0]}?)" if found else name for name, found in near)
+            raise ValueError(f"{source} has unknown settings: {named}. All: kosmos-g train align --help.")
         if stage is not None and values.get("stage", stage) not in ("", stage):
             raise ValueError(
                 f"{source} is for the stage {values['stage']!r}, and {stage!r} was asked for. "
@@ -160,8 +145,7 @@ class TrainConfig:
 
     def save(self, path):
         """Write the settings as JSON, atomically."""
-        with written_atomically(path) as file:
-            file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path):
@@ -169,18 +153,14 @@ class TrainConfig:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(
-                f"{path} holds no settings of a run ({error}). Is it another program's?"
-            ) from error
+            raise ValueError(f"{path} holds no settings of a run ({error}). Another program's?") from error
         return cls.from_dict(values, source=str(path))
 
     def check_resumes(self, earlier, folder):
         """Raise ValueError if a run with the settings `earlier` in `folder` must not be resumed with these."""
-        changed = [
-            f"{entry.name} (was {getattr(earlier, entry.name)!r}, now {getattr(self, entry.name)!r})"
-            for entry in fields(self)
-            if entry.metadata.get("fixed", True) and getattr(self, entry.name) != getattr(earlier, entry.name)
-        ]
+        fixed = [entry.name for entry in fields(self) if entry.metadata.get("fixed", True)]
+        pairs = [(name, getattr(earlier, name), getattr(self, name)) for name in fixed]
+        changed = [f"{name} (was {old!r}, now {new!r})" for name, old, new in pairs if old != new]
         if changed:
             raise ValueError(
                 f"The run in {folder} has other settings: {', '.join(changed)}. Continue with the settings it was begun "
@@ -201,11 +181,7 @@ STAGE_DEFAULTS = {
 
 
 # Headings of the flags in --help, by the first setting under each
-GROUPS = {
-    "model": "model and data",
-    "steps": "what is learned",
-    "mixed_precision": "how it runs",
-}
+GROUPS = {"model": "model and data", "steps": "what is learned", "mixed_precision": "how it runs"}
 
 
 def add_arguments(parser, stage=None):
@@ -235,15 +211,14 @@ def _checked(entry, value):
             raise TypeError(f"{entry.name} is {value!r}. Expected a list of {kind.__name__} values.")
         return tuple(_checked_one(entry, item, kind) for item in value)
     value = _checked_one(entry, value, kind)
-    problem = find_problem(value, kind, **metadata)
+    problem, expected = find_problem(value, kind, **metadata), None
     if problem == CHOICE:
-        known = ", ".join(repr(choice) for choice in metadata["choices"])
-        raise ValueError(f"{entry.name} is {value!r}. Expected one of {known}.")
-    if problem == RANGE or (kind is float and math.isinf(value)):
+        expected = f"one of {', '.join(map(repr, metadata['choices']))}"
+    elif problem == RANGE or (kind is float and math.isinf(value)):
         low, high = metadata["low"], metadata["high"]
-        raise ValueError(
-            f"{entry.name} is {value!r}. Expected {f'at least {low}' if math.isinf(high) else f'{low} to {high}'}."
-        )
+        expected = f"at least {low}" if math.isinf(high) else f"{low} to {high}"
+    if expected:
+        raise ValueError(f"{entry.name} is {value!r}. Expected {expected}.")
     return value
 
 

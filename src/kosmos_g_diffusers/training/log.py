@@ -38,9 +38,8 @@ class Log:
                 file.write(b"".join(kept))
         if config.tracker:
             settings = {name: _plain(value) for name, value in asdict(config).items()}
-            accelerator.init_trackers(
-                "kosmos-g", settings, {"wandb": {"dir": config.output, "name": Path(config.output).name}}
-            )
+            options = {"wandb": {"dir": config.output, "name": Path(config.output).name}}
+            accelerator.init_trackers("kosmos-g", settings, options)
 
     def write(self, step, losses, lr, grad_norm):
         """Log the means over processes; returns what the progress bar shows."""

@@ -4,6 +4,7 @@ It trains any module whose call takes a batch and returns a dict of losses (see 
 batch of a number (see data/mixture.py). accelerate brings precision, processes, DDP, FSDP and DeepSpeed.
 """
 
+import math
 import random
 import signal
 import sys
@@ -21,8 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.skips import GatheredSkips
-from ..environment import MIXED_PRECISIONS, as_dtype
-from .checkpoints import Saver, begin_run, list_checkpoints
+from .checkpoints import Saver, begin_run, list_checkpoints, trained_parameters
 from .log import Log, check_tracker
 from .stages import AlignStage
 
@@ -74,31 +74,28 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
     if not begun:
         begin_run(config, accelerator)
     set_seed(config.seed, device_specific=True)
-    stage.move_frozen(accelerator.device, as_dtype(MIXED_PRECISIONS[config.mixed_precision]))
+    stage.move_frozen(accelerator.device, config.dtype)
     if config.gradient_checkpointing:
         stage.gradient_checkpointing_enable()
     stage.train()
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in stage.parameters() if parameter.requires_grad],
+        trained_parameters(stage),
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         fused=True,
     )
-    schedule = get_scheduler(
-        "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule,
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=config.steps,
-    )
+    decay = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+    counts = {"num_warmup_steps": config.warmup_steps, "num_training_steps": config.steps}
+    schedule = get_scheduler(decay, optimizer, **counts)
     wrapped, optimizer = accelerator.prepare(stage, optimizer)
     # the schedule goes by optimizer steps: accelerate's wrapper would count processes as well
     accelerator.register_for_checkpointing(schedule)
     ema = None
     if config.ema_decay:
-        averaged = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-        ema = EMAModel(averaged, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+        weights = trained_parameters(wrapped)
+        ema = EMAModel(weights, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
         accelerator.register_for_checkpointing(ema)
     saver = Saver(config, accelerator, wrapped, stage, ema, save_model or stage.save_pretrained)
     skips = GatheredSkips(config.max_bad_samples, accelerator)
@@ -114,13 +111,8 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
         generator=torch.Generator().manual_seed(config.seed),
         pin_memory=accelerator.device.type == "cuda",
     )
-    bar = tqdm(
-        total=config.steps,
-        initial=step,
-        unit="step",
-        disable=not (progress_bar and accelerator.is_main_process),
-        dynamic_ncols=True,
-    )
+    device, hide = accelerator.device, not (progress_bar and accelerator.is_main_process)
+    bar = tqdm(total=config.steps, initial=step, unit="step", disable=hide, dynamic_ncols=True)
     with bar, closing(_read(loader)) as batches, _StopSignal() as stop:
         while step < config.steps:
             passes, keys = [], []
@@ -128,13 +120,8 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
                 batch = next(batches)
                 keys += batch["keys"]
                 skips.note(batch)
-                passes.append(
-                    {
-                        name: value.to(accelerator.device, non_blocking=True)
-                        for name, value in batch.items()
-                        if torch.is_tensor(value)
-                    }
-                )
+                tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+                passes.append({name: value.to(device, non_blocking=True) for name, value in tensors.items()})
             agree_on_batches(passes, stage, accelerator)
             sums = {}
             for number, tensors in enumerate(passes):
@@ -146,9 +133,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
                     accelerator.backward(sum(losses.values()) / config.accumulation)
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulation
-            grad_norm = accelerator.clip_grad_norm_(
-                wrapped.parameters(), config.max_grad_norm or float("inf")
-            )
+            grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm or math.inf)
             if hasattr(grad_norm, "full_tensor"):  # of shards, in FSDP 2
                 grad_norm = grad_norm.full_tensor()
             _check_finite(sum(sums.values()), "loss", step + 1, keys, saver)
@@ -160,7 +145,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
             if not optimizer.step_was_skipped:
                 schedule.step()
             if ema is not None:
-                ema.step(saver.trained_parameters())
+                ema.step(trained_parameters(wrapped))
             step += 1
             bar.update()
             signalled = stop.agreed(accelerator)
@@ -235,8 +220,7 @@ class _StopSignal:
     """
 
     def __enter__(self):
-        self.signal = 0
-        self.before = {}
+        self.signal, self.before = 0, {}
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self.before[number] = signal.signal(number, self._receive)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,9 +56,7 @@ def locate_model(model):
             f"{folder} holds an adapter, not a model. Load it onto the model it was trained on with load_adapter, call "
             "merge_adapter, save the pipeline, and pass that folder."
         )
-    raise ValueError(
-        f"{folder} holds no text_encoder/config.json. Pass a folder that kosmos-g init or kosmos-g convert wrote."
-    )
+    raise ValueError(f"{folder} holds no text_encoder/config.json. Pass what kosmos-g init or convert wrote.")
 
 
 def load_scheduler(folder):
@@ -124,12 +123,9 @@ def complete(folder, sources, config):
     cards = [Path(source) / CARD for source in sources if (Path(source) / CARD).is_file()]
     card = cards[-1].read_text(encoding="utf-8") if cards else "# Kosmos-G for diffusers\n"
     card = card.partition(CARD_HEADING)[0].rstrip()
-    settings = {
-        name: value
-        for name, value in asdict(config).items()
-        if value not in ("", ())
-        and name not in ("model", "output", "data", "target", "cache", "sample_prompts")
-    }
+    settings = {name: value for name, value in asdict(config).items() if value not in ("", ())}
+    for name in ("model", "output", "data", "target", "cache", "sample_prompts"):
+        settings.pop(name, None)
     text = (
         f"{card}\n\n{CARD_HEADING}\n\nThe text encoder comes from `kosmos-g train {config.stage}`, whatever the table says "
         f"of its origin; with the settings\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
@@ -141,11 +137,8 @@ def _link(source, target):
     """Link a file, or copy it where that cannot be done, and if it is small."""
     source = os.path.realpath(source)  # the Hub's cache links to its files
     if os.path.getsize(source) >= LINKED_SIZE:
-        try:
-            os.link(source, target)
-            return
-        except OSError:  # another disk, or one without links
-            pass
+        with suppress(OSError):  # another disk, or one without links
+            return os.link(source, target)
     shutil.copyfile(source, target)
 
 

@@ -10,24 +10,16 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from ..conversion.initial_weights import build_fresh
 from ..conversion.target import MODEL_FOLDER, load_target
 from ..data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate, add_share, build_source
-from ..environment import MIXED_PRECISIONS, as_dtype
 from ..loading import IncompleteWeights, load_pretrained
 from ..modeling_aligner_n import AlignerNetN
 from ..modeling_kosmos_g import AlignerNet, KosmosGTextEncoder
 from ..processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
 from . import adapters
 from .cache import FrozenCache
-from .checkpoints import begin_run
+from .checkpoints import begin_run, trained_parameters
 from .config import STAGES
 from .loop import train
-from .model_folder import (
-    DECODER_FOLDER,
-    complete,
-    decoder_folder,
-    load_scheduler,
-    locate_model,
-    save_decoder,
-)
+from .model_folder import DECODER_FOLDER, complete, decoder_folder, load_scheduler, locate_model, save_decoder
 from .samples import SampleSheet
 from .stages import AlignStage, InstructStage, PretrainStage
 
@@ -103,21 +95,18 @@ class Run:
     def describe(self):
         """What will be trained on what, in a few lines."""
         config, processes = self.config, self.state.num_processes
-        weights = [parameter for parameter in self.stage.parameters() if parameter.requires_grad]
         samples = config.batch_size * config.accumulation * processes
         sources = ", ".join(f"{source.name} ({len(source):,} samples)" for source in self.dataset.sources)
-        count = sum(parameter.numel() for parameter in weights)
-        return "\n".join(
-            [
-                f"{config.stage}: {count:,} of {sum(p.numel() for p in self.stage.parameters()):,} weights train, from "
-                f"{config.model}",
-                f"data: {sources}",
-                f"{config.steps:,} steps of {samples:,} samples ({config.batch_size} x {config.accumulation} passes x "
-                f"{processes} processes) on {self.state.device}, mixed precision {config.mixed_precision}",
-                f"output: {config.output}",
-                *self.notes,
-            ]
-        )
+        trained = sum(parameter.numel() for parameter in trained_parameters(self.stage))
+        total = sum(parameter.numel() for parameter in self.stage.parameters())
+        lines = [
+            f"{config.stage}: {trained:,} of {total:,} weights train, from {config.model}",
+            f"data: {sources}",
+            f"{config.steps:,} steps of {samples:,} samples ({config.batch_size} x {config.accumulation} passes x "
+            f"{processes} processes) on {self.state.device}, mixed precision {config.mixed_precision}",
+            f"output: {config.output}",
+        ]
+        return "\n".join([*lines, *self.notes])
 
     def train(self, progress_bar=True):
         """Train it to the end; returns and raises as `run_stage`."""
@@ -187,10 +176,8 @@ class Run:
         train_vision = "none" if config.lora_rank else config.train_vision
         stage = InstructStage(text_encoder, unet, vae, scheduler, train_vision, config.words_weight)
         if config.lora_rank:
-            half = self._autocast_dtype()
-            adapters.add_adapter(
-                text_encoder, config.lora_rank, None if half == torch.float32 else half, config.seed
-            )
+            frozen_dtype = None if config.dtype == torch.float32 else config.dtype
+            adapters.add_adapter(text_encoder, config.lora_rank, frozen_dtype, config.seed)
         collate = InstructCollate(
             self.processor,
             config.resolution or _own_resolution(unet, vae),
@@ -205,9 +192,6 @@ class Run:
     def _max_text_tokens(self):
         return self.config.max_text_tokens or MAX_TEXT_TOKENS[self.config.stage]
 
-    def _autocast_dtype(self):
-        return as_dtype(MIXED_PRECISIONS[self.config.mixed_precision])
-
     # Data, sheets and checkpoints ------------------------------------------------------------------------------------
 
     def _mix(self, sources, collate):
@@ -220,9 +204,7 @@ class Run:
             sources = [*sources, *words]
             collates += [PretrainCollate(self.processor)] * len(words)
             named = ", ".join(source.name for source in words)
-            self.notes.append(
-                f"words: {config.words_share:.0%} of the batches are of {named}, learned as in stage 1"
-            )
+            self.notes.append(f"words: {config.words_share:.0%} of the batches are of {named}, as in stage 1")
         if self.cache is not None:
             collates = [self.cache.attach(each) for each in collates]
         return MixtureDataset(
@@ -248,7 +230,7 @@ class Run:
             scheduler=load_scheduler(folder),
             text_encoder=self.text_encoder,
             resolution=config.resolution or _own_resolution(unet, vae),
-            dtype=self._autocast_dtype(),
+            dtype=config.dtype,
             seed=config.seed,
         )
 
@@ -258,11 +240,8 @@ class Run:
         complete(folder, [part for part in parts if part.is_dir()], self.config)
 
     def _save_adapter(self, folder, state_dict):
-        part = {
-            name.removeprefix("text_encoder."): weight
-            for name, weight in state_dict.items()
-            if ".lora_" in name
-        }
+        part = {name: weight for name, weight in state_dict.items() if ".lora_" in name}
+        part = {name.removeprefix("text_encoder."): weight for name, weight in part.items()}
         adapters.save_adapter(self.text_encoder, Path(folder) / adapters.FOLDER, part)
 
 
@@ -272,12 +251,8 @@ def _check_config(name, config):
         raise ValueError(f"{name!r} is not a stage. Expected one of {', '.join(STAGES)}.")
     if config.stage not in ("", name):
         raise ValueError(f"These settings are for the stage {config.stage!r}, not for {name!r}.")
-    for setting, stage in (
-        ("target", "align"),
-        ("lora_rank", "instruct"),
-        ("resolution", "instruct"),
-        ("words", "instruct"),
-    ):
+    only = {"target": "align", "lora_rank": "instruct", "resolution": "instruct", "words": "instruct"}
+    for setting, stage in only.items():
         if getattr(config, setting) and name != stage:
             raise ValueError(
                 f"{setting} is {getattr(config, setting)!r}, which only the stage {stage} has. Leave it out of {name}."
@@ -295,15 +270,8 @@ def _build_sources(config, lines):
             "No data was given. Pass --data with one or more sources, such as --data tsv:captions:/data/laion; "
             "docs/data.md has the forms."
         )
-    return [
-        build_source(
-            line,
-            word_dropout=config.entity_dropout,
-            background=config.background_probability,
-            min_side=config.min_side,
-        )
-        for line in lines
-    ]
+    chances = {"word_dropout": config.entity_dropout, "background": config.background_probability}
+    return [build_source(line, **chances, min_side=config.min_side) for line in lines]
 
 
 def _load(model_class, folder, part):
@@ -311,9 +279,7 @@ def _load(model_class, folder, part):
     try:
         return load_pretrained(model_class, folder, subfolder=part)
     except IncompleteWeights as error:
-        raise ValueError(
-            f"The {part} of {folder} cannot be read: {error}. Download or make the folder again."
-        ) from error
+        raise ValueError(f"The {part} of {folder} cannot be read: {error}. Get or make it again.") from error
 
 
 def _load_decoder(folder):

@@ -49,12 +49,11 @@ class SampleSheet:
         device = encoder.get_input_embeddings().weight.device
         self.unet.to(device)
         self.vae.to(device)
-        images = []
+        encoding, drawing, images = self._pipeline(encoder), self._pipeline(None), []
+        drawing.set_progress_bar_config(disable=True)
         for number, prompt in enumerate(self.prompts):
             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                embeds = self._pipeline(encoder).encode_prompt([prompt], device)
-            drawing = self._pipeline(None)
-            drawing.set_progress_bar_config(disable=True)
+                embeds = encoding.encode_prompt([prompt], device)
             images += drawing(
                 prompt_embeds=embeds[0].to(self.unet.dtype),
                 negative_prompt_embeds=embeds[1].to(self.unet.dtype),

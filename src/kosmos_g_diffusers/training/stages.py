@@ -43,9 +43,7 @@ class Stage(nn.Module):
         vision = text_encoder.vision_model.model
         choices = {"none": [], "last": [vision.encoder.layers[-1], vision.post_layernorm], "all": [vision]}
         if train_vision not in choices:
-            raise ValueError(
-                f"train_vision is {train_vision!r}. Pass one of {', '.join(map(repr, choices))}."
-            )
+            raise ValueError(f"train_vision is {train_vision!r}. Expected {', '.join(map(repr, choices))}.")
         text_encoder.requires_grad_(False)
         for module in (*trained, *choices[train_vision]):
             module.requires_grad_(True)
@@ -79,9 +77,8 @@ class Stage(nn.Module):
             state_dict: weights to write instead of the stage's own, under the names of `self.state_dict()`: averaged
                 ones, or what was gathered from shards.
         """
-        self.text_encoder.save_pretrained(
-            Path(folder) / "text_encoder", state_dict=_weights_of("text_encoder", state_dict)
-        )
+        weights = _weights_of("text_encoder", state_dict)
+        self.text_encoder.save_pretrained(Path(folder) / "text_encoder", state_dict=weights)
 
     # Parts of the encoder's forward pass -------------------------------------------------------------------------
 
@@ -433,7 +430,5 @@ def _own_precision(tensor):
 
 
 def _weights_of(part, state_dict):
-    prefix = f"{part}."
-    return state_dict and {
-        name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)
-    }
+    names = [name for name in state_dict or () if name.startswith(f"{part}.")]
+    return state_dict and {name.removeprefix(f"{part}."): state_dict[name] for name in names}

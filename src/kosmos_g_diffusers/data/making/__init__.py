@@ -1,7 +1,6 @@
 """Making training data: edits from InstructPix2Pix, compositions from images alone. docs/making-data.md shows how."""
 
-from .captioner import Captioner
-from .compose import Composer, ComposeSettings, compose
+from .compose import Captioner, Composer, ComposeSettings, compose
 from .contact_sheet import write_contact_sheet
 from .cutouts import Segmenter, cut_out
 from .entities import EntityFinder, parse_entities

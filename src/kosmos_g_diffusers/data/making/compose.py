@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 import torch.utils.data
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ...fields import check, setting
 from ..sample import BadSample, FilteredSample
-from .captioner import Captioner
 from .cutouts import Segmenter, cut_out
 from .entities import EntityFinder, build_chat
 from .inputs import find_images, read_ahead, read_image_file, shrink
@@ -38,9 +38,7 @@ class ComposeSettings:
     min_area: float = setting(0.005, "share of the image that a thing has to cover", low=0, high=1)
     # training reads no more than 64
     max_entities: int = setting(8, "things cut out of an image", low=1, high=64)
-    size: int = setting(
-        512, "pixels, sides of the image to draw, and most of a cut-out", low=8, high=CUTTING_SIDE
-    )
+    size: int = setting(512, "pixels: sides of the image to draw, most of cut-outs", low=8, high=CUTTING_SIDE)
     min_side: int = setting(256, "pixels; smaller images are skipped", low=1, high=100_000)
     caption_tokens: int = setting(32, "most tokens of a caption", low=1, high=1000)
     entity_tokens: int = setting(64, "most tokens of the language model's answer", low=1, high=10_000)
@@ -86,15 +84,7 @@ def compose(
     inputs = find_images(images, leave_out=output)
     # the folder's own name: it may lie elsewhere tomorrow, and images are known by their path within it
     recorded = {"images": Path(images).resolve().name, **asdict(settings), "question": build_chat("...")}
-    folder = OutputFolder(
-        output,
-        "compose",
-        recorded,
-        process_index=process_index,
-        num_processes=num_processes,
-        samples_per_shard=samples_per_shard,
-    )
-    with folder:
+    with OutputFolder(output, "compose", recorded, process_index, num_processes, samples_per_shard) as folder:
         todo = folder.todo(inputs)
         if todo:
             batches = read_ahead(SquareImages(images, todo, settings.min_side), batch_size, workers)
@@ -150,32 +140,18 @@ class Composer:
     def __init__(self, settings, *, device="cpu", dtype=torch.float32, batch_size=8):
         self.settings, where = settings, {"device": device, "dtype": dtype}
         self.captioner = Captioner(settings.model_caption, **where, max_new_tokens=settings.caption_tokens)
-        self.entity_finder = EntityFinder(
-            settings.model_entities,
-            **where,
-            max_new_tokens=settings.entity_tokens,
-            max_entities=settings.max_entities,
-        )
+        limits = {"max_new_tokens": settings.entity_tokens, "max_entities": settings.max_entities}
+        self.entity_finder = EntityFinder(settings.model_entities, **where, **limits)
         self.segmenter = Segmenter(settings.model_segment, **where, batch_size=batch_size)
 
     def __call__(self, images):
         """For each square RGB PIL image a `Composition`, or the BadSample that says why there is none."""
-        made = [None] * len(images)
         captions = self.captioner(images)
-        found = self._find_entities(captions)
+        spoken = [caption for caption in captions if caption]
+        answers = iter(self.entity_finder(spoken) if spoken else ())
+        found = [next(answers) if caption else [] for caption in captions]
         maps = self.segmenter(images, found)
-        for number, image in enumerate(images):
-            made[number] = self._compose(image, captions[number], found[number], maps[number])
-        return made
-
-    def _find_entities(self, captions):
-        spoken = [number for number, caption in enumerate(captions) if caption]
-        found = [[] for _ in captions]
-        if spoken:
-            answers = self.entity_finder([captions[number] for number in spoken])
-            for number, entities in zip(spoken, answers, strict=True):
-                found[number] = entities
-        return found
+        return [self._compose(*each) for each in zip(images, captions, found, maps, strict=True)]
 
     def _compose(self, image, caption, names, maps):
         if not caption:
@@ -190,10 +166,34 @@ class Composer:
                 entities.append((name, shrink(whole, size), shrink(cutout, size)))
                 areas.append(round(area, 4))
         if not entities:
-            return BadSample(
-                "cut-out", f"nothing large enough was found for {', '.join(names)} of {caption!r}"
-            )
+            return BadSample("cut-out", f"nothing large enough was found: {', '.join(names)} of {caption!r}")
         return Composition(caption, image.resize((size, size)), entities, areas)
+
+
+class Captioner:
+    """Says what images show: a captioner of transformers that needs no prompt, BLIP-2 or BLIP.
+
+    Args:
+        model: folder or Hub id, such as Salesforce/blip2-opt-2.7b.
+        device, dtype: where and in what precision it runs.
+        max_new_tokens: of a caption.
+
+    Raises:
+        OSError: the model cannot be loaded.
+    """
+
+    def __init__(self, model, *, device, dtype, max_new_tokens=32):
+        self.processor = AutoProcessor.from_pretrained(model)
+        self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
+        self.max_new_tokens = max_new_tokens
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """A caption, one line, for each of a list of RGB PIL images; the likeliest words, without chance."""
+        inputs = self.processor(images=images, return_tensors="pt").to(self.model.device, self.model.dtype)
+        ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
 
 
 def _write(folder, composer, batch):

@@ -64,9 +64,7 @@ def write_contact_sheet(where, path, samples=100):
     counts = files.count()
     total = sum(counts)
     if not total or samples < 1:
-        raise ValueError(
-            f"{samples} of the {total} samples at {where} were asked for. Expected at least one."
-        )
+        raise ValueError(f"{samples} of the {total} samples at {where} were asked for. Ask for at least one.")
     ends = np.cumsum(counts)
     chosen = np.unique(np.linspace(0, total - 1, min(samples, total)).round().astype(int))
     shown = []
@@ -126,9 +124,8 @@ def _mark(caption, entities):
 
 def _image_names(members):
     """Names of the images: the one to draw first, then "0", "0.cutout", "1", ..."""
-    names = {
-        name.rpartition(".")[0] for name in members.sample.members if name.rpartition(".")[2] in IMAGE_ENDINGS
-    }
+    parts = (member.rpartition(".") for member in members.sample.members)
+    names = {name for name, _, ending in parts if ending in IMAGE_ENDINGS}
     return sorted(names, key=lambda name: (name not in ("", "target"), len(name.partition(".")[0]), name))
 
 

@@ -76,11 +76,8 @@ def cut_out(image, logits, threshold=0.3, min_area=0.005):
     """
     cv2 = _import_cv2()
     width, height = image.size
-    mask = torch.nn.functional.interpolate(
-        torch.from_numpy(np.asarray(logits, dtype=np.float32))[None, None],
-        size=(height, width),
-        mode="bilinear",
-    )
+    mask = torch.from_numpy(np.asarray(logits, dtype=np.float32))[None, None]
+    mask = torch.nn.functional.interpolate(mask, size=(height, width), mode="bilinear")
     mask = (mask[0, 0].sigmoid() > threshold).numpy().astype(np.uint8)
     reach = max(1, min(width, height) // 100)
     mask = cv2.dilate(mask, np.ones((reach, reach), np.uint8))

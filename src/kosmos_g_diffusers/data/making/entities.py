@@ -50,18 +50,14 @@ class EntityFinder:
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.pipeline = pipeline(
-            "text-generation", model=model, tokenizer=tokenizer, dtype=dtype, device=device
-        )
+        where = {"device": device, "dtype": dtype}
+        self.pipeline = pipeline("text-generation", model=model, tokenizer=tokenizer, **where)
         self.max_new_tokens, self.max_entities = max_new_tokens, max_entities
 
     def __call__(self, captions):
         """For each caption a list of the entities in it, in reading order; empty if the answer names none."""
-        answers = self.answers(captions)
-        return [
-            parse_entities(answer, caption)[: self.max_entities]
-            for answer, caption in zip(answers, captions, strict=True)
-        ]
+        pairs = zip(self.answers(captions), captions, strict=True)
+        return [parse_entities(answer, caption)[: self.max_entities] for answer, caption in pairs]
 
     def answers(self, captions):
         """What the model says to each caption, as it stands; the likeliest words, without chance."""
@@ -101,10 +97,8 @@ def parse_entities(answer, caption):
     for phrase in _phrases(THOUGHTS.sub(" ", answer[:MOST_CHARACTERS])):
         # "salt and pepper" if the caption says so; "dog and sofa" are two
         whole = _spelling(phrase, caption)
-        names = (
-            [whole] if whole else [_spelling(part, caption) for part in re.split(r"\s(?:and|&)\s", phrase)]
-        )
-        for name in names:
+        parts = () if whole else re.split(r"\s(?:and|&)\s", phrase)
+        for name in (whole, *(_spelling(part, caption) for part in parts)):
             if name is not None:
                 entities.setdefault(name.lower(), name)
     entities = list(entities.values())

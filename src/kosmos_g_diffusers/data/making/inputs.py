@@ -96,9 +96,8 @@ def read_ahead(dataset, batch_size, workers):
 
     The processes start here: before a model is loaded, which they would otherwise carry along.
     """
-    return iter(
-        torch.utils.data.DataLoader(dataset, batch_size=batch_size, collate_fn=list, num_workers=workers)
-    )
+    options = {"batch_size": batch_size, "collate_fn": list, "num_workers": workers}
+    return iter(torch.utils.data.DataLoader(dataset, **options))
 
 
 def _log_unreadable(error):

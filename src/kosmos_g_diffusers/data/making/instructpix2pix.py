@@ -2,7 +2,7 @@
 
 import random
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch.utils.data
@@ -48,9 +48,7 @@ class EditSettings:
             raise ValueError(f"Of folder and dataset, {given} was given. Pass the one that holds the edits.")
         missing = [use for use in ("edit", "source", "image") if not dict(self.columns).get(use)]
         if missing:
-            raise ValueError(
-                f"No column was given for {', '.join(missing)}. An edit needs all of edit, source and image."
-            )
+            raise ValueError(f"No column was given for {', '.join(missing)}. Needed: edit, source and image.")
         check_value("size", self.size, int, low=8, high=8192)
 
 
@@ -80,19 +78,11 @@ def instructpix2pix(
         ValueError: nothing is found where it should be, or as `OutputFolder` says.
         ImportError: the package datasets is not installed.
     """
+    command, recorded = "instructpix2pix", asdict(settings)
     edits = EditFolder(settings.folder) if settings.dataset is None else EditDataset(settings)
-    recorded = asdict(settings)
     if settings.folder is not None:  # its own name: it may lie elsewhere tomorrow
         recorded = {"folder": Path(settings.folder).resolve().name, "size": settings.size}
-    folder = OutputFolder(
-        output,
-        "instructpix2pix",
-        recorded,
-        process_index=process_index,
-        num_processes=num_processes,
-        samples_per_shard=samples_per_shard,
-    )
-    with folder:
+    with OutputFolder(output, command, recorded, process_index, num_processes, samples_per_shard) as folder:
         todo = folder.todo(edits.inputs)
         if todo:
             with folder.progress(todo) as bar:
@@ -130,7 +120,7 @@ class Edits(torch.utils.data.Dataset):
         except BadSample as problem:
             return item, problem
         pairs = [tuple(shrink(image, self.size) for image in pair) for pair in edit.pairs]
-        return item, Edit(edit.edit, pairs, edit.words, edit.caption, edit.problems)
+        return item, replace(edit, pairs=pairs)
 
 
 class EditFolder:
@@ -167,12 +157,8 @@ class EditFolder:
         pairs, problems = [], []
         for seed in self.seeds[item.name][:MOST_PAIRS]:
             try:
-                pairs.append(
-                    tuple(
-                        read_image_file(place / f"{seed}_{half}.jpg", f"{item.source}/{seed}_{half}.jpg")
-                        for half in (0, 1)
-                    )
-                )
+                names = (f"{seed}_0.jpg", f"{seed}_1.jpg")
+                pairs.append(tuple(read_image_file(place / name, f"{item.source}/{name}") for name in names))
             except BadSample as problem:
                 problems.append(problem.message)
         if not pairs:
@@ -198,11 +184,8 @@ class EditFolder:
     def _find_seeds(self):
         seeds = {}
         for place in sorted(self.folder.iterdir()):
-            found = (
-                sorted(path.name.removesuffix("_0.jpg") for path in place.glob("*_0.jpg"))
-                if place.is_dir()
-                else []
-            )
+            # nothing in a plain file
+            found = sorted(path.name.removesuffix("_0.jpg") for path in place.glob("*_0.jpg"))
             if found := [seed for seed in found if SEED.fullmatch(seed)]:
                 seeds[place.name] = found
         return seeds
@@ -216,13 +199,8 @@ class EditDataset:
     """
 
     def __init__(self, settings):
-        self.rows = HubDatasetSource.load(
-            settings.dataset,
-            split=settings.split,
-            revision=settings.revision,
-            word_dropout=0,
-            **dict(settings.columns),
-        )
+        which = {"split": settings.split, "revision": settings.revision}
+        self.rows = HubDatasetSource.load(settings.dataset, **which, word_dropout=0, **dict(settings.columns))
         self.inputs = [Input(f"{settings.dataset}:{settings.split}:{row}") for row in range(len(self.rows))]
 
     def read(self, item):

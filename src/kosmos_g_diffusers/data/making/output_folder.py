@@ -12,6 +12,7 @@ import logging
 import os
 import zlib
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import filelock
@@ -51,9 +52,7 @@ class OutputFolder:
             writes the same share.
     """
 
-    def __init__(
-        self, folder, command, settings, *, process_index=0, num_processes=1, samples_per_shard=1000
-    ):
+    def __init__(self, folder, command, settings, process_index=0, num_processes=1, samples_per_shard=1000):
         if not 0 <= process_index < num_processes:
             raise ValueError(
                 f"Process {process_index} of {num_processes} was given. Expected an index from 0 to {num_processes - 1}."
@@ -81,7 +80,7 @@ class OutputFolder:
             remove_partial_files(self.folder, f"{self.prefix}-*")  # of a run that was killed while writing
             self.done = self._read_done()
             self.writer = ShardWriter(self.folder, self.prefix, self.samples_per_shard)
-            self._skips = open(self._skip_file(), "ab+")
+            self._skips = open(self.folder / f"{self.prefix}.skipped.jsonl", "ab+")
         except BaseException:
             self._lock.release()
             raise
@@ -103,11 +102,8 @@ class OutputFolder:
         A key's hash says which process an input belongs to, so that it does not depend on what else is there when each
         process looks.
         """
-        ours = [
-            item
-            for item in inputs
-            if zlib.crc32(item.key.encode()) % self.num_processes == self.process_index
-        ]
+        shares = ((zlib.crc32(item.key.encode()) % self.num_processes, item) for item in inputs)
+        ours = [item for share, item in shares if share == self.process_index]
         todo = [item for item in ours if item.key not in self.done]
         if len(todo) < len(ours):
             logger.info("%s of %s are done", f"{len(ours) - len(todo):,}", f"{len(ours):,}")
@@ -168,9 +164,7 @@ class OutputFolder:
             return self._write_manifest(manifest | {"versions": package_versions()})
         manifest = read_json(path)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} is not a manifest of format {FORMAT_VERSION}. Pass a new or empty folder."
-            )
+            raise ValueError(f"{path} is not a manifest of format {FORMAT_VERSION}. Pass a new folder.")
         there, ours = manifest.get("settings"), self.settings
         if manifest.get("command") != self.command or not isinstance(there, dict):
             raise ValueError(
@@ -178,9 +172,8 @@ class OutputFolder:
             )
         names = sorted(name for name in ours | there if ours.get(name) != there.get(name))
         if names:
-            differences = "; ".join(
-                f"{name} {_short(there.get(name))} there, {_short(ours.get(name))} now" for name in names
-            )
+            pairs = ((name, _short(there.get(name)), _short(ours.get(name))) for name in names)
+            differences = "; ".join(f"{name} {old} there, {new} now" for name, old, new in pairs)
             raise ValueError(
                 f"What is in {self.folder} was made with other settings: {differences}. Pass the same to continue, or another "
                 "folder to begin anew."
@@ -196,15 +189,11 @@ class OutputFolder:
         for shard in tqdm(shards, "reading what is done", unit="shard", disable=len(shards) < 100):
             try:
                 samples = index_tar(shard)
-                problem = next(
-                    (f"{sample.key} {sample.problem}" for sample in samples if sample.problem), None
-                )
+                problems = [f"{sample.key} {sample.problem}" for sample in samples if sample.problem]
             except BadSample as error:
-                problem = error.message
-            if problem:
-                raise ValueError(
-                    f"The shard {shard} is damaged: {problem}. Delete it; what it held is then made again."
-                )
+                problems = [error.message]
+            if problems:
+                raise ValueError(f"The shard {shard} is damaged: {problems[0]}. Delete it, to make it again.")
             done.update(sample.key for sample in samples)
         return done
 
@@ -214,15 +203,10 @@ class OutputFolder:
         for path in sorted(self.folder.glob("*.skipped.jsonl")):
             with open(path, "rb") as file:
                 for text in file:
-                    try:
+                    with suppress(ValueError, TypeError, KeyError, RecursionError):
                         line = json.loads(text)
                         lines[line["key"]] = {name: str(line[name]) for name in ("key", "cause", "message")}
-                    except (ValueError, TypeError, KeyError, RecursionError):
-                        continue
         return list(lines.values())
-
-    def _skip_file(self):
-        return self.folder / f"{self.prefix}.skipped.jsonl"
 
     def _ends_torn(self):
         self._skips.seek(-1, os.SEEK_END)
