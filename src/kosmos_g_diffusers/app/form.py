@@ -7,7 +7,6 @@ import secrets
 import PIL.Image
 
 from ..control.controls import control_image, control_preview, find_control
-from ..environment import package_versions
 from ..generation.schedulers import SCHEDULERS
 from ..generation.settings import ControlInput, GenerationSettings
 from ..processing_kosmos_g import IMAGE_MARK, IMAGE_WORD_PATTERN
@@ -103,7 +102,6 @@ def read_values(values, session, models, store):
             seed=secrets.randbelow(2**32) if is_seed_drawn else _number(values, "seed"),
             device=models.device,
             dtype=models.dtype,
-            versions=package_versions(),
             **chosen,
             **numbers,
         )

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
 from ..control.controls import control_image, load_controlnet, open_control
-from ..environment import as_dtype, check_device
+from ..environment import as_dtype, check_device, package_versions
 from ..files import first_line
 from ..loading import DTYPE_KEYWORD
 from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
@@ -41,7 +41,7 @@ def load_pipeline(settings):
     dtype = as_dtype(settings.dtype)
     pipe = load_model(settings.model, dtype)
     if settings.unet is not None:
-        pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, dtype, pipe.unet))
+        pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, pipe.unet))
     if settings.lora is not None:
         add_lora(pipe, settings.lora, settings.lora_scale)
     for words in settings.image_words:
@@ -61,13 +61,14 @@ def load_pipeline(settings):
 
 
 def load_model(model, dtype):
-    """The pipeline of a folder or Hub id, on the CPU."""
+    """The pipeline of a folder or Hub id, on the CPU; `dtype` is torch's or its name."""
+    dtype = as_dtype(dtype) if isinstance(dtype, str) else dtype
     # Kosmos-G folders never hold pickle files; refuse to load any
     return KosmosGPipeline.from_pretrained(model, use_safetensors=True, **{DTYPE_KEYWORD: dtype})
 
 
-def load_unet(source, dtype, like):
-    """A U-Net that takes the place of a model's.
+def load_unet(source, like):
+    """A U-Net that takes the place of a model's, in the same dtype.
 
     Args:
         source: folder or Hub id of a U-Net or of a Stable Diffusion, in diffusers' format; or a single .safetensors or .ckpt
@@ -90,11 +91,11 @@ def load_unet(source, dtype, like):
             with tempfile.TemporaryDirectory() as config:
                 like.save_config(config)
                 load = partial(UNet2DConditionModel.from_single_file, str(path), config=config)
-                unet = load(**{DTYPE_KEYWORD: dtype})
+                unet = load(**{DTYPE_KEYWORD: like.dtype})
             if any(parameter.is_meta for parameter in unet.parameters()):
                 raise ValueError("weights are missing in it")
             return unet
-        load = partial(UNet2DConditionModel.from_pretrained, str(source), **{DTYPE_KEYWORD: dtype})
+        load = partial(UNet2DConditionModel.from_pretrained, str(source), **{DTYPE_KEYWORD: like.dtype})
         if path.is_dir():
             return load(subfolder="unet" if (path / "unet").is_dir() else None)
         try:
@@ -252,7 +253,8 @@ def draw_images(pipe, settings, arguments, callback_on_step_end=None):
             generator=torch.Generator("cpu").manual_seed(seed),
             callback_on_step_end=callback_on_step_end,
         ).images[0]
-        yield image, replace(settings, seed=seed, num_images=1, index=index, **size)
+        made = {"seed": seed, "num_images": 1, "index": index, "versions": package_versions(), **size}
+        yield image, replace(settings, **made)
 
 
 def generate_files(pipe, settings, paths, reference_images, control_images=(), overwrite=False):

@@ -11,7 +11,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..control.controls import CONTROLS, load_controlnet
-from ..environment import as_dtype
 from ..files import read_json
 from ..generation.generate import LORA_NAME, add_lora, load_model, load_unet, with_controlnets
 from ..generation.schedulers import make_scheduler
@@ -104,7 +103,7 @@ class Models:
         try:
             with at("model"):
                 try:
-                    pipe = load_model(self.models[name] or SPRITES, as_dtype(self.dtype))
+                    pipe = load_model(self.models[name] or SPRITES, self.dtype)
                 except (OSError, SafetensorError) as error:  # files that are missing or damaged
                     raise ValueError(f"The model {name!r} cannot be loaded: {error}") from error
                 pipe.to(self.device)
@@ -144,7 +143,7 @@ class Models:
             if name == OWN:
                 unet = self._own_unet
             else:
-                unet = load_unet(self.unets[name], as_dtype(self.dtype), self._own_unet).to(self.device)
+                unet = load_unet(self.unets[name], self._own_unet).to(self.device)
             if unet.config.cross_attention_dim != self._own_unet.config.cross_attention_dim:
                 raise ValueError(
                     f"The U-Net {name!r} reads states of width {unet.config.cross_attention_dim}, the model gives "
@@ -173,8 +172,8 @@ class Models:
         found = []
         for control in with_small_model(settings).controls:
             if control.name not in self._controlnets:
-                controlnet = load_controlnet(control.controlnet or control.name, as_dtype(self.dtype))
-                self._controlnets[control.name] = controlnet.to(self.device)
+                source, dtype = control.controlnet or control.name, self._own_unet.dtype
+                self._controlnets[control.name] = load_controlnet(source, dtype).to(self.device)
             self._controlnets.move_to_end(control.name)
             found.append(self._controlnets[control.name])
         while len(self._controlnets) > max(CONTROLNETS_KEPT, len(found)):

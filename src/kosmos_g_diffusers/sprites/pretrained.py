@@ -3,10 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from ..control.controls import load_controlnet
-
 SPRITES = str(Path(__file__).parent / "model")  # trained by examples/sprites
 SPRITES_CONTROL = "canny"  # the control that its ControlNet was trained for
 SPRITES_ONLY = (
@@ -43,8 +39,3 @@ def sprites_controlnet(name):
             f"--model with the model that you have converted, take {SPRITES_CONTROL}, or pass a --controlnet."
         )
     return str(Path(SPRITES) / "controlnet")
-
-
-def load_sprites_controlnet(name, dtype=torch.float32):
-    """The small model's ControlNet for a kind of control, a ControlNetModel. Raises ValueError as `sprites_controlnet`."""
-    return load_controlnet(sprites_controlnet(name), dtype)
