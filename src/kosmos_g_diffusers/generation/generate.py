@@ -35,9 +35,7 @@ def load_pipeline(settings):
     device = torch.device(settings.device)
     check_device(device)
     if settings.offload != "none" and device.type == "cpu":
-        raise ValueError(
-            f"Offload {settings.offload!r} saves memory of an accelerator, and the device is the CPU."
-        )
+        raise ValueError(f"Offload {settings.offload!r} saves memory of accelerators; the device is the CPU.")
     dtype = as_dtype(settings.dtype)
     pipe = load_model(settings.model, dtype)
     if settings.unet is not None:
@@ -102,14 +100,7 @@ def load_unet(source, like):
             return load(subfolder="unet")
         except OSError:  # a repository of a U-Net alone
             return load()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        NotImplementedError,
-        pickle.UnpicklingError,
-    ) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"The U-Net {str(source)!r} cannot be loaded ({first_line(error)}). Take one made for the same Stable "
             "Diffusion, with 4 input channels; if it is on the Hub, run where there is a network."
@@ -165,10 +156,8 @@ def control_arguments(settings, paths, short_side):
         size = next((_size_of(image) for image in images if image is not None), size)
     for index, (control, path) in enumerate(controls):
         if images[index] is None:
-            height, width = size
-            images[index] = control_image(
-                control.name, path, height=height, width=width, short_side=short_side
-            )
+            asked = {"height": size[0], "width": size[1], "short_side": short_side}
+            images[index] = control_image(control.name, path, **asked)
         own = _size_of(images[index])
         if any(side not in (None, own_side) for side, own_side in zip(size, own, strict=True)):
             raise ValueError(
@@ -204,13 +193,17 @@ def generate_images(pipe, settings, reference_images, control_images=()):
     yield from draw_images(pipe, settings, arguments)
 
 
+def own_size(pipe):
+    """(height, width) of what a pipeline draws unless it is told otherwise, in pixels."""
+    size = pipe.unet.config.sample_size
+    sides = (size, size) if isinstance(size, int) else size
+    return tuple(side * pipe.vae_scale_factor for side in sides)
+
+
 def size_arguments(pipe, settings, control_images=()):
     """What a pipeline is called with for the size of an image and its controls, if there are any."""
     # diffusers ignores a height without a width, and the other way round
-    sides = pipe.unet.config.sample_size
-    height, width = (
-        side * pipe.vae_scale_factor for side in ((sides, sides) if isinstance(sides, int) else sides)
-    )
+    height, width = own_size(pipe)
     if settings.controls:
         return control_arguments(settings, control_images, min(height, width))
     return {"height": settings.height or height, "width": settings.width or width}

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ..control.controls import CONTROLS, load_controlnet
 from ..files import read_json
-from ..generation.generate import LORA_NAME, add_lora, load_model, load_unet, with_controlnets
+from ..generation.generate import LORA_NAME, add_lora, load_model, load_unet, own_size, with_controlnets
 from ..generation.schedulers import make_scheduler
 from ..sprites.pretrained import SPRITES, SPRITES_CONTROL, with_small_model
 from .errors import FieldError, at
@@ -45,9 +45,7 @@ class Models:
         folders = [_folder(path, "model") for path in model_folders]
         for folder in folders:
             if not (folder / "model_index.json").is_file():
-                raise ValueError(
-                    f"There is no model in {str(folder)!r}. Pass a folder that kosmos-g convert wrote."
-                )
+                raise ValueError(f"There is no model in {str(folder)!r}. Pass what kosmos-g convert wrote.")
         self.models = _by_name(folders) or {BUILTIN: None}
         loras = sorted(_folder(lora_folder, "LoRA").glob("*.safetensors")) if lora_folder else []
         self.loras = {NO_LORA: None, **_by_name(loras)}
@@ -83,17 +81,11 @@ class Models:
 
     def short_side(self):
         """Pixels of the shorter side of what the loaded model draws unless it is told otherwise."""
-        if (pipe := self.pipe) is None:
-            return 512
-        side = pipe.unet.config.sample_size
-        return (side if isinstance(side, int) else min(side)) * pipe.vae_scale_factor
+        pipe = self.pipe  # another thread may load a model meanwhile
+        return 512 if pipe is None else min(own_size(pipe))
 
     def load(self, name=None):
-        """Load a model in the place of the one that is loaded; None is the first that is offered.
-
-        Raises:
-            FieldError: it cannot be loaded; then none is.
-        """
+        """Load a model in the place of the loaded one; None is the first that is offered. After a FieldError none is loaded."""
         name = name or self.default
         if name == self._model:
             return
