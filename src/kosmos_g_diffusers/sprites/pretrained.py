@@ -17,11 +17,7 @@ SPRITES_NOTE = (
 
 
 def with_small_model(settings):
-    """GenerationSettings that can be loaded: the small model, and its ControlNet, where they name no model.
-
-    Raises:
-        ValueError: as `sprites_controlnet`.
-    """
+    """GenerationSettings with the small model and its ControlNet if they name no model. ValueError as `sprites_controlnet`."""
     if settings.model is not None:
         return settings
     controls = [
