@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from kosmos_g_diffusers import KosmosGControlNetPipeline, KosmosGPipeline
 from kosmos_g_diffusers.control.controls import load_controlnet
-from kosmos_g_diffusers.sprites.pretrained import load_sprites_controlnet
+from kosmos_g_diffusers.sprites.pretrained import sprites_controlnet
 
 arguments = parse_arguments(__doc__, sprites="<i> on a mint background", photos="<i>, oil painting")
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
@@ -23,7 +23,7 @@ first, second = subjects(arguments)
 
 if arguments.small:  # the edges say where, the image of the prompt which colour and pattern
     other, scale = move(Image.open(IMAGES / "plain_star.png"), -8, 8), 1.0
-    controlnet = load_sprites_controlnet("canny")
+    controlnet = load_controlnet(sprites_controlnet("canny"))
 else:  # any ControlNet that was made for Stable Diffusion 1.5
     other, scale = second, 0.8
     controlnet = load_controlnet("lllyasviel/control_v11p_sd15_canny", arguments.dtype)

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from kosmos_g_diffusers import KosmosGControlNetPipeline, KosmosGPipeline
 from kosmos_g_diffusers.control.controls import load_controlnet
-from kosmos_g_diffusers.sprites.pretrained import load_sprites_controlnet
+from kosmos_g_diffusers.sprites.pretrained import sprites_controlnet
 
 arguments = parse_arguments(__doc__, sprites="<i> and <i> on a white background", photos="<i>, oil painting")
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
@@ -23,7 +23,7 @@ first, second = subjects(arguments)
 
 side = pipe.unet.config.sample_size * pipe.vae_scale_factor
 if arguments.small:  # the small model has one ControlNet; twice the same, it places a star and a heart
-    reference_images, controlnets = [first, second], [load_sprites_controlnet("canny")] * 2
+    reference_images, controlnets = [first, second], [load_controlnet(sprites_controlnet("canny"))] * 2
     places = [("plain_star.png", -17, -6), ("plain_heart.png", 17, 6)]
     controls = [canny_edges(move(Image.open(IMAGES / name), *by), arguments) for name, *by in places]
     scales, ends = [0.8, 0.8], [1.0, 1.0]

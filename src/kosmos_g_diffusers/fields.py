@@ -27,14 +27,8 @@ def setting(default=MISSING, help="", *, low=-math.inf, high=math.inf, choices=(
         metavar: what the help calls its value; None takes a name by its type.
         others: kept in the field's `metadata`, next to all of these.
     """
-    metadata = {
-        "help": help,
-        "low": low,
-        "high": high,
-        "choices": tuple(choices),
-        "metavar": metavar,
-        **others,
-    }
+    metadata = {"help": help, "low": low, "high": high, "choices": tuple(choices), "metavar": metavar}
+    metadata |= others
     return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
 
@@ -85,11 +79,9 @@ def add_flags(parser, settings, leave_out=(), defaults=None):
     entries = fields(settings) if isinstance(settings, type) else settings
     for entry in entries:
         if entry.metadata.get("help") and entry.name not in leave_out:
-            kind, metadata = _without_none(entry.type), entry.metadata
             default = (defaults or {}).get(entry.name, entry.default)
-            add_flag(
-                parser, entry.name, kind, default, metadata["help"], metadata["choices"], metadata["metavar"]
-            )
+            text, choices, metavar = (entry.metadata[name] for name in ("help", "choices", "metavar"))
+            add_flag(parser, entry.name, _without_none(entry.type), default, text, choices, metavar)
 
 
 def add_flag(parser, name, kind, default, text, choices=(), metavar=None):
@@ -106,9 +98,8 @@ def add_flag(parser, name, kind, default, text, choices=(), metavar=None):
     elif kind in (tuple[str, ...], tuple[float, ...]):
         parser.add_argument(flag, nargs="+", type=kind.__args__[0], metavar=metavar, **options)
     else:
-        parser.add_argument(
-            flag, type=kind, metavar=metavar or {int: "N", float: "NUMBER"}.get(kind), **options
-        )
+        metavar = metavar or {int: "N", float: "NUMBER"}.get(kind)
+        parser.add_argument(flag, type=kind, metavar=metavar, **options)
 
 
 def _without_none(kind):

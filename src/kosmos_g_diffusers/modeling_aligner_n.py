@@ -77,8 +77,5 @@ class AlignerNetN(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict
-        save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()},
-            folder / FILE,
-            metadata={"format": "pt"},
-        )
+        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(weights, folder / FILE, metadata={"format": "pt"})

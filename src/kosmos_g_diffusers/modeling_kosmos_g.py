@@ -138,14 +138,11 @@ class AlignerNet(nn.Module):
         self.input_projection = nn.Linear(config.text_config.embed_dim, width)
         # torchscale counts positions from 2 on, whatever the padding: the first two rows are never read
         self.position_embedding = nn.Embedding(config.aligner_max_positions, width)
-        self.encoder_layers = nn.ModuleList(
-            Kosmos2TextBlock(block_config) for _ in range(config.aligner_layers)
-        )
+        layers = range(config.aligner_layers)
+        self.encoder_layers = nn.ModuleList(Kosmos2TextBlock(block_config) for _ in layers)
         self.encoder_layer_norm = nn.LayerNorm(width, eps=eps)
         self.query_embeds = nn.Parameter(torch.randn(config.num_queries, width))
-        self.query_layers = nn.ModuleList(
-            Kosmos2TextBlock(query_block_config) for _ in range(config.aligner_layers)
-        )
+        self.query_layers = nn.ModuleList(Kosmos2TextBlock(query_block_config) for _ in layers)
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
         for module in self.modules():
             if isinstance(module, KosmosTextAttention):
@@ -294,11 +291,8 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         states = nn.functional.dropout(states, p=text.dropout, training=self.training)
         mask = None  # SDPA is told to be causal and needs none
         if self.config.text_config._attn_implementation != "sdpa":
-            length = states.shape[1]
-            mask = torch.full(
-                (length, length), torch.finfo(states.dtype).min, dtype=states.dtype, device=states.device
-            )
-            mask = mask.triu(1)[None, None]
+            shape, lowest = (1, 1, states.shape[1], states.shape[1]), torch.finfo(states.dtype).min
+            mask = states.new_full(shape, lowest).triu(1)
         for layer in text.layers:
             states = layer(states, mask)
         return text.layer_norm(states)
@@ -432,20 +426,17 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         """Check the input, spell image words out, drop padding columns and repeated rows (one copy to the host)."""
         config = self.config
         if input_ids.ndim != 2 or 0 in input_ids.shape:
-            raise ValueError(
-                f"input_ids of shape {tuple(input_ids.shape)} were given. Expected (prompts, tokens)."
-            )
+            shape = tuple(input_ids.shape)
+            raise ValueError(f"input_ids of shape {shape} were given. Expected (prompts, tokens).")
         for kind, mask in (("attention_mask", attention_mask), ("image_token_mask", image_token_mask)):
             if mask is not None and mask.shape != input_ids.shape:
                 raise ValueError(
                     f"{kind} of shape {tuple(mask.shape)} was given for input_ids of shape {tuple(input_ids.shape)}. "
                     "Pass both of the same shape."
                 )
-        masks = [
-            input_ids.ne(config.text_config.pad_token_id) if attention_mask is None else attention_mask.bool()
-        ]
-        if image_token_mask is not None:
-            masks.append(image_token_mask.bool())
+        if attention_mask is None:
+            attention_mask = input_ids.ne(config.text_config.pad_token_id)
+        masks = [mask.bool() for mask in (attention_mask, image_token_mask) if mask is not None]
         ids, mask, *slots = torch.stack([input_ids, *(mask.to(input_ids) for mask in masks)]).tolist()
         slots = slots[0] if slots else [[0] * len(row) for row in ids]
         n_slots = sum(map(sum, slots))
@@ -511,13 +502,10 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         """Forget the states of `word`; the words behind it move up by one id. Raises ValueError if there is none."""
         names = [name for name, _ in self.config.image_words]
         if word not in names:
-            raise ValueError(
-                f"There is no image word {word!r} to remove. Known: {', '.join(names) or 'none'}."
-            )
-        index = names.index(word)
-        self.image_words = nn.ModuleList(
-            part for number, part in enumerate(self.image_words) if number != index
-        )
+            known = ", ".join(names) or "none"
+            raise ValueError(f"There is no image word {word!r} to remove. Known: {known}.")
+        kept = [part for name, part in zip(names, self.image_words, strict=True) if name != word]
+        self.image_words = nn.ModuleList(kept)
         self.config.image_words = [entry for entry in self.config.image_words if entry[0] != word]
 
 
@@ -533,9 +521,8 @@ class _PromptRow:
 
     @classmethod
     def trim(cls, ids, mask, slots):
-        length = max(
-            (i + 1 for i, (real, slot) in enumerate(zip(mask, slots, strict=True)) if real or slot), default=1
-        )
+        columns = enumerate(zip(mask, slots, strict=True), 1)
+        length = max((number for number, column in columns if any(column)), default=1)
         return cls(ids[:length], mask[:length], slots[:length], [])
 
     @property
@@ -608,9 +595,8 @@ class _Batch:
         given = iter(image_embeds if image_embeds is not None else ())
         device = self.input_ids.device
         words = {word: image_words[word]().to(device) for word, _ in filter(None, self.sources)}
-        return torch.stack(
-            [next(given) if source is None else words[source[0]][source[1]] for source in self.sources]
-        )
+        states = [next(given) if place is None else words[place[0]][place[1]] for place in self.sources]
+        return torch.stack(states)
 
 
 # save_pretrained puts a copy of this file into the folder

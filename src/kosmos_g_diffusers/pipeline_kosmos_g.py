@@ -104,17 +104,7 @@ class KosmosGPromptMixin:
         # by name, whichever of them came by position: each stock pipeline has an order of its own
         call = inspect.signature(super().__call__).bind_partial(prompt, *args, **kwargs)
         given = call.arguments
-        prompt_embeds = given.get("prompt_embeds")
-        if prompt is None and prompt_embeds is None:
-            raise ValueError("Neither prompt nor prompt_embeds were given. Pass one of them.")
-        if prompt is not None and prompt_embeds is not None:
-            raise ValueError(
-                f"Both prompt and prompt_embeds (shape {tuple(prompt_embeds.shape)}) were given. Pass one of them."
-            )
-        if prompt is None and images is not None:
-            raise ValueError(
-                "images were given without a prompt. Images belong to a prompt: encode it with them."
-            )
+        self._check_given(prompt, given.get("prompt_embeds"), images)
         height, width = given.get("height"), given.get("width")
         if (height is None) != (width is None):  # the stock pipelines would ignore the one
             raise ValueError(f"height={height} and width={width} were given. Pass both, or none of them.")
@@ -128,13 +118,11 @@ class KosmosGPromptMixin:
                     "negative_images were given without negative_prompt. Pass both, with a '<i>' in the negative prompt for "
                     "each image."
                 )
-            given["negative_prompt"] = processor.parse(
-                given["negative_prompt"], negative_images, name="negative prompt"
-            )
+            negative = given["negative_prompt"]
+            given["negative_prompt"] = processor.parse(negative, negative_images, name="negative prompt")
         if getattr(self, "controlnet", None) is not None:
-            self._check_controls(
-                "control_image" if "control_image" in call.signature.parameters else "image", given
-            )
+            name = "control_image" if "control_image" in call.signature.parameters else "image"
+            self._check_controls(name, given)
         return super().__call__(*call.args, **call.kwargs)
 
     def encode_prompt(
@@ -171,17 +159,10 @@ class KosmosGPromptMixin:
             ValueError, TypeError: before the encoder runs, see `KosmosGProcessor` and the messages below.
         """
         device = self._execution_device if device is None else device
-        if prompt is not None and prompt_embeds is not None:
-            raise ValueError("Both prompt and prompt_embeds were given. Pass one of them.")
+        self._check_given(prompt, prompt_embeds, images)
         has_negative = negative_prompt is not None or negative_images is not None
         if has_negative and negative_prompt_embeds is not None:
             raise ValueError("Both negative_prompt and negative_prompt_embeds were given. Pass one of them.")
-        if prompt is None and images is not None:
-            raise ValueError(
-                "images were given without a prompt. Images belong to a prompt: encode it with them."
-            )
-        if prompt is None and prompt_embeds is None:
-            raise ValueError("Neither prompt nor prompt_embeds were given. Pass one of them.")
         needs_negative = do_classifier_free_guidance and negative_prompt_embeds is None
         processor = self.get_processor() if prompt is not None or needs_negative else None
         positive = None if prompt is None else processor.parse(prompt, images)
@@ -192,9 +173,7 @@ class KosmosGPromptMixin:
         self._check_embeds(prompt_embeds, negative_prompt_embeds, batch_size)
         layers = None if positive is None else self.text_encoder.config.aligner_layers
         if layers is not None and clip_skip is not None and not 0 <= clip_skip <= layers:
-            raise ValueError(
-                f"clip_skip={clip_skip} was given; the AlignerNet has {layers} query layers to skip."
-            )
+            raise ValueError(f"clip_skip={clip_skip} was given; the AlignerNet has {layers} query layers.")
         inputs = []
         for name, batch in (("prompt", positive), ("negative prompt", negative)):
             inputs.append(None if batch is None else processor(batch, name=name))
@@ -224,6 +203,16 @@ class KosmosGPromptMixin:
         )
 
     @staticmethod
+    def _check_given(prompt, prompt_embeds, images):
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("Neither prompt nor prompt_embeds were given. Pass one of them.")
+        if prompt is not None and prompt_embeds is not None:
+            shape = tuple(prompt_embeds.shape)
+            raise ValueError(f"Both prompt and prompt_embeds (shape {shape}) were given. Pass one of them.")
+        if prompt is None and images is not None:
+            raise ValueError("images were given without a prompt. They belong to one: encode it with them.")
+
+    @staticmethod
     def _parse_negative(processor, negative_prompt, negative_images, batch_size):
         if negative_prompt is None and negative_images is not None:
             raise ValueError("negative_images were given without negative_prompt. Pass both.")
@@ -244,10 +233,8 @@ class KosmosGPromptMixin:
     def _check_embeds(self, prompt_embeds, negative_prompt_embeds, batch_size):
         unet = getattr(self, "unet", None)
         width = None if unet is None else unet.config.cross_attention_dim
-        for name, embeds in (
-            ("prompt_embeds", prompt_embeds),
-            ("negative_prompt_embeds", negative_prompt_embeds),
-        ):
+        given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        for name, embeds in given.items():
             if embeds is None:
                 continue
             if embeds.ndim != 3 or 0 in embeds.shape or (width is not None and embeds.shape[-1] != width):
@@ -256,9 +243,7 @@ class KosmosGPromptMixin:
                     f"{'width of the U-Net' if width is None else width}), as encode_prompt returns them."
                 )
             if len(embeds) != batch_size:
-                raise ValueError(
-                    f"{name} has {len(embeds)} rows for {batch_size} prompts. Pass one row for each prompt."
-                )
+                raise ValueError(f"{name} has {len(embeds)} rows for {batch_size} prompts. Pass one each.")
 
     def _encode_inputs(self, inputs, device, clip_skip=None):
         inputs = inputs.to(device)
@@ -293,9 +278,8 @@ class KosmosGPromptMixin:
                 f"The tokenizer has {len(self.tokenizer) - len(words)} entries, the text encoder's vocabulary "
                 f"{config.text_config.vocab_size}. Use the text encoder and the tokenizer of one model together."
             )
-        return module.KosmosGProcessor(
-            self.tokenizer, config.vision_config.image_size, config.latent_query_num
-        )
+        image_size = config.vision_config.image_size
+        return module.KosmosGProcessor(self.tokenizer, image_size, config.latent_query_num)
 
     def check_widths(self):
         """Raise ValueError unless U-Net and ControlNets read states of the width that the encoder writes."""
@@ -352,17 +336,13 @@ class KosmosGPromptMixin:
                 f"{width // multiple * multiple} x {height // multiple * multiple}, for instance."
             )
         expected = [("another", size) for size in sizes[1:]]
-        expected.append(
-            ("height and width", (arguments.get("height") or height, arguments.get("width") or width))
-        )
+        asked = (arguments.get("height") or height, arguments.get("width") or width)
+        expected.append(("height and width", asked))
         if arguments.get("height") is None and name == "control_image":
-            changed = [
-                _size(image) for image in _split_images(arguments.get("image")) if hasattr(image, "mode")
-            ]
-            expected += [
-                ("an image to be changed", tuple(side // multiple * multiple for side in size))
-                for size in changed
-            ]
+            for image in _split_images(arguments.get("image")):
+                if hasattr(image, "mode"):
+                    rounded = tuple(side // multiple * multiple for side in _size(image))
+                    expected.append(("an image to be changed", rounded))
         for what, size in expected:
             if size != (height, width):
                 raise ValueError(
@@ -397,9 +377,7 @@ class KosmosGPromptMixin:
         if not images:
             raise ValueError(f"No image was given for {word}. Pass an image, or a list of them.")
         if not math.isfinite(strength) or strength < 0:
-            raise ValueError(
-                f"strength={strength} was given for {word}. Expected a finite number, 0 or more."
-            )
+            raise ValueError(f"strength={strength} was given for {word}. Expected a finite number from 0 on.")
         pixel_values = torch.stack([torch.from_numpy(processor.preprocess(one)) for one in images])
         output = self.text_encoder(pixel_values=pixel_values.to(self._execution_device))
         self._register_image_words({word: output.image_embeds * strength})
@@ -445,9 +423,8 @@ class KosmosGPromptMixin:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}). Pass a file that save_image_words wrote."
-            ) from error
+            hint = "Pass a file that save_image_words wrote."
+            raise ValueError(f"{path} cannot be read ({error}). {hint}") from error
         if metadata.get("format") != IMAGE_WORDS_FORMAT:
             raise ValueError(
                 f"{path} has the format {metadata.get('format')!r}; expected {IMAGE_WORDS_FORMAT!r}. Pass a file that "
@@ -458,9 +435,7 @@ class KosmosGPromptMixin:
         except json.JSONDecodeError:
             words = None
         if not isinstance(words, list) or sorted(map(str, words)) != sorted(tensors):
-            raise ValueError(
-                f"{path} lists the words {words} but holds {sorted(tensors)}. The file is damaged."
-            )
+            raise ValueError(f"{path} is damaged: it lists the words {words} but holds {sorted(tensors)}.")
         self._register_image_words({word: tensors[word] for word in words})
 
     def _register_image_words(self, states):
@@ -499,9 +474,7 @@ class KosmosGPromptMixin:
         """
         prompts = list(prompts)
         if any(isinstance(entry, str) or len(entry) not in (2, 3) for entry in prompts):
-            raise ValueError(
-                "blend takes a list with (prompt, weight) or (prompt, weight, images) for each prompt."
-            )
+            raise ValueError("blend takes a list with (prompt, weight) or (prompt, weight, images) for each.")
         prompts = [(*entry, None)[:3] for entry in prompts]
         weights = torch.tensor([float(weight) for _, weight, _ in prompts], dtype=torch.float64)
         if not prompts or not weights.isfinite().all() or weights.sum().abs() < 1e-6:
@@ -618,13 +591,10 @@ class KosmosGPromptMixin:
             return config
         package = __name__.rpartition(".")[0]
         for name, value in config.items():
-            if (
-                isinstance(value, (list, tuple))
-                and value
-                and value[0] in MODULES
-                and f"{package}.{value[0]}" in sys.modules
-            ):
-                config[name] = [f"{package}.{value[0]}", *value[1:]]
+            if isinstance(value, (list, tuple)) and value and value[0] in MODULES:
+                module = f"{package}.{value[0]}"
+                if module in sys.modules:
+                    config[name] = [module, *value[1:]]
         return config
 
     def save_config(self, save_directory, *args, **kwargs):
@@ -649,13 +619,9 @@ class KosmosGPromptMixin:
             ValueError: pickle files were asked for.
         """
         if not safe_serialization:
-            raise ValueError(
-                "safe_serialization=False asks for pickle files, which are not written. Leave it out."
-            )
-        upload = {
-            name: kwargs.pop(name, None)
-            for name in ("repo_id", "commit_message", "private", "token", "create_pr")
-        }
+            raise ValueError("safe_serialization=False asks for pickle files. Leave it out: none is written.")
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        upload = {name: kwargs.pop(name, None) for name in names}
         super().save_pretrained(save_directory, **kwargs)
         shutil.copyfile(__file__, Path(save_directory) / f"{MODULES[2]}.py")  # the components copied theirs
         # in the package alone: a saved folder has no copy
@@ -673,9 +639,8 @@ class KosmosGPromptMixin:
 
     def _upload(self, folder, repo_id, commit_message, private, token, create_pr):
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        return self._upload_folder(
-            folder, repo_id, token=token, commit_message=commit_message, create_pr=bool(create_pr)
-        )
+        options = {"token": token, "commit_message": commit_message, "create_pr": bool(create_pr)}
+        return self._upload_folder(folder, repo_id, **options)
 
     def _own_class(self):
         """The pipeline class of this file, whatever the user derived from it."""

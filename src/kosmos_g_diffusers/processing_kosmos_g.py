@@ -7,6 +7,7 @@ This file is copied into saved model folders and stands alone: it needs transfor
 """
 
 import re
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -193,20 +194,15 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
         """Forget `word`; the words behind it move up by one id. Raises ValueError if there is no such word."""
         words = self.image_words
         if word not in words:
-            raise ValueError(
-                f"There is no image word {word!r} to remove. Known: {', '.join(words) or 'none'}."
-            )
+            known = ", ".join(words) or "none"
+            raise ValueError(f"There is no image word {word!r} to remove. Known: {known}.")
         # tokenizers can add tokens but not remove any: build the backend again without it
-        kept = [
-            (token.content, token.special)
-            for _, token in sorted(self.added_tokens_decoder.items())
-            if token.content != word
-        ]
         backend = Tokenizer(self._tokenizer.model)
         for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
             setattr(backend, part, getattr(self._tokenizer, part))
-        for content, special in kept:
-            backend.add_tokens([AddedToken(content, special=special, normalized=False)])
+        for _, token in sorted(self.added_tokens_decoder.items()):
+            if token.content != word:
+                backend.add_tokens([AddedToken(token.content, special=token.special, normalized=False)])
         self._tokenizer = backend
 
 
@@ -281,13 +277,10 @@ class KosmosGProcessor:
                 image word, or a prompt longer than the model reads. The prompt is named by its index.
         """
         if return_tensors != "pt":
-            raise ValueError(
-                f"return_tensors={return_tensors!r} was given; only 'pt' (torch tensors) is there."
-            )
+            raise ValueError(f"return_tensors={return_tensors!r} was given; only 'pt' (torch) is there.")
         batch = self.parse(prompts, images, marks_are_text=marks_are_text, name=name)
-        rows, slots, pixels = zip(
-            *[self.encode(prompt, f"{name} {index}") for index, prompt in enumerate(batch)], strict=True
-        )
+        encoded = [self.encode(prompt, f"{name} {index}") for index, prompt in enumerate(batch)]
+        rows, slots, pixels = zip(*encoded, strict=True)
         shape = (len(rows), max(len(row) for row in rows))
         input_ids = torch.full(shape, self.tokenizer.pad_token_id)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -296,11 +289,8 @@ class KosmosGProcessor:
             input_ids[index, : len(row)] = torch.tensor(row)
             attention_mask[index, : len(row)] = 1
             image_token_mask[index, : len(row)] = torch.tensor(slot)
-        data = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "image_token_mask": image_token_mask,
-        }
+        data = {"input_ids": input_ids, "attention_mask": attention_mask}
+        data["image_token_mask"] = image_token_mask
         pixels = [image for prompt in pixels for image in prompt]
         if pixels:
             data["pixel_values"] = torch.from_numpy(np.stack(pixels))
@@ -415,9 +405,7 @@ class KosmosGProcessor:
             raise ValueError(
                 f"{len(images)} lists of images were given for {len(prompts)} {name}s. Pass one list for each {name}."
             )
-        return prompts, [
-            _as_image_list(image_list, f"{name} {index}") for index, image_list in enumerate(images)
-        ]
+        return prompts, [_as_image_list(own, f"{name} {index}") for index, own in enumerate(images)]
 
     @staticmethod
     def _parse_one(prompt, images, name, marks_are_text):
@@ -432,9 +420,8 @@ class KosmosGProcessor:
                 + ". Expected a string, a list of strings and images, or chat content."
             )
         inline = sum(not isinstance(part, str) for part in parts)
-        n_marks = (
-            0 if marks_are_text else sum(part.count(IMAGE_MARK) for part in parts if isinstance(part, str))
-        )
+        texts = [] if marks_are_text else [part for part in parts if isinstance(part, str)]
+        n_marks = sum(text.count(IMAGE_MARK) for text in texts)
         n_images = len(images or ())
         if inline and (n_marks or n_images):
             raise ValueError(
@@ -446,27 +433,22 @@ class KosmosGProcessor:
                 f"{name.capitalize()} has {n_marks} '<i>' marks but {n_images} images were given. Pass one image per "
                 "'<i>', in reading order."
             )
-        result, images = Prompt(), iter(images or ())
+        result, images, numbers = Prompt(), iter(images or ()), count()
         for part in parts:
             if not isinstance(part, str):
-                result.append(
-                    open_image(part, f"Image {sum(not isinstance(p, str) for p in result)} of {name}")
-                )
+                result.append(open_image(part, f"Image {next(numbers)} of {name}"))
                 continue
-            stretches = part.split(IMAGE_MARK) if n_marks else [part]
-            for number, stretch in enumerate(stretches):
-                if number:
-                    where = f"Image {sum(not isinstance(p, str) for p in result)} of {name}"
-                    result.append(open_image(next(images), where))
-                result.append(stretch)
+            first, *stretches = part.split(IMAGE_MARK) if n_marks else [part]
+            result.append(first)
+            for stretch in stretches:
+                result += [open_image(next(images), f"Image {next(numbers)} of {name}"), stretch]
         return result
 
 
 def _is_batch(prompts):
     """A list is a batch when it holds strings alone, or any list; else it is one prompt in reading order."""
-    return all(isinstance(part, str) for part in prompts) or any(
-        isinstance(part, (list, tuple)) for part in prompts
-    )
+    has_list = any(isinstance(part, (list, tuple)) for part in prompts)
+    return has_list or all(isinstance(part, str) for part in prompts)
 
 
 def _as_image_list(images, name):
@@ -477,9 +459,7 @@ def _as_image_list(images, name):
         return images
     if isinstance(images, (str, Path, PIL.Image.Image)):
         return [images]
-    raise TypeError(
-        f"images of {name} is of type {type(images).__name__}. Pass a list with one image per '<i>'."
-    )
+    raise TypeError(f"images of {name} is of type {type(images).__name__}. Pass a list, one image per '<i>'.")
 
 
 def _read_content(part, name):
@@ -528,9 +508,7 @@ def open_image(image, name):
             f"{name} is of type {type(image).__name__}. Expected a PIL image, an array, a tensor, a path or a URL."
         )
     if not image.width or not image.height:
-        raise ValueError(
-            f"{name} is {image.width} x {image.height} pixels. Pass an image with at least one pixel."
-        )
+        raise ValueError(f"{name} is {image.width} x {image.height} pixels. Pass one with at least a pixel.")
     _check_pixel_count(image.width, image.height, name)
     try:
         image.load()

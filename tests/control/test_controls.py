@@ -31,7 +31,7 @@ from kosmos_g_diffusers.fields import check_value
 from kosmos_g_diffusers.generation.png import read_settings, write_png
 from kosmos_g_diffusers.generation.settings import ControlInput, GenerationSettings, InputImage
 from kosmos_g_diffusers.pipeline_kosmos_g import KosmosGPromptMixin
-from kosmos_g_diffusers.sprites.pretrained import load_sprites_controlnet
+from kosmos_g_diffusers.sprites.pretrained import sprites_controlnet
 from kosmos_g_diffusers.testing import build_random_controlnet
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "images"
@@ -678,11 +678,11 @@ def test_controlnet_of_a_folder_is_used_and_recorded(folder, small_unet):
 
 
 def test_controlnet_that_ships_is_for_canny_alone(small_unet):
-    controlnet = load_sprites_controlnet("canny", torch.float16)
+    controlnet = load_controlnet(sprites_controlnet("canny"), torch.float16)
     assert controlnet.dtype == torch.float16
     assert controlnet.config.cross_attention_dim == small_unet.config.cross_attention_dim
     with pytest.raises(ValueError, match="for canny alone, and 'depth' was asked for"):
-        load_sprites_controlnet("depth")
+        sprites_controlnet("depth")
 
 
 def test_image_has_the_shape_of_the_picture_and_the_size_of_the_model_or_of_the_control_image(folder):

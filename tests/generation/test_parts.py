@@ -86,7 +86,7 @@ def test_unet_takes_the_place_of_the_models(folder, fine_tuned, monkeypatch, kin
             return fine_tuned
 
         monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", from_hub)
-        unet = load_unet(source, torch.float32, fine_tuned)
+        unet = load_unet(source, fine_tuned)
         assert unet is fine_tuned
         return
     own = generate("a hat")

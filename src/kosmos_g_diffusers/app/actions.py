@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+from pathlib import Path
 
 import gradio as gr
 
@@ -16,8 +17,7 @@ from ..serving.store import image_file_size, open_image_file
 from ..sprites.pretrained import SPRITES_ONLY
 from ..sprites.world import IMAGE_SIZE
 from . import html as render
-from .form import NO_CONTROL, presets, read_control, read_values
-from .restore import restore_values
+from .form import NO_CONTROL, presets, read_control, read_values, restore_values
 
 BOARD_SIDE = 768  # pixels of an image to be painted on
 BUILTIN_NOTE = f"{SPRITES_ONLY} Start the app with a model (kosmos-g app --model) for more."
@@ -96,9 +96,8 @@ class Actions:
 
     def gallery(self, paths):
         """Paths of images -> value of a gallery, with their seeds; a file that the user has deleted is left out."""
-        return [
-            (os.path.relpath(path), f"seed {read_settings(path).seed}") for path in paths if path.is_file()
-        ]
+        kept = filter(Path.is_file, paths)
+        return [(os.path.relpath(path), f"seed {read_settings(path).seed}") for path in kept]
 
     def cancel(self, session):
         """Cancel this session's run: at once if it waits, and at the end of the step if it is being drawn."""
@@ -122,7 +121,7 @@ class Actions:
         return self._choose(session, session.shown, event.index)
 
     def choose_from_history(self, session, event: gr.SelectData):
-        return self._choose(session, [path for path in session.history if path.is_file()], event.index)
+        return self._choose(session, list(filter(Path.is_file, session.history)), event.index)
 
     def _choose(self, session, paths, index):
         if isinstance(index, int) and 0 <= index < len(paths):

@@ -14,9 +14,8 @@ class OwnFiles:
 
     def get_block_name(self):
         """gradio's frontend knows its own components alone: this is the one that the class derives from."""
-        return next(
-            base for base in type(self).__mro__ if base.__module__.startswith("gradio.")
-        ).__name__.lower()
+        own = next(base for base in type(self).__mro__ if base.__module__.startswith("gradio."))
+        return own.__name__.lower()
 
     async def async_move_resource_to_block_cache(self, url_or_file_path):
         if url_or_file_path is not None and "://" in str(url_or_file_path):

@@ -1,32 +1,30 @@
-"""The fields of the page: what each may hold, the presets, and how their values become settings."""
+"""The fields of the page: what each may hold, the presets, how their values become settings, and settings values again."""
 
 import base64
+import contextlib
 import io
+import os
 import secrets
 
 import PIL.Image
+from safetensors import SafetensorError
 
 from ..control.controls import control_image, control_preview, find_control
-from ..environment import package_versions
+from ..generation.png import read_settings
 from ..generation.schedulers import SCHEDULERS
 from ..generation.settings import ControlInput, GenerationSettings
 from ..processing_kosmos_g import IMAGE_MARK, IMAGE_WORD_PATTERN
 from ..serving.errors import FieldError, at
+from ..serving.image_words import read_words
 from ..serving.models import NO_LORA, OWN
-from ..serving.store import MAX_FILES, open_image_file
+from ..serving.session import MAX_WORDS
+from ..serving.store import MAX_FILES, check_image_file, open_image_file
 
 CONTROL_SLOTS = 3
 NO_CONTROL = "none"
 # fields of a slot, and what each starts with
-CONTROL_FIELDS = {
-    "kind": NO_CONTROL,
-    "picture": None,
-    "strokes": "",
-    "ready": False,
-    "scale": 1.0,
-    "start": 0.0,
-    "end": 1.0,
-}
+CONTROL_FIELDS = {"kind": NO_CONTROL, "picture": None, "strokes": "", "ready": False}
+CONTROL_FIELDS |= {"scale": 1.0, "start": 0.0, "end": 1.0}
 # what one run of the page may ask for; the command line has no such limits
 LIMITS = {
     "num_images": (1, 8),
@@ -90,6 +88,7 @@ def read_values(values, session, models, store):
         "lora": _choice(values, "lora", models.loras, NO_LORA),
         "scheduler": _choice(values, "scheduler", SCHEDULERS, OWN),
     }
+    used = [words[word] for word in IMAGE_WORD_PATTERN.findall(prompt) if word in words]
     is_seed_drawn = values.get("surprise") or values.get("seed") is None
     with at("run"):
         return GenerationSettings(
@@ -97,13 +96,10 @@ def read_values(values, session, models, store):
             images=images,
             controls=tuple(control for control in controls if control),
             negative_prompt=negative_prompt or None,
-            image_words=tuple(
-                dict.fromkeys(words[word] for word in IMAGE_WORD_PATTERN.findall(prompt) if word in words)
-            ),
+            image_words=tuple(dict.fromkeys(used)),
             seed=secrets.randbelow(2**32) if is_seed_drawn else _number(values, "seed"),
             device=models.device,
             dtype=models.dtype,
-            versions=package_versions(),
             **chosen,
             **numbers,
         )
@@ -148,11 +144,7 @@ def read_control(field, store, kind, picture, strokes, ready, scale=1.0, start=0
 
 
 def read_strokes(text, field):
-    """PNG as a data: URI -> L image, light where something was painted; None for nothing.
-
-    Raises:
-        FieldError: anything else.
-    """
+    """PNG as a data: URI -> L image, light where something was painted; None for nothing. FieldError for anything else."""
     head, _, body = (text or "").partition(",")
     if not body:
         return None
@@ -187,20 +179,14 @@ def _check_prompts(prompt, negative_prompt, n_images, words):
         raise FieldError("prompt", f"Write what to draw, with {IMAGE_MARK} for each image.")
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if len(text) > MAX_PROMPT or "\0" in text:
-            raise FieldError(
-                name, f"This text has {len(text)} characters; at most {MAX_PROMPT} are possible."
-            )
+            raise FieldError(name, f"This text has {len(text)} characters; at most {MAX_PROMPT} are taken.")
     line, complete = count_line(prompt, n_images)
     if not complete:
         raise FieldError("prompt", line)
-    unknown = [
-        word for word in IMAGE_WORD_PATTERN.findall(prompt) if word not in words and word != IMAGE_MARK
-    ]
-    if unknown:
+    used = IMAGE_WORD_PATTERN.findall(prompt)
+    if unknown := [word for word in used if word not in (*words, IMAGE_MARK)]:
         known = f"This session knows {', '.join(words)}." if words else "This session knows none yet."
-        raise FieldError(
-            "prompt", f"{unknown[0]} is not an image word. {known} Name an image below to make it one."
-        )
+        raise FieldError("prompt", f"{unknown[0]} is not an image word. {known} Make it one below.")
 
 
 def _number(values, name):
@@ -224,3 +210,91 @@ def _choice(values, name, offered, own=None):
     if value not in offered:
         raise FieldError(name, "This is not offered here. Choose one of the list.")
     return value
+
+
+# From a PNG that was dropped on the page to values again -----------------------------------------------------------
+
+
+def restore_values(path, session, models, store, has_controls):
+    """Values of the fields by name, from the settings in a PNG; the session learns its image words.
+
+    Args:
+        has_controls: whether the page shows them.
+
+    Returns:
+        (values, notes for the user on what is not here); a model that is not offered is not among them.
+
+    Raises:
+        FieldError: no such PNG.
+    """
+    settings, notes = _read(path), []
+    model = settings.model
+    if model is None and models.is_builtin(models.default):
+        model = models.default
+    if model is None:
+        notes.append("It was made with the small model that ships, which is not offered here.")
+    images = [store.find(image) for image in settings.images]
+    control_images = [store.find(control.picture) for control in settings.controls]
+    if lost := [*images, *control_images].count(None):
+        notes.append(f"{lost} of its images are not on this server: drop them again.")
+    for what, name, offered in (
+        ("model", model, models.models),
+        ("U-Net", settings.unet, models.unets),
+        ("LoRA", settings.lora, models.loras),
+    ):
+        if name is not None and name not in offered:
+            notes.append(f"Its {what} is not offered here.")
+    if any(control.controlnet for control in settings.controls):
+        notes.append("It was made with a ControlNet of its own, which is not offered here.")
+    _restore_words(settings, session, models, store, notes)
+    names = ("prompt", "lora_scale", "num_images", "steps", "guidance", "seed")
+    values = {
+        **{name: getattr(settings, name) for name in names},
+        "pictures": [os.path.relpath(image) for image in images if image] or None,
+        "negative_prompt": settings.negative_prompt or "",
+        "unet": settings.unet if settings.unet in models.unets else OWN,
+        "lora": settings.lora if settings.lora in models.loras else NO_LORA,
+        "width": settings.width or 0,
+        "height": settings.height or 0,
+        "surprise": False,
+        "scheduler": settings.scheduler or OWN,
+    }
+    if model in models.models:
+        values["model"] = model
+    offered = models.controls(values.get("model", models.default)) if has_controls else ()
+    missing = sorted({control.name for control in settings.controls} - set(offered))
+    if missing:
+        notes.append(f"Controls that are not offered here: {', '.join(missing)}.")
+    if len(settings.controls) > CONTROL_SLOTS:
+        notes.append(f"It has {len(settings.controls)} controls; the first {CONTROL_SLOTS} are here.")
+    for slot in range(1, CONTROL_SLOTS + 1):
+        restored = CONTROL_FIELDS
+        if slot <= len(settings.controls) and settings.controls[slot - 1].name in offered:
+            control, path = settings.controls[slot - 1], control_images[slot - 1]
+            restored = {**restored, "kind": control.name, "picture": path and os.path.relpath(path)}
+            restored.update({name: getattr(control, name) for name in ("ready", "scale", "start", "end")})
+        values.update({f"control_{slot}_{name}": value for name, value in restored.items()})
+    return values, notes
+
+
+def _read(path):
+    check_image_file(path, "restore")
+    try:
+        return read_settings(path)
+    except ValueError as error:
+        message = "The settings of this file cannot be read. Drop a PNG that was made here."
+        if "carries no settings" in str(error):
+            message = "This PNG carries no settings. Drop one that was made here or with kosmos-g generate."
+        raise FieldError("restore", message) from error
+
+
+def _restore_words(settings, session, models, store, notes):
+    for file in settings.image_words:
+        path = store.find(file)
+        if path is None:
+            notes.append("An image word of it is not on this server: load or make it again.")
+            continue
+        with contextlib.suppress(OSError, SafetensorError):
+            for word in read_words(path):
+                if word not in session.words and len(session.words) < MAX_WORDS:
+                    session.learn_words({word: file}, settings.model or models.default)

@@ -61,7 +61,7 @@ class Guard:
                 return await self.app(scope, receive, _with_headers(send, FILE_HEADERS))
             if scope["method"] == "POST":
                 is_upload = path.endswith("/upload")
-                receive = await self._check_body(scope, receive, MAX_UPLOAD if is_upload else MAX_CALL)
+                receive = await self._check_body(scope, receive, is_upload)
                 if is_upload:
                     return await self._upload(scope, receive, send)
             await self.app(scope, receive, _with_headers(send, PAGE_HEADERS))
@@ -69,27 +69,28 @@ class Guard:
             answer = JSONResponse({"detail": refused.message, "error": refused.message}, refused.status)
             await answer(scope, receive, send)
 
-    async def _check_body(self, scope, receive, limit):
+    async def _check_body(self, scope, receive, is_upload):
         """A `receive` that ends a body that is too long; a call's body is read whole and looked through."""
-        headers = Headers(scope=scope)
-        if int(headers.get("content-length") or 0) > limit:
-            raise Refused(413, f"This is too large: {limit // 2**20} MB are possible at once.")
-        if limit == MAX_CALL:
-            body = await _read(receive, limit)
-            if "json" in headers.get("content-type", "json"):
-                _check_files(body)
-            return _repeat(body, receive)
-        seen = 0
+        headers, seen = Headers(scope=scope), 0
+        limit = MAX_UPLOAD if is_upload else MAX_CALL
+        too_large = Refused(413, f"This is too large: {limit // 2**20} MB are possible at once.")
 
         async def receive_counted():
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > limit:
-                raise Refused(413, f"This is too large: {limit // 2**20} MB are possible at once.")
+                raise too_large
             return message
 
-        return receive_counted
+        if int(headers.get("content-length") or 0) > limit:
+            raise too_large
+        if is_upload:
+            return receive_counted
+        body = await _read(receive_counted)
+        if "json" in headers.get("content-type", "json"):
+            _check_files(body)
+        return _repeat(body, receive)
 
     async def _upload(self, scope, receive, send):
         """Let gradio take an upload, then look at what it was before anyone hears of it."""
@@ -143,19 +144,15 @@ def _check_files(body):
         elif isinstance(value, dict):
             path = value.get("path")
             if path is not None and not (isinstance(path, str) and _is_own(path)):
-                raise Refused(
-                    400, "A file was named that was not uploaded here. Upload it first: handle_file does."
-                )
+                raise Refused(400, "A file was named that was not uploaded here: handle_file uploads it.")
             waiting.extend(value.values())
 
 
-async def _read(receive, limit):
+async def _read(receive):
     body = b""
     while True:
         message = await receive()
         body += message.get("body", b"")
-        if len(body) > limit:
-            raise Refused(413, f"This call is too large: {limit // 2**20} MB are possible.")
         if not message.get("more_body"):
             return body
 

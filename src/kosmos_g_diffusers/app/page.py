@@ -66,10 +66,8 @@ class Page:
         self.messages[name] = gr.HTML(visible=False, elem_id=f"{name}-message")
 
     def _build_prompt(self):
-        text = {"max_length": MAX_PROMPT, "elem_id": "prompt", "lines": 2}
-        self.prompt = self._add(
-            "prompt", gr.Textbox("", label="Prompt", placeholder="<i> in the suit of <i>", **text)
-        )
+        text = {"max_length": MAX_PROMPT, "placeholder": "<i> in the suit of <i>", "lines": 2}
+        self.prompt = self._add("prompt", gr.Textbox("", label="Prompt", elem_id="prompt", **text))
         self.prompt_line = gr.HTML(elem_id="prompt-line")
         label = "Images, in the order of <i>"
         several = {"file_count": "multiple", "file_types": ["image"], "height": 170, "allow_reordering": True}
@@ -107,15 +105,11 @@ class Page:
                 ("steps", gr.Number, start["steps"], {"label": "Steps"}),
                 ("guidance", gr.Number, start["guidance"], {"label": "Guidance", "step": 0.5}),
             )
+            schedulers = {"label": "Scheduler", "choices": [OWN, *SCHEDULERS]}
             row(
                 ("seed", gr.Number, 0, {"label": "Seed"}),
                 ("surprise", gr.Checkbox, True, {"label": "Surprise me: draw a seed"}),
-                (
-                    "scheduler",
-                    gr.Dropdown,
-                    start["scheduler"],
-                    {"label": "Scheduler", "choices": [OWN, *SCHEDULERS]},
-                ),
+                ("scheduler", gr.Dropdown, start["scheduler"], schedulers),
             )
             row(
                 ("width", gr.Number, 0, {"label": "Width (0: own)", "step": 8}),
@@ -153,9 +147,8 @@ class Page:
             upload = {"sources": ("upload", "clipboard"), "type": "filepath", "image_mode": None}
             size = {"height": 240, "min_width": 200, "buttons": ["download", "fullscreen"]}
             source = Image(label="Image", elem_id=f"{name}_picture", **upload, **size)
-            image = Image(
-                label="Control image", format="png", interactive=False, elem_id=f"{name}_image", **size
-            )
+            shown = {"label": "Control image", "format": "png", "interactive": False}
+            image = Image(elem_id=f"{name}_image", **shown, **size)
         with gr.Accordion("Draw, or paint on the image", open=False, elem_id=f"{name}_drawing"):
             strokes = board("Strokes", elem_id=f"{name}_strokes")
         ready = gr.Checkbox(False, label="The image is the control image already")
@@ -300,6 +293,7 @@ def serve(service, controls=False, host="127.0.0.1", port=7860, share=False, aut
     gr.set_static_paths([IMAGES])  # served from where they are; other files would be copied first
     blocks = Page(service, controls).blocks
     blocks.queue(max_size=4 * service.worker.capacity + 16, default_concurrency_limit=4)
+    no_documents = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
     # no font is fetched: these are names of what the browser has
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
@@ -313,12 +307,7 @@ def serve(service, controls=False, host="127.0.0.1", port=7860, share=False, aut
             show_error=False,
             max_file_size=MAX_BYTES,
             state_session_capacity=SHARED_SESSIONS,
-            app_kwargs={
-                "middleware": [Middleware(Guard)],
-                "docs_url": None,
-                "redoc_url": None,
-                "openapi_url": None,
-            },
+            app_kwargs={"middleware": [Middleware(Guard)], **no_documents},
             footer_links=["api"],
             run_history=False,
             enable_monitoring=False,

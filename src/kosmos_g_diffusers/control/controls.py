@@ -278,9 +278,7 @@ def control_image(
         check_value(f"{key} of the control {name!r}", value, kind, parameter.low, parameter.high)
         arguments[parameter.keyword or key] = value
     if control.needs_mask and mask is None:
-        raise ValueError(
-            f"The control {name!r} needs a mask: an image that is white where it is to be filled."
-        )
+        raise ValueError(f"The control {name!r} needs a mask: an image, white where it is to be filled.")
     if mask is not None and not control.needs_mask:
         raise ValueError(f"The control {name!r} takes no mask, and one was given.")
     image = open_image(image, f"The image of the control {name!r}")
@@ -324,20 +322,18 @@ def control_size(image, height=None, width=None, short_side=None):
             f"An image of {_text(image.size)} pixels makes no control image. Pass one with sides of at least "
             f"{SIDE_MULTIPLE} pixels, the longer at most {MAX_SIDE_RATIO} times the shorter."
         )
-    given = (height, width)
+    given, multiple = (height, width), SIDE_MULTIPLE
     for side in (*given, short_side):
-        if side is not None and (side < SIDE_MULTIPLE or side % SIDE_MULTIPLE):
-            raise ValueError(
-                f"A side of {side} pixels was asked for; expected a multiple of {SIDE_MULTIPLE}."
-            )
+        if side is not None and (side < multiple or side % multiple):
+            raise ValueError(f"A side of {side} pixels was asked for; expected a multiple of {multiple}.")
     if given == (None, None):
         scale = (min(sides) if short_side is None else short_side) / min(sides)
     else:
         scale = next(side / own for side, own in zip(given, sides, strict=True) if side is not None)
     exact = [own * scale for own in sides]
-    fitting = [max(1, math.floor(side / SIDE_MULTIPLE + 1e-6)) * SIDE_MULTIPLE for side in exact]
+    fitting = [max(1, math.floor(side / multiple + 1e-6)) * multiple for side in exact]
     for index, side in enumerate(given):
-        if side is not None and abs(side - exact[index]) >= SIDE_MULTIPLE:
+        if side is not None and abs(side - exact[index]) >= multiple:
             raise ValueError(
                 f"An image of {width} x {height} pixels was asked for, and the image of the control, {_text(image.size)}, "
                 f"has another shape: {fitting[1]} x {fitting[0]} fits. Ask for that, or crop the image."
@@ -408,9 +404,8 @@ def load_controlnet(source, dtype=torch.float32):
     """
     repo = CONTROLS[source].controlnet if source in CONTROLS else str(source)
     if repo == source and not Path(source).exists() and repo.count("/") != 1:
-        raise ValueError(
-            f"{source!r} is not a folder, a Hub id or a control. Known controls: {', '.join(CONTROLS)}."
-        )
+        known = ", ".join(CONTROLS)
+        raise ValueError(f"{source!r} is not a folder, a Hub id or a control. Known controls: {known}.")
     load = ControlNetModel.from_single_file if Path(repo).is_file() else ControlNetModel.from_pretrained
     try:
         return load(repo, **{DTYPE_KEYWORD: dtype})

@@ -185,8 +185,5 @@ def _foreign_names(path):
         # not a pickle at all, or only the beginning of one: the names so far are all there is to tell
         pass
     known = {f"{cls.__module__}.{cls.__qualname__}" for cls in STAND_INS}
-    return [
-        name
-        for name in names
-        if name not in known and not name.startswith(("torch.", "collections.", "_codecs."))
-    ]
+    usual = ("torch.", "collections.", "_codecs.")
+    return [name for name in names if name not in known and not name.startswith(usual)]

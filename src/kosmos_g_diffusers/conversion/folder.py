@@ -42,9 +42,7 @@ def check_dtype(dtype):
     """The torch dtype that `dtype`, one of them or a name, says; None for None."""
     given = as_dtype(dtype) if dtype in DTYPES else dtype
     if given not in (None, *map(as_dtype, DTYPES)):
-        raise ValueError(
-            f"dtype is {dtype!r}. Pass one of float16, bfloat16, float32, or None to keep the checkpoint's."
-        )
+        raise ValueError(f"dtype is {dtype!r}. Pass one of float16, bfloat16, float32 or None.")
     return given
 
 
@@ -55,9 +53,7 @@ def check_output(output):
         return output
     if output.exists() or output.is_symlink():
         what = "a folder that is not empty" if output.is_dir() else "a file"
-        raise ValueError(
-            f"The output {output} is {what}. Pass a folder that does not exist yet: nothing is overwritten."
-        )
+        raise ValueError(f"The output {output} is {what}. Pass a folder that does not exist yet.")
     above = next(folder for folder in output.absolute().parents if folder.exists())
     if not above.is_dir():
         raise ValueError(f"The output {output} cannot be made: {above} is a file. Pass another folder.")
@@ -118,9 +114,8 @@ class Base:
                 f"The base {source} has no {', '.join(required)}. Pass a folder with Stable Diffusion 1.5 in diffusers' "
                 "layout (a single file becomes one by StableDiffusionPipeline.from_single_file(file).save_pretrained(folder))."
             )
-        configs = {
-            name: read_json(paths[name], "Download the base again.") for name in ("unet", "vae", "scheduler")
-        }
+        names = ("unet", "vae", "scheduler")
+        configs = {name: read_json(paths[name], "Download the base again.") for name in names}
         self.parts = dict.fromkeys(OPTIONAL)
         self.parts["scheduler"] = _scheduler_class(configs["scheduler"]).from_config(configs["scheduler"])
         if "feature_extractor" not in missing:
@@ -223,22 +218,21 @@ def write_model(model, folder, weights=None, **options):
 
 def check_written(folder, weights):
     """Read the weights back, one at a time, and compare them with what was meant."""
-    missing = set(weights)
+    left = set(weights)
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
         for key in keys:
             with safe_open(path, framework="pt") as file:  # opened for each, so that memory holds one
-                same = key in missing and same_bytes(file.get_tensor(key), weights[key])
+                same = key in left and same_bytes(file.get_tensor(key), weights[key])
             if not same:
                 raise RuntimeError(
                     f"{key} in {folder.name} was not written as it is. Is the disk full or faulty? Convert again."
                 )
-            missing.remove(key)
-    if missing:
-        raise RuntimeError(
-            f"{len(missing)} weights of {folder.name} were not written: {shortened(sorted(missing))}."
-        )
+            left.remove(key)
+    if left:
+        names = shortened(sorted(left))
+        raise RuntimeError(f"{len(left)} weights of {folder.name} were not written: {names}.")
 
 
 def same_bytes(given, expected):

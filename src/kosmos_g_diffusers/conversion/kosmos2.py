@@ -160,9 +160,7 @@ def _pieces(values, mllm):
     expected = {name: length + index for index, name in enumerate(EXTRA_SPECIAL_TOKENS)}
     given = {token["content"]: token["id"] for token in values.get("added_tokens", ())}
     # the processor adds what a tokenizer does not have, at these ids
-    wrong = [
-        f"{name} at {given[name]}" for name in expected if given.get(name, expected[name]) != expected[name]
-    ]
+    wrong = [f"{name} at {given[name]}" for name, at in expected.items() if given.get(name, at) != at]
     if tuple(first) != SPECIAL_NAMES or wrong or len(names) > length + 1:
         raise ValueError(
             f"The tokenizer of {mllm} is not laid out as Kosmos-2's: a {model.get('type')} model of {len(names)} pieces "
@@ -190,9 +188,8 @@ def _encoder_weights(mllm, config, dtype, seed):
     try:
         kosmos = load_pretrained(Kosmos2ForConditionalGeneration, mllm, dtype=dtype)
     except IncompleteWeights as error:
-        raise ValueError(
-            f"The MLLM {mllm} lacks {len(error.names)} weights: {shortened(error.names)}."
-        ) from error
+        names = error.names
+        raise ValueError(f"The MLLM {mllm} lacks {len(names)} weights: {shortened(names)}.") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The weights of the MLLM {mllm} cannot be read ({first_line(error)}). Download it again."

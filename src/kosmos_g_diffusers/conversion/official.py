@@ -55,9 +55,7 @@ def convert_checkpoint(checkpoint, output, *, tokenizer, base, config=None, dtyp
     output = check_output(output)
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
-        raise ValueError(
-            f"There is no checkpoint file at {checkpoint}. Pass the path of the official .pt file."
-        )
+        raise ValueError(f"There is no checkpoint file at {checkpoint}. Pass the path of the official .pt.")
     config = _checked_config(config)
     text_tokenizer = _load_tokenizer(tokenizer, config)
     base = Base(base)
@@ -70,12 +68,8 @@ def convert_checkpoint(checkpoint, output, *, tokenizer, base, config=None, dtyp
     with torch.device("meta"):
         text_encoder, aligner_n = KosmosGTextEncoder(config), AlignerNetN(config)
     pipeline = base.build_pipeline(text_encoder, text_tokenizer)
-    models = {
-        "text_encoder": text_encoder,
-        "aligner_n": aligner_n,
-        "unet": pipeline.unet,
-        "vae": pipeline.vae,
-    }
+    models = {"text_encoder": text_encoder, "aligner_n": aligner_n}
+    models |= {"unet": pipeline.unet, "vae": pipeline.vae}
 
     found = read_checkpoint(checkpoint)
     plan = match_keys(found, {name: model.state_dict() for name, model in models.items()})
@@ -106,9 +100,7 @@ def _checked_config(config):
         raise TypeError(f"config is a {type(config).__name__}. Pass a KosmosGTextEncoderConfig, or None.")
     if config.image_words:
         words = ", ".join(name for name, _ in config.image_words)
-        raise ValueError(
-            f"config has the image words {words}, which no checkpoint holds. Pass a config without."
-        )
+        raise ValueError(f"config has the image words {words}, which no checkpoint holds. Pass one without.")
     return copy.deepcopy(config)  # saving changes it
 
 
@@ -125,12 +117,9 @@ def _load_tokenizer(path, config):
             ) from error
     else:
         image_size, latent_query_num = config.vision_config.image_size, config.latent_query_num
-        tokenizer = KosmosGTokenizer.from_sentencepiece(
-            path,
-            image_size=image_size,
-            latent_query_num=latent_query_num,
-            model_max_length=config.text_config.max_position_embeddings,
-        )
+        sizes = {"image_size": image_size, "latent_query_num": latent_query_num}
+        sizes["model_max_length"] = config.text_config.max_position_embeddings
+        tokenizer = KosmosGTokenizer.from_sentencepiece(path, **sizes)
     pairs = {
         "entries": (len(tokenizer), config.text_config.vocab_size),
         "padding id": (tokenizer.pad_token_id, config.text_config.pad_token_id),
@@ -139,11 +128,7 @@ def _load_tokenizer(path, config):
         "image size": (image_size, config.vision_config.image_size),
         "states an image": (latent_query_num, config.latent_query_num),
     }
-    wrong = [
-        f"{what} {given}, expected {expected}"
-        for what, (given, expected) in pairs.items()
-        if given != expected
-    ]
+    wrong = [f"{what} {pair[0]}, expected {pair[1]}" for what, pair in pairs.items() if pair[0] != pair[1]]
     if wrong:
         raise ValueError(
             f"The tokenizer {path} does not fit config: {'; '.join(wrong)}. Pass the tokenizer that the checkpoint was "

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
 from ..control.controls import control_image, load_controlnet, open_control
-from ..environment import as_dtype, check_device
+from ..environment import as_dtype, check_device, package_versions
 from ..files import first_line
 from ..loading import DTYPE_KEYWORD
 from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
@@ -35,13 +35,11 @@ def load_pipeline(settings):
     device = torch.device(settings.device)
     check_device(device)
     if settings.offload != "none" and device.type == "cpu":
-        raise ValueError(
-            f"Offload {settings.offload!r} saves memory of an accelerator, and the device is the CPU."
-        )
+        raise ValueError(f"Offload {settings.offload!r} saves memory of accelerators; the device is the CPU.")
     dtype = as_dtype(settings.dtype)
     pipe = load_model(settings.model, dtype)
     if settings.unet is not None:
-        pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, dtype, pipe.unet))
+        pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, pipe.unet))
     if settings.lora is not None:
         add_lora(pipe, settings.lora, settings.lora_scale)
     for words in settings.image_words:
@@ -61,7 +59,8 @@ def load_pipeline(settings):
 
 
 def load_model(model, dtype):
-    """The pipeline of a folder or Hub id, on the CPU."""
+    """The pipeline of a folder or Hub id, on the CPU; `dtype` is torch's or its name."""
+    dtype = as_dtype(dtype) if isinstance(dtype, str) else dtype
     # Kosmos-G folders never hold pickle files; refuse to load any
     return KosmosGPipeline.from_pretrained(model, use_safetensors=True, **{DTYPE_KEYWORD: dtype})
 
@@ -71,8 +70,8 @@ def download_model(model):
     return Path(KosmosGPipeline.download(model, use_safetensors=True))
 
 
-def load_unet(source, dtype, like):
-    """A U-Net that takes the place of a model's.
+def load_unet(source, like):
+    """A U-Net that takes the place of a model's, in the same dtype.
 
     Args:
         source: folder or Hub id of a U-Net or of a Stable Diffusion, in diffusers' format; or a single .safetensors or .ckpt
@@ -95,25 +94,18 @@ def load_unet(source, dtype, like):
             with tempfile.TemporaryDirectory() as config:
                 like.save_config(config)
                 load = partial(UNet2DConditionModel.from_single_file, str(path), config=config)
-                unet = load(**{DTYPE_KEYWORD: dtype})
+                unet = load(**{DTYPE_KEYWORD: like.dtype})
             if any(parameter.is_meta for parameter in unet.parameters()):
                 raise ValueError("weights are missing in it")
             return unet
-        load = partial(UNet2DConditionModel.from_pretrained, str(source), **{DTYPE_KEYWORD: dtype})
+        load = partial(UNet2DConditionModel.from_pretrained, str(source), **{DTYPE_KEYWORD: like.dtype})
         if path.is_dir():
             return load(subfolder="unet" if (path / "unet").is_dir() else None)
         try:
             return load(subfolder="unet")
         except OSError:  # a repository of a U-Net alone
             return load()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        NotImplementedError,
-        pickle.UnpicklingError,
-    ) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"The U-Net {str(source)!r} cannot be loaded ({first_line(error)}). Take one made for the same Stable "
             "Diffusion, with 4 input channels; if it is on the Hub, run where there is a network."
@@ -169,10 +161,8 @@ def control_arguments(settings, paths, short_side):
         size = next((_size_of(image) for image in images if image is not None), size)
     for index, (control, path) in enumerate(controls):
         if images[index] is None:
-            height, width = size
-            images[index] = control_image(
-                control.name, path, height=height, width=width, short_side=short_side
-            )
+            asked = {"height": size[0], "width": size[1], "short_side": short_side}
+            images[index] = control_image(control.name, path, **asked)
         own = _size_of(images[index])
         if any(side not in (None, own_side) for side, own_side in zip(size, own, strict=True)):
             raise ValueError(
@@ -208,13 +198,17 @@ def generate_images(pipe, settings, reference_images, control_images=()):
     yield from draw_images(pipe, settings, arguments)
 
 
+def own_size(pipe):
+    """(height, width) of what a pipeline draws unless it is told otherwise, in pixels."""
+    size = pipe.unet.config.sample_size
+    sides = (size, size) if isinstance(size, int) else size
+    return tuple(side * pipe.vae_scale_factor for side in sides)
+
+
 def size_arguments(pipe, settings, control_images=()):
     """What a pipeline is called with for the size of an image and its controls, if there are any."""
     # diffusers ignores a height without a width, and the other way round
-    sides = pipe.unet.config.sample_size
-    height, width = (
-        side * pipe.vae_scale_factor for side in ((sides, sides) if isinstance(sides, int) else sides)
-    )
+    height, width = own_size(pipe)
     if settings.controls:
         return control_arguments(settings, control_images, min(height, width))
     return {"height": settings.height or height, "width": settings.width or width}
@@ -257,7 +251,8 @@ def draw_images(pipe, settings, arguments, callback_on_step_end=None):
             generator=torch.Generator("cpu").manual_seed(seed),
             callback_on_step_end=callback_on_step_end,
         ).images[0]
-        yield image, replace(settings, seed=seed, num_images=1, index=index, **size)
+        made = {"seed": seed, "num_images": 1, "index": index, "versions": package_versions(), **size}
+        yield image, replace(settings, **made)
 
 
 def generate_files(pipe, settings, paths, reference_images, control_images=(), overwrite=False):

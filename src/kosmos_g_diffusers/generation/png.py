@@ -16,11 +16,7 @@ PNG_KEY = "kosmos_g"
 
 
 def write_png(image, path, settings, overwrite=False):
-    """Write a PIL image with its settings atomically.
-
-    Raises:
-        FileExistsError: `path` is there already and `overwrite` is False.
-    """
+    """Write a PIL image with its settings atomically. Raises FileExistsError if `path` is there and is not to be overwritten."""
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already and was not overwritten.")
@@ -36,18 +32,17 @@ def read_settings(path):
     Raises:
         ValueError: the file is not a PNG, carries no settings, or carries something that is not settings.
     """
+    advice = "Pass a PNG that kosmos-g wrote."
     try:
         # reads the chunks before the pixels, and no more
         with PIL.Image.open(path, formats=["PNG"]) as image:
             text = image.info.get(PNG_KEY)
     except FileNotFoundError as error:
-        raise ValueError(f"There is no file at {str(path)!r}. Pass a PNG that kosmos-g wrote.") from error
+        raise ValueError(f"There is no file at {str(path)!r}. {advice}") from error
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read as PNG ({error}). Pass a PNG that kosmos-g wrote."
-        ) from error
+        raise ValueError(f"{str(path)!r} cannot be read as PNG ({error}). {advice}") from error
     if not isinstance(text, str):
-        raise ValueError(f"{str(path)!r} carries no settings of kosmos-g. Pass a PNG that kosmos-g wrote.")
+        raise ValueError(f"{str(path)!r} carries no settings of kosmos-g. {advice}")
     try:
         settings = GenerationSettings.from_json(text)
         places = [settings.model, settings.unet, settings.lora]
@@ -72,18 +67,12 @@ def output_paths(output, num_images, overwrite=True):
     """
     output = Path(output)
     if output.suffix.lower() != ".png":
-        raise ValueError(
-            f"The output {str(output)!r} does not end in .png, the format that carries the settings."
-        )
+        raise ValueError(f"The output {str(output)!r} does not end in .png, whose files carry settings.")
     if not output.parent.is_dir():
         raise ValueError(f"There is no folder {str(output.parent)!r} to write into. Make it first.")
-    paths = [
-        output.with_stem(f"{output.stem}_{index}") for index in range(num_images if num_images > 1 else 0)
-    ]
-    paths.append(output)
-    existing = [str(path) for path in paths if path.exists()]
+    several = range(num_images if num_images > 1 else 0)
+    paths = [*(output.with_stem(f"{output.stem}_{index}") for index in several), output]
+    existing = ", ".join(str(path) for path in paths if path.exists())
     if existing and not overwrite:
-        raise FileExistsError(
-            f"{', '.join(existing)} would be overwritten. Pass --force, or another --output."
-        )
+        raise FileExistsError(f"{existing} would be overwritten. Pass --force, or another --output.")
     return paths

@@ -18,11 +18,7 @@ SCHEDULERS = {
 
 
 def make_scheduler(name, config):
-    """Build the scheduler `name` with the noise schedule of `config`, another scheduler's configuration.
-
-    Raises:
-        ValueError: there is no such name.
-    """
+    """The scheduler `name` with the noise schedule of `config`, another one's configuration. ValueError for an unknown name."""
     if name not in SCHEDULERS:
         raise ValueError(f"There is no scheduler {name!r}. Known: {', '.join(SCHEDULERS)}.")
     import diffusers

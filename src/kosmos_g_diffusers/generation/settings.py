@@ -17,6 +17,7 @@ FORMAT_VERSION = 1  # of the JSON object; raise it when an older package would r
 OFFLOADS = ("none", "model", "sequential")
 FILES = ("images", "image_words")  # fields of GenerationSettings that hold an InputImage for each file
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,3})?")
+SIDE = {"help": "multiple of 8 (default: the model's)", "low": 8, "high": 8192, "metavar": "PIXELS"}
 MAX_TEXT = 100_000  # characters of a prompt or path
 
 
@@ -40,9 +41,7 @@ class InputImage:
     def from_file(cls, path):
         """Raises ValueError if there is no file at `path`."""
         if not Path(path).is_file():
-            raise ValueError(
-                f"There is no file at {str(path)!r}. Pass the path of a file; download URLs first."
-            )
+            raise ValueError(f"There is no file at {str(path)!r}. Pass the path of one; download URLs first.")
         return cls(str(path), hash_file(path))
 
     def find(self, folder, advice="Pass --image for each image of the prompt."):
@@ -123,15 +122,9 @@ class GenerationSettings:
     num_images: int = setting(1, "images to make", low=1, high=1000)
     steps: int = setting(50, "denoising steps", low=1, high=10_000)
     # classifier-free guidance
-    guidance: float = setting(
-        7.5, "weight of the prompt; 1 or less is off", low=0, high=1000, metavar="SCALE"
-    )
-    height: int | None = setting(
-        None, "multiple of 8 (default: the model's)", low=8, high=8192, metavar="PIXELS"
-    )
-    width: int | None = setting(
-        None, "multiple of 8 (default: the model's)", low=8, high=8192, metavar="PIXELS"
-    )
+    guidance: float = setting(7.5, "weight of the prompt; 1 or less: off", low=0, high=1000, metavar="SCALE")
+    height: int | None = setting(None, **SIDE)
+    width: int | None = setting(None, **SIDE)
     scheduler: str | None = setting(
         None, f"one of {', '.join(SCHEDULERS)} (default: the model's)", choices=SCHEDULERS, metavar="NAME"
     )
@@ -160,7 +153,7 @@ class GenerationSettings:
         for name in FILES:
             if not all(isinstance(file, InputImage) for file in getattr(self, name)):
                 raise TypeError(
-                    f"{name} holds something other than InputImage. Make them with InputImage.from_file(path)."
+                    f"{name} holds something other than InputImage; InputImage.from_file makes it."
                 )
         if not all(isinstance(control, ControlInput) for control in self.controls):
             raise TypeError("controls holds something other than ControlInput.")
@@ -170,12 +163,9 @@ class GenerationSettings:
                 f"The prompt has {n_marks} '<i>' marks but {len(self.images)} images were given. Pass one --image for "
                 "each '<i>', in reading order."
             )
-        for texts in self.versions.items():
-            if (
-                not all(isinstance(text, str) and len(text) <= 100 for text in texts)
-                or len(self.versions) > 100
-            ):
-                raise TypeError("versions must hold at most 100 pairs of short strings: package and version.")
+        texts = [text for pair in self.versions.items() for text in pair]
+        if len(texts) > 200 or not all(isinstance(text, str) and len(text) <= 100 for text in texts):
+            raise TypeError("versions must hold at most 100 pairs of short strings: package and version.")
 
     def to_json(self):
         """One line of ASCII JSON."""
@@ -183,11 +173,7 @@ class GenerationSettings:
 
     @classmethod
     def from_json(cls, text):
-        """Read what `to_json` wrote.
-
-        Raises:
-            TypeError, ValueError: anything else; nothing is guessed or left out.
-        """
+        """Read what `to_json` wrote. TypeError or ValueError for anything else; nothing is guessed or left out."""
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -202,32 +188,28 @@ class GenerationSettings:
             names = ", ".join(repr(name[:50]) for name in sorted(set(record) - known)[:10])
             raise ValueError(f"they hold unknown names: {names}." if names else "they hold no prompt.")
         for name in FILES:
-            files = record.get(name, [])
-            if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
-                raise TypeError(f"{name} must be a list of objects.")
-            if any(set(file) != {"path", "sha256"} for file in files):
-                raise ValueError(f"each of the {name} must have path and sha256, and nothing else.")
-            record[name] = tuple(InputImage(**file) for file in files)
+            record[name] = _read_records(InputImage, name, record.get(name, []))
         controls = record.get("controls", [])
-        names = {entry.name for entry in fields(ControlInput)}
-        if not isinstance(controls, list) or not all(
-            isinstance(control, dict)
-            and set(control) == names
-            and isinstance(control["picture"], dict)
-            and set(control["picture"]) == {"path", "sha256"}
-            for control in controls
-        ):
-            raise ValueError(f"controls must be a list of objects with {', '.join(sorted(names))}.")
-        record["controls"] = tuple(
-            ControlInput(**{**control, "picture": InputImage(**control["picture"])}) for control in controls
-        )
+        for control in controls if isinstance(controls, list) else ():
+            if isinstance(control, dict):
+                images = _read_records(InputImage, "images of controls", [control.get("picture")])
+                control["picture"] = images[0]
+        record["controls"] = _read_records(ControlInput, "controls", controls)
         return cls(**record)
+
+
+def _read_records(record_class, name, values):
+    """Objects of JSON -> tuple of a dataclass; they must have its fields and nothing else."""
+    names = [entry.name for entry in fields(record_class)]
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise TypeError(f"{name} must be a list of objects.")
+    if any(set(value) != set(names) for value in values):
+        raise ValueError(f"each of the {name} must have {' and '.join(names)}, and nothing else.")
+    return tuple(record_class(**value) for value in values)
 
 
 def _check_text(name, text):
     if not isinstance(text, str):
         raise TypeError(f"{name} is of type {type(text).__name__}; expected str.")
     if len(text) > MAX_TEXT or "\0" in text:
-        raise ValueError(
-            f"{name} has {len(text)} characters; expected at most {MAX_TEXT}, without a null character."
-        )
+        raise ValueError(f"{name} has {len(text)} characters; expected up to {MAX_TEXT}, no null character.")

@@ -77,8 +77,6 @@ def read_words(path):
 def _check_room(session, names):
     taken = [name for name in names if name in session.words]
     if taken:
-        raise FieldError(
-            "words", f"{taken[0]} is an image word already. Take another name, or forget it first."
-        )
+        raise FieldError("words", f"{taken[0]} is an image word already. Take another name, or forget it.")
     if len(session.words) + len(names) > MAX_WORDS:
         raise FieldError("words", f"A session may have {MAX_WORDS} image words. Save and forget some first.")

@@ -11,9 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..control.controls import CONTROLS, load_controlnet
-from ..environment import as_dtype
 from ..files import read_json
-from ..generation.generate import LORA_NAME, add_lora, load_model, load_unet, with_controlnets
+from ..generation.generate import LORA_NAME, add_lora, load_model, load_unet, own_size, with_controlnets
 from ..generation.schedulers import make_scheduler
 from ..sprites.pretrained import SPRITES, SPRITES_CONTROL, with_small_model
 from .errors import FieldError, at
@@ -46,9 +45,7 @@ class Models:
         folders = [_folder(path, "model") for path in model_folders]
         for folder in folders:
             if not (folder / "model_index.json").is_file():
-                raise ValueError(
-                    f"There is no model in {str(folder)!r}. Pass a folder that kosmos-g convert wrote."
-                )
+                raise ValueError(f"There is no model in {str(folder)!r}. Pass what kosmos-g convert wrote.")
         self.models = _by_name(folders) or {BUILTIN: None}
         loras = sorted(_folder(lora_folder, "LoRA").glob("*.safetensors")) if lora_folder else []
         self.loras = {NO_LORA: None, **_by_name(loras)}
@@ -84,17 +81,11 @@ class Models:
 
     def short_side(self):
         """Pixels of the shorter side of what the loaded model draws unless it is told otherwise."""
-        if (pipe := self.pipe) is None:
-            return 512
-        side = pipe.unet.config.sample_size
-        return (side if isinstance(side, int) else min(side)) * pipe.vae_scale_factor
+        pipe = self.pipe  # another thread may load a model meanwhile
+        return 512 if pipe is None else min(own_size(pipe))
 
     def load(self, name=None):
-        """Load a model in the place of the one that is loaded; None is the first that is offered.
-
-        Raises:
-            FieldError: it cannot be loaded; then none is.
-        """
+        """Load a model in the place of the loaded one; None is the first that is offered. After a FieldError none is loaded."""
         name = name or self.default
         if name == self._model:
             return
@@ -104,7 +95,7 @@ class Models:
         try:
             with at("model"):
                 try:
-                    pipe = load_model(self.models[name] or SPRITES, as_dtype(self.dtype))
+                    pipe = load_model(self.models[name] or SPRITES, self.dtype)
                 except (OSError, SafetensorError) as error:  # files that are missing or damaged
                     raise ValueError(f"The model {name!r} cannot be loaded: {error}") from error
                 pipe.to(self.device)
@@ -144,7 +135,7 @@ class Models:
             if name == OWN:
                 unet = self._own_unet
             else:
-                unet = load_unet(self.unets[name], as_dtype(self.dtype), self._own_unet).to(self.device)
+                unet = load_unet(self.unets[name], self._own_unet).to(self.device)
             if unet.config.cross_attention_dim != self._own_unet.config.cross_attention_dim:
                 raise ValueError(
                     f"The U-Net {name!r} reads states of width {unet.config.cross_attention_dim}, the model gives "
@@ -173,8 +164,8 @@ class Models:
         found = []
         for control in with_small_model(settings).controls:
             if control.name not in self._controlnets:
-                controlnet = load_controlnet(control.controlnet or control.name, as_dtype(self.dtype))
-                self._controlnets[control.name] = controlnet.to(self.device)
+                source, dtype = control.controlnet or control.name, self._own_unet.dtype
+                self._controlnets[control.name] = load_controlnet(source, dtype).to(self.device)
             self._controlnets.move_to_end(control.name)
             found.append(self._controlnets[control.name])
         while len(self._controlnets) > max(CONTROLNETS_KEPT, len(found)):

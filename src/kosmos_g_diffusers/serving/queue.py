@@ -83,18 +83,12 @@ class Worker:
         self._thread.start()
 
     def submit(self, job):
-        """Put a job, a function of its ticket, at the end of the queue and return the ticket.
-
-        Raises:
-            QueueFull: there is no place.
-        """
+        """Put a job, a function of its ticket, at the end of the queue and return the ticket. Raises QueueFull."""
         with self._condition:
             # with nothing running, the first that waits is about to run
             room = self.capacity + (not self._is_busy())
             if self._closed or len(self._waiting) >= room:
-                raise QueueFull(
-                    f"The queue is full: {len(self._waiting)} runs are waiting. Try again in a minute."
-                )
+                raise QueueFull(f"The queue is full: {len(self._waiting)} runs are waiting. Try again later.")
             ticket = Ticket(self, job)
             self._waiting.append(ticket)
             self._condition.notify()

@@ -59,11 +59,7 @@ class Service:
         return True
 
     async def control_image(self, field, control, height=None, width=None):
-        """PIL image of what a ControlNet would read of a ControlInput.
-
-        Raises:
-            FieldError: see `control_image` of the library.
-        """
+        """PIL image of what a ControlNet would read of a ControlInput. Raises FieldError for what the library's refuses."""
         (path,) = self.store.find_all([control.picture], field)
 
         def make(ticket):

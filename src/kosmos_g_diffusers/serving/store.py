@@ -33,16 +33,10 @@ IMAGES, INPUTS, UPLOADS = "images", "inputs", "uploads"
 
 
 def check_image_file(path, field="pictures"):
-    """Look at an image file, a path or an open file, without decoding it; returns its format.
-
-    Raises:
-        FieldError: not an image of a known format, or too large.
-    """
+    """Format of an image file, a path or an open file, not decoded. FieldError for an unknown format or one too large."""
     size = path.getbuffer().nbytes if hasattr(path, "getbuffer") else os.path.getsize(path)
     if size > MAX_BYTES:
-        raise FieldError(
-            field, f"This file has {size / 2**20:.0f} MB; an image may have {MAX_BYTES // 2**20} MB."
-        )
+        raise FieldError(field, f"This file has {size / 2**20:.0f} MB; {MAX_BYTES // 2**20} MB are possible.")
     try:
         with PIL.Image.open(path, formats=FORMATS) as image:
             pixels, kind = image.width * image.height, image.format
@@ -112,11 +106,7 @@ class Store:
         return self.folder / IMAGES / name
 
     def keep_upload(self, path, field):
-        """Keep an uploaded image; returns it as settings name it.
-
-        Raises:
-            FieldError: see `check_image_file`.
-        """
+        """Keep an uploaded image; returns it as settings name it. Raises FieldError as `check_image_file` does."""
         suffix = f".{check_image_file(path, field).lower()}"
         return self._keep(Path(path).read_bytes(), suffix)
 
@@ -142,11 +132,7 @@ class Store:
         return InputImage(f"../{INPUTS}/{kept.name}", digest)
 
     def find(self, file):
-        """Path of what settings name, by its contents and not by the path they give; None if it is not here.
-
-        Args:
-            file: InputImage, whose `sha256` was checked to be hexadecimal digits when it was made.
-        """
+        """Path of an InputImage by its SHA-256, checked when it was made, and not by its path; None if it is not here."""
         return next((self.folder / INPUTS).glob(f"{file.sha256}.*"), None)
 
     def find_all(self, files, field):

@@ -3,10 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from ..control.controls import load_controlnet
-
 SPRITES = str(Path(__file__).parent / "model")  # trained by examples/sprites
 SPRITES_CONTROL = "canny"  # the control that its ControlNet was trained for
 SPRITES_ONLY = (
@@ -21,11 +17,7 @@ SPRITES_NOTE = (
 
 
 def with_small_model(settings):
-    """GenerationSettings that can be loaded: the small model, and its ControlNet, where they name no model.
-
-    Raises:
-        ValueError: as `sprites_controlnet`.
-    """
+    """GenerationSettings with the small model and its ControlNet if they name no model. ValueError as `sprites_controlnet`."""
     if settings.model is not None:
         return settings
     controls = [
@@ -43,8 +35,3 @@ def sprites_controlnet(name):
             f"--model with the model that you have converted, take {SPRITES_CONTROL}, or pass a --controlnet."
         )
     return str(Path(SPRITES) / "controlnet")
-
-
-def load_sprites_controlnet(name, dtype=torch.float32):
-    """The small model's ControlNet for a kind of control, a ControlNetModel. Raises ValueError as `sprites_controlnet`."""
-    return load_controlnet(sprites_controlnet(name), dtype)

@@ -8,6 +8,7 @@ the sprite's cover, and its outline gives shape and size; where the ink lies wit
 """
 
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -128,7 +129,7 @@ def _find_places(boxes, margin=2):
 class _Outlines(NamedTuple):
     """How the world draws each shape in each of RADII, one row each, in windows (WINDOW, WINDOW) laid flat."""
 
-    shapes: list
+    shapes: tuple
     radii: np.ndarray
     covers: np.ndarray
     rims: np.ndarray  # the part of the cover that is ink if the sprite is bordered
@@ -138,25 +139,21 @@ class _Outlines(NamedTuple):
 
 @cache
 def _draw_outlines():
-    shapes, radii, covers, rims, rim_excess = [], [], [], [], []
-    for shape in SHAPES:
-        for radius in RADII:
-            cover, rim = _draw_window(shape, "bordered", radius)
-            _, dots = _draw_window(shape, "dotted", radius)
-            shapes.append(shape)
-            radii.append(radius)
-            covers.append(cover.ravel())
-            rims.append(rim.ravel())
-            rim_excess.append(sum(np.subtract(*_share_ink(ink, cover, rim)) for ink in (rim, dots)) / 2)
-    return _Outlines(shapes, *map(np.array, (radii, covers, rims, rim_excess)))
+    rows = []
+    for shape, radius in product(SHAPES, RADII):
+        cover, rim = _draw_window(shape, "bordered", radius)
+        _, dots = _draw_window(shape, "dotted", radius)
+        excess = sum(np.subtract(*_share_ink(ink, cover, rim)) for ink in (rim, dots)) / 2
+        rows.append((shape, radius, cover.ravel(), rim.ravel(), excess))
+    shapes, *columns = zip(*rows, strict=True)
+    return _Outlines(shapes, *map(np.array, columns))
 
 
 def _draw_window(shape, pattern, radius):
     backdrop, paint = BACKGROUNDS["white"], COLOURS["green"]
     image = Image.new("RGB", (IMAGE_SIZE * SUPERSAMPLING,) * 2, backdrop)
-    paint_sprite(
-        image, Sprite(shape, "green", pattern, "large"), (IMAGE_SIZE / 2, IMAGE_SIZE / 2), radius, paint
-    )
+    sprite, middle = Sprite(shape, "green", pattern, "large"), (IMAGE_SIZE / 2, IMAGE_SIZE / 2)
+    paint_sprite(image, sprite, middle, radius, paint)
     pixels = np.asarray(image.reduce(SUPERSAMPLING), dtype=np.float32)
     return _centre(*_unmix(pixels, np.array(backdrop), np.array(paint)))
 
@@ -205,10 +202,8 @@ def _centre(cover, ink):
     """The windows (WINDOW, WINDOW) of both around the cover's centre of mass, which is between pixels."""
     steps, half = np.arange(IMAGE_SIZE) + 0.5, WINDOW // 2
     weights = cover + 1e-6  # a strange image may cover nothing
-    (row, y), (column, x) = (
-        divmod(float(weights.sum(1 - axis) @ steps / weights.sum()), 1) for axis in (0, 1)
-    )
-    row, column = int(row), int(column)
+    centre = [float(weights.sum(1 - axis) @ steps / weights.sum()) for axis in (0, 1)]
+    (row, column), (y, x) = map(int, centre), (place % 1 for place in centre)
     windows = []
     for plane in (cover, ink):
         # from half a window before the centre to half a window behind it, and a pixel more to interpolate with

@@ -80,14 +80,9 @@ def is_held_out(sprite):
     return (SHAPES.index(shape) + 2 * list(COLOURS).index(colour) + 3 * PATTERNS.index(pattern)) % 5 == 0
 
 
-TRAINING_TRIPLES, HELD_OUT_TRIPLES = (
-    tuple(
-        triple
-        for triple in product(SHAPES, COLOURS, PATTERNS)
-        if is_held_out(Sprite(*triple, "large")) is held_out
-    )
-    for held_out in (False, True)
-)
+TRIPLES = tuple(product(SHAPES, COLOURS, PATTERNS))
+HELD_OUT_TRIPLES = tuple(triple for triple in TRIPLES if is_held_out(Sprite(*triple, "large")))
+TRAINING_TRIPLES = tuple(triple for triple in TRIPLES if triple not in HELD_OUT_TRIPLES)
 
 
 def draw_sprite_at_random(rng, held_out=False):
@@ -105,16 +100,10 @@ def draw_scene_at_random(rng, n_sprites=None, held_out=False):
 
 
 def recolour(sprite, rng):
-    """The same sprite in another colour, again a training triple if it was one, else again a held-out one.
-
-    Raises:
-        ValueError: it is held out in this colour alone (see `other_colours`).
-    """
+    """The sprite in another colour, a training triple if it was one, else a held-out one. ValueError if there is none."""
     others = other_colours(sprite)
     if not others:
-        raise ValueError(
-            f"There is no other held-out colour for {sprite}. Take a sprite that has other_colours."
-        )
+        raise ValueError(f"There is no other held-out colour for {sprite}. Take one that has other_colours.")
     return rng.choice(others)
 
 
@@ -188,19 +177,7 @@ def _draw_shape(draw, hole, shape, middle, radius):
     def box(x, y, reach):
         return [middle + x - reach, middle + y - reach, middle + x + reach, middle + y + reach]
 
-    def polygon(corners, turn, reach=(1.0,)):
-        angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
-        draw.polygon(
-            [
-                (
-                    middle + radius * reach[k % len(reach)] * math.sin(angle),
-                    middle - radius * reach[k % len(reach)] * math.cos(angle),
-                )
-                for k, angle in enumerate(angles)
-            ],
-            fill=255,
-        )
-
+    points = []
     if shape in ("circle", "ring", "moon"):
         draw.ellipse(box(0, 0, radius), fill=255)
     if shape == "ring":
@@ -210,34 +187,22 @@ def _draw_shape(draw, hole, shape, middle, radius):
     elif shape == "square":
         draw.rectangle(box(0, 0, 0.85 * radius), fill=255)
     elif shape == "triangle":
-        draw.polygon(
-            [
-                (middle, middle - 0.95 * radius),
-                (middle + radius, middle + 0.85 * radius),
-                (middle - radius, middle + 0.85 * radius),
-            ],
-            fill=255,
-        )
+        top, bottom = middle - 0.95 * radius, middle + 0.85 * radius
+        points = [(middle, top), (middle + radius, bottom), (middle - radius, bottom)]
     elif shape == "star":
-        polygon(10, 0.0, (1.05, 0.48))
+        for k in range(10):
+            angle, reach = 2 * math.pi * k / 10, radius * (1.05, 0.48)[k % 2]
+            points.append((middle + reach * math.sin(angle), middle - reach * math.cos(angle)))
     elif shape == "cross":
         arm = 0.36 * radius
         draw.rectangle([middle - radius, middle - arm, middle + radius, middle + arm], fill=255)
         draw.rectangle([middle - arm, middle - radius, middle + arm, middle + radius], fill=255)
     elif shape == "heart":
-        draw.polygon(
-            [
-                (
-                    middle + radius * math.sin(t) ** 3,
-                    middle
-                    - radius
-                    * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) + 2.5)
-                    / 15.5,
-                )
-                for t in (2 * math.pi * k / 64 for k in range(64))
-            ],
-            fill=255,
-        )
+        for t in (2 * math.pi * k / 64 for k in range(64)):
+            y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) + 2.5
+            points.append((middle + radius * math.sin(t) ** 3, middle - radius * y / 15.5))
+    if points:
+        draw.polygon(points, fill=255)
 
 
 def _draw_pattern(draw, silhouette, pattern, scale):
