@@ -302,16 +302,7 @@ class KosmosGProcessor:
         Shorter side to S (bicubic, on the PIL image), centre crop, [0, 1], CLIP's mean and deviation in float64.
         """
         image = open_image(image, "The image")
-        size, (width, height) = self.image_size, image.size
-        if width <= height:
-            width, height = size, int(size * height / width)
-        else:
-            width, height = int(size * width / height), size
-        _check_pixel_count(width, height, f"The image of {image.width} x {image.height} pixels, resized,")
-        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
-        # round half to even: with a floor the crop of an odd margin would be off by one pixel
-        left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))
-        image = image.crop((left, top, left + size, top + size))
+        image = crop_to_square(image, self.image_size, PIL.Image.Resampling.BICUBIC)
         pixels = np.array(image).transpose(2, 0, 1) / 255.0
         pixels = (pixels - np.reshape(IMAGE_MEAN, (3, 1, 1))) / np.reshape(IMAGE_STD, (3, 1, 1))
         return pixels.astype(np.float32)
@@ -520,6 +511,21 @@ def open_image(image, name):
             f"{name} (mode {image.mode}, {image.width} x {image.height}) cannot be decoded ({error}). "
             "Pass an image that opens in RGB."
         ) from error
+
+
+def crop_to_square(image, side, resample):
+    """A PIL image, its shorter side resized to `side`, then the centre: the sizes of torchvision's Resize and CenterCrop.
+
+    Raises:
+        ValueError: it is a strip that would have more pixels, resized, than Pillow's limit for decompression bombs.
+    """
+    width, height = image.size
+    sides = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    _check_pixel_count(*sides, f"The image of {width} x {height} pixels, resized,")
+    image = image.resize(sides, resample)
+    # round half to even: with a floor the crop of an odd margin would be off by one pixel
+    left, top = (round((length - side) / 2) for length in sides)
+    return image.crop((left, top, left + side, top + side))
 
 
 def _check_pixel_count(width, height, name):

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..processing_kosmos_g import crop_to_square
 from .sample import BadSample, FilteredSample
 
 IGNORED = -100  # torch's cross_entropy leaves such labels out
@@ -212,15 +213,7 @@ def preprocess_target(image, resolution):
 
     The numbers of torchvision's `Resize` and `CenterCrop` in the official loaders (openimage_loader.py:47-51).
     """
-    width, height = image.size
-    if width <= height:
-        width, height = resolution, int(resolution * height / width)
-    else:
-        width, height = int(resolution * width / height), resolution
-    if image.size != (width, height):
-        image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
-    left, top = int(round((width - resolution) / 2.0)), int(round((height - resolution) / 2.0))
-    image = image.crop((left, top, left + resolution, top + resolution))
+    image = crop_to_square(image, resolution, PIL.Image.Resampling.BILINEAR)
     pixels = (np.array(image).transpose(2, 0, 1) / 255.0 - 0.5) / 0.5  # in float64, as there
     return torch.from_numpy(pixels.astype(np.float32))
 

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from ..files import hash_bytes, hash_file, written_atomically
-from ..processing_kosmos_g import open_image
+from ..processing_kosmos_g import crop_to_square, open_image
 from .images import image_path
 
 SIZE = 256  # pixels, both sides of what is compared
@@ -99,12 +99,8 @@ def load_inception(weights):
 
 
 def crop(image, size=SIZE):
-    """RGB PIL image -> (3, size, size) uint8: shorter side to `size`, then the middle."""
-    width, height = image.size
-    shape = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
-    image = image.resize(shape, PIL.Image.Resampling.BILINEAR)  # Pillow averages over what it leaves out
-    left, top = (round((side - size) / 2) for side in shape)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    """RGB PIL image -> (3, size, size) uint8: shorter side to `size` (Pillow averages over what it leaves out), then the middle."""
+    pixels = np.array(crop_to_square(image, size, PIL.Image.Resampling.BILINEAR))
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
