@@ -15,7 +15,7 @@ MOST_JSON_BYTES = 64 * 1024**2
 def written_atomically(path):
     """A binary file to write to that becomes `path` when the block ends well, and otherwise leaves nothing.
 
-    Until then it has a hidden name beside `path`, which `remove_partial_files` knows. Folders on the way are made.
+    Until then it has a hidden name next to `path`, which `remove_partial_files` knows. Folders on the way are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Make images from a prompt of words and images.
 
 Write <i> where an image stands and give one --image for each, in that order. Every PNG carries its settings, so an
-image can be made again from itself; flags beside --from change what they name. One image is written to --output;
+image can be made again from itself; flags given with --from change what they name. One image is written to --output;
 several go to out_0.png, out_1.png, ... with seeds that count up from --seed, and a grid of them to out.png.
 Images and model are stored as the paths you write.
 
