@@ -135,7 +135,7 @@ def _describe_image(members, name, entities):
     if number.isdigit() and int(number) < len(entities):
         label = f"{entities[int(number)]}{' (' + rest + ')' if rest else ''}"
     try:
-        image = members.image(name) if name else members.target()
+        image = members.image(name)
     except BadSample as problem:
         return {"label": label, "problem": problem.message}
     size = f"{image.width} x {image.height}"
