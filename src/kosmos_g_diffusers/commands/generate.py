@@ -50,7 +50,9 @@ def add_arguments(parser):
     repeated = partial(add, action="append", metavar="FILE")
     repeated("--image", dest="images", help="image of the next <i>; repeat it")
     add("--negative", dest="negative_prompt", metavar="TEXT", help="what the images should not show")
-    control = "make the control image of FILE (kosmos-g control --list); KIND:@FILE takes FILE as it is; repeat it"
+    control = (
+        "make the control image of FILE (kosmos-g control --list); KIND:@FILE takes FILE as it is; repeat it"
+    )
     repeated("--control", dest="controls", metavar="KIND:FILE", help=control)
     for entry in fields(ControlInput):
         if entry.name in CONTROL_FLAGS:
