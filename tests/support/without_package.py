@@ -1,7 +1,7 @@
 """Run by test_saving.py in a process of its own, in which kosmos_g_diffusers cannot be imported: what a saved folder does
 with nothing but diffusers and transformers. Each function `step_...` is one check; the outcomes are written as JSON.
 
-    python -I tests/without_package.py FOLDER WORK     (FOLDER: saved pipelines and expected results, WORK: an empty folder)
+    python -I tests/support/without_package.py FOLDER WORK     (FOLDER: saved pipelines and expected results, WORK: an empty folder)
 """
 
 import fnmatch

@@ -493,8 +493,10 @@ def test_command_says_why_it_stopped(make_config, monkeypatch, capsys, kind):
 
 
 def test_model_on_the_hub(make_config, model, monkeypatch):
-    monkeypatch.setattr(
-        model_folder, "snapshot_download", lambda name: str(model) if name == "me/mine" else None
-    )
+    def download(repo_id, allow_patterns):
+        assert (repo_id, allow_patterns) == ("me/mine", None)
+        return str(model)
+
+    monkeypatch.setattr("kosmos_g_diffusers.conversion.folder.snapshot_download", download)
     run = build_run("pretrain", make_config("pretrain", model="me/mine"))
     assert isinstance(run.stage.text_encoder, KosmosGTextEncoder)

@@ -60,19 +60,19 @@ def check_output(output):
     return output
 
 
-def locate(source, kind, content, files):
-    """Folder with some files of `source`, its own or a download of them.
+def locate(source, kind, content, files=None):
+    """Folder with the files of `source`, its own or a download of them.
 
     Args:
         source: folder or Hub id.
         kind, content: what an error calls the source, and what it should be.
-        files: names, for a Hub id.
+        files: names of those to download, for a Hub id; all if None.
     """
     folder = Path(source)
     if folder.exists():
         return folder
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(files)))
+        return Path(snapshot_download(str(source), allow_patterns=files and list(files)))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The {kind} {source} is not a folder, and not on the Hub as far as can be seen ({first_line(error)}). Pass "

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import diffusers
 from diffusers import DDIMScheduler
-from huggingface_hub import snapshot_download
 
+from ..conversion.folder import locate
 from ..conversion.target import MODEL_FOLDER, TOKENIZER_FOLDER
-from ..files import first_line, read_json
+from ..files import read_json
 from ..pipeline_kosmos_g import KosmosGPipeline
 from . import adapters, checkpoints
 
@@ -36,15 +36,7 @@ def locate_model(model):
             "No model was given. Pass --model with a folder that kosmos-g init or kosmos-g convert wrote, a checkpoint, "
             "or a Hub id."
         )
-    folder = Path(model)
-    if not folder.exists():
-        try:
-            folder = Path(snapshot_download(str(model)))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The model {model} is not a folder, and not on the Hub as far as can be seen ({first_line(error)}). Pass a "
-                "folder that kosmos-g init or kosmos-g convert wrote, or a Hub id and a connection."
-            ) from error
+    folder = locate(model, "model", "what kosmos-g init or kosmos-g convert wrote")
     if (folder / "text_encoder" / "config.json").is_file():
         return folder
     if found := checkpoints.list_checkpoints(folder):
