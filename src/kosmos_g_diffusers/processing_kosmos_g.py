@@ -513,8 +513,14 @@ def open_image(image, name):
         ) from error
 
 
-def crop_to_square(image, side, resample):
+def crop_to_square(image, side, resample, size=None):
     """A PIL image, its shorter side resized to `side`, then the centre: the sizes of torchvision's Resize and CenterCrop.
+
+    Args:
+        image: PIL image.
+        side: pixels of the shorter side before cropping.
+        resample: of `PIL.Image.Resampling`.
+        size: pixels of both sides of the crop; None takes `side`.
 
     Raises:
         ValueError: it is a strip that would have more pixels, resized, than Pillow's limit for decompression bombs.
@@ -524,8 +530,9 @@ def crop_to_square(image, side, resample):
     _check_pixel_count(*sides, f"The image of {width} x {height} pixels, resized,")
     image = image.resize(sides, resample)
     # round half to even: with a floor the crop of an odd margin would be off by one pixel
-    left, top = (round((length - side) / 2) for length in sides)
-    return image.crop((left, top, left + side, top + side))
+    size = size or side
+    left, top = (round((length - size) / 2) for length in sides)
+    return image.crop((left, top, left + size, top + size))
 
 
 def _check_pixel_count(width, height, name):

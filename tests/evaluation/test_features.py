@@ -75,13 +75,16 @@ def clip_folder(tmp_path_factory):
 
 
 def prepare(images, side, size, mean, std):
-    """Resize the shorter side, crop the middle, normalise: written out once more, image by image."""
+    """What torchvision's Resize, CenterCrop, ToTensor and Normalize do, written out once more, image by image."""
     pixels = []
     for image in images:
-        scale = side / min(image.size)
-        width, height = (side if edge == min(image.size) else int(edge * scale) for edge in image.size)
+        width, height = image.size
+        if width <= height:
+            width, height = side, int(side * height / width)
+        else:
+            width, height = int(side * width / height), side
         image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
-        left, top = (width - size) // 2, (height - size) // 2
+        top, left = int(round((height - size) / 2.0)), int(round((width - size) / 2.0))
         array = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float64) / 255
         pixels.append(((array - mean) / std).transpose(2, 0, 1))
     return torch.from_numpy(np.stack(pixels)).float()
@@ -137,6 +140,36 @@ def test_clip_agrees_with_a_direct_computation(clip_folder, photos):
     assert np.ptp(expected) > 0.05
     found = (features * extractor.text_features(TEXTS)).sum(-1)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, side, mean, std",
+    [
+        ("dino", 37, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("clip", 32, IMAGE_MEAN, IMAGE_STD),
+    ],
+)
+def test_pixels_are_those_of_torchvision_for_all_sizes(name, side, mean, std, request):
+    extractor = load_extractor(name, request.getfixturevalue(f"{name}_folder"))
+    generator = np.random.default_rng(0)
+    sizes = [tuple(int(edge) for edge in generator.integers(20, 120, 2)) for _ in range(450)]
+    sizes += [(side, edge) for edge in range(side, side + 25)] + [(edge, side) for edge in range(side, side + 25)]
+    images = [
+        PIL.Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for width, height in sizes
+    ]
+    seen = []
+
+    def keep(module, arguments):
+        if isinstance(module, torch.nn.Conv2d):  # the patches' projection reads the pixels
+            seen.extend(arguments)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep)
+    try:
+        extractor.features(images)
+    finally:
+        hook.remove()
+    torch.testing.assert_close(torch.cat(seen), prepare(images, side, 32, mean, std), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["dino", "clip"])

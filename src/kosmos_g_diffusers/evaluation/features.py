@@ -15,12 +15,13 @@ import pickle
 from functools import partial
 
 import numpy as np
+import PIL.Image
 import torch
 from transformers import AutoConfig, CLIPModel, CLIPTokenizer, ViTModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging
 
 from ..loading import IncompleteWeights, load_pretrained
+from ..processing_kosmos_g import IMAGE_MEAN, IMAGE_STD, crop_to_square
 from .colour import colour_histogram
 
 logger = logging.get_logger(__name__)
@@ -128,7 +129,7 @@ def _load_clip(name, source, device):
         return tokens.to(device)
 
     size = model.config.vision_config.image_size
-    prepare = _image_reader(size, size, None, None, device)
+    prepare = _image_reader(size, size, IMAGE_MEAN, IMAGE_STD, device)
 
     def embed_images(pixels):
         return model.visual_projection(model.vision_model(pixels).pooler_output)
@@ -166,14 +167,17 @@ def _load_model(name, source, device, model_class, model_type, **kwargs):
 def _image_reader(size, shorter_side, mean, std, device):
     """Function from a list of RGB PIL images to (N, 3, S, S) pixels: resized by Pillow, cropped, normalised.
 
-    Nothing of it is read from the folder of the weights, and nothing depends on whether torchvision is installed, which
-    would resize otherwise.
+    The arithmetic is torchvision's, for Resize, CenterCrop, ToTensor and Normalize, which the scripts of DINO, CLIP and
+    DreamBooth call; transformers' processor would crop one pixel away where half the margin is not whole. Nothing of it is
+    read from the folder of the weights.
     """
-    sizes = {"size": {"shortest_edge": shorter_side}, "crop_size": {"height": size, "width": size}}
-    processor = CLIPImageProcessorPil(**sizes)
-    if mean is not None:
-        processor.image_mean, processor.image_std = mean, std
-    return lambda images: processor(images=images, return_tensors="pt")["pixel_values"].to(device)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+
+    def read(image):
+        cropped = crop_to_square(image.convert("RGB"), shorter_side, PIL.Image.Resampling.BICUBIC, size)
+        return (torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255 - mean) / std
+
+    return lambda images: torch.stack([read(image) for image in images]).to(device)
 
 
 # EfficientNet and colour ----------------------------------------------------------------------------------------------
