@@ -116,6 +116,91 @@ def test_ids_are_those_of_sentencepiece(real_tokenizer, official):
         assert ids(real_tokenizer, text) == expected, repr(text)
 
 
+def strings_rich_in_ties(count, pieces, seed=0):
+    """Runs of a letter, of a few letters, letters of small alphabets, pieces in any order."""
+    rng = random.Random(seed)
+    alphabets = ["!-=.a0", "ab", "01.", "ha", "lol", "*#-_=~", "etaoin "]
+    for _ in range(count):
+        kind = rng.randrange(4)
+        if kind == 0:
+            yield "".join(rng.choices(rng.choice(alphabets), k=rng.randint(1, 40)))
+        elif kind == 1:
+            yield "".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789!.-,= ", k=rng.randint(1, 4))) * 7
+        elif kind == 2:
+            yield rng.choice("!-=.a0x_*#~?") * rng.randint(1, 60)
+        else:
+            yield "".join(rng.choices(pieces, k=rng.randint(1, 10)))
+
+
+def assert_ids_of_sentencepiece(tokenizer, official, count):
+    specials = [index for index in range(official.get_piece_size()) if official.is_control(index)]
+    specials.append(official.unk_id())
+    pieces = [
+        official.id_to_piece(index) for index in range(official.get_piece_size()) if index not in specials
+    ]
+    texts = list(strings_rich_in_ties(count, [piece.replace("▁", " ") for piece in pieces]))
+    shift = 4 - len(specials)
+    expected = [
+        [3 if number == official.unk_id() else number + shift for number in numbers]
+        for numbers in official.encode(texts)
+    ]
+    assert [ids(tokenizer, text) for text in texts] == expected
+    assert tokenizer(texts, add_special_tokens=False)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("count", [1500, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_ties_are_broken_as_sentencepiece_breaks_them(real_tokenizer, official, count):
+    assert_ids_of_sentencepiece(real_tokenizer, official, count)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """SentencePiece and ours of one small model, whose scores are often equal."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    rng = random.Random(0)
+    words = ["a photo of a dog in the snow", "banana", "!!!!", "hahaha", "0.0.0", "--", "lol", "etaoin"]
+    sentences = (
+        " ".join(rng.choices(words, k=4)) + chr(97 + index % 26) * rng.randint(1, 9) for index in range(400)
+    )
+    path = tmp_path_factory.mktemp("trained") / "small.model"
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences,
+            model_writer=file,
+            vocab_size=120,
+            model_type="unigram",
+            minloglevel=2,
+        )
+    own = KosmosGTokenizer.from_sentencepiece(path, image_size=28, latent_query_num=3, model_max_length=64)
+    return own, sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def test_ties_of_a_small_vocabulary_are_broken_as_sentencepiece_breaks_them(trained):
+    assert_ids_of_sentencepiece(*trained, 2000)
+
+
+def test_text_with_ties_is_padded_cut_and_read_with_image_words_as_other_text(trained, tmp_path):
+    trained[0].save_pretrained(tmp_path)
+    tokenizer = KosmosGTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_image_word("<my-dog>")
+    word = tokenizer.convert_tokens_to_ids("<my-dog>")
+    official = trained[1]
+    tied = next(
+        text
+        for text in strings_rich_in_ties(2000, ["a"])
+        if [token.value for token in tokenizer._tokenizer.model.tokenize(f"▁{text}")]
+        != official.encode(text, out_type=str)
+        and " " not in text
+    )
+    expected = [3 if number == 0 else number + 1 for number in official.encode(tied)]
+    assert ids(tokenizer, f"{tied}<my-dog> {tied}") == [*expected, word, *expected]
+    batch = tokenizer([tied, "a"], padding="max_length", max_length=60, truncation=True, return_tensors="pt")
+    assert batch["input_ids"][0].tolist() == [0, *expected] + [1] * (59 - len(expected))
+    assert batch["attention_mask"].sum(1).tolist() == [1 + len(expected), 1 + len(ids(tokenizer, "a"))]
+    cut = tokenizer(tied, max_length=5, truncation=True)["input_ids"]
+    assert cut == [0, *expected][:5]
+
+
 def test_literal_special_names_are_text_for_the_official_tokenizer(real_tokenizer, official):
     for name in (
         "<s>",

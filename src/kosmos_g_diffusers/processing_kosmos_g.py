@@ -6,7 +6,9 @@ Q latent queries an image (64), S image size (224). Images are RGB.
 This file is copied into saved model folders and stands alone: it needs transformers, diffusers, torch and Pillow only.
 """
 
+import json
 import re
+from copy import copy
 from itertools import count
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import PIL.ImageOps
 import torch
 from diffusers.utils import load_image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import Unigram
+from tokenizers.models import Unigram, WordLevel
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -33,6 +35,11 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 BEGIN, PAD, END, UNKNOWN = SPECIAL_PIECES = ("＜s＞", "＜pad＞", "＜/s＞", "＜unk＞")
 # Behind the text pieces, in the order of unilm/tasks/gpt_base.py:155-164. Never matched in text either.
 EXTRA_SPECIAL_TOKENS = ("<mask>", "</doc>", "<image>", "</image>", "</chunk>", "</line>")
+
+# Two ways to split a text can score the same where pieces repeat in another order: "xyxyx" is x+y+xyx and xyx+y+x. Other ties
+# need different pieces of equal sums: seen in small vocabularies only, whose scores are those of a few counts.
+PERIOD = re.compile(r"((.).{0,15}?)\1\2", re.DOTALL)
+SMALL_VOCABULARY = 8192
 
 IMAGE_WORD_PATTERN = re.compile(r"<[a-z][a-z0-9-]*>")
 RESERVED_WORDS = frozenset({IMAGE_MARK, "<s>", "<pad>", "<unk>", "<mask>", "<image>"})
@@ -162,11 +169,68 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
             token = token.replace("<", "＜").replace(">", "＞")
         return super()._convert_token_to_id_with_added_voc(token)
 
-    def _encode_plus(self, text, *args, **kwargs):
-        encoded = super()._encode_plus(text, *args, **kwargs)
+    def _encode_plus(self, text, text_pair=None, **kwargs):
+        words = self._split_ties(text, text_pair, kwargs)
+        if words is None:
+            encoded = super()._encode_plus(text, text_pair, **kwargs)
+        else:
+            encoded = self._encode_words(words, **kwargs)
         if any(encoding.overflowing for encoding in encoded.encodings or ()):
             self._warn_of_truncation(text, encoded, kwargs.get("add_special_tokens", True))
         return encoded
+
+    def _split_ties(self, text, text_pair, kwargs):
+        """Text, or list of texts -> its pieces as SentencePiece takes them; None where the backend takes the same ones."""
+        texts = [text] if isinstance(text, str) else text
+        if text_pair or not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+            return None
+        # offsets exist for the backend's pieces alone
+        if kwargs.get("is_split_into_words") or kwargs.get("return_offsets_mapping"):
+            return None
+        if kwargs.get("split_special_tokens") is False:
+            return None
+        words = [list(self._split_at_image_words(one)) for one in texts]
+        others = {}
+        for part in {part for one in words for part in one if part.startswith("▁")}:
+            if self.vocab_size <= SMALL_VOCABULARY or PERIOD.search(part):
+                pieces = self._unigram.split(part)
+                if pieces != [token.value for token in self._tokenizer.model.tokenize(part)]:
+                    others[part] = pieces
+        if not others:
+            return None
+
+        def split(part):
+            if not part.startswith("▁"):
+                return [part]
+            return others.get(part) or [token.value for token in self._tokenizer.model.tokenize(part)]
+
+        words = [[piece for part in one for piece in split(part)] for one in words]
+        return words[0] if isinstance(text, str) else words
+
+    def _split_at_image_words(self, text):
+        """Yield the image words of a text, and what stands between them as the unigram model is given it."""
+        names = "|".join(sorted(map(re.escape, self.image_words), key=len, reverse=True))
+        for part in re.split(f"({names})", text) if names else [text]:
+            if names and re.fullmatch(names, part):
+                yield part
+            else:
+                part = self._tokenizer.normalizer.normalize_str(part)
+                yield from (piece for piece, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(part))
+
+    @property
+    def _unigram(self):
+        if getattr(self, "_own_unigram", None) is None:
+            self._own_unigram = FloatUnigram(json.loads(self._tokenizer.to_str())["model"]["vocab"])
+        return self._own_unigram
+
+    def _encode_words(self, words, **kwargs):
+        """As `_encode_plus`, of texts that are split into pieces and image words already."""
+        pieces = {piece for one in words for piece in ([one] if isinstance(one, str) else one)}
+        vocabulary = {piece: self.convert_tokens_to_ids(piece) for piece in {*pieces, *SPECIAL_PIECES}}
+        whole = copy(self)
+        whole._tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+        whole._tokenizer.post_processor = self._tokenizer.post_processor
+        return super(KosmosGTokenizer, whole)._encode_plus(words, **{**kwargs, "is_split_into_words": True})
 
     def _warn_of_truncation(self, text, encoded, add_special_tokens):
         texts = text if isinstance(text, (list, tuple)) else [text]
@@ -204,6 +268,46 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
             if token.content != word:
                 backend.add_tokens([AddedToken(token.content, special=token.special, normalized=False)])
         self._tokenizer = backend
+
+
+class FloatUnigram:
+    """The best path through a text as SentencePiece finds it (unigram_model.cc, `EncodeOptimized`).
+
+    Sums of scores are float32 there and float64 in tokenizers: where two paths score the same, as "!!" + "!!!!" and "!!!!" +
+    "!!" do, rounding decides which is taken.
+
+    Args:
+        vocabulary: list of (piece, score), the special pieces first.
+    """
+
+    def __init__(self, vocabulary):
+        pieces, scores = zip(*vocabulary[len(SPECIAL_PIECES) :], strict=True)
+        scores = np.array(scores, dtype=np.float32)
+        self.scores = dict(zip(pieces, scores, strict=True))
+        self.unknown = scores.min() - np.float32(10)  # kUnkPenalty
+        self.longest = max(map(len, pieces))
+
+    def split(self, text):
+        """A text without spaces, "▁" in their place -> list of pieces; unknown letters in a row are one piece."""
+        best, begins, known = [None] * (len(text) + 1), [0] * (len(text) + 1), [True] * (len(text) + 1)
+        best[0] = np.float32(0)
+        for begin in range(len(text)):
+            for end in range(begin + 1, min(begin + self.longest, len(text)) + 1):
+                score = self.scores.get(text[begin:end])
+                is_known = score is not None
+                if not is_known and end == begin + 1:
+                    score = self.unknown
+                if score is not None and (best[end] is None or best[begin] + score > best[end]):
+                    best[end], begins[end], known[end] = best[begin] + score, begin, is_known
+        pieces, end, after = [], len(text), True
+        while end:
+            piece = text[begins[end] : end]
+            if known[end] or after:
+                pieces.append(piece)
+            else:
+                pieces[-1] = piece + pieces[-1]
+            end, after = begins[end], known[end]
+        return pieces[::-1]
 
 
 # save_pretrained puts a copy of this file into the folder

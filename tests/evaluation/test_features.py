@@ -153,7 +153,9 @@ def test_pixels_are_those_of_torchvision_for_all_sizes(name, side, mean, std, re
     extractor = load_extractor(name, request.getfixturevalue(f"{name}_folder"))
     generator = np.random.default_rng(0)
     sizes = [tuple(int(edge) for edge in generator.integers(20, 120, 2)) for _ in range(450)]
-    sizes += [(side, edge) for edge in range(side, side + 25)] + [(edge, side) for edge in range(side, side + 25)]
+    sizes += [(side, edge) for edge in range(side, side + 25)] + [
+        (edge, side) for edge in range(side, side + 25)
+    ]
     images = [
         PIL.Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
         for width, height in sizes
