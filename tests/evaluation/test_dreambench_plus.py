@@ -1,3 +1,5 @@
+import base64
+import io
 import json
 
 import PIL.Image
@@ -90,6 +92,13 @@ def test_run_is_exported_for_the_judge(data, tmp_path):
     assert [message["role"] for message in concept] == ["user", "assistant", "user"]
     assert concept[0]["content"] == "text of user_prompt_subject_full.txt"
     assert [part["type"] for part in concept[2]["content"]] == ["image_url", "image_url"]
+    # the judge's scripts: read the JPEG of Pillow's quality, resize it, encode it again
+    expected = io.BytesIO()
+    source = PIL.Image.open(data / "images" / "animal" / "00.jpg").convert("RGB")
+    source.save(tmp_path / "source.jpg")
+    PIL.Image.open(tmp_path / "source.jpg").resize((512, 512)).save(expected, format="JPEG")
+    shown = concept[2]["content"][0]["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
+    assert base64.b64decode(shown) == expected.getvalue()
     assert prompt[2]["content"][0] == {"type": "text", "text": "a kitten sitting on a cloud"}
     assert by_id["style_03_ukiyo-e/0_0/concept"][1]["content"] == "text of gpt_prompt_style_full.txt"
     (tmp_path / "prompts" / "user_prompt_text_full.txt").unlink()

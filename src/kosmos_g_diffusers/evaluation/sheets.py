@@ -123,10 +123,10 @@ def input_figures(data, paths):
     return figures
 
 
-def as_data_url(image, kind, **options):
-    """A PIL image as text, encoded as "png" or "jpeg" with Pillow's options for that format."""
+def as_data_url(image, kind):
+    """A PIL image as text, encoded as "png" or "jpeg"."""
     file = io.BytesIO()
-    image.save(file, format=kind, **options)
+    image.save(file, format=kind)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 

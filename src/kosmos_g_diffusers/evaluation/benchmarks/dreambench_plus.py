@@ -32,7 +32,6 @@ SCORERS = ("dino", "clip")
 IMAGES_PER_PROMPT = 1  # as its own scripts make
 JUDGE_SIZE = (512, 512)  # what its scripts show the judge
 ARTICLE = re.compile(r"(?<![^\W_])(a|an|the) \Z", re.IGNORECASE)  # as the last word, not the end of one
-JPEG_QUALITY = 95
 # kind of request -> files with the judge's instructions: what the user says, and what the judge is made to answer
 INSTRUCTIONS = {
     kind: (f"user_prompt_{kind}_full.txt", f"gpt_prompt_{kind}_full.txt")
@@ -152,16 +151,19 @@ def export(folder, data, output, instructions=None):
     requests = []
     for task in manifest.tasks:
         name = f"{task.truth['collection']}/{task.truth['number']}_{task.truth['index']}"
-        source = open_image(Path(data) / task.pictures[0], task.pictures[0])
-        target = open_image(image_path(folder, task), task.id)
-        for kind, image in (("src_image", source), ("tgt_image", target)):
+        images = {
+            "src_image": open_image(Path(data) / task.pictures[0], task.pictures[0]),
+            "tgt_image": open_image(image_path(folder, task), task.id),
+        }
+        for kind, image in images.items():
             path = output / kind / f"{name}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path, quality=JPEG_QUALITY)
+            image.save(path)  # in Pillow's own quality, as its scripts do: the judge sees what a JPEG leaves
+            images[kind] = open_image(path, str(path))
         write_text(output / "text" / f"{name}.txt", task.text + "\n")
         if texts is not None:
             kind = "style" if task.truth["collection"].startswith("style_") else "subject"
-            source, target = (_as_content(image.resize(JUDGE_SIZE)) for image in (source, target))
+            source, target = (_as_content(image.resize(JUDGE_SIZE)) for image in images.values())
             requests.append(_request(f"{name}/concept", texts[kind], [source, target]))
             words = {"type": "text", "text": task.text}
             requests.append(_request(f"{name}/prompt", texts["text"], [words, target]))
@@ -191,5 +193,5 @@ def _request(name, texts, content):
 
 
 def _as_content(image):
-    url = as_data_url(image, "jpeg", quality=JPEG_QUALITY)
+    url = as_data_url(image, "jpeg")
     return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}
