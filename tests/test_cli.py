@@ -8,8 +8,9 @@ import PIL.Image
 import pytest
 import torch
 
-from kosmos_g_diffusers import SPRITES, commands, environment
+from kosmos_g_diffusers import SPRITES, conversion, environment
 from kosmos_g_diffusers.cli import COMMANDS, build_parser, main
+from kosmos_g_diffusers.generation import generate as generation
 from kosmos_g_diffusers.generation.png import read_settings, write_png
 from kosmos_g_diffusers.generation.schedulers import SCHEDULERS, make_scheduler
 from kosmos_g_diffusers.generation.settings import GenerationSettings
@@ -133,7 +134,7 @@ def test_show_cannot_steer_the_terminal(folder, capsys):
 def test_files_are_overwritten_only_with_force(folder, capsys, monkeypatch):
     Path("out_1.png").write_bytes(b"mine")
     with monkeypatch.context() as patch:
-        patch.setattr(commands.generate, "load_pipeline", None)  # refused before it is called
+        patch.setattr(generation, "load_pipeline", None)  # refused before it is called
         assert "out_1.png would be overwritten" in fails(capsys, "generate", *PROMPT, "--num-images", "2")
     assert Path("out_1.png").read_bytes() == b"mine"
     assert not Path("out_0.png").exists()
@@ -230,7 +231,7 @@ def test_convert_passes_its_flags_on(monkeypatch, capsys):
         calls.append((args, kwargs))
         return args[1]
 
-    monkeypatch.setattr(commands.convert, "convert_checkpoint", convert_checkpoint)
+    monkeypatch.setattr(conversion, "convert_checkpoint", convert_checkpoint)
     flags = "--checkpoint a.pt --tokenizer b.model --base sd --output ./folder".split()
     assert main(["convert", *flags, "--dtype", "float16"]) == 0
     assert main(["convert", *flags]) == 0

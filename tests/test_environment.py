@@ -6,8 +6,12 @@ import PIL.Image
 import pytest
 import torch
 
-from kosmos_g_diffusers import cli, environment
-from kosmos_g_diffusers.commands import app, caption, control, data, evaluate, generate
+from kosmos_g_diffusers import captioning, cli, environment
+from kosmos_g_diffusers.control import controls
+from kosmos_g_diffusers.data import making
+from kosmos_g_diffusers.evaluation import run as evaluation_run
+from kosmos_g_diffusers.generation import generate
+from kosmos_g_diffusers.serving import models
 
 DEVICES = {"cpu": None, "cpu:0": None, "cuda": "cuda", "cuda:1": "cuda", "mps": "mps"}
 
@@ -30,7 +34,7 @@ def put_accelerator(monkeypatch, kind):
 
 
 def choice(monkeypatch, module, name, read, *arguments):
-    """(device, dtype) that `kosmos-g` has chosen when it calls `name` of a command's module."""
+    """(device, dtype) that `kosmos-g` has chosen when it calls `name` of a module."""
     chosen = []
 
     def stop(*args, **kwargs):
@@ -63,7 +67,9 @@ def test_caption(device, monkeypatch):
     def read(model, dtype, device):
         return device, dtype
 
-    chosen = choice(monkeypatch, caption, "load_answerer", read, "caption", "photo.png", "--device", device)
+    chosen = choice(
+        monkeypatch, captioning, "load_answerer", read, "caption", "photo.png", "--device", device
+    )
     assert chosen == (device, half_of(device))
 
 
@@ -72,17 +78,17 @@ def test_evaluate(device, monkeypatch, tmp_path):
         return device, settings["dtype"]
 
     flags = ("evaluate", "sprites", "--count", "2", "--output", str(tmp_path / "run"), "--device", device)
-    assert choice(monkeypatch, evaluate, "evaluate", read, *flags) == (device, half_of(device))
+    assert choice(monkeypatch, evaluation_run, "evaluate", read, *flags) == (device, half_of(device))
 
 
 def test_app(device, monkeypatch, tmp_path):
     pytest.importorskip("gradio")
 
-    def read(models, loras, unets, device, dtype):
+    def read(folders, loras, unets, device, dtype):
         return device, dtype
 
     flags = ("app", "--output", str(tmp_path), "--device", device)
-    assert choice(monkeypatch, app, "Models", read, *flags) == (device, half_of(device))
+    assert choice(monkeypatch, models, "Models", read, *flags) == (device, half_of(device))
 
 
 def test_data(device, monkeypatch, tmp_path):
@@ -99,7 +105,7 @@ def test_data(device, monkeypatch, tmp_path):
         "--device",
         device,
     )
-    assert choice(monkeypatch, data, "compose", read, *flags) == (device, half_of(device, "bfloat16"))
+    assert choice(monkeypatch, making, "compose", read, *flags) == (device, half_of(device, "bfloat16"))
 
 
 def test_control(device, monkeypatch, tmp_path):
@@ -107,7 +113,7 @@ def test_control(device, monkeypatch, tmp_path):
         return device, "none"
 
     flags = ("control", "canny", "photo.png", "--output", str(tmp_path / "edges.png"), "--device", device)
-    assert choice(monkeypatch, control, "control_image", read, *flags) == (device, "none")
+    assert choice(monkeypatch, controls, "control_image", read, *flags) == (device, "none")
 
 
 def test_model_of_lmms_eval(device, monkeypatch):

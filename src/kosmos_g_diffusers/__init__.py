@@ -1,18 +1,22 @@
 """Kosmos-G for diffusers: prompts of words and images for everything made for Stable Diffusion 1.5."""
 
-from .conversion import convert_checkpoint
-from .environment import __version__
-from .modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig
-from .pipeline_kosmos_g import (
-    KosmosGControlNetImg2ImgPipeline,
-    KosmosGControlNetInpaintPipeline,
-    KosmosGControlNetPipeline,
-    KosmosGImg2ImgPipeline,
-    KosmosGInpaintPipeline,
-    KosmosGPipeline,
-)
-from .processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
+from typing import TYPE_CHECKING
+
+from .environment import __version__, lazy_names
 from .sprites.pretrained import SPRITES
+
+if TYPE_CHECKING:
+    from .conversion import convert_checkpoint
+    from .modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig
+    from .pipeline_kosmos_g import (
+        KosmosGControlNetImg2ImgPipeline,
+        KosmosGControlNetInpaintPipeline,
+        KosmosGControlNetPipeline,
+        KosmosGImg2ImgPipeline,
+        KosmosGInpaintPipeline,
+        KosmosGPipeline,
+    )
+    from .processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
 
 __all__ = [
     "KosmosGControlNetImg2ImgPipeline",
@@ -29,3 +33,16 @@ __all__ = [
     "__version__",
     "convert_checkpoint",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        ".conversion": "convert_checkpoint",
+        ".modeling_kosmos_g": "KosmosGTextEncoder KosmosGTextEncoderConfig",
+        ".pipeline_kosmos_g": (
+            "KosmosGControlNetImg2ImgPipeline KosmosGControlNetInpaintPipeline KosmosGControlNetPipeline "
+            "KosmosGImg2ImgPipeline KosmosGInpaintPipeline KosmosGPipeline"
+        ),
+        ".processing_kosmos_g": "KosmosGProcessor KosmosGTokenizer",
+    },
+)

@@ -1,10 +1,5 @@
 """Answers in words: the multimodal language model alone, reading a prompt of words and images and continuing it."""
 
-import torch
-
-from .modeling_kosmos_g import KosmosGTextEncoder
-from .processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
-
 MAX_NEW_TOKENS = 64
 
 
@@ -20,12 +15,13 @@ class Answerer:
     """
 
     def __init__(self, text_encoder, tokenizer):
+        from .processing_kosmos_g import KosmosGProcessor
+
         self.model = text_encoder.to_causal_lm()
         self.tokenizer, self.processor = tokenizer, KosmosGProcessor(tokenizer)
         # nothing stands behind an image that the model would name: its slots would be empty
         self.forbidden = [tokenizer.image_token_id, tokenizer.end_of_image_token_id]
 
-    @torch.no_grad()
     def __call__(self, prompt, images=None, *, max_new_tokens=MAX_NEW_TOKENS, **options):
         """Continue one prompt until the model ends it.
 
@@ -42,6 +38,8 @@ class Answerer:
             ValueError: more than one prompt, an image word, a prompt that leaves no room for the answer; see also
                 `KosmosGProcessor`.
         """
+        import torch
+
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
         inputs = self._read(prompt, images)
@@ -52,7 +50,8 @@ class Answerer:
         options = {"do_sample": False, "suppress_tokens": self.forbidden, **options}
         # that of the whole model insists on an image
         generate = self.model.generate if "pixel_values" in inputs else self.model.text_model.generate
-        ids = generate(**inputs, max_new_tokens=min(max_new_tokens, longest - length), **options)
+        with torch.no_grad():
+            ids = generate(**inputs, max_new_tokens=min(max_new_tokens, longest - length), **options)
         return self.tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
 
     def _read(self, prompt, images):
@@ -82,6 +81,9 @@ def load_answerer(model, dtype, device):
     Raises:
         OSError: the model cannot be loaded.
     """
+    from .modeling_kosmos_g import KosmosGTextEncoder
+    from .processing_kosmos_g import KosmosGTokenizer
+
     try:
         # Kosmos-G folders never hold pickle files; refuse to load any
         options = {"subfolder": "text_encoder", "dtype": dtype, "use_safetensors": True}

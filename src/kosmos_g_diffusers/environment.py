@@ -1,13 +1,62 @@
-"""The machine and the packages: devices, the dtype that suits each, names of dtypes, versions.
+"""The machine and the packages: devices, the dtype that suits each, names of dtypes, versions, how much is said.
 
-torch is imported when a function needs it: what only lists names stays light.
+Heavy packages are imported when they are needed: a function here imports torch itself, and `lazy_names` gives a package of
+ours names that cost nothing before they are used.
 """
 
+import os
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 
 __version__ = "0.1.0"
 
 DTYPES = ("float32", "float16", "bfloat16")  # names of torch's dtypes that models are loaded in
+
+VERBOSITY = (
+    "KOSMOS_G_VERBOSITY"  # environment variable; kosmos-g -v sets it, so that worker processes see it too
+)
+VERBOSITIES = ("quiet", "verbose")
+
+
+def verbose():
+    """Whether to show what other libraries say, and whole tracebacks: KOSMOS_G_VERBOSITY is "verbose", not "quiet" or unset.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = os.environ.get(VERBOSITY) or VERBOSITIES[0]
+    if value not in VERBOSITIES:
+        raise ValueError(f"{VERBOSITY} is {value[:100]!r}; expected {' or '.join(VERBOSITIES)}.")
+    return value == "verbose"
+
+
+def lazy_names(package, modules):
+    """`__getattr__` and `__dir__` of a package whose names are imported when they are first used (PEP 562).
+
+    Its modules, too, are there without an import of their own, as if the package had imported them.
+
+    Args:
+        package: its `__name__`.
+        modules: module, relative to the package -> names that it gives, as words of one string.
+    """
+    module_of = {name: module for module, names in modules.items() for name in names.split()}
+
+    def __getattr__(name):
+        if name in module_of:
+            value = getattr(import_module(module_of[name], package), name)
+        elif name.isidentifier() and not name.startswith("_") and find_spec(f"{package}.{name}"):
+            value = import_module(f"{package}.{name}")
+        else:
+            module = sys.modules[package]
+            raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=module)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def __dir__():
+        return sorted({*vars(sys.modules[package]), *module_of})
+
+    return __getattr__, __dir__
 
 
 def as_dtype(name):

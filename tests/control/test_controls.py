@@ -15,10 +15,8 @@ from diffusers import MultiControlNetModel, UNet2DConditionModel
 
 from kosmos_g_diffusers import SPRITES, KosmosGControlNetImg2ImgPipeline, KosmosGControlNetPipeline
 from kosmos_g_diffusers.cli import build_parser, main
+from kosmos_g_diffusers.control import annotators
 from kosmos_g_diffusers.control.controls import (
-    ANNOTATORS,
-    CONTROLS,
-    annotators,
     control_image,
     control_preview,
     control_size,
@@ -27,6 +25,7 @@ from kosmos_g_diffusers.control.controls import (
     open_control,
     save_control,
 )
+from kosmos_g_diffusers.control.table import ANNOTATORS, CONTROLS
 from kosmos_g_diffusers.fields import check_value
 from kosmos_g_diffusers.generation.png import read_settings, write_png
 from kosmos_g_diffusers.generation.settings import ControlInput, GenerationSettings, InputImage

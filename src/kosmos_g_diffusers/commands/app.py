@@ -17,9 +17,7 @@ import sys
 from pathlib import Path
 
 from ..environment import DTYPES, check_device, default_device, default_dtype
-from ..serving.models import Models
-from ..serving.service import CAPACITY, Service
-from ..serving.store import Store
+from ..serving.queue import CAPACITY
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -54,6 +52,9 @@ def run(arguments):
     except ImportError as error:
         install = "pip install 'kosmos-g-diffusers[app]'"
         raise ImportError(f"The app needs gradio ({error}). Run: {install}") from error
+    from ..serving.models import Models
+    from ..serving.service import Service
+    from ..serving.store import Store
 
     device = arguments.device or default_device()
     check_device(device)

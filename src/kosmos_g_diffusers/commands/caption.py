@@ -12,16 +12,15 @@ examples:
 
 import sys
 
-from ..captioning import MAX_NEW_TOKENS, load_answerer
+from ..captioning import MAX_NEW_TOKENS
 from ..environment import DTYPES, as_dtype, check_device, default_device, default_dtype
-from ..processing_kosmos_g import CAPTION_PROMPT, IMAGE_MARK
 from ..sprites.pretrained import SPRITES, SPRITES_NOTE
 
 
 def add_arguments(parser):
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="path or URL")
-    add("--prompt", default=CAPTION_PROMPT, metavar="TEXT", help=f"(default: {CAPTION_PROMPT!r})")
+    add("--prompt", metavar="TEXT", help="(default: one that asks for a caption)")
     add("--model", metavar="MODEL", help="folder or Hub id (default: the small model that ships, of sprites)")
     longest = f"longest answer (default: {MAX_NEW_TOKENS})"
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=longest)
@@ -32,13 +31,17 @@ def add_arguments(parser):
 
 
 def run(arguments):
+    from ..captioning import load_answerer
+    from ..processing_kosmos_g import CAPTION_PROMPT, IMAGE_MARK
+
     device = arguments.device or default_device()
     check_device(device)
     if arguments.num_beams < 1:
         raise ValueError(f"--num-beams is {arguments.num_beams}; expected 1 or more.")
     dtype = as_dtype(arguments.dtype or default_dtype(device))
     answer = load_answerer(arguments.model or SPRITES, dtype, device)
-    prompt, groups = arguments.prompt, [arguments.images]
+    prompt = CAPTION_PROMPT if arguments.prompt is None else arguments.prompt
+    groups = [arguments.images]
     if IMAGE_MARK not in prompt:
         prompt, groups = f"{IMAGE_MARK} {prompt}", [[image] for image in arguments.images]
     options = {"max_new_tokens": arguments.max_new_tokens, "num_beams": arguments.num_beams}

@@ -8,8 +8,6 @@ examples:
   kosmos-g compare runs/guidance-7.5 runs/guidance-5 --output runs/guidance
 """
 
-from ..evaluation.compare import compare, comparison_table
-
 
 def add_arguments(parser):
     parser.add_argument("run_a", metavar="RUN_A", help="the --output of a kosmos-g evaluate")
@@ -18,6 +16,8 @@ def add_arguments(parser):
 
 
 def run(arguments):
+    from ..evaluation.compare import compare, comparison_table
+
     result = compare(arguments.run_a, arguments.run_b, arguments.output)
     print(comparison_table(result))
     print(f"\n{arguments.output}/compare.md")

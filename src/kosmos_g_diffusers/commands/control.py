@@ -13,7 +13,7 @@ examples:
 
 from pathlib import Path
 
-from ..control.controls import CONTROLS, control_image, save_control
+from ..control.table import CONTROLS
 from ..environment import check_device
 from ..fields import add_flag
 
@@ -47,6 +47,8 @@ def run(arguments):
     if output.exists() and not arguments.force:
         raise FileExistsError(f"{output} would be overwritten. Pass --force, or another --output.")
     check_device(arguments.device)
+    from ..control.controls import control_image, save_control
+
     parameters = {name: value for name, value in vars(arguments).items() if name in _controls_by_parameter()}
     image = control_image(
         arguments.name,

@@ -11,7 +11,6 @@ then, in Python:
   pipe("<i> in the suit of <i>", images=[dog, ironman]).images[0].save("out.png")
 """
 
-from ..conversion import convert_checkpoint
 from ..environment import DTYPES, as_dtype
 
 
@@ -26,6 +25,8 @@ def add_arguments(parser):
 
 
 def run(arguments):
+    from ..conversion import convert_checkpoint
+
     folder = convert_checkpoint(
         arguments.checkpoint,
         arguments.output,

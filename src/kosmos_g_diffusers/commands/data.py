@@ -22,8 +22,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 
-from ..data.making import ComposeSettings, EditSettings, compose, instructpix2pix, write_contact_sheet
-from ..data.making.instructpix2pix import COLUMNS
+from ..data.settings import COLUMNS, ComposeSettings, EditSettings
 from ..environment import DTYPES, as_dtype, check_device, default_device, default_dtype
 from ..fields import add_flags
 
@@ -77,6 +76,8 @@ def _add_output(parser):
 
 
 def run(arguments):
+    from ..data.making import compose, instructpix2pix, write_contact_sheet
+
     if arguments.action == "sheet":
         return print(write_contact_sheet(arguments.shards, arguments.output, arguments.samples))
     given = vars(arguments)

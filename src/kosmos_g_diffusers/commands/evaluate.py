@@ -21,10 +21,7 @@ import sys
 
 from ..environment import DTYPES, default_device, default_dtype
 from ..evaluation.benchmarks import BENCHMARKS
-from ..evaluation.features import SCORERS
-from ..evaluation.report import scores_table
-from ..evaluation.run import evaluate
-from ..evaluation.scoring import FeatureScorer
+from ..evaluation.scorers import SCORERS
 from ..generation.schedulers import SCHEDULERS
 from ..sprites.pretrained import SPRITES_NOTE
 
@@ -72,6 +69,9 @@ def _add_common(add, benchmark):
 
 
 def run(arguments):
+    from ..evaluation.report import scores_table
+    from ..evaluation.run import evaluate
+
     benchmark = BENCHMARKS[arguments.benchmark]
     device = arguments.device or default_device()
     settings = {"height": None, "width": None, **benchmark.SETTINGS}
@@ -99,6 +99,8 @@ def run(arguments):
 
 def _make_scorers(texts, device, data):
     """A FeatureScorer for each NAME[=WEIGHTS]."""
+    from ..evaluation.scoring import FeatureScorer
+
     scorers = {}
     for text in texts:
         name, _, source = text.partition("=")

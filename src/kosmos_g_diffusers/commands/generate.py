@@ -28,10 +28,7 @@ from pathlib import Path
 
 from ..environment import default_device, default_dtype, package_versions
 from ..fields import add_flags
-from ..generation.generate import generate_files, load_pipeline
-from ..generation.png import output_paths, read_settings
 from ..generation.settings import ControlInput, GenerationSettings, InputImage
-from ..processing_kosmos_g import IMAGE_MARK
 from ..sprites.pretrained import SPRITES_NOTE, with_small_model
 
 # setting of a ControlInput -> its flag, which is given once for each --control
@@ -75,6 +72,9 @@ def run(arguments):
     settings, images, control_images = _read(vars(arguments))
     if arguments.show:
         return print(_as_text(settings))
+    from ..generation.generate import generate_files, load_pipeline
+    from ..generation.png import output_paths
+
     paths = output_paths(arguments.output, settings.num_images, arguments.force)
     pipe = load_pipeline(with_small_model(settings))
     for path in generate_files(pipe, settings, paths, images, control_images, arguments.force):
@@ -102,6 +102,9 @@ def _read(arguments):
         if "dtype" not in given:
             settings = replace(settings, dtype=default_dtype(settings.device))
         return settings, images, control_images
+    from ..generation.png import read_settings
+    from ..processing_kosmos_g import IMAGE_MARK
+
     recorded = read_settings(arguments["source"])
     if arguments["show"]:
         return recorded, [], []

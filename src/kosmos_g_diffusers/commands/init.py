@@ -9,7 +9,6 @@ examples:
   kosmos-g train align --help
 """
 
-from ..conversion import initialize
 from ..environment import DTYPES
 
 
@@ -29,6 +28,8 @@ def add_arguments(parser):
 
 
 def run(arguments):
+    from ..conversion import initialize
+
     folder = initialize(
         arguments.mllm,
         arguments.base,

@@ -1,12 +1,11 @@
 """Control images: from an image and the name of a control to what a ControlNet of Stable Diffusion 1.5 reads.
 
-CONTROLS is the table. Nothing is imported or fetched before it is used. Images are RGB, [0, 255].
+Nothing is fetched before it is used. Images are RGB, [0, 255].
 """
 
 import functools
 import math
 import pickle
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,177 +20,12 @@ from ..files import first_line, written_atomically
 from ..loading import DTYPE_KEYWORD
 from ..processing_kosmos_g import open_image
 from . import annotators
+from .table import CONTROLS, find_control
 
 logger = logging.get_logger(__name__)
 
-ANNOTATORS = "lllyasviel/Annotators"  # Hub id of the weights that controlnet_aux reads
 SIDE_MULTIPLE = 8  # image pixels along a side of a latent pixel
 MAX_SIDE_RATIO = 8  # a thinner image, scaled to a short side of 512, would have many millions of pixels
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A setting of an annotator; its type is that of its default."""
-
-    default: bool | int | float
-    help: str
-    keyword: str | None = None  # of the annotator's call; None is the parameter's own name
-    low: float = -math.inf
-    high: float = math.inf
-
-
-@dataclass(frozen=True)
-class Control:
-    """A row of CONTROLS: how a control image is made, and who reads it."""
-
-    description: str
-    controlnet: str  # Hub id, for Stable Diffusion 1.5
-    annotator: object = None  # "module.Class" of controlnet_aux, or a loader; None is the image itself
-    weights: str | None = None  # Hub id of the annotator's weights; None: nothing to fetch
-    files: tuple = ()  # those it reads of that repo; () is all
-    parameters: dict = field(default_factory=dict)
-    arguments: dict = field(default_factory=dict)  # of every call of the annotator
-    needs_mask: bool = False
-
-
-# The table ------------------------------------------------------------------------------------------------------
-
-RESOLUTION = Parameter(512, "shorter side of what the annotator looks at, in pixels", low=64, high=2048)
-SAFE = Parameter(False, "quantise the edges, which blurs out fine detail")
-
-# Annotators and defaults are those of the official demo (kosmos-g/controlnet/), where it has the control; its inpainting
-# ControlNet control_v11e_sd15_inpaint is not on the Hub.
-CONTROLS = {
-    "canny": Control(
-        "hard edges",
-        "lllyasviel/control_v11p_sd15_canny",
-        "canny.CannyDetector",
-        parameters={
-            "low": Parameter(100, "gradient down to which an edge continues", "low_threshold", 0, 2000),
-            "high": Parameter(200, "gradient from which an edge begins", "high_threshold", 0, 2000),
-        },
-    ),
-    "depth": Control(
-        "near is light, far is dark (DPT)",
-        "lllyasviel/control_v11f1p_sd15_depth",
-        annotators.load_depth,
-        "Intel/dpt-large",
-    ),
-    "hed": Control(
-        "soft edges, rich in detail (HED)",
-        "lllyasviel/control_v11p_sd15_softedge",
-        "hed.HEDdetector",
-        ANNOTATORS,
-        ("ControlNetHED.pth",),
-        {"resolution": RESOLUTION, "safe": SAFE},
-    ),
-    "softedge": Control(
-        "soft edges (PidiNet)",
-        "lllyasviel/control_v11p_sd15_softedge",
-        "pidi.PidiNetDetector",
-        ANNOTATORS,
-        ("table5_pidinet.pth",),
-        {"resolution": RESOLUTION, "safe": SAFE},
-    ),
-    "lineart": Control(
-        "lines as an artist draws them",
-        "lllyasviel/control_v11p_sd15_lineart",
-        "lineart.LineartDetector",
-        ANNOTATORS,
-        ("sk_model.pth", "sk_model2.pth"),
-        {"resolution": RESOLUTION, "coarse": Parameter(False, "fewer, rougher lines")},
-    ),
-    "lineart_standard": Control(
-        "dark lines, found without a network",
-        "lllyasviel/control_v11p_sd15_lineart",
-        annotators.load_lineart_standard,
-        parameters={
-            "sigma": Parameter(6.0, "blur that lines stand out from, in pixels", "guassian_sigma", 0.1, 100),
-            "intensity": Parameter(8, "contrast that counts as a line", "intensity_threshold", 0, 255),
-        },
-    ),
-    "lineart_anime": Control(
-        "lines of an anime drawing",
-        "lllyasviel/control_v11p_sd15s2_lineart_anime",
-        "lineart_anime.LineartAnimeDetector",
-        ANNOTATORS,
-        ("netG.pth",),
-        {"resolution": RESOLUTION},
-    ),
-    "mlsd": Control(
-        "straight lines, of rooms and buildings",
-        "lllyasviel/control_v11p_sd15_mlsd",
-        "mlsd.MLSDdetector",
-        ANNOTATORS,
-        ("mlsd_large_512_fp32.pth",),
-        {
-            "resolution": RESOLUTION,
-            "score": Parameter(0.1, "certainty from which a line counts", "thr_v", 0.01, 2),
-            "distance": Parameter(0.1, "length from which a line counts", "thr_d", 0.01, 20),
-        },
-    ),
-    "normal": Control(
-        "directions of surfaces (NormalBae)",
-        "lllyasviel/control_v11p_sd15_normalbae",
-        "normalbae.NormalBaeDetector",
-        ANNOTATORS,
-        ("scannet.pt",),
-        {"resolution": RESOLUTION},
-    ),
-    "openpose": Control(
-        "poses of people (OpenPose: no commercial use)",
-        "lllyasviel/control_v11p_sd15_openpose",
-        "open_pose.OpenposeDetector",
-        ANNOTATORS,
-        ("body_pose_model.pth", "hand_pose_model.pth", "facenet.pth"),
-        {
-            "resolution": RESOLUTION,
-            "hands": Parameter(True, "draw hands", "include_hand"),
-            "face": Parameter(True, "draw faces", "include_face"),
-        },
-    ),
-    "scribble": Control(
-        "rough strokes along the edges (HED)",
-        "lllyasviel/control_v11p_sd15_scribble",
-        "hed.HEDdetector",
-        ANNOTATORS,
-        ("ControlNetHED.pth",),
-        {"resolution": RESOLUTION},
-        {"scribble": True},
-    ),
-    "drawing": Control(
-        "dark strokes that you drew on white",
-        "lllyasviel/control_v11p_sd15_scribble",
-        annotators.load_drawing,
-    ),
-    "segmentation": Control(
-        "kinds of things in the colours of ADE20K (UPerNet)",
-        "lllyasviel/control_v11p_sd15_seg",
-        annotators.load_segmentation,
-        "openmmlab/upernet-convnext-small",
-    ),
-    "shuffle": Control(
-        "colours and textures, the shapes warped",
-        "lllyasviel/control_v11e_sd15_shuffle",
-        annotators.load_shuffle,
-        parameters={
-            "seed": Parameter(0, "of the warp", low=0, high=2**32 - 1),
-            "scale": Parameter(256, "size of the waves, in pixels", "f", 8, 4096),
-        },
-    ),
-    "ip2p": Control("the image itself, changed as the prompt says", "lllyasviel/control_v11e_sd15_ip2p"),
-    "tile": Control("the image itself, its details drawn anew", "lllyasviel/control_v11f1e_sd15_tile"),
-    "inpaint": Control(
-        "the image, filled where a mask is white", "lllyasviel/control_v11p_sd15_inpaint", needs_mask=True
-    ),
-}
-
-
-def find_control(name):
-    """The row of CONTROLS; ValueError lists the known names."""
-    if name not in CONTROLS:
-        raise ValueError(f"There is no control {name!r}. Known: {', '.join(CONTROLS)}.")
-    return CONTROLS[name]
 
 
 # Control images -------------------------------------------------------------------------------------------------
@@ -215,9 +49,10 @@ def load_annotator(name, weights=None, device="cpu"):
         raise ValueError(f"The control {name!r} reads no weights, and {str(weights)!r} was given.")
     if control.annotator is None:
         return None
-    load = control.annotator
-    if isinstance(load, str):
-        load = functools.partial(annotators.load_detector, load)
+    if "." in control.annotator:
+        load = functools.partial(annotators.load_detector, control.annotator)
+    else:
+        load = getattr(annotators, control.annotator)
     source = control.weights if weights is None else str(weights)
     try:
         return load(source, device)

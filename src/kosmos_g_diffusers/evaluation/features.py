@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ..loading import IncompleteWeights, load_pretrained
 from ..processing_kosmos_g import IMAGE_MEAN, IMAGE_STD, crop_to_square
 from .colour import colour_histogram
+from .scorers import SCORERS
 
 logger = logging.get_logger(__name__)
 
@@ -96,8 +97,7 @@ def load_extractor(name, source=None, device="cpu"):
     """
     if name not in SCORERS:
         raise ValueError(f"There is no scorer {name!r}. There are {', '.join(SCORERS)}.")
-    load, default = SCORERS[name]
-    return load(name, source or default, torch.device(device))
+    return LOADERS[name](name, source or SCORERS[name], torch.device(device))
 
 
 # DINO and CLIP --------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def _load_model(name, source, device, model_class, model_type, **kwargs):
     if found != model_type:
         raise ValueError(
             f"{source!r} holds a model of type {found!r}; the scorer {name!r} needs {model_type!r}. Pass the folder or Hub id "
-            f"of such a model, or none for {SCORERS[name][1]}."
+            f"of such a model, or none for {SCORERS[name]}."
         )
     try:
         return load_pretrained(model_class, source, **kwargs).to(device).eval()
@@ -234,9 +234,4 @@ def _colour_features(images):
     return torch.from_numpy(np.stack([colour_histogram(image) for image in images]))
 
 
-# name -> function that loads it, where its weights are
-SCORERS = {
-    "dino": (_load_dino, "facebook/dino-vits16"),
-    "clip": (_load_clip, "openai/clip-vit-base-patch32"),
-    "efficientnet": (_load_efficientnet, None),
-}
+LOADERS = {"dino": _load_dino, "clip": _load_clip, "efficientnet": _load_efficientnet}

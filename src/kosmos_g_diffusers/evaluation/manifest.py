@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..files import hash_file, write_text
-from ..processing_kosmos_g import IMAGE_MARK, open_image
 
 FORMAT = "kosmos_g_evaluation_1"  # raise it when an older package would read a new manifest wrongly
 FILE_NAME = "manifest.jsonl"
@@ -40,6 +39,8 @@ class Task:
     def __post_init__(self):
         if not TASK_ID.fullmatch(self.id):
             raise ValueError(f"{self.id!r} cannot name an image. Use letters, digits and any of + - _ . /")
+        from ..processing_kosmos_g import IMAGE_MARK
+
         n_marks, n_images = self.prompt.count(IMAGE_MARK), len(self.pictures)
         if n_marks != n_images:
             raise ValueError(f"The prompt of {self.id} has {n_marks} '<i>' marks and {n_images} images.")
@@ -202,6 +203,8 @@ def hash_images(data, paths):
     Raises:
         ValueError: images are missing or cannot be read; all of them are named.
     """
+    from ..processing_kosmos_g import open_image
+
     check_images(data, paths)
     damaged = []
     for path in paths:

@@ -9,8 +9,9 @@ from tqdm.auto import tqdm
 
 from ..files import hash_file, hash_folder, write_text
 from ..processing_kosmos_g import open_image
-from .features import SCORERS, load_extractor
+from .features import load_extractor
 from .images import image_path
+from .scorers import SCORERS
 
 BATCH = 32  # images that a scorer sees at once
 
@@ -19,7 +20,7 @@ class FeatureScorer:
     """Scores by cosines of features: with the images of each subject, and with words where a task has them.
 
     Args:
-        name: of SCORERS in features.py.
+        name: of SCORERS in scorers.py.
         source: folder, file or Hub id of its weights; None takes its own.
         device: where it runs.
         data: folder of the references.
@@ -27,7 +28,7 @@ class FeatureScorer:
 
     def __init__(self, name, source, device, data):
         self.name, self.source, self.device, self.data = name, source, device, data
-        self.identity = {"scorer": name, "source": source or SCORERS[name][1]}
+        self.identity = {"scorer": name, "source": source or SCORERS[name]}
         if source is not None and Path(source).exists():
             digest = hash_folder(source) if Path(source).is_dir() else hash_file(source)
             self.identity = {"scorer": name, "sha256": digest}

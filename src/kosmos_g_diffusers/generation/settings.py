@@ -5,11 +5,10 @@ import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ..control.controls import find_control
+from ..control.table import find_control
 from ..environment import DTYPES
 from ..fields import check, setting
 from ..files import hash_file
-from ..processing_kosmos_g import IMAGE_MARK
 from .schedulers import SCHEDULERS
 
 FORMAT_VERSION = 1  # of the JSON object; raise it when an older package would read a new one wrongly
@@ -141,6 +140,8 @@ class GenerationSettings:
     versions: dict = setting(dict)  # package -> version it was made with, for information
 
     def __post_init__(self):
+        from ..processing_kosmos_g import IMAGE_MARK
+
         for entry in fields(self):
             if isinstance(value := getattr(self, entry.name), str):
                 _check_text(entry.name, value)

@@ -7,6 +7,7 @@ from collections import deque
 
 logger = logging.getLogger(__name__)
 
+CAPACITY = 16  # runs that may wait, unless the user says otherwise
 CLOSING = 10  # seconds that a run has for the step it is in
 RECENT = 8  # runs whose length is the estimate of the next one's
 

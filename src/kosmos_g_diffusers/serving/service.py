@@ -6,13 +6,12 @@ import time
 from ..control.controls import control_image, control_preview, control_size
 from .errors import FieldError, at, unexpected
 from .job import Drawing, finished_images
-from .queue import QueueFull, Worker
+from .queue import CAPACITY, QueueFull, Worker
 from .store import open_image_file
 
 POLL = 0.1  # seconds between two looks at a run
 # seconds after which a look is told even if nothing has changed, or a closed page would go unnoticed
 PATIENCE = 1.0
-CAPACITY = 16  # runs that may wait
 
 
 class Service:

@@ -9,9 +9,6 @@ import random
 from dataclasses import dataclass, replace
 from itertools import product
 
-import numpy as np
-from PIL import Image, ImageChops, ImageDraw
-
 IMAGE_SIZE = 64  # pixels, height and width
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon")
 COLOURS = {
@@ -143,6 +140,8 @@ def render(scene, rng, colours=None):
     Returns:
         RGB image of IMAGE_SIZE x IMAGE_SIZE pixels.
     """
+    from PIL import Image
+
     named = tuple(COLOURS[sprite.colour] for sprite in scene.sprites), BACKGROUNDS[scene.background]
     paints, ground = colours or named
     image = Image.new("RGB", (IMAGE_SIZE * SUPERSAMPLING,) * 2, ground)
@@ -159,6 +158,8 @@ def render(scene, rng, colours=None):
 
 def paint_sprite(image, sprite, centre, radius, colour):
     """Draw a sprite in (R, G, B) onto an image of SUPERSAMPLING times its size; centre and radius in pixels of its own size."""
+    from PIL import Image, ImageChops, ImageDraw
+
     scale = SUPERSAMPLING
     side = math.ceil(2 * radius * scale) + 2
     silhouette, hole = Image.new("L", (side, side)), Image.new("L", (side, side))
@@ -223,6 +224,9 @@ def _draw_pattern(draw, silhouette, pattern, scale):
 
 def _erode(mask, reach):
     """Each pixel the darkest of the square around it; as PIL's MinFilter, which takes eight times as long for a wide one."""
+    import numpy as np
+    from PIL import Image
+
     pixels = np.asarray(mask)
     for axis in (0, 1):
         padding = [(reach, reach) if axis == other else (0, 0) for other in (0, 1)]

@@ -1,33 +1,44 @@
-"""Training of Kosmos-G: the three stages of the paper, their data, and one loop. docs/training.md shows how.
+"""Training of Kosmos-G: the three stages of the paper, their data, and one loop. docs/training.md shows how."""
 
-The names below are imported when they are first used: the loop needs accelerate, and what merely reads weights does not.
-"""
+from typing import TYPE_CHECKING
 
-from importlib import import_module
+from ..environment import lazy_names
 
-_MODULES = {
-    "TrainConfig": ".config",
-    "build_run": ".run",
-    "run_stage": ".run",
-    "train": ".loop",
-    "TrainingStopped": ".loop",
-    "PretrainStage": ".stages",
-    "AlignStage": ".stages",
-    "InstructStage": ".stages",
-    "AlignerNetN": "..modeling_aligner_n",
-    "load_target": "..conversion.target",
-    "load_adapter": ".adapters",
-    "merge_adapter": ".adapters",
-    "remove_adapter": ".adapters",
-}
-__all__ = sorted(_MODULES)
+if TYPE_CHECKING:
+    from ..conversion.target import load_target
+    from ..modeling_aligner_n import AlignerNetN
+    from .adapters import load_adapter, merge_adapter, remove_adapter
+    from .config import TrainConfig
+    from .loop import TrainingStopped, train
+    from .run import build_run, run_stage
+    from .stages import AlignStage, InstructStage, PretrainStage
 
+__all__ = [
+    "AlignStage",
+    "AlignerNetN",
+    "InstructStage",
+    "PretrainStage",
+    "TrainConfig",
+    "TrainingStopped",
+    "build_run",
+    "load_adapter",
+    "load_target",
+    "merge_adapter",
+    "remove_adapter",
+    "run_stage",
+    "train",
+]
 
-def __getattr__(name):
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name], __name__), name)
-
-
-def __dir__():
-    return [*globals(), *__all__]
+# the loop needs accelerate, and what merely reads weights does not
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "..conversion.target": "load_target",
+        "..modeling_aligner_n": "AlignerNetN",
+        ".adapters": "load_adapter merge_adapter remove_adapter",
+        ".config": "TrainConfig",
+        ".loop": "TrainingStopped train",
+        ".run": "build_run run_stage",
+        ".stages": "AlignStage InstructStage PretrainStage",
+    },
+)

@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from ..environment import as_dtype
 from .cache_store import KEEP_FREE, TensorStore, as_bytes, content_key, keys_as_tensor
 from .config import MIXED_PRECISIONS
 from .stages import AlignStage, InstructStage
@@ -77,7 +78,7 @@ class FrozenCache:
     def __init__(self, folder, stage, mixed_precision="no", *, dtype=None, only=None, keep_free=KEEP_FREE):
         if dtype is None:
             dtype = torch.float32 if mixed_precision == "no" else torch.float16
-        self.stage, self.precision = stage, MIXED_PRECISIONS[mixed_precision]
+        self.stage, self.precision = stage, as_dtype(MIXED_PRECISIONS[mixed_precision])
         works = find_frozen_work(stage)
         names = [work.name for work in works]
         if not names or set(only or ()) - set(names):

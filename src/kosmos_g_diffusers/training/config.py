@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-import torch
-
+from ..environment import as_dtype
 from ..fields import CHOICE, RANGE, add_flags, find_problem, is_of_type, setting
 from ..files import write_text
 
 STAGES = ("pretrain", "align", "instruct")
-# accelerate's name -> dtype that the forward pass computes in
-MIXED_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# accelerate's name -> name of the dtype that the forward pass computes in
+MIXED_PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class TrainConfig:
     @property
     def dtype(self):
         """The torch dtype that `mixed_precision` names."""
-        return MIXED_PRECISIONS[self.mixed_precision]
+        return as_dtype(MIXED_PRECISIONS[self.mixed_precision])
 
     @classmethod
     def from_toml(cls, path, stage=None, **overrides):

@@ -1,10 +1,11 @@
 """Making training data: edits from InstructPix2Pix, compositions from images alone. docs/making-data.md shows how."""
 
-from .compose import Captioner, Composer, ComposeSettings, compose
+from ..settings import ComposeSettings, EditSettings
+from .compose import Captioner, Composer, compose
 from .contact_sheet import write_contact_sheet
 from .cutouts import Segmenter, cut_out
 from .entities import EntityFinder, parse_entities
-from .instructpix2pix import EditSettings, instructpix2pix
+from .instructpix2pix import instructpix2pix
 
 __all__ = [
     "Captioner",

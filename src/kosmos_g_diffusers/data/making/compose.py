@@ -7,44 +7,12 @@ import torch
 import torch.utils.data
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ...fields import check, setting
 from ..sample import BadSample, FilteredSample
+from ..settings import CUTTING_SIDE, ComposeSettings
 from .cutouts import Segmenter, cut_out
 from .entities import EntityFinder, build_chat
 from .inputs import find_images, read_ahead, read_image_file, shrink
 from .output_folder import OutputFolder
-
-CUTTING_SIDE = 1024  # pixels; larger images are shrunk to it before things are cut out of them
-
-
-@dataclass(frozen=True)
-class ComposeSettings:
-    """All that decides what is made of an image. Kept in the manifest; a resumed run needs the same.
-
-    Raises:
-        TypeError, ValueError: a value of another type, or out of its range.
-    """
-
-    # as in the official preparation, but for the language model: mosaicml/mpt-7b-instruct there has no chat template
-    model_caption: str = setting(
-        "Salesforce/blip2-opt-2.7b", "BLIP-2 or BLIP, folder or Hub id", metavar="MODEL"
-    )
-    model_entities: str = setting(
-        "Qwen/Qwen2.5-7B-Instruct", "language model with a chat template, folder or Hub id", metavar="MODEL"
-    )
-    model_segment: str = setting("CIDAS/clipseg-rd64-refined", "CLIPSeg, folder or Hub id", metavar="MODEL")
-    threshold: float = setting(0.3, "probability above which a pixel belongs to a thing", low=0, high=1)
-    # in the official preparation any share
-    min_area: float = setting(0.005, "share of the image that a thing has to cover", low=0, high=1)
-    # training reads no more than 64
-    max_entities: int = setting(8, "things cut out of an image", low=1, high=64)
-    size: int = setting(512, "pixels: sides of the image to draw, most of cut-outs", low=8, high=CUTTING_SIDE)
-    min_side: int = setting(256, "pixels; smaller images are skipped", low=1, high=100_000)
-    caption_tokens: int = setting(32, "most tokens of a caption", low=1, high=1000)
-    entity_tokens: int = setting(64, "most tokens of the language model's answer", low=1, high=10_000)
-
-    def __post_init__(self):
-        check(self)
 
 
 def compose(

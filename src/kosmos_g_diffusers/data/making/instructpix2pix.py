@@ -7,49 +7,14 @@ from pathlib import Path
 
 import torch.utils.data
 
-from ...fields import check_value
 from ...files import read_json
 from ..hub_datasets import HubDatasetSource
 from ..sample import BadSample
 from .inputs import Input, read_ahead, read_image_file, shrink
 from .output_folder import OutputFolder
 
-# timbrooks/instructpix2pix-clip-filtered; what HubDatasetSource calls them -> there
-COLUMNS = {
-    "input": "original_prompt",
-    "source": "original_image",
-    "edit": "edit_prompt",
-    "image": "edited_image",
-    "caption": "edited_prompt",
-}
 SEED = re.compile(r"[A-Za-z0-9-]{1,64}")
 MOST_PAIRS = 64  # of an edit; training reads no more
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """What is read and how it is stored. Kept in the manifest; a resumed run needs the same.
-
-    Raises:
-        ValueError: not one of folder and dataset, a column missing, or a size out of its range.
-    """
-
-    folder: str | None = None  # in the original layout, see `EditFolder`
-    dataset: str | None = None  # Hub id or folder of a `datasets` data set
-    split: str = "train"
-    revision: str | None = None
-    columns: tuple = tuple(COLUMNS.items())  # (use, column) pairs of the data set, see COLUMNS
-    # pixels of the shorter side, to which larger images are shrunk; as in the official preparation
-    size: int = 512
-
-    def __post_init__(self):
-        if (self.folder is None) == (self.dataset is None):
-            given = "neither" if self.folder is None else "both"
-            raise ValueError(f"Of folder and dataset, {given} was given. Pass the one that holds the edits.")
-        missing = [use for use in ("edit", "source", "image") if not dict(self.columns).get(use)]
-        if missing:
-            raise ValueError(f"No column was given for {', '.join(missing)}. Needed: edit, source and image.")
-        check_value("size", self.size, int, low=8, high=8192)
 
 
 def instructpix2pix(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ...captioning import as_text
 from ...files import hash_file
-from ..fid import SIZE, Fid
 from ..manifest import Manifest, Task, derive_seed
 
 TITLE = "FID-30k on MS-COCO"
@@ -44,6 +43,8 @@ def add_arguments(parser):
 
 
 def plan(arguments):
+    from ..fid import SIZE, Fid
+
     names, captions = read_annotations(arguments.annotations)
     captions = draw_captions(captions, arguments.count, arguments.seed)
     images = Path(arguments.images)

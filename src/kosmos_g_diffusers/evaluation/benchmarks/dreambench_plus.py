@@ -11,10 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from ...files import write_text
-from ...processing_kosmos_g import IMAGE_MARK, open_image
-from ..images import check_complete, image_path
 from ..manifest import Manifest, Task, derive_seed
-from ..sheets import as_data_url
 
 TITLE = "DreamBench++, and its images for its judge"
 DESCRIPTION = """
@@ -120,6 +117,8 @@ def build_tasks(data, images_per_prompt=IMAGES_PER_PROMPT, seed=0):
 
 def place_image(text, subject):
     """Words with the subject's name -> prompt with `<i>` in its place, or before everything."""
+    from ...processing_kosmos_g import IMAGE_MARK
+
     place = text.lower().find(subject.lower()) if subject else -1
     if place < 0:
         return f"{IMAGE_MARK} {text}"
@@ -145,6 +144,9 @@ def export(folder, data, output, instructions=None):
     Raises:
         ValueError: images are missing, or instructions.
     """
+    from ...processing_kosmos_g import open_image
+    from ..images import check_complete, image_path
+
     output, manifest = Path(output), Manifest.read(folder)
     check_complete(folder, manifest)
     texts = None if instructions is None else read_instructions(instructions)
@@ -193,5 +195,7 @@ def _request(name, texts, content):
 
 
 def _as_content(image):
+    from ..sheets import as_data_url
+
     url = as_data_url(image, "jpeg")
     return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}

@@ -17,7 +17,6 @@ well when the images lie in DreamBench's folders: "a dog" becomes `<i>`, and the
 from pathlib import Path
 
 from ...files import read_json
-from ...processing_kosmos_g import IMAGE_MARK
 from ..manifest import Manifest, Task, check_images, derive_seed
 from . import dreambench
 
@@ -98,6 +97,8 @@ def _subject(image):
 
 
 def _read_entry(data, path, number, entry):
+    from ...processing_kosmos_g import IMAGE_MARK
+
     where = f"Entry {number} of {path}"
     if isinstance(entry, dict) and {"prompt", "image_paths"} <= set(entry) <= UNO_KEYS:
         entry = _from_uno(data, where, entry)
@@ -137,6 +138,8 @@ def _is_list_of_text(value):
 
 def _from_uno(data, where, entry):
     """Replace "a dog" by `<i>` for each image, by the class words of DreamBench's table."""
+    from ...processing_kosmos_g import IMAGE_MARK
+
     prompt, paths = entry["prompt"], entry["image_paths"]
     if not isinstance(prompt, str) or not _is_list_of_text(paths):
         raise ValueError(f"{where}: prompt must be a string and image_paths a list of paths.")

@@ -5,8 +5,6 @@ Every prompt shows or names (shape, colour, pattern) triples that no training da
 
 import io
 
-from ...sprites.reader import read
-from ...sprites.source import draw_photo
 from ...sprites.world import (
     IMAGE_SIZE,
     Scene,
@@ -96,6 +94,8 @@ def build_tasks(count=COUNT, seed=0):
 
 def _draw(kind, number, seed):
     """(prompt, words for all of it, input images, truth) of one prompt; truth says what must be seen."""
+    from ...sprites.source import draw_photo
+
     rng = make_rng("sprite bench", seed, kind, number)
     scene = draw_scene_at_random(rng, 2 if kind == "pair" else 1, held_out=True)
     while kind == "edit" and not other_colours(scene.sprites[0]):
@@ -143,6 +143,8 @@ class ReaderScorer:
 
     def score(self, tasks, images):
         """A dict of scores for each task."""
+        from ...sprites.reader import read
+
         results = []
         for task, image in zip(tasks, images, strict=True):
             scene, kind, truth = read(image), task.truth["kind"], task.truth
