@@ -14,7 +14,7 @@ help:  ## list the targets
 
 env: $(VENV)/.installed  ## make .venv with the package and everything that its tests need
 
-demo: env  ## write out/*.png, drawn by the small model that ships
+demo: $(VENV)/.core  ## write out/*.png, drawn by the small model that ships
 	$(VENV)/bin/python examples/demo.py
 
 test: env  ## lint, then run the test suite
@@ -35,15 +35,24 @@ bench: env  ## run the benchmarks
 clean:  ## remove the environments and everything generated
 	rm -rf $(VENV) $(VENV_OLDEST) out build dist src/*.egg-info .pytest_cache .ruff_cache
 
-# The stamp comes last: an interrupted installation has none and is taken up again.
-$(VENV)/.installed: constraints.txt
-$(VENV_OLDEST)/.installed: constraints-oldest.txt
-$(VENV)/.installed $(VENV_OLDEST)/.installed: setup.cfg pyproject.toml
+# Two steps: the package alone, which is all that the demo needs, then what the tests need, into the same environment. The
+# stamp of each comes last: an interrupted installation has none and is taken up again.
+$(VENV)/.core: constraints.txt
+$(VENV_OLDEST)/.core: constraints-oldest.txt
+$(VENV)/.core $(VENV_OLDEST)/.core: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
-	@echo "Installing into $(@D) with the versions of $(filter constraints%,$^) (once; some minutes) ..."
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	@echo "Installing the package into $(@D) with the versions of $(filter constraints%,$^) (once; some minutes) ..."
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(filter constraints%,$^) --editable .
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.core constraints.txt
+$(VENV_OLDEST)/.installed: $(VENV_OLDEST)/.core constraints-oldest.txt
+$(VENV)/.installed $(VENV_OLDEST)/.installed:
+	@echo "Installing what the tests need into $(@D) (once; some minutes) ..."
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint $(filter constraints%,$^) --editable '.[dev]'
 	@# without what it names: torchvision needs another build of torch, and only two of its annotators need that
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps controlnet_aux==0.0.10
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps controlnet_aux==0.0.10
 	@touch $@

@@ -1,4 +1,6 @@
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from kosmos_g_diffusers import SPRITES, conversion, environment
 from kosmos_g_diffusers.cli import COMMANDS, build_parser, main
@@ -179,6 +182,168 @@ def test_device_that_is_not_there_is_named(folder, capsys, monkeypatch):
 def test_traceback_is_shown_when_asked(folder):
     with pytest.raises(ValueError, match="marks"):
         main(["--traceback", "generate", "<i>"])
+
+
+@pytest.mark.parametrize("flag", ["-v", "--verbose", "--traceback"])
+def test_traceback_is_shown_wherever_its_flag_stands(monkeypatch, flag):
+    monkeypatch.setattr("kosmos_g_diffusers.commands.compare.run", fail(KeyError("x")))
+    words = ["compare", "a", "b"]
+    for place in range(4):
+        with pytest.raises(KeyError):
+            main([*words[:place], flag, *words[place:]])
+    with pytest.raises(ValueError, match="marks"):
+        main(["generate", "<i>", flag])
+
+
+def test_flags_of_all_commands_stand_behind_a_command_of_a_command():
+    for words in (["train", "-v", "align"], ["train", "align", "-v"], ["-v", "train", "align"]):
+        arguments = build_parser().parse_args(words)
+        assert (arguments.verbose, arguments.traceback) == (True, False)
+    arguments = build_parser().parse_args(["train", "align"])
+    assert (arguments.verbose, arguments.traceback) == (False, False)
+
+
+def fail(error):
+    def run(*args):
+        raise error
+
+    return run
+
+
+def test_verbosity_is_that_of_the_flag_while_the_command_runs_and_of_the_variable(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(
+        "kosmos_g_diffusers.commands.compare.run", lambda arguments: seen.append(environment.verbose())
+    )
+    monkeypatch.delenv(environment.VERBOSITY, raising=False)
+    for arguments in (["compare", "a", "b"], ["-v", "compare", "a", "b"], ["compare", "a", "b"]):
+        assert main(arguments) == 0
+    for value in ("verbose", "quiet", ""):
+        monkeypatch.setenv(environment.VERBOSITY, value)
+        assert main(["compare", "a", "b"]) == 0
+    assert seen == [False, True, False, True, False, False]
+    assert os.environ[environment.VERBOSITY] == ""
+    monkeypatch.setenv(environment.VERBOSITY, "loud")
+    message = "KOSMOS_G_VERBOSITY is 'loud'; expected quiet or verbose."
+    assert message in fails(capsys, "compare", "a", "b")
+    monkeypatch.setattr("kosmos_g_diffusers.commands.compare.run", fail(OSError("no disk")))
+    monkeypatch.setenv(environment.VERBOSITY, "verbose")
+    with pytest.raises(OSError, match="no disk"):
+        main(["compare", "a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (RuntimeError("shapes\ndiffer"), "RuntimeError: shapes differ ("),
+        (KeyError("vae"), "KeyError: 'vae' ("),
+        (SafetensorError("header too large"), "SafetensorError: header too large ("),
+        (RecursionError("maximum recursion depth exceeded"), "RecursionError: maximum recursion"),
+        (MemoryError(), "kosmos-g: error: MemoryError ("),
+        (AssertionError(), "kosmos-g: error: AssertionError ("),
+    ],
+)
+def test_error_that_nobody_expects_is_one_line_with_a_hint(monkeypatch, capsys, error, named):
+    monkeypatch.setattr("kosmos_g_diffusers.commands.compare.run", fail(error))
+    assert main(["compare", "a", "b"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert named in err and "--traceback" in err and "kosmos-g env" in err
+
+
+def test_error_is_never_long(monkeypatch, capsys):
+    monkeypatch.setattr("kosmos_g_diffusers.commands.compare.run", fail(ValueError("k" * 10**6)))
+    assert len(fails(capsys, "compare", "a", "b")) < 1100
+    long, words = "k" * 10**6, "k " * 10**5
+    quoted = words + "it's"
+    for arguments in (
+        [long],
+        [words],
+        [quoted],
+        ["compare", "a", "b", words],
+        ["compare", "a", "b", long, long],
+        ["compare", "a", "b", f"--{long}"],
+        ["generate", "a", "--steps", quoted],
+        ["generate", "a", "--steps", f'{quoted} "'],
+        ["generate", "a", "--scheduler", words],
+        ["generate", "a", f"--force={words}"],
+        ["generate", "a", f"--control-={long}"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err.partition("error: ")[2]
+        assert error.count("k") < 130, error
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell and pipes of POSIX")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_reader_that_goes_away_ends_the_command_without_a_word(unbuffered):
+    command = f"{shlex.quote(sys.executable)} -m kosmos_g_diffusers"
+    for arguments in ("control --list", "--help", "generate --help"):
+        result = subprocess.run(
+            ["bash", "-c", f"{command} {arguments} | true; exit ${{PIPESTATUS[0]}}"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+        assert (result.stderr, result.stdout) == ("", "")
+        assert result.returncode == (141 if "--list" in arguments else 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_an_error():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "kosmos_g_diffusers", "control", "--list"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("kosmos-g: error: What the command prints cannot be written (No space")
+
+
+# Completion ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_flags_choices_and_files(folder, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-completion", "bash"])
+    script, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    Path("notes").mkdir()
+    script += '\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_kosmos_g; printf "%s\\n" "${COMPREPLY[@]}"'
+
+    def complete(*words):
+        """What bash offers where the last of `words` is being typed."""
+        command = ["bash", "-c", script, "bash", "kosmos-g", *words]
+        return set(subprocess.run(command, capture_output=True, text=True).stdout.split())
+
+    assert complete("gen") == {"generate"}
+    assert complete("train", "al") == {"align"}
+    assert {"--train-vision", "--tracker", "--traceback"} <= complete("train", "align", "--tr")
+    assert complete("generate", "--scheduler", "dpm") == {"dpm", "dpm-karras", "dpm-sde"}
+    assert complete("generate", "--image", "c") == {"cat.jpg", "coffee.jpg"}
+    assert complete("control", "canny", "c") == {"cat.jpg", "coffee.jpg"}
+    assert complete("convert", "--output", "") == {"notes"}
+    assert complete("compare", "n") == {"notes"}
+
+
+def test_completion_of_zsh_names_the_program(capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "zsh"])
+    assert capsys.readouterr().out.startswith("#compdef kosmos-g\n")
+
+
+def test_completion_without_shtab_names_the_install_command(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-completion", "bash"])
+    assert stop.value.code == 2
+    assert "pip install 'kosmos-g-diffusers[completion]'" in capsys.readouterr().err
+
+
+# Models and settings ---------------------------------------------------------------------------------------------
 
 
 def test_model_folder_gives_the_image_of_its_pipeline(folder, capsys):

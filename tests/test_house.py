@@ -32,6 +32,8 @@ ORDER = (
 )
 # of other libraries: their protocols, which a class must have under these names, and what torch documents so
 FOREIGN_PRIVATE = {
+    "_SubParsersAction",
+    "_actions",
     "_attn_implementation",
     "_compat_pickle",
     "_dynamo",
