@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel  # noqa: F401  diffusers looks here for the base class that says how to load
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2TextConfig, Kosmos2VisionConfig
 from transformers.models.kosmos2.modeling_kosmos2 import (
     Kosmos2ImageToTextProjection,
@@ -29,6 +30,19 @@ from transformers.utils import ModelOutput
 
 # of a saved folder; raise it when an older package could no longer read a new folder rightly
 FORMAT_VERSION = 1
+
+
+class OfTextConfig:
+    """An attribute of a configuration that is its `text_config`'s: read and set there, and written to no file twice."""
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, config, owner=None):
+        return self if config is None else getattr(config.text_config, self.name)
+
+    def __set__(self, config, value):
+        setattr(config.text_config, self.name, value)
 
 
 class KosmosGTextEncoderConfig(PreTrainedConfig):
@@ -53,6 +67,18 @@ class KosmosGTextEncoderConfig(PreTrainedConfig):
 
     model_type = "kosmos_g_text_encoder"
     sub_configs = {"text_config": Kosmos2TextConfig, "vision_config": Kosmos2VisionConfig}
+    # names of CLIPTextConfig, for code that is written for it: of the states that the U-Net reads, and of the ids
+    attribute_map = {
+        "hidden_size": "aligner_hidden_size",
+        "num_hidden_layers": "aligner_layers",
+        "num_attention_heads": "aligner_attention_heads",
+        "intermediate_size": "aligner_ffn_dim",
+    }
+    vocab_size = OfTextConfig()
+    max_position_embeddings = OfTextConfig()
+    bos_token_id = OfTextConfig()
+    eos_token_id = OfTextConfig()
+    pad_token_id = OfTextConfig()
 
     def __init__(
         self,
@@ -180,7 +206,12 @@ class ImageWord(nn.Module):
 
 
 class KosmosGTextEncoder(Kosmos2PreTrainedModel):
-    """Kosmos-G's prompt encoder, to be used wherever Stable Diffusion 1.5 expects a CLIPTextModel."""
+    """Kosmos-G's prompt encoder, to be used wherever Stable Diffusion 1.5 expects a CLIPTextModel.
+
+    `from_pretrained` gives a model that is ready to draw. `KosmosGTextEncoder(config)` is in training mode, as every new
+    module of torch, and its language model drops out states (dropout 0.1), where CLIPTextModel has nothing to drop:
+    call `.eval()` before drawing with it.
+    """
 
     config_class = KosmosGTextEncoderConfig
     main_input_name = "input_ids"
@@ -248,22 +279,40 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         """Where diffusers' `clip_skip` looks for `final_layer_norm`."""
         return self.aligner
 
-    def get_image_features(self, pixel_values):
+    def get_image_features(self, pixel_values, **kwargs):
         """Images -> their states in the language model's input space (sec. 2.1).
 
         Args:
             pixel_values: (N, 3, S, S), normalised with CLIP's mean and deviation.
+            output_hidden_states, return_dict: with either of them the result is what transformers' models return here.
 
         Returns:
-            (N, Q, D) in the model's dtype.
+            (N, Q, D) in the model's dtype. With `return_dict` or `output_hidden_states`: BaseModelOutputWithPooling (a tuple
+            for return_dict=False) of the vision tower's states (N, P, V), the states (N, Q, D) as `pooler_output`, and on
+            demand the tower's hidden states. Attention weights are not computed: `output_attentions` does not apply.
         """
+        unknown = sorted(set(kwargs) - {"output_hidden_states", "return_dict"})
+        if unknown:
+            raise TypeError(
+                f"get_image_features was given {unknown[0]!r}. It takes output_hidden_states and return_dict."
+            )
+        keep = kwargs.get("output_hidden_states")
+        keep = self.config.output_hidden_states if kwargs and keep is None else keep
         vision = self.vision_model.model
         states = vision.pre_layrnorm(vision.embeddings(pixel_values))
+        hidden_states = [states]
         for layer in vision.encoder.layers:
             states = layer(states, None)
+            if keep:
+                hidden_states.append(states)
         # unlike CLIP: the norm on every token, then unit length (unilm/models/vl/clip.py:60, :125)
         states = nn.functional.normalize(vision.post_layernorm(states), dim=-1)
-        return self.image_to_text_projection(states)[0]
+        image_embeds = self.image_to_text_projection(states)[0]
+        if not kwargs:
+            return image_embeds
+        hidden_states = tuple(hidden_states) if keep else None
+        output = BaseModelOutputWithPooling(states, image_embeds, hidden_states)
+        return output.to_tuple() if kwargs.get("return_dict") is False else output
 
     def get_language_hidden_states(self, input_ids, image_embeds=None, image_token_mask=None):
         """The language model's final states, after its last norm.
@@ -340,8 +389,8 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         attention_mask=None,
         pixel_values=None,
         image_token_mask=None,
-        output_hidden_states=False,
-        return_dict=True,
+        output_hidden_states=None,
+        return_dict=None,
     ):
         """Encode prompts.
 
@@ -352,8 +401,8 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                 does not see it; the AlignerNet does.
             pixel_values: (N, 3, S, S), the images of the whole batch in reading order.
             image_token_mask: (B, L) bool, True at the N * Q slots of these images.
-            output_hidden_states: also return the states of the AlignerNet's queries.
-            return_dict: False returns a tuple.
+            output_hidden_states: also return the states of the AlignerNet's queries; None takes the configuration's.
+            return_dict: False returns a tuple; None takes the configuration's.
 
         Returns:
             KosmosGTextEncoderOutput. Columns that are padding in every row cost nothing, equal rows are computed once.
@@ -362,6 +411,10 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             ValueError: no input, shapes or counts that do not match, an id that no image word has, a prompt longer
                 than the model's positions, a row of padding alone.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
         image_embeds = None
         if pixel_values is not None:
             self._check_pixel_values(pixel_values)
@@ -471,6 +524,9 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
     # Image words -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @torch.inference_mode(
+        False
+    )  # or the word would be a tensor of that mode for ever, which nothing may change
     def add_image_word(self, word, image_embeds):
         """Keep the states of `word`, whose id is the next one behind the vocabulary and the words before it.
 
@@ -489,7 +545,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             )
         # weights that are offloaded layer by layer have no device of their own
         device = image_embeds.device if self.device.type == "meta" else self.device
-        states = image_embeds.detach().to(device, self.dtype, copy=True)
+        states = image_embeds.detach().to(device, self.dtype).clone()
         if not image_embeds.is_floating_point() or not states.isfinite().all():
             raise ValueError(
                 f"The states of {word} are {image_embeds.dtype} and not all finite in {self.dtype}. Expected finite "

@@ -7,7 +7,7 @@ of `self.tokenizer`, and the encoder through `self.text_encoder`.
 A call goes through these steps:
 
 1. `KosmosGPromptMixin.__call__` checks what the stock pipeline would not: `check_widths` the states of encoder, U-Net and
-   ControlNets, `_check_controls` the control images.
+   ControlNets, `_check_dtypes` theirs, `_check_settings` numbers and keywords, `_check_controls` the control images.
 2. `get_processor().parse` reads the prompt in whatever form, once: counts, image words, images opened as RGB.
 3. diffusers' `__call__` of the same task takes over, with the parsed prompt as its `prompt`.
 4. It calls our `encode_prompt`, which parses the negative prompt (`_parse_negative`) and checks ready embeddings
@@ -17,14 +17,18 @@ A call goes through these steps:
 6. diffusers' `encode_prompt` repeats them for `num_images_per_prompt`, and its pipeline denoises and decodes as ever.
 """
 
+import difflib
 import importlib
 import inspect
 import json
 import math
+import operator
 import os
 import shutil
 import sys
 import tempfile
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,6 +61,8 @@ KEEP_DTYPES = "keep"  # a dtype that means none, from our from_pipe to our `to`
 # diffusers renamed the keyword; older releases know only the second
 DTYPE_KEYWORD = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
 IMAGE_WORDS_FORMAT = "kosmos_g_image_words_1"
+# held while image words change in tokenizer and encoder, and while both are compared
+_WORDS_LOCK = threading.RLock()
 LORA_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")  # of files; a Hub id has none of them
 
 
@@ -102,12 +108,12 @@ class KosmosGPromptMixin:
         """Generate: see the class for the prompt, and diffusers' pipeline of the same task for the rest."""
         self.check_widths()
         # by name, whichever of them came by position: each stock pipeline has an order of its own
-        call = inspect.signature(super().__call__).bind_partial(prompt, *args, **kwargs)
+        signature = inspect.signature(super().__call__)
+        call = signature.bind_partial(prompt, *args, **kwargs)
         given = call.arguments
+        self._check_settings(given, signature.parameters)
+        self._check_dtypes(draws=given.get("output_type") != "latent" or given.get("image") is not None)
         self._check_given(prompt, given.get("prompt_embeds"), images)
-        height, width = given.get("height"), given.get("width")
-        if (height is None) != (width is None):  # the stock pipelines would ignore the one
-            raise ValueError(f"height={height} and width={width} were given. Pass both, or none of them.")
         # stock pipelines accept any list as prompt; encode_prompt below knows what is in it
         processor = self.get_processor() if prompt is not None or negative_images is not None else None
         if prompt is not None:
@@ -123,7 +129,8 @@ class KosmosGPromptMixin:
         if getattr(self, "controlnet", None) is not None:
             name = "control_image" if "control_image" in call.signature.parameters else "image"
             self._check_controls(name, given)
-        return super().__call__(*call.args, **call.kwargs)
+        with _only_call_with(self.scheduler):
+            return super().__call__(*call.args, **call.kwargs)
 
     def encode_prompt(
         self,
@@ -159,6 +166,7 @@ class KosmosGPromptMixin:
             ValueError, TypeError: before the encoder runs, see `KosmosGProcessor` and the messages below.
         """
         device = self._execution_device if device is None else device
+        self._warn_of_training()
         self._check_given(prompt, prompt_embeds, images)
         has_negative = negative_prompt is not None or negative_images is not None
         if has_negative and negative_prompt_embeds is not None:
@@ -170,28 +178,22 @@ class KosmosGPromptMixin:
         negative = None
         if needs_negative:
             negative = self._parse_negative(processor, negative_prompt, negative_images, batch_size)
-        self._check_embeds(prompt_embeds, negative_prompt_embeds, batch_size)
+        self._check_embeds(prompt_embeds, negative_prompt_embeds, batch_size, needs_negative)
         layers = None if positive is None else self.text_encoder.config.aligner_layers
         if layers is not None and clip_skip is not None and not 0 <= clip_skip <= layers:
             raise ValueError(f"clip_skip={clip_skip} was given; the AlignerNet has {layers} query layers.")
-        inputs = []
-        for name, batch in (("prompt", positive), ("negative prompt", negative)):
-            inputs.append(None if batch is None else processor(batch, name=name))
-            if batch is not None:  # both are checked before either is encoded
-                self.text_encoder.check_prompts(**inputs[-1], name=name)
         scaled = lora_scale is not None and self.text_encoder is not None and USE_PEFT_BACKEND
         if scaled:
             scale_lora_layers(self.text_encoder, lora_scale)
         try:
-            if positive is not None:
-                prompt_embeds = self._encode_inputs(inputs[0], device, clip_skip)
-            if negative is not None:
-                negative_prompt_embeds = self._encode_inputs(inputs[1], device)
-                if len(negative_prompt_embeds) == 1 < batch_size:
-                    negative_prompt_embeds = negative_prompt_embeds.expand(batch_size, -1, -1)
+            encoded = self._encode_parsed(processor, positive, negative, device, clip_skip)
         finally:
             if scaled:
                 unscale_lora_layers(self.text_encoder, lora_scale)
+        if positive is not None:
+            prompt_embeds = encoded[0]
+        if negative is not None:
+            negative_prompt_embeds = encoded[1].expand(batch_size, -1, -1)
         # the stock method casts and repeats ready embeddings
         return super().encode_prompt(
             None,
@@ -201,6 +203,16 @@ class KosmosGPromptMixin:
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
+
+    def _warn_of_training(self):
+        """Say once for an encoder in training mode that its dropout acts; `pipe.text_encoder.eval()` is the user's to call."""
+        encoder = self.text_encoder
+        if getattr(encoder, "training", False) and getattr(self, "_told_of_training", None) is not encoder:
+            self._told_of_training = encoder
+            logger.warning(
+                "The text encoder is in training mode: its dropout changes the image at every call. Call "
+                "pipe.text_encoder.eval() to draw."
+            )
 
     @staticmethod
     def _check_given(prompt, prompt_embeds, images):
@@ -230,13 +242,19 @@ class KosmosGPromptMixin:
             )
         return negative
 
-    def _check_embeds(self, prompt_embeds, negative_prompt_embeds, batch_size):
+    def _check_embeds(self, prompt_embeds, negative_prompt_embeds, batch_size, needs_negative):
         unet = getattr(self, "unet", None)
         width = None if unet is None else unet.config.cross_attention_dim
         given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        lengths = {}
         for name, embeds in given.items():
             if embeds is None:
                 continue
+            if not isinstance(embeds, torch.Tensor):
+                raise TypeError(
+                    f"{name} is of type {type(embeds).__name__}. Expected a tensor (prompts, tokens, width): encode_prompt "
+                    "returns two of them, the prompt's and the negative prompt's."
+                )
             if embeds.ndim != 3 or 0 in embeds.shape or (width is not None and embeds.shape[-1] != width):
                 raise ValueError(
                     f"{name} of shape {tuple(embeds.shape)} were given. Expected (prompts, tokens, "
@@ -244,6 +262,44 @@ class KosmosGPromptMixin:
                 )
             if len(embeds) != batch_size:
                 raise ValueError(f"{name} has {len(embeds)} rows for {batch_size} prompts. Pass one each.")
+            lengths[name] = embeds.shape[1]
+        own = getattr(getattr(self.text_encoder, "config", None), "num_queries", None)
+        if needs_negative and own is not None:
+            lengths["the negative prompt"] = own
+        elif prompt_embeds is None and own is not None:
+            lengths["the prompt"] = own
+        if len(set(lengths.values())) > 1:
+            said = " and ".join(f"{name} of {length} tokens" for name, length in lengths.items())
+            raise ValueError(
+                f"Conditions of different lengths: {said}. Give both the same length: guidance draws with both at once."
+            )
+
+    def _encode_parsed(self, processor, positive, negative, device, clip_skip):
+        """Two parsed batches, or None for one, -> their conditions. Anew when another thread changed the image words."""
+        if positive is None and negative is None:
+            return None, None
+        while True:
+            with _WORDS_LOCK:
+                words = self.text_encoder.config.image_words
+            try:
+                inputs = []
+                for name, batch in (("prompt", positive), ("negative prompt", negative)):
+                    inputs.append(None if batch is None else processor(batch, name=name))
+                    if batch is not None:  # both are checked before either is encoded
+                        self.text_encoder.check_prompts(**inputs[-1], name=name)
+                skips = clip_skip, None
+                encoded = [
+                    None if one is None else self._encode_inputs(one, device, skip)
+                    for one, skip in zip(inputs, skips, strict=True)
+                ]
+            except ValueError:
+                with _WORDS_LOCK:
+                    if words is self.text_encoder.config.image_words:
+                        raise
+                continue
+            with _WORDS_LOCK:
+                if words is self.text_encoder.config.image_words:
+                    return encoded
 
     def _encode_inputs(self, inputs, device, clip_skip=None):
         inputs = inputs.to(device)
@@ -260,6 +316,10 @@ class KosmosGPromptMixin:
             ValueError: tokenizer or text encoder are of another kind, or do not belong together.
         """
         module = sys.modules[type(self.tokenizer).__module__] if self.tokenizer is not None else None
+        with _WORDS_LOCK:
+            return self._build_processor(module)
+
+    def _build_processor(self, module):
         if not hasattr(module, "KosmosGProcessor") or not hasattr(self.text_encoder, "get_image_features"):
             raise ValueError(
                 f"{type(self).__name__} holds {type(self.tokenizer).__name__} and {type(self.text_encoder).__name__}. "
@@ -298,6 +358,94 @@ class KosmosGPromptMixin:
                         f"The {name} has cross_attention_dim {expected}, {origin} states of width {width}. "
                         f"Take a {name} made for the same Stable Diffusion (1.5 for the released Kosmos-G, width 768)."
                     )
+
+    def _check_dtypes(self, draws):
+        """Raise ValueError for parts of different dtypes, which would fail in the middle of the call."""
+        controlnet = getattr(self, "controlnet", None)
+        parts = {"text encoder": [self.text_encoder], "U-Net": [self.unet]}
+        parts["ControlNet"] = getattr(controlnet, "nets", [controlnet])
+        parts["VAE"] = [self.vae] if draws else []
+        dtypes = {
+            name: model.dtype
+            for name, models in parts.items()
+            for model in models
+            if model is not None and getattr(model, "hf_quantizer", None) is None
+        }
+        if len(set(dtypes.values())) > 1 and not torch.is_autocast_enabled(self._execution_device.type):
+            said = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
+            raise ValueError(
+                f"The parts of the pipeline have different dtypes: {said}. Cast them to one, such as pipe.to(torch.float32)."
+            )
+
+    def _check_settings(self, given, parameters):
+        """Raise for numbers that cannot be drawn with, and for keywords that diffusers would swallow without a word."""
+        unknown = sorted(
+            set(given.get("kwargs", ())) - {"callback", "callback_steps"}
+        )  # deprecated ones, which it reads
+        if unknown:
+            known = {*parameters, "images", "negative_images"} - {"kwargs"}
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "See help(pipe.__call__)."
+            raise TypeError(f"{type(self).__name__} does not take {unknown[0]!r}. {hint}")
+        values = {name: given.get(name, parameter.default) for name, parameter in parameters.items()}
+        ready = next((values[name] for name in ("timesteps", "sigmas") if values.get(name) is not None), None)
+        wholes = {"num_images_per_prompt": 1, "height": 1, "width": 1}
+        wholes |= {"num_inference_steps": 1} if ready is None else {}
+        for name, least in wholes.items():
+            value = values.get(name)
+            if value is not None and not _is_whole(value, least):
+                raise ValueError(
+                    f"{name}={_short(value)} was given. Expected a whole number from {least} on."
+                )
+        for name in (
+            "guidance_scale",
+            "guidance_rescale",
+            "eta",
+            "strength",
+            "controlnet_conditioning_scale",
+        ):
+            value = values.get(name)
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                if one is not None and not _is_finite(one):
+                    raise ValueError(f"{name}={_short(value)} was given. Expected a finite number.")
+        generators = values.get("generator")
+        for one in generators if isinstance(generators, (list, tuple)) else [generators]:
+            if one is not None and not isinstance(one, torch.Generator):
+                raise TypeError(
+                    f"generator={_short(generators)} was given. Expected torch.Generator('cpu').manual_seed(0), or a list with "
+                    "one for each image."
+                )
+        height, width = values.get("height"), values.get("width")
+        if (height is None) != (width is None):  # the stock pipelines would ignore the one
+            raise ValueError(f"height={height} and width={width} were given. Pass both, or none of them.")
+        strength, steps = (
+            values.get("strength"),
+            len(ready) if ready is not None else values["num_inference_steps"],
+        )
+        if strength is not None and 0 <= strength <= 1 and int(steps * strength) < 1:
+            raise ValueError(
+                f"strength={strength} of {steps} steps leaves no step to draw. Expected {1 / steps:.3g} or more, or more steps."
+            )
+        self._check_ip_adapter(values)
+
+    def _check_ip_adapter(self, values):
+        config = getattr(self.unet, "config", None)
+        loaded = getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj"
+        names = ("ip_adapter_image", "ip_adapter_image_embeds")
+        given = any(values.get(name) is not None for name in names)
+        if loaded and not given:
+            raise ValueError(
+                "An IP-Adapter is loaded, and no image was given for it. Pass ip_adapter_image, or call unload_ip_adapter()."
+            )
+        if given and not loaded:
+            raise ValueError(
+                "An image for an IP-Adapter was given, and none is loaded. Call load_ip_adapter, or leave the image out."
+            )
+        if loaded and any("Sliced" in type(one).__name__ for one in self.unet.attn_processors.values()):
+            raise ValueError(
+                "Attention slicing has taken the place of the IP-Adapter's attention. Call unload_ip_adapter() and "
+                "load_ip_adapter again, without enable_attention_slicing()."
+            )
 
     def _check_controls(self, name, arguments):
         """One control image for each ControlNet, one or as many as prompts, all of the size of the image to be made.
@@ -384,9 +532,10 @@ class KosmosGPromptMixin:
 
     def remove_image_word(self, word):
         """Forget an image word. Raises ValueError if there is none of that name."""
-        self.get_processor()  # checks that both know the same words, so that both can forget this one
-        self.tokenizer.remove_image_word(word)
-        self.text_encoder.remove_image_word(word)
+        with _WORDS_LOCK:
+            self.get_processor()  # checks that both know the same words, so that both can forget this one
+            self.tokenizer.remove_image_word(word)
+            self.text_encoder.remove_image_word(word)
 
     def save_image_words(self, path, words=None):
         """Write image words to a small safetensors file: name -> (images, Q, D), in the encoder's dtype.
@@ -440,20 +589,21 @@ class KosmosGPromptMixin:
 
     def _register_image_words(self, states):
         """Enter words into tokenizer and encoder, all or none."""
-        check = sys.modules[type(self.tokenizer).__module__].check_image_word
-        for word in states:
-            check(word, self.image_words)
-        added = []
-        try:
-            for word, image_embeds in states.items():
-                self.text_encoder.add_image_word(word, image_embeds)
-                added.append(word)
-        except ValueError:
-            for word in added:
-                self.text_encoder.remove_image_word(word)
-            raise
-        for word in states:
-            self.tokenizer.add_image_word(word)
+        with _WORDS_LOCK:
+            check = sys.modules[type(self.tokenizer).__module__].check_image_word
+            for word in states:
+                check(word, self.image_words)
+            added = []
+            try:
+                for word, image_embeds in states.items():
+                    self.text_encoder.add_image_word(word, image_embeds)
+                    added.append(word)
+            except ValueError:
+                for word in added:
+                    self.text_encoder.remove_image_word(word)
+                raise
+            for word in states:
+                self.tokenizer.add_image_word(word)
 
     # Composition -----------------------------------------------------------------------------------------------
 
@@ -666,6 +816,50 @@ class KosmosGPromptMixin:
         if KEEP_DTYPES in (kwargs.get("dtype"), kwargs.get("torch_dtype")):
             return self
         return super().to(*args, **kwargs)
+
+
+@contextmanager
+def _only_call_with(scheduler):
+    """Refuse a call whose scheduler another call counts its steps with: both would draw wrong images.
+
+    The mark is on the scheduler itself, so that all pipelines that share it see it, whichever copy of this file made them.
+    """
+    if scheduler is None:
+        yield
+        return
+    mark = (id(scheduler), object())  # a copy of the scheduler has another id: it is free
+    holder = scheduler.__dict__.setdefault("_kosmos_g_call", mark)
+    if holder[0] != id(scheduler):
+        holder = scheduler.__dict__["_kosmos_g_call"] = mark
+    if holder is not mark:
+        raise RuntimeError(
+            "Another call draws with this scheduler now, and one scheduler counts the steps of one call. Wait for it, or give "
+            "each pipeline a scheduler of its own: pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)."
+        )
+    try:
+        yield
+    finally:
+        del scheduler.__dict__["_kosmos_g_call"]
+
+
+def _is_whole(value, least):
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        return False
+
+
+def _is_finite(value):
+    try:
+        return not isinstance(value, str) and math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _short(value, length=100):
+    """What was given, in an error: never more than `length` characters."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _split_images(images):

@@ -9,6 +9,7 @@ This file is copied into saved model folders and stands alone: it needs transfor
 import json
 import re
 from copy import copy
+from difflib import SequenceMatcher
 from itertools import count
 from pathlib import Path
 
@@ -42,6 +43,10 @@ PERIOD = re.compile(r"((.).{0,15}?)\1\2", re.DOTALL)
 SMALL_VOCABULARY = 8192
 
 IMAGE_WORD_PATTERN = re.compile(r"<[a-z][a-z0-9-]*>")
+# what people write for an image word: other letters, spaces, weights, full-width or escaped brackets
+BRACKETED = re.compile(r"(?:<|＜|&lt;)([^<>＜＞&\n]{1,64})(?:>|＞|&gt;)")
+SURROGATE = re.compile("[\ud800-\udfff]")
+OTHER_SYNTAX = frozenset({"lora", "lyco", "hypernet", "embedding", "segment"})
 RESERVED_WORDS = frozenset({IMAGE_MARK, "<s>", "<pad>", "<unk>", "<mask>", "<image>"})
 
 
@@ -170,6 +175,15 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
         return super()._convert_token_to_id_with_added_voc(token)
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
+        for one in [text] if isinstance(text, str) else text:
+            near = None
+            if isinstance(one, str):
+                check_text(one, "A text")
+                near = self.near_image_word(one)
+            if near is not None:
+                logger.warning_once(
+                    f"{near[0]!r} is near the image word {near[1]} and is read as text. Write {near[1]} for the image."
+                )
         words = self._split_ties(text, text_pair, kwargs)
         if words is None:
             encoded = super()._encode_plus(text, text_pair, **kwargs)
@@ -249,6 +263,24 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
         """Names of the image words, in the order of their ids."""
         return [token.content for _, token in sorted(self.added_tokens_decoder.items()) if not token.special]
 
+    def near_image_word(self, text):
+        """(what is written, the image word that is meant) of the first near miss of a known word in a text, or None.
+
+        Near are `<Dog>`, `< dog >`, `<dog_2>`, `<my dog>`, `<dog:1.2>` and `<dogs>` where `<dog>` is known. All of them would
+        be read as text.
+        """
+        words = self.image_words if BRACKETED.search(text) else ()
+        known = {word: re.findall("[a-z0-9]+", word) for word in words}
+        for match in BRACKETED.finditer(text):
+            written, parts = match[0], re.findall("[^\\W_]+", match[1].casefold())
+            # "<lora:dog:1>" is another program's way to load a file
+            if written in known or written in RESERVED_WORDS or not parts or parts[0] in OTHER_SYNTAX:
+                continue
+            for word, of_word in known.items():
+                if _is_near(parts, of_word):
+                    return written, word
+        return None
+
     def add_image_word(self, word):
         """Make `word` one token, with the next free id at or above the model's vocabulary. Raises ValueError."""
         check_image_word(word, self.image_words)
@@ -314,6 +346,15 @@ class FloatUnigram:
 KosmosGTokenizer.register_for_auto_class("AutoTokenizer")
 
 
+def check_text(text, name):
+    """Raise a ValueError for a text with half a character, which no file and no tokenizer can hold."""
+    if not text.isascii() and (found := SURROGATE.search(text)):
+        raise ValueError(
+            f"{name} has the lone surrogate {ascii(found[0])} at position {found.start()}: half a character, as in a text that "
+            "was cut in two or read with a wrong encoding. Leave it out."
+        )
+
+
 def check_image_word(word, known_words):
     """Raise a ValueError unless `word` is a well-formed name that is still free."""
     if not isinstance(word, str) or not IMAGE_WORD_PATTERN.fullmatch(word) or word in RESERVED_WORDS:
@@ -323,6 +364,18 @@ def check_image_word(word, known_words):
         )
     if word in known_words:
         raise ValueError(f"There is an image word {word!r} already. Remove it first, or take another name.")
+
+
+def _is_near(parts, of_word):
+    """Whether letters in brackets, in runs of letters and digits, are what a known word was meant to be."""
+    written, known = "".join(parts), "".join(of_word)
+    shorter, longer = sorted((parts, of_word), key=len)
+    starts = range(len(longer) - len(shorter) + 1)
+    is_part = any(longer[start : start + len(shorter)] == shorter for start in starts)
+    # "<a>" is hardly "<a-white-cat>"
+    if is_part and 2 * len("".join(shorter)) >= len(known):
+        return True
+    return SequenceMatcher(None, written, known, autojunk=False).ratio() >= 0.8
 
 
 class Prompt(list):
@@ -462,6 +515,13 @@ class KosmosGProcessor:
         known = set(self.tokenizer.image_words) | RESERVED_WORDS
         for index, prompt in enumerate(parsed):
             text = " ".join(part for part in prompt if isinstance(part, str))
+            check_text(text, f"{name} {index}".capitalize())
+            near = self.tokenizer.near_image_word(text)
+            if near is not None:
+                raise ValueError(
+                    f"{name.capitalize()} {index} has {near[0]!r}, which is near the image word {near[1]} and would be read as "
+                    f"text. Write {near[1]} for the image, or the text without brackets."
+                )
             unknown = sorted(set(IMAGE_WORD_PATTERN.findall(text)) - known)
             if unknown:
                 words = ", ".join(self.tokenizer.image_words) or "none"
