@@ -740,3 +740,53 @@ def test_configuration_survives_saving(tmp_path):
 def test_unknown_format_version_is_refused_with_both_versions():
     with pytest.raises(ValueError, match="format version 2; this code reads version 1"):
         KosmosGTextEncoderConfig(format_version=2)
+
+
+# Names that code written for CLIPTextModel reads -----------------------------------------------------------------
+
+
+def test_configuration_answers_to_the_names_of_cliptextconfig(tmp_path):
+    config = build_encoder().config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (8, 2, 2)
+    assert config.intermediate_size == 16
+    text = config.text_config
+    assert (config.vocab_size, config.max_position_embeddings) == (60, 64)
+    assert [config.bos_token_id, config.eos_token_id, config.pad_token_id] == [0, 2, 1]
+    assert config.get_text_config() is text
+    config.vocab_size = 61
+    assert text.vocab_size == 61
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert not {"hidden_size", "num_hidden_layers", "vocab_size", "pad_token_id", "eos_token_id"} & set(
+        written
+    )
+    assert KosmosGTextEncoderConfig.from_pretrained(tmp_path).vocab_size == 61
+
+
+def test_outputs_follow_the_configuration_as_transformers_models_do(encoder):
+    own = copy.deepcopy(encoder)
+    own.config.output_hidden_states = True
+    ids = torch.tensor([[0, 5, 6]])
+    assert len(own(ids).hidden_states) == 3 and own(ids, output_hidden_states=False).hidden_states is None
+    own.config.return_dict = False
+    assert isinstance(own(ids), tuple)
+
+
+def test_gradient_reaches_retained_hidden_states(encoder):
+    output = encoder(torch.tensor([[0, 5, 6], [0, 7, 8]]), output_hidden_states=True)
+    for states in output.hidden_states:
+        states.retain_grad()
+    output[0].flatten()[0].backward()
+    assert all(states.grad is not None for states in output.hidden_states)
+
+
+def test_image_features_follow_transformers_conventions_when_asked(encoder):
+    pixels = pictures(2)
+    plain = encoder.get_image_features(pixels)
+    output = encoder.get_image_features(pixels, output_hidden_states=True, return_dict=True)
+    assert torch.equal(output.pooler_output, plain) and output.last_hidden_state.shape == (2, 5, 16)
+    assert len(output.hidden_states) == 3  # the embeddings, and each layer
+    as_tuple = encoder.get_image_features(pixels, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[1], plain) and len(as_tuple) == 2
+    with pytest.raises(TypeError, match="output_attentions"):
+        encoder.get_image_features(pixels, output_attentions=True)

@@ -126,6 +126,14 @@ class KosmosGPromptMixin:
                 )
             negative = given["negative_prompt"]
             given["negative_prompt"] = processor.parse(negative, negative_images, name="negative prompt")
+        prompt_embeds, negative_prompt_embeds = (
+            given.get(f"{name}prompt_embeds") for name in ("", "negative_")
+        )
+        if prompt_embeds is not None or negative_prompt_embeds is not None:
+            batch_size = len(prompt_embeds if prompt is None else given["prompt"])
+            guides = given.get("guidance_scale", signature.parameters["guidance_scale"].default) > 1
+            needs_negative = guides and negative_prompt_embeds is None
+            self._check_embeds(prompt_embeds, negative_prompt_embeds, batch_size, needs_negative)
         if getattr(self, "controlnet", None) is not None:
             name = "control_image" if "control_image" in call.signature.parameters else "image"
             self._check_controls(name, given)
@@ -384,7 +392,9 @@ class KosmosGPromptMixin:
         )  # deprecated ones, which it reads
         if unknown:
             known = {*parameters, "images", "negative_images"} - {"kwargs"}
-            near = difflib.get_close_matches(unknown[0], known, n=1)
+            parts = set(unknown[0].split("_"))
+            near = [name for name in sorted(known) if parts <= set(name.split("_"))]
+            near = near or difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else "See help(pipe.__call__)."
             raise TypeError(f"{type(self).__name__} does not take {unknown[0]!r}. {hint}")
         values = {name: given.get(name, parameter.default) for name, parameter in parameters.items()}
