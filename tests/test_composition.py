@@ -328,6 +328,28 @@ def test_ip_adapter_beside_a_prompt_of_words_and_pictures(worded, ip_adapter, ph
     assert {name: type(value) for name, value in worded.unet.attn_processors.items()} == processors
 
 
+def test_ip_adapter_without_its_image_and_with_sliced_attention_is_refused_before_a_model_runs(
+    worded, ip_adapter, photos, no_model_runs
+):
+    worded.load_ip_adapter(**ip_adapter)
+    with (
+        no_model_runs(worded),
+        pytest.raises(ValueError, match="no image was given for it.*unload_ip_adapter"),
+    ):
+        generate(worded, DOG, **SIZE)
+    worded.enable_attention_slicing()
+    with (
+        no_model_runs(worded),
+        pytest.raises(ValueError, match=r"Call disable_attention_slicing\(\), unload"),
+    ):
+        generate(worded, DOG, ip_adapter_image=photos[2], **SIZE)
+    # what the message says to do
+    worded.disable_attention_slicing()
+    worded.unload_ip_adapter()
+    worded.load_ip_adapter(**ip_adapter)
+    assert np.isfinite(generate(worded, DOG, ip_adapter_image=photos[2], **SIZE)).all()
+
+
 def test_ip_adapter_in_a_stock_pipeline(worded, ip_adapter, photos):
     stock = borrow(StableDiffusionPipeline, worded)
     before = generate(stock, DOG, **SIZE)

@@ -453,8 +453,8 @@ class KosmosGPromptMixin:
             )
         if loaded and any("Sliced" in type(one).__name__ for one in self.unet.attn_processors.values()):
             raise ValueError(
-                "Attention slicing has taken the place of the IP-Adapter's attention. Call unload_ip_adapter() and "
-                "load_ip_adapter again, without enable_attention_slicing()."
+                "Attention slicing has taken the place of the IP-Adapter's attention. Call disable_attention_slicing(), "
+                "unload_ip_adapter() and load_ip_adapter again."
             )
 
     def _check_controls(self, name, arguments):
