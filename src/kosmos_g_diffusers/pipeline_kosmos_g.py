@@ -18,12 +18,14 @@ A call goes through these steps:
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import json
 import math
 import operator
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -44,7 +46,9 @@ from diffusers.pipelines import pipeline_utils
 from diffusers.utils import (
     USE_PEFT_BACKEND,
     convert_unet_state_dict_to_peft,
+    delete_adapter_layers,
     logging,
+    recurse_remove_peft_layers,
     scale_lora_layers,
     unscale_lora_layers,
 )
@@ -63,6 +67,10 @@ DTYPE_KEYWORD = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch
 IMAGE_WORDS_FORMAT = "kosmos_g_image_words_1"
 # held while image words change in tokenizer and encoder, and while both are compared
 _WORDS_LOCK = threading.RLock()
+LORA_METHODS = (
+    *("set_adapters", "delete_adapters", "enable_lora", "disable_lora", "fuse_lora", "unfuse_lora"),
+    *("unload_lora_weights", "get_list_adapters", "get_active_adapters", "set_lora_device"),
+)
 LORA_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")  # of files; a Hub id has none of them
 
 
@@ -88,6 +96,8 @@ class KosmosGPromptMixin:
         )
         if stock is None or "__call__" in cls.__dict__:
             return
+        for name in LORA_METHODS:
+            setattr(cls, name, _on_uncompiled_models(getattr(stock, name)))
         parameters = dict(inspect.signature(stock.__call__).parameters)
         sink = parameters.pop("kwargs", None)
         for name in ("images", "negative_images"):
@@ -671,60 +681,195 @@ class KosmosGPromptMixin:
         return stock.encode_prompt(prompt, self._execution_device, 1, False)[0]
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name=None, **kwargs):
-        """As diffusers', keywords included. Keys for CLIP's text encoder are left out with one warning.
+        """As diffusers', keywords included, for files of any spelling (see `lora_state_dict`).
+
+        Layers for CLIP's text encoder are left out with one warning; those of Kosmos-G's own are loaded.
 
         Raises:
             ImportError: peft is not installed.
-            ValueError: there is no such file, or its layers do not fit this U-Net.
+            OSError: there is no such file in the folder or on the Hub.
+            ValueError: there is no such file, it is damaged, or its layers do not fit. The pipeline is as it was before.
         """
         source = pretrained_model_name_or_path_or_dict
         if not USE_PEFT_BACKEND:
             raise ImportError("LoRA needs the package peft: pip install -U peft")
+        # peft makes it the name of a module
+        if adapter_name is not None and (
+            "." in adapter_name or hasattr(torch.nn.ModuleDict, adapter_name or "pop")
+        ):
+            raise ValueError(
+                f"adapter_name={adapter_name!r} was given. Expected a name without a dot that is not a method of torch's "
+                f"modules, such as {adapter_name.replace('.', '-') + '-lora'!r}."
+            )
         if isinstance(source, (str, Path)):
             path, source = Path(source), str(source)
             if path.is_file():
                 kwargs.setdefault("weight_name", path.name)  # or diffusers refuses while the Hub is offline
             elif not path.exists() and (path.is_absolute() or path.suffix in LORA_SUFFIXES):
                 raise ValueError(f"There is no LoRA at {source!r}. Pass a file, a folder or a Hub id.")
-        super().load_lora_weights(source, adapter_name, **kwargs)
+        models = [_uncompiled(getattr(self, name, None)) for name in self._lora_loadable_modules]
+        before = [set(getattr(model, "peft_config", ())) for model in models]
+        try:
+            super().load_lora_weights(source, adapter_name, **kwargs)
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # whatever a library raises for what a file holds
+            self._forget_adapters(models, before)
+            reason = str(error).strip().partition("\n")[0][:500] or type(error).__name__
+            if not isinstance(source, str):
+                raise ValueError(reason) from error
+            kind = OSError if isinstance(error, OSError) else ValueError
+            hint = (
+                ""
+                if reason.endswith(".")
+                else ". Pass a .safetensors file with a LoRA for Stable Diffusion 1.5."
+            )
+            raise kind(f"The LoRA {source!r} cannot be loaded: {reason}{hint}") from error
+
+    @staticmethod
+    def _forget_adapters(models, before):
+        """Remove the adapters that models have got since `before`, the set of names of each."""
+        for model, names in zip(models, before, strict=True):
+            if getattr(model, "peft_config", None) and not names:
+                recurse_remove_peft_layers(model)
+                del model.peft_config
+                model._hf_peft_config_loaded = False
+            for name in set(getattr(model, "peft_config", ())) - names:
+                delete_adapter_layers(model, name)
 
     @classmethod
-    def load_lora_into_unet(cls, state_dict, network_alphas, unet, **kwargs):
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, return_lora_metadata=False, **kwargs):
+        """As diffusers', but every spelling comes out as peft's, `unet.MODULE.lora_A.weight`, and is checked.
+
+        Read are the spellings of peft (an adapter's name in the keys and `base_model.model.` included), of diffusers, of
+        kohya, and those without a prefix, which `unet.save_lora_adapter` and peft write.
+
+        Returns:
+            (layers, alphas) or (layers, alphas, metadata): {key: tensor}, {"unet.MODULE.alpha": number} or None, and the
+            settings that the file has for peft, or None.
+
+        Raises:
+            ValueError: something else than LoRA, half a pair, or a tensor that is not finite; the message names it.
+        """
+        from diffusers.loaders.lora_base import _fetch_state_dict as fetch  # has no public name
+
+        hub = ("local_files_only", "cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
+        options = {name: kwargs.get(name) for name in (*hub, "weight_name", "use_safetensors")}
+        allow_pickle = options["use_safetensors"] is None
+        options["use_safetensors"] = allow_pickle or options["use_safetensors"]
+        if str(options["weight_name"]).endswith(".safetensors"):
+            allow_pickle = False  # or what is wrong with the file would be lost
+        agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
+        source = pretrained_model_name_or_path_or_dict
+        state_dict, metadata = fetch(source, allow_pickle=allow_pickle, user_agent=agent, **options)
+        if not isinstance(state_dict, dict) or not state_dict:
+            raise ValueError("It holds no tensors.")
+        _refuse_other_methods(state_dict)
+        if any("dora_scale" in key for key in state_dict):
+            logger.warning(
+                "The dora_scale of this LoRA is left out: diffusers reads such a DoRA as a plain LoRA."
+            )
+        state_dict = {key: value for key, value in state_dict.items() if "dora_scale" not in key}
+        kohya = {key: value for key, value in state_dict.items() if key.startswith(KOHYA_PREFIXES)}
+        layers = {key: value for key, value in state_dict.items() if key not in kohya}
+        alphas = {}
+        if kohya:
+            _check_kohya(kohya)
+            if kwargs.get("unet_config") is not None:
+                options["unet_config"] = kwargs["unet_config"]
+            converted, alphas = super().lora_state_dict(kohya, **options)
+            layers |= converted
+        layers, own_alphas = _spell_as_peft(layers)
+        alphas = {
+            f"{_module_of_alpha(key)}.alpha": value for key, value in (alphas or {}).items()
+        } | own_alphas
+        _check_pairs(layers, alphas)
+        if metadata is None:
+            metadata = _read_adapter_config(source, options["weight_name"], options["subfolder"])
+        if metadata is not None:
+            metadata = None if alphas else _with_prefixes(metadata, layers)
+        return (layers, alphas or None, metadata) if return_lora_metadata else (layers, alphas or None)
+
+    @classmethod
+    def load_lora_into_unet(cls, state_dict, network_alphas, unet, metadata=None, _pipeline=None, **kwargs):
         """As diffusers', after a check that the layers are those of this U-Net; otherwise ValueError."""
-        layers = {key[len("unet.") :]: value for key, value in state_dict.items() if key.startswith("unet.")}
+        unet = _uncompiled(unet)
+        state_dict, alphas = _spell_as_peft(state_dict)
+        layers = {key: value for key, value in state_dict.items() if key.startswith("unet.")}
         if not layers:
+            encoder = _uncompiled(getattr(_pipeline, "text_encoder", None))
+            if any(_fits(encoder, "text_encoder.", key, value) for key, value in state_dict.items()):
+                return
             raise ValueError(
                 f"None of the {len(state_dict)} keys of this LoRA is for a U-Net; the first is {next(iter(state_dict), '')!r}. "
                 "A LoRA for CLIP's text encoder alone, or for another kind of model, has nothing to act on: take one made "
                 "for the U-Net of Stable Diffusion 1.5."
             )
-        # a file may hold both spellings, and diffusers takes all keys for those of the first
-        layers = convert_unet_state_dict_to_peft(layers)
-        modules = dict(unet.named_modules())
-        foreign = []
-        for key, value in layers.items():
-            module = modules.get(key.split(".lora_")[0])
-            # not of the weight, which quantisation may have packed
-            width = getattr(module, "in_features", getattr(module, "in_channels", None))
-            if width is None or (".lora_A." in key and value.shape[1] != width):
-                foreign.append(f"{key} {tuple(value.shape)}")
+        foreign = [key for key, value in layers.items() if not _fits(unet, "unet.", key, value)]
         if foreign:
+            first = f"{foreign[0].removeprefix('unet.')} {tuple(layers[foreign[0]].shape)}"
             raise ValueError(
-                f"{len(foreign)} of {len(layers)} layers of this LoRA do not fit the U-Net, such as {foreign[0]}. It was "
+                f"{len(foreign)} of {len(layers)} layers of this LoRA do not fit the U-Net, such as {first}. It was "
                 "made for another architecture (SDXL, 2.1?): take one made for Stable Diffusion 1.5."
             )
-        layers = {f"unet.{key}": value for key, value in layers.items()}
-        super().load_lora_into_unet(layers, network_alphas, unet, **kwargs)
+        for key, value in (network_alphas or {}).items():
+            alphas[f"{_module_of_alpha(key)}.alpha"] = value
+        if alphas:  # diffusers would give a module without one that of another
+            ranks = {key.split(".lora_")[0]: len(value) for key, value in layers.items() if ".lora_A." in key}
+            alphas = {
+                f"{module}.alpha": alphas.get(f"{module}.alpha", rank) for module, rank in ranks.items()
+            }
+        if not any(key.startswith("unet.") for key in metadata or ()):
+            metadata = None
+        options = {"metadata": metadata, "_pipeline": _pipeline, **kwargs}
+        super().load_lora_into_unet(layers, alphas or None, unet, **options)
 
     @classmethod
-    def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, **kwargs):
-        """Layers for CLIP's text encoder have nothing to act on: leave them, and say how many."""
-        left = sum(key.startswith("text_encoder.") for key in state_dict)
+    def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, metadata=None, **kwargs):
+        """As diffusers', for layers that fit Kosmos-G's text encoder; the others, made for CLIP's, are left out."""
+        text_encoder = _uncompiled(text_encoder)
+        layers = {key: value for key, value in state_dict.items() if key.startswith("text_encoder")}
+        misfits = [
+            key for key, value in layers.items() if not _fits(text_encoder, "text_encoder.", key, value)
+        ]
+        misfits = {key.split(".lora_")[0] for key in misfits}  # a layer as a whole
+        fitting = {key: value for key, value in layers.items() if key.split(".lora_")[0] not in misfits}
+        left = len(layers) - len(fitting)
         if left:
             logger.warning(
                 f"{left} of {len(state_dict)} keys of this LoRA are for CLIP's text encoder, which Kosmos-G replaces; they "
-                "are left out. The U-Net's part is loaded."
+                "are left out. The rest is loaded."
             )
+        if not fitting:
+            return
+        if not any(key.startswith("text_encoder.") for key in metadata or ()):
+            ranks = {
+                key.split(".lora_")[0]: len(value) for key, value in fitting.items() if ".lora_A." in key
+            }
+            alphas = {
+                module: (network_alphas or {}).get(f"{module}.alpha", rank) for module, rank in ranks.items()
+            }
+            settings = {
+                "r": next(iter(ranks.values())),
+                "lora_alpha": next(iter(alphas.values())),
+                "rank_pattern": {
+                    module.removeprefix("text_encoder."): rank for module, rank in ranks.items()
+                },
+                "alpha_pattern": {
+                    module.removeprefix("text_encoder."): alpha for module, alpha in alphas.items()
+                },
+                "target_modules": [module.removeprefix("text_encoder.") for module in ranks],
+                "use_dora": any(".lora_magnitude_vector" in key for key in fitting),
+                "lora_bias": any(key.endswith(".bias") for key in fitting),
+            }
+            metadata = {f"text_encoder.{name}": value for name, value in settings.items()}
+        # diffusers reads one spelling of a text encoder's layers
+        for peft, diffusers in (
+            (".lora_A.", ".lora_linear_layer.down."),
+            (".lora_B.", ".lora_linear_layer.up."),
+        ):
+            fitting = {key.replace(peft, diffusers): value for key, value in fitting.items()}
+        super().load_lora_into_text_encoder(fitting, None, text_encoder, metadata=metadata, **kwargs)
 
     def load_textual_inversion(self, *args, **kwargs):
         """Not possible: raises TypeError. Embeddings made for CLIP mean nothing to another text encoder."""
@@ -884,6 +1029,229 @@ def _size(image):
     if not hasattr(image, "shape"):
         return (image.height, image.width) if hasattr(image, "height") else None
     return tuple(image.shape[-2:] if isinstance(image, torch.Tensor) else image.shape[:2])
+
+
+# LoRA files ---------------------------------------------------------------------------------------------------------
+
+KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+HALVES = {
+    ".lora_linear_layer.down.": ".lora_A.",
+    ".lora_linear_layer.up.": ".lora_B.",
+    ".lora_down.": ".lora_A.",
+    ".lora_up.": ".lora_B.",
+}
+# module, half, name of the adapter as peft writes it within a model
+LORA_KEY = re.compile(
+    r"(.+?)\.lora_([AB])(?:\.(.+))?\.(weight|bias)|(.+?)\.lora_magnitude_vector(?:\.(.+?))?(?:\.weight)?"
+)
+# what keys without a prefix begin with -> whose they are
+OWNERS = dict.fromkeys(
+    ("conv_in", "conv_out", "time_embedding", "down_blocks", "mid_block", "up_blocks"), "unet"
+)
+OWNERS |= dict.fromkeys(
+    ("language_model", "vision_model", "image_to_text_projection", "aligner"), "text_encoder"
+)
+# in the keys of files that are told apart from LoRA -> their method
+OTHER_METHODS = {
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".lora_mid.": "LoCon with a Tucker decomposition",
+    ".oft_": "OFT",
+    ".boft_": "BOFT",
+    ".vera_": "VeRA",
+    ".ia3_": "(IA)3",
+    ".on_input": "(IA)3",
+    ".a1.": "GLoRA",
+    ".diff": "differences of whole weights",
+    ".w_norm": "differences of whole weights",
+}
+
+
+def _uncompiled(model):
+    """The model that torch.compile has wrapped, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _on_uncompiled_models(method):
+    """A method of diffusers' LoRA loader, which passes over a model that torch.compile has wrapped, for these as well."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        models = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
+        compiled = {name: model for name, model in models.items() if model is not _uncompiled(model)}
+        vars(self).update({name: _uncompiled(model) for name, model in compiled.items()})
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            vars(self).update(compiled)
+
+    return call
+
+
+def _refuse_other_methods(state_dict):
+    for key, value in state_dict.items():
+        if not isinstance(key, str) or not isinstance(value, (torch.Tensor, int, float)):
+            raise ValueError(
+                f"It holds {str(key)[:100]!r} of the type {type(value).__name__}; a LoRA holds tensors alone."
+            )
+        method = next((name for part, name in OTHER_METHODS.items() if part in key), None)
+        if method:
+            raise ValueError(
+                f"It is a {method} ({key[:150]!r}), and LoRA alone is read. Take a LoRA, or convert it with the tool that made "
+                "it."
+            )
+
+
+def _check_kohya(state_dict):
+    """Refuse what diffusers would not convert: half a pair, an alpha without one, unknown parts."""
+    parts = {}
+    for key in state_dict:
+        module, _, part = key.partition(".")
+        parts.setdefault(module, set()).add(part)
+    pair = {"lora_down.weight", "lora_up.weight"}
+    for module, found in parts.items():
+        if pair - found:
+            raise ValueError(f"{module} has no {min(pair - found)}, half of its pair. Is the file complete?")
+        if found - pair - {"alpha"}:
+            raise ValueError(f"{module}.{min(found - pair - {'alpha'})} is not a part of a LoRA.")
+        alpha = state_dict.get(f"{module}.alpha")
+        if alpha is not None:
+            _number(f"{module}.alpha", alpha)
+
+
+def _number(key, value):
+    number = float(value) if not isinstance(value, torch.Tensor) or value.numel() == 1 else math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{key} is not a finite number.")
+    return number
+
+
+def _spell_as_peft(state_dict):
+    """({COMPONENT.MODULE.lora_A.weight: tensor}, {COMPONENT.MODULE.alpha: number}) of keys in any spelling but kohya's."""
+    layers, alphas, adapters, strange = {}, {}, set(), []
+    for original, value in state_dict.items():
+        key = next(iter(convert_unet_state_dict_to_peft({original: None})))
+        key = key.replace("base_model.model.", "", 1)
+        for spelling, ours in HALVES.items():
+            key = key.replace(spelling, ours)
+        owner = OWNERS.get(key.partition(".")[0])
+        key = f"{owner}.{key}" if owner else key
+        match = LORA_KEY.fullmatch(key)
+        if key.endswith(".alpha"):
+            alphas[key] = _number(original, value)
+            continue
+        if match is None:
+            strange.append(original)
+            continue
+        if match[1]:
+            key, adapter = f"{match[1]}.lora_{match[2]}.{match[4]}", match[3]
+        else:
+            key, adapter = f"{match[5]}.lora_magnitude_vector", match[6]
+        adapters.update([adapter] if adapter else ())
+        if key in layers or len(adapters) > 1:
+            names = f" of the adapters {', '.join(sorted(adapters)[:3])}" if len(adapters) > 1 else ""
+            raise ValueError(
+                f"It holds {key[:150]!r} more than once{names}. Expected one LoRA: save each to a file of its own."
+            )
+        layers[key] = value
+    if strange:
+        what = "It is not a LoRA" if not layers else "Not all of it is a LoRA"
+        raise ValueError(
+            f"{what}: {len(strange)} of {len(state_dict)} keys are for nothing known, such as {strange[0][:150]!r}."
+        )
+    return layers, alphas
+
+
+def _module_of_alpha(key):
+    """COMPONENT.MODULE of an alpha in diffusers' spelling, which ends in the converted name of a half."""
+    key = next(iter(convert_unet_state_dict_to_peft({key.removesuffix(".alpha"): None})))
+    return key.split(".lora_")[0]
+
+
+def _check_pairs(layers, alphas):
+    for key, value in layers.items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise ValueError(
+                f"{key} is {getattr(value, 'dtype', type(value).__name__)}. Expected floating-point weights."
+            )
+        if value.numel() == 0 or not _is_finite(value):
+            raise ValueError(f"{key} {tuple(value.shape)} has values that are not finite, or none at all.")
+        module, _, half = key.rpartition(".lora_")
+        if half == "A.weight":
+            other = layers.get(f"{module}.lora_B.weight")
+            if other is not None and min(value.ndim, other.ndim) > 1 and len(value) != other.shape[1]:
+                raise ValueError(
+                    f"The halves of {module} have the ranks {len(value)} and {other.shape[1]}. Expected one rank."
+                )
+        for pair in ("lora_A", "lora_B"):
+            if f"{module}.{pair}.weight" not in layers:
+                raise ValueError(f"{module} has no {pair}.weight, half of its pair. Is the file complete?")
+    for key in alphas:
+        if f"{key.removesuffix('.alpha')}.lora_A.weight" not in layers:
+            raise ValueError(f"{key} is there without the weights it belongs to. Is the file complete?")
+
+
+def _is_finite(tensor):
+    """Whether all values are finite; by the extremes, in one pass and without a copy."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        tensor = tensor.float()
+    return all(map(math.isfinite, (extreme.item() for extreme in torch.aminmax(tensor))))
+
+
+def _fits(model, prefix, key, value):
+    """Whether a tensor of a LoRA, `prefix` and a name of a model's layer, has the shape of that layer."""
+    module, _, half = key.rpartition(".lora_")
+    if model is None or not key.startswith(prefix):
+        return False
+    try:
+        layer = model.get_submodule(module.removeprefix(prefix))
+    except AttributeError:
+        return False
+    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    # not of the weight, which quantisation may have packed
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        sides, kernel = (layer.in_features, layer.out_features), ()
+    elif isinstance(layer, torch.nn.Conv2d):
+        sides, kernel = (layer.in_channels // layer.groups, layer.out_channels), layer.kernel_size
+    else:
+        return False
+    if half == "A.weight":
+        return tuple(value.shape[1:]) == (sides[0], *kernel)
+    if half == "B.weight":
+        return value.ndim > 1 and (len(value), *value.shape[2:]) == (sides[1], *(1 for _ in kernel))
+    return value.numel() == sides[1]
+
+
+def _read_adapter_config(source, weight_name, subfolder):
+    """What peft's adapter_config.json next to a file says of the scale, or None."""
+    if isinstance(source, dict):
+        return None
+    folder = Path(source).parent if Path(source).is_file() else Path(source) / (subfolder or "")
+    path = folder / "adapter_config.json"
+    if not path.is_file() or not str(weight_name or "adapter_model").startswith("adapter_model"):
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    names = (
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "use_dora",
+        "use_rslora",
+        "lora_bias",
+    )
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def _with_prefixes(metadata, layers):
+    """peft's settings under the names of their components, which one model's own file leaves out."""
+    owners = {key.partition(".")[0] for key in layers}
+    if not isinstance(metadata, dict):
+        raise ValueError("Its settings for peft are not an object.")
+    if len(owners) > 1 or any(key.partition(".")[0] in owners for key in metadata):
+        return metadata
+    return {f"{min(owners)}.{name}": value for name, value in metadata.items()}
 
 
 class KosmosGPipeline(KosmosGPromptMixin, StableDiffusionPipeline):
