@@ -81,13 +81,14 @@ def load_answerer(model, dtype, device):
     Raises:
         OSError: the model cannot be loaded.
     """
+    from .loading import load_pretrained
     from .modeling_kosmos_g import KosmosGTextEncoder
     from .processing_kosmos_g import KosmosGTokenizer
 
     try:
         # Kosmos-G folders never hold pickle files; refuse to load any
         options = {"subfolder": "text_encoder", "dtype": dtype, "use_safetensors": True}
-        text_encoder = KosmosGTextEncoder.from_pretrained(model, **options)
+        text_encoder = load_pretrained(KosmosGTextEncoder, model, **options)
         tokenizer = KosmosGTokenizer.from_pretrained(model, subfolder="tokenizer")
     except OSError as error:
         raise OSError(

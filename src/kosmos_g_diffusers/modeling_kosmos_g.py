@@ -236,14 +236,22 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As transformers', in the dtype of the file unless `dtype` says otherwise.
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As transformers', in the dtype of the file unless `dtype` says otherwise; ValueError if weights are missing.
 
-        A pipeline loaded without a dtype asks for None. diffusers then loads the U-Net in float32, and so does this.
+        transformers would fill them with random numbers. A pipeline loaded without a dtype asks for None. diffusers then
+        loads the U-Net in float32, and so does this.
         """
         if "dtype" in kwargs and kwargs["dtype"] is None:
             kwargs["dtype"] = torch.float32
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        source = pretrained_model_name_or_path
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing and not output_loading_info:  # who asks for it looks at it
+            raise ValueError(
+                f"The text encoder {source} lacks {len(missing)} weights, such as {missing[0]}. Download or convert it again."
+            )
+        return (model, info) if output_loading_info else model
 
     # diffusers asks for the names of its arguments
     @wraps(Kosmos2PreTrainedModel.save_pretrained, assigned=())

@@ -280,6 +280,10 @@ class KosmosGPromptMixin:
                 )
             if len(embeds) != batch_size:
                 raise ValueError(f"{name} has {len(embeds)} rows for {batch_size} prompts. Pass one each.")
+            if not embeds.is_meta and not _is_finite(embeds):
+                raise ValueError(
+                    f"{name} has values that are NaN or infinite. Encode the prompt again, in float32 if need be."
+                )
             lengths[name] = embeds.shape[1]
         own = getattr(getattr(self.text_encoder, "config", None), "num_queries", None)
         if needs_negative and own is not None:
@@ -879,6 +883,22 @@ class KosmosGPromptMixin:
         )
 
     # Saving and loading ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers', but weights that are missing, foreign, integers or not finite are refused, and errors name the file.
+
+        In the package alone: code that a saved folder brings loads as diffusers does.
+
+        Raises:
+            OSError: there is no such folder or repository, or a file is missing.
+            ValueError: something in a file is not what it should be.
+        """
+        load = super().from_pretrained
+        if not Path(__file__).with_name("loading.py").is_file():
+            return load(pretrained_model_name_or_path, **kwargs)
+        loading = importlib.import_module(".loading", __package__)
+        return loading.load_pipeline(load, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, *args, **kwargs):

@@ -17,7 +17,7 @@ from diffusers.utils import logging
 
 from ..fields import check_value
 from ..files import first_line, written_atomically
-from ..loading import DTYPE_KEYWORD
+from ..loading import DTYPE_KEYWORD, load_pretrained, load_single_file
 from ..processing_kosmos_g import open_image
 from . import annotators
 from .table import CONTROLS, find_control
@@ -241,10 +241,11 @@ def load_controlnet(source, dtype=torch.float32):
     if repo == source and not Path(source).exists() and repo.count("/") != 1:
         known = ", ".join(CONTROLS)
         raise ValueError(f"{source!r} is not a folder, a Hub id or a control. Known controls: {known}.")
-    load = ControlNetModel.from_single_file if Path(repo).is_file() else ControlNetModel.from_pretrained
     try:
-        return load(repo, **{DTYPE_KEYWORD: dtype})
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        if Path(repo).is_file():
+            return load_single_file(ControlNetModel, repo, **{DTYPE_KEYWORD: dtype})
+        return load_pretrained(ControlNetModel, repo, dtype=dtype)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"The ControlNet {repo!r} cannot be loaded ({first_line(error)}). If it is on the Hub, run where there is a "
             f"network: hf download {repo}"

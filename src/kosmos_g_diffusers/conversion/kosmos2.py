@@ -186,7 +186,7 @@ def _charsmap(normalizer):
 def _encoder_weights(mllm, config, dtype, seed):
     """name -> tensor of the text encoder: Kosmos-2's, with the embedding cut, and AlignerNet M's."""
     try:
-        kosmos = load_pretrained(Kosmos2ForConditionalGeneration, mllm, dtype=dtype)
+        kosmos = load_pretrained(Kosmos2ForConditionalGeneration, mllm, dtype=dtype, whole=False)
     except IncompleteWeights as error:
         names = error.names
         raise ValueError(f"The MLLM {mllm} lacks {len(names)} weights: {shortened(names)}.") from error

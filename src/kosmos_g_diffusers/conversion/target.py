@@ -48,7 +48,7 @@ def load_target(source, dtype=torch.float32):
     target_config(source)
     subfolder, tokenizer = _subfolders(source)
     try:
-        model = load_pretrained(CLIPTextModel, source, subfolder=subfolder, dtype=dtype)
+        model = load_pretrained(CLIPTextModel, source, subfolder=subfolder, dtype=dtype, whole=False)
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer)
     except IncompleteWeights as error:
         raise ValueError(

@@ -154,7 +154,7 @@ def _load_model(name, source, device, model_class, model_type, **kwargs):
             f"of such a model, or none for {SCORERS[name]}."
         )
     try:
-        return load_pretrained(model_class, source, **kwargs).to(device).eval()
+        return load_pretrained(model_class, source, whole=False, **kwargs).to(device).eval()
     except OSError as error:
         raise OSError(f"{unloadable} ({error}). {OFFLINE.format(name=name)}") from error
     except IncompleteWeights as error:

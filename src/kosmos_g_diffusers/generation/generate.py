@@ -1,19 +1,18 @@
 """From settings to images and files: what `kosmos-g generate` does once its flags are read, and `kosmos-g app`."""
 
-import pickle
 import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError
 
 from ..control.controls import control_image, load_controlnet, open_control
 from ..environment import as_dtype, check_device, package_versions
 from ..files import first_line
-from ..loading import DTYPE_KEYWORD
+from ..loading import DTYPE_KEYWORD, load_pretrained, load_single_file
 from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
 from .grid import grid_of
 from .png import write_png
@@ -93,19 +92,16 @@ def load_unet(source, like):
         if path.is_file():
             with tempfile.TemporaryDirectory() as config:
                 like.save_config(config)
-                load = partial(UNet2DConditionModel.from_single_file, str(path), config=config)
-                unet = load(**{DTYPE_KEYWORD: like.dtype})
-            if any(parameter.is_meta for parameter in unet.parameters()):
-                raise ValueError("weights are missing in it")
-            return unet
-        load = partial(UNet2DConditionModel.from_pretrained, str(source), **{DTYPE_KEYWORD: like.dtype})
+                options = {"config": config, DTYPE_KEYWORD: like.dtype}
+                return load_single_file(UNet2DConditionModel, path, like, **options)
+        load = partial(load_pretrained, UNet2DConditionModel, str(source), dtype=like.dtype)
         if path.is_dir():
             return load(subfolder="unet" if (path / "unet").is_dir() else None)
         try:
             return load(subfolder="unet")
         except OSError:  # a repository of a U-Net alone
             return load()
-    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"The U-Net {str(source)!r} cannot be loaded ({first_line(error)}). Take one made for the same Stable "
             "Diffusion, with 4 input channels; if it is on the Hub, run where there is a network."
@@ -122,15 +118,14 @@ def add_lora(pipe, source, scale):
         ImportError: peft is not installed.
         ValueError: there is no such LoRA, or it does not fit.
     """
-    unreadable = (OSError, SafetensorError, pickle.UnpicklingError)
-    if not Path(source).exists():  # on the Hub, perhaps; offline, diffusers asks for an argument of its own
-        unreadable += (ValueError,)
     try:
         pipe.load_lora_weights(source, adapter_name=LORA_NAME)
-    except unreadable as error:
+    except (OSError, ValueError) as error:
+        if Path(source).exists():
+            raise
         raise ValueError(
-            f"The LoRA {str(source)!r} cannot be loaded ({first_line(error)}). Pass a .safetensors file, or the Hub id "
-            "of one where there is a network."
+            f"The LoRA {str(source)!r} cannot be loaded ({first_line(error)}). Pass a .safetensors file, or the Hub id of one "
+            "where there is a network."
         ) from error
     pipe.set_adapters([LORA_NAME], [float(scale)])
 
@@ -236,6 +231,9 @@ def draw_images(pipe, settings, arguments, callback_on_step_end=None):
     Args:
         arguments: of `size_arguments` and `prompt_arguments`, together.
         callback_on_step_end: as diffusers calls it; None shows a progress bar on the terminal instead.
+
+    Raises:
+        ValueError: an image is not finite, in float16 above all.
     """
     size = {name: arguments[name] for name in ("height", "width")}
     for index in range(settings.num_images):
@@ -244,15 +242,29 @@ def draw_images(pipe, settings, arguments, callback_on_step_end=None):
             desc=f"image {index + 1} of {settings.num_images}, seed {seed}",
             disable=callback_on_step_end is not None,
         )
-        image = pipe(
+        pixels = pipe(
             **arguments,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             generator=torch.Generator("cpu").manual_seed(seed),
             callback_on_step_end=callback_on_step_end,
-        ).images[0]
+            output_type="np",
+        ).images
+        if not np.isfinite(pixels).all():  # they would become a black image
+            raise ValueError(_not_finite(seed, pipe.unet.dtype))
+        image = pipe.image_processor.numpy_to_pil(pixels)[0]
         made = {"seed": seed, "num_images": 1, "index": index, "versions": package_versions(), **size}
         yield image, replace(settings, **made)
+
+
+def _not_finite(seed, dtype):
+    text = f"The image of seed {seed} has values that are NaN or infinite, and was not written."
+    if dtype == torch.float16:
+        return (
+            f"{text} float16 was too narrow for it: pass --dtype float32 or bfloat16, or in Python keep the VAE alone in float32 "
+            "(output_type='latent', then pipe.vae.float().decode)."
+        )
+    return f"{text} Try another scheduler, a guidance nearer to 7.5, or weights from elsewhere."
 
 
 def generate_files(pipe, settings, paths, reference_images, control_images=(), overwrite=False):
