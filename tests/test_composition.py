@@ -350,6 +350,22 @@ def test_ip_adapter_without_its_image_and_with_sliced_attention_is_refused_befor
     assert np.isfinite(generate(worded, DOG, ip_adapter_image=photos[2], **SIZE)).all()
 
 
+def test_ip_adapter_is_left_out_of_what_is_saved(worded, ip_adapter, photos, tmp_path, logged):
+    before = generate(worded, DOG, **SIZE)
+    worded.load_ip_adapter(**ip_adapter)
+    logged.clear()
+    worded.save_pretrained(tmp_path / "saved")
+    assert [
+        record.getMessage() for record in logged.records if "IP-Adapter is not saved" in record.getMessage()
+    ]
+    loaded = KosmosGPipeline.from_pretrained(tmp_path / "saved")
+    assert np.array_equal(generate(loaded, DOG, **SIZE), before)
+    assert worded.unet.config.encoder_hid_dim_type == "ip_image_proj"
+    loaded.load_ip_adapter(**ip_adapter)
+    images = [generate(pipe, DOG, ip_adapter_image=photos[2], **SIZE) for pipe in (worded, loaded)]
+    assert np.array_equal(*images)
+
+
 def test_ip_adapter_in_a_stock_pipeline(worded, ip_adapter, photos):
     stock = borrow(StableDiffusionPipeline, worded)
     before = generate(stock, DOG, **SIZE)

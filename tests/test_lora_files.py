@@ -191,6 +191,59 @@ def test_lora_of_the_text_encoder_loads_again(
         assert np.array_equal(draw(other, PROMPT), plain)
 
 
+# Saving ------------------------------------------------------------------------------------------------------------
+
+
+def saved(pipe, folder, logged):
+    """The saved pipeline, loaded again, and what was said while it was saved."""
+    logged.clear()
+    pipe.save_pretrained(folder)
+    said = [record.getMessage() for record in logged.records if record.levelname == "WARNING"]
+    loaded = KosmosGPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded, said
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loaded_lora_is_left_out_of_what_is_saved(
+    build_pipe, draw, layers, plain, tmp_path, logged, compiled
+):
+    pipe = build_pipe()
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet)
+    pipe.load_lora_weights(with_prefix(layers), adapter_name="style")
+    names = [name for name, _ in pipe.unet.named_modules()]
+    loaded, said = saved(pipe, tmp_path, logged)
+    assert (
+        len(said) == 1 and "The LoRA style of the unet is not saved" in said[0] and "fuse_lora()" in said[0]
+    )
+    assert np.array_equal(draw(loaded, PROMPT), plain)
+    assert [name for name, _ in pipe.unet.named_modules()] == names
+    assert pipe.get_list_adapters() == {"unet": ["style"]}
+
+
+def test_a_fused_lora_is_in_what_is_saved(build_pipe, draw, layers, styled, tmp_path, logged):
+    pipe = build_pipe()
+    pipe.load_lora_weights(with_prefix(layers), adapter_name="style")
+    pipe.fuse_lora()
+    loaded, said = saved(pipe, tmp_path / "fused", logged)
+    assert not said
+    assert equal(draw(loaded, PROMPT), styled) and np.array_equal(draw(loaded, PROMPT), draw(pipe, PROMPT))
+    pipe.unload_lora_weights()
+    loaded, said = saved(pipe, tmp_path / "unloaded", logged)
+    assert not said and equal(draw(loaded, PROMPT), styled)
+
+
+def test_of_two_loras_the_fused_one_is_in_what_is_saved(build_pipe, draw, layers, styled, tmp_path, logged):
+    pipe = build_pipe()
+    pipe.load_lora_weights(with_prefix(make_lora(pipe.unet, 1)), adapter_name="first")
+    pipe.load_lora_weights(with_prefix(layers), adapter_name="second")
+    pipe.fuse_lora(adapter_names=["second"])
+    loaded, said = saved(pipe, tmp_path, logged)
+    assert len(said) == 1 and "The LoRA first of the unet" in said[0]
+    assert equal(draw(loaded, PROMPT), styled)
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ A call goes through these steps:
 6. diffusers' `encode_prompt` repeats them for `num_images_per_prompt`, and its pipeline denoises and decodes as ever.
 """
 
+import copy
 import difflib
 import functools
 import importlib
@@ -42,6 +43,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.pipelines import pipeline_utils
 from diffusers.utils import (
     USE_PEFT_BACKEND,
@@ -938,7 +940,8 @@ class KosmosGPromptMixin:
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 
         Keywords are those of diffusers' method (`variant`, `max_shard_size`; with `push_to_hub=True` also `repo_id`,
-        `commit_message`, `private`, `token`, `create_pr`). No pickle is ever written.
+        `commit_message`, `private`, `token`, `create_pr`). No pickle is ever written. A LoRA that is loaded and not fused,
+        and an IP-Adapter, are left out with a warning.
 
         Raises:
             ValueError: pickle files were asked for.
@@ -947,7 +950,7 @@ class KosmosGPromptMixin:
             raise ValueError("safe_serialization=False asks for pickle files. Leave it out: none is written.")
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         upload = {name: kwargs.pop(name, None) for name in names}
-        super().save_pretrained(save_directory, **kwargs)
+        super(__class__, self._without_adapters()).save_pretrained(save_directory, **kwargs)
         shutil.copyfile(__file__, Path(save_directory) / f"{MODULES[2]}.py")  # the components copied theirs
         # in the package alone: a saved folder has no copy
         if Path(__file__).with_name("model_card.py").is_file():
@@ -955,6 +958,38 @@ class KosmosGPromptMixin:
         if push_to_hub:
             upload["repo_id"] = upload["repo_id"] or Path(save_directory).name
             self._upload(save_directory, **upload)
+
+    def _without_adapters(self):
+        """This pipeline, or one that shares its weights and is without adapters, for saving; says what is left out."""
+        bare = {}
+        for name in self._lora_loadable_modules:
+            model = _uncompiled(getattr(self, name, None))
+            adapters = dict(getattr(model, "peft_config", None) or {})
+            if isinstance(model, PreTrainedModel) and not model._hf_peft_config_loaded:
+                continue  # without, or wrapped by peft itself, which its own save_pretrained refuses
+            hid_proj = getattr(model, "encoder_hid_proj", None)
+            if isinstance(hid_proj, MultiIPAdapterImageProjection):
+                logger.warning("The IP-Adapter is not saved. Load it again on what is loaded from here.")
+            elif not adapters:
+                continue
+            if getattr(model, "hf_quantizer", None) is not None:
+                raise ValueError(
+                    f"The {name} is quantised and has an adapter. Call unload_lora_weights() before saving."
+                )
+            bare[name] = _bare_copy(model)
+            for layer in model.modules():
+                for fused in getattr(layer, "merged_adapters", ()):
+                    adapters.pop(fused, None)
+            if adapters:
+                logger.warning(
+                    f"The LoRA {', '.join(map(str, adapters))} of the {name} is not saved: the weights are those without it. To "
+                    "save it in the weights for good, call fuse_lora() before."
+                )
+        if not bare:
+            return self
+        pipeline = copy.copy(self)
+        vars(pipeline).update(bare)
+        return pipeline
 
     def push_to_hub(self, repo_id, commit_message=None, private=None, token=None, create_pr=False, **kwargs):
         """Save to a temporary folder, with model card and code, and upload that to `repo_id`; keywords as diffusers'."""
@@ -1090,6 +1125,25 @@ OTHER_METHODS = {
 def _uncompiled(model):
     """The model that torch.compile has wrapped, or the model itself."""
     return getattr(model, "_orig_mod", model)
+
+
+def _bare_copy(model):
+    """A model without adapters around the same weights; fused ones are in them."""
+    with torch.device("meta"):
+        if isinstance(model, PreTrainedModel):
+            bare = type(model)(copy.deepcopy(model.config))
+        else:
+            config, ip_adapter = (
+                dict(model.config),
+                isinstance(model.encoder_hid_proj, MultiIPAdapterImageProjection),
+            )
+            bare = type(model).from_config(config | ({"encoder_hid_dim_type": None} if ip_adapter else {}))
+    weights, own = model.state_dict(), {}
+    for key in bare.state_dict():
+        module, _, kind = key.rpartition(".")
+        own[key] = weights[key] if key in weights else weights[f"{module}.base_layer.{kind}"]
+    bare.load_state_dict(own, assign=True)
+    return bare
 
 
 def _on_uncompiled_models(method):

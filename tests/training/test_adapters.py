@@ -153,11 +153,18 @@ def test_encoder_with_an_adapter_is_not_saved(pipe, adapter, tmp_path):
         load_adapter(pipe, adapter)
 
 
-def test_adapter_of_transformers_own_method_is_saved_by_it(pipe, tmp_path):
+def test_adapter_of_transformers_own_method_is_left_out_of_a_saved_pipeline(pipe, tmp_path, logged):
+    expected = {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}
     pipe.text_encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
     pipe.save_pretrained(tmp_path)
+    assert "The LoRA default of the text_encoder is not saved" in logged.text
     saved = {path.name for path in (tmp_path / "text_encoder").iterdir()}
-    assert {CONFIG, WEIGHTS} <= saved and "model.safetensors" not in saved
+    assert "model.safetensors" in saved and not {CONFIG, WEIGHTS} & saved
+    loaded = type(pipe).from_pretrained(tmp_path).text_encoder.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    # by itself it is saved as transformers saves it
+    pipe.text_encoder.save_pretrained(tmp_path / "adapter")
+    assert {CONFIG, WEIGHTS} <= {path.name for path in (tmp_path / "adapter").iterdir()}
 
 
 def test_encoder_without_an_adapter(pipe, tmp_path):

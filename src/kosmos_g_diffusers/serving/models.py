@@ -8,8 +8,6 @@ import logging
 from collections import OrderedDict
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from ..control.controls import CONTROLS, load_controlnet
 from ..files import read_json
 from ..generation.generate import LORA_NAME, add_lora, load_model, load_unet, own_size, with_controlnets
@@ -94,10 +92,12 @@ class Models:
         self._controlnets.clear()
         try:
             with at("model"):
+                source = self.models[name] or SPRITES
                 try:
-                    pipe = load_model(self.models[name] or SPRITES, self.dtype)
-                except (OSError, SafetensorError) as error:  # files that are missing or damaged
-                    raise ValueError(f"The model {name!r} cannot be loaded: {error}") from error
+                    pipe = load_model(source, self.dtype)
+                except (OSError, ValueError) as error:  # users know it by its name
+                    reason = str(error).replace(str(source), name)
+                    raise ValueError(f"The model {name!r} cannot be loaded: {reason}") from error
                 pipe.to(self.device)
                 self.preview = LatentPreview(pipe.vae)
         except FieldError as error:
@@ -135,7 +135,11 @@ class Models:
             if name == OWN:
                 unet = self._own_unet
             else:
-                unet = load_unet(self.unets[name], self._own_unet).to(self.device)
+                path = self.unets[name]
+                try:
+                    unet = load_unet(path, self._own_unet).to(self.device)
+                except ValueError as error:
+                    raise ValueError(str(error).replace(str(path), name)) from error
             if unet.config.cross_attention_dim != self._own_unet.config.cross_attention_dim:
                 raise ValueError(
                     f"The U-Net {name!r} reads states of width {unet.config.cross_attention_dim}, the model gives "
