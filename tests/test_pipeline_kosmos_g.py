@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -16,6 +17,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -27,6 +29,7 @@ from kosmos_g_diffusers import (
     KosmosGInpaintPipeline,
     KosmosGPipeline,
     KosmosGTokenizer,
+    pipeline_kosmos_g,
 )
 
 OURS = (
@@ -829,19 +832,50 @@ GOOD = torch.ones(1, 4, 32)
         ({"<a>": GOOD, "<dog>": GOOD + 1}, {"words": '["<a>", "<dog>"]'}, "'<dog>' already"),
         ({"<i>": GOOD}, {"words": '["<i>"]'}, "cannot name an image word"),
         ({"unet.weight": GOOD}, {"words": '["unet.weight"]'}, "cannot name an image word"),
+        ({"1": GOOD}, {"words": "[1]"}, "damaged"),
+        ({"<new>": GOOD}, {"words": "[" * 10_000 + "]" * 10_000}, "damaged"),
+        ({"<new>": GOOD}, {"words": '["' + "x" * 100_000 + '"]'}, "damaged"),
+        ({"<new>": GOOD}, {"words": '["<new>"]', "format": "x" * 100_000}, "format 'xxx"),
+        ({"<new>": torch.tensor(1.0)}, {"words": '["<new>"]'}, r"shape \(\)"),
+        ({"<new>": GOOD[:0]}, {"words": '["<new>"]'}, r"shape \(0, 4, 32\)"),
     ],
 )
 def test_file_of_image_words_that_does_not_fit_is_refused_whole(worded, tmp_path, tensors, metadata, message):
     path, before = tmp_path / "words.safetensors", worded.encode_prompt("<dog> by <pair>")[0]
     file_of_words(path, tensors, **metadata)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         worded.load_image_words(path)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 700 and "\n" not in str(caught.value)
     assert worded.image_words == ["<dog>", "<suit>", "<pair>"]
     assert [name for name, _ in worded.text_encoder.config.image_words] == worded.image_words
     assert torch.equal(worded.encode_prompt("<dog> by <pair>")[0], before)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"garbage" * 100, b"\x80\x04\x95", "folder"])
+@pytest.mark.parametrize(
+    "error", [SafetensorError("Error while serializing: I/O error"), OSError(28, "No space left")]
+)
+def test_full_disk_leaves_the_file_of_image_words_as_it_was(worded, tmp_path, monkeypatch, error):
+    path = tmp_path / "words.safetensors"
+    worded.save_image_words(path)
+    before = path.read_bytes()
+
+    def full(tensors, part, **kwargs):
+        Path(part).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(pipeline_kosmos_g, "save_file", full)
+    reason = getattr(error, "strerror", None) or "serializing"
+    with pytest.raises(OSError, match=f"cannot be written to {path} .*{reason}"):
+        worded.save_image_words(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match="cannot be written to .*nowhere/words.safetensors"):
+        worded.save_image_words(tmp_path / "nowhere" / "words.safetensors")
+
+
+HUGE_HEADER = (10**17).to_bytes(8, "little") + b"{}"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage" * 100, b"\x80\x04\x95", HUGE_HEADER, "folder"])
 def test_file_that_holds_no_image_words_is_refused(worded, tmp_path, content):
     path = tmp_path / "words.safetensors"
     if content == "folder":

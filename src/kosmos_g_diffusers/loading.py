@@ -139,6 +139,26 @@ def read_object(path, expected):
     return values
 
 
+def empty_model(model_class, folder):
+    """A model as the config.json of its folder describes it, on the meta device.
+
+    Raises:
+        ValueError: it does not describe one; the message names the file.
+    """
+    path = Path(folder) / "config.json"
+    values = read_object(path, "Download or make it again.")
+    try:
+        with torch.device("meta"):
+            if issubclass(model_class, ModelMixin):
+                return model_class.from_config(values)
+            return model_class(model_class.config_class.from_pretrained(folder))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise ValueError(
+            f"{path} does not describe a {model_class.__name__} ({reason}). Download or make it again."
+        ) from error
+
+
 # What files say of their weights, without reading them -----------------------------------------------------------------
 
 
@@ -336,7 +356,7 @@ def _explained(error, paths, folder=None, model_class=None, prefix=""):
             read_object(path, "Download or make it again.")
         declared = declared_weights(paths)
         if paths and folder is not None and model_class is not None:
-            model = _without_weights(model_class, folder)
+            model = empty_model(model_class, folder)
             _compare(model, declared, paths[0] if len(paths) == 1 else folder, whole=False)
     except IncompleteWeights as found:
         return found
@@ -346,17 +366,3 @@ def _explained(error, paths, folder=None, model_class=None, prefix=""):
     if isinstance(error, (OSError, ValueError)):
         return (OSError if isinstance(error, OSError) else ValueError)(f"{prefix}{reason}")
     return ValueError(f"{prefix}what it holds is not as expected ({type(error).__name__}: {reason})")
-
-
-def _without_weights(model_class, folder):
-    """A model as the settings of its folder describe it, on the meta device. Raises ValueError if they describe none."""
-    try:
-        with torch.device("meta"):
-            if issubclass(model_class, ModelMixin):
-                return model_class.from_config(read_object(folder / "config.json", ""))
-            return model_class(model_class.config_class.from_pretrained(folder))
-    except Exception as error:
-        raise ValueError(
-            f"{folder / 'config.json'} does not describe a {model_class.__name__} ({type(error).__name__}: "
-            f"{first_line(error)[:200]}). Download or make it again."
-        ) from error

@@ -572,6 +572,7 @@ class KosmosGPromptMixin:
 
         Raises:
             ValueError: there is no such word, or none at all.
+            OSError: the file cannot be written, or the disk is full.
         """
         words = self.image_words if words is None else list(dict.fromkeys(words))
         unknown = [word for word in words if word not in self.image_words]
@@ -582,10 +583,14 @@ class KosmosGPromptMixin:
         parts = dict(zip(self.image_words, self.text_encoder.image_words, strict=True))
         tensors = {word: parts[word]().detach().cpu().contiguous() for word in words}
         path = Path(path)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".image_words_") as folder:
-            part = Path(folder) / "words.safetensors"
-            save_file(tensors, part, metadata={"format": IMAGE_WORDS_FORMAT, "words": json.dumps(words)})
-            os.replace(part, path)
+        try:
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".image_words_") as folder:
+                part = Path(folder) / "words.safetensors"
+                save_file(tensors, part, metadata={"format": IMAGE_WORDS_FORMAT, "words": json.dumps(words)})
+                os.replace(part, path)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise OSError(f"The image words cannot be written to {path} ({reason}).") from error
 
     def load_image_words(self, path):
         """Add the image words of a file that `save_image_words` wrote; all of them, or none when one is refused.
@@ -597,21 +602,26 @@ class KosmosGPromptMixin:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             hint = "Pass a file that save_image_words wrote."
-            raise ValueError(f"{path} cannot be read ({error}). {hint}") from error
+            raise ValueError(f"{path} cannot be read ({str(error)[:300]}). {hint}") from error
         if metadata.get("format") != IMAGE_WORDS_FORMAT:
             raise ValueError(
-                f"{path} has the format {metadata.get('format')!r}; expected {IMAGE_WORDS_FORMAT!r}. Pass a file that "
+                f"{path} has the format {repr(metadata.get('format'))[:100]}; expected {IMAGE_WORDS_FORMAT!r}. Pass a file that "
                 "save_image_words wrote."
             )
         try:
             words = json.loads(metadata.get("words", "null"))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             words = None
-        if not isinstance(words, list) or sorted(map(str, words)) != sorted(tensors):
-            raise ValueError(f"{path} is damaged: it lists the words {words} but holds {sorted(tensors)}.")
-        self._register_image_words({word: tensors[word] for word in words})
+        known = isinstance(words, list) and all(isinstance(word, str) for word in words)
+        if not known or sorted(words) != sorted(tensors):
+            listed, held = str(words)[:100], str(sorted(tensors)[:3])[:100]
+            raise ValueError(f"{path} is damaged: it lists the words {listed} but holds {held}.")
+        try:
+            self._register_image_words({word: tensors[word] for word in words})
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be loaded: {error}") from error
 
     def _register_image_words(self, states):
         """Enter words into tokenizer and encoder, all or none."""
@@ -725,6 +735,8 @@ class KosmosGPromptMixin:
             if not isinstance(source, str):
                 raise ValueError(reason) from error
             kind = OSError if isinstance(error, OSError) else ValueError
+            if "this LoRA" in reason:
+                raise kind(f"{reason} The LoRA is {source!r}.") from error
             hint = (
                 ""
                 if reason.endswith(".")
@@ -789,7 +801,7 @@ class KosmosGPromptMixin:
         alphas = {
             f"{_module_of_alpha(key)}.alpha": value for key, value in (alphas or {}).items()
         } | own_alphas
-        _check_pairs(layers, alphas)
+        _check_values(layers)
         if metadata is None:
             metadata = _read_adapter_config(source, options["weight_name"], options["subfolder"])
         if metadata is not None:
@@ -805,7 +817,7 @@ class KosmosGPromptMixin:
         if not layers:
             encoder = _uncompiled(getattr(_pipeline, "text_encoder", None))
             if any(_fits(encoder, "text_encoder.", key, value) for key, value in state_dict.items()):
-                return
+                return _check_pairs(state_dict, network_alphas or {})
             raise ValueError(
                 f"None of the {len(state_dict)} keys of this LoRA is for a U-Net; the first is {next(iter(state_dict), '')!r}. "
                 "A LoRA for CLIP's text encoder alone, or for another kind of model, has nothing to act on: take one made "
@@ -818,8 +830,8 @@ class KosmosGPromptMixin:
                 f"{len(foreign)} of {len(layers)} layers of this LoRA do not fit the U-Net, such as {first}. It was "
                 "made for another architecture (SDXL, 2.1?): take one made for Stable Diffusion 1.5."
             )
-        for key, value in (network_alphas or {}).items():
-            alphas[f"{_module_of_alpha(key)}.alpha"] = value
+        alphas |= {f"{_module_of_alpha(key)}.alpha": value for key, value in (network_alphas or {}).items()}
+        _check_pairs(state_dict, alphas)
         if alphas:  # diffusers would give a module without one that of another
             ranks = {key.split(".lora_")[0]: len(value) for key, value in layers.items() if ".lora_A." in key}
             alphas = {
@@ -1242,7 +1254,7 @@ def _module_of_alpha(key):
     return key.split(".lora_")[0]
 
 
-def _check_pairs(layers, alphas):
+def _check_values(layers):
     for key, value in layers.items():
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise ValueError(
@@ -1250,16 +1262,18 @@ def _check_pairs(layers, alphas):
             )
         if value.numel() == 0 or not _is_finite(value):
             raise ValueError(f"{key} {tuple(value.shape)} has values that are not finite, or none at all.")
-        module, _, half = key.rpartition(".lora_")
-        if half == "A.weight":
-            other = layers.get(f"{module}.lora_B.weight")
-            if other is not None and min(value.ndim, other.ndim) > 1 and len(value) != other.shape[1]:
-                raise ValueError(
-                    f"The halves of {module} have the ranks {len(value)} and {other.shape[1]}. Expected one rank."
-                )
-        for pair in ("lora_A", "lora_B"):
-            if f"{module}.{pair}.weight" not in layers:
-                raise ValueError(f"{module} has no {pair}.weight, half of its pair. Is the file complete?")
+
+
+def _check_pairs(layers, alphas):
+    for key, value in layers.items():
+        module = key.split(".lora_")[0]
+        for half in ("lora_A", "lora_B"):
+            if f"{module}.{half}.weight" not in layers:
+                raise ValueError(f"{module} has no {half}.weight, half of its pair. Is the file complete?")
+        rank = layers[f"{module}.lora_B.weight"].shape[1:2]
+        if key.endswith(".lora_A.weight") and value.shape[:1] != rank:
+            ranks = f"{len(value)} and {rank[0] if rank else 'none'}"
+            raise ValueError(f"The halves of {module} have the ranks {ranks}. Expected one rank.")
     for key in alphas:
         if f"{key.removesuffix('.alpha')}.lora_A.weight" not in layers:
             raise ValueError(f"{key} is there without the weights it belongs to. Is the file complete?")

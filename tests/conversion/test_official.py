@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -433,6 +434,45 @@ def test_base_that_is_none_is_refused_first(convert, unread, tmp_path, monkeypat
     (base / "scheduler" / "scheduler_config.json").write_text("{")
     with pytest.raises(ValueError, match="scheduler_config.json is not JSON .*Download the base again"):
         convert(base=base)
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("unet/config.json", "[]"),
+        ("unet/config.json", "[" * 10_000),
+        ("unet/config.json", {"block_out_channels": "wide"}),
+        ("unet/config.json", {"block_out_channels": [-16, 32]}),
+        ("unet/config.json", {"block_out_channels": [10**7, 10**7]}),
+        ("vae/config.json", "3"),
+        ("vae/config.json", {"block_out_channels": [10**7] * 4}),
+        ("vae/config.json", {"latent_channels": "four"}),
+        ("scheduler/scheduler_config.json", "[]"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}),
+    ],
+)
+def test_settings_of_the_base_that_describe_no_model_are_refused(convert, tmp_path, file, content):
+    base = shutil.copytree(BASE, tmp_path / "base")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((base / file).read_text()) | content)
+    (base / file).write_text(content)
+    with pytest.raises(ValueError, match=file.partition("/")[0]) as caught:
+        convert(base=base)
+    assert "\n" not in str(caught.value)
+    assert nothing_left(tmp_path, "base")
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("Error while serializing: I/O error"), OSError(28, "No space left")]
+)
+def test_full_disk_is_one_line_and_leaves_nothing(convert, tmp_path, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", full)
+    with pytest.raises(OSError, match="^unet cannot be written to .*(I/O error|No space left)"):
+        convert()
+    assert nothing_left(tmp_path)
 
 
 def test_base_of_another_width_is_refused_first(convert, unread):

@@ -11,13 +11,13 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import CLIPImageProcessor
 
 from .. import pipeline_kosmos_g
 from ..environment import DTYPES, as_dtype
-from ..files import first_line, read_json
-from ..loading import IncompleteWeights, load_pretrained
+from ..files import first_line
+from ..loading import IncompleteWeights, empty_model, load_pretrained, read_object
 from ..model_card import write_model_card
 from .keys import shortened
 
@@ -114,18 +114,18 @@ class Base:
                 f"The base {source} has no {', '.join(required)}. Pass a folder with Stable Diffusion 1.5 in diffusers' "
                 "layout (a single file becomes one by StableDiffusionPipeline.from_single_file(file).save_pretrained(folder))."
             )
-        names = ("unet", "vae", "scheduler")
-        configs = {name: read_json(paths[name], "Download the base again.") for name in names}
         self.parts = dict.fromkeys(OPTIONAL)
-        self.parts["scheduler"] = _scheduler_class(configs["scheduler"]).from_config(configs["scheduler"])
+        self.parts["scheduler"] = _scheduler(paths["scheduler"])
         if "feature_extractor" not in missing:
-            self.parts["feature_extractor"] = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
-        with torch.device("meta"):
-            self.parts["unet"] = UNet2DConditionModel.from_config(configs["unet"])
-            self.parts["vae"] = AutoencoderKL.from_config(configs["vae"])
-            if "safety_checker" not in missing:
-                config = StableDiffusionSafetyChecker.config_class.from_pretrained(folder / "safety_checker")
-                self.parts["safety_checker"] = StableDiffusionSafetyChecker(config)
+            self.parts["feature_extractor"] = _feature_extractor(paths["feature_extractor"])
+        models = {
+            "unet": UNet2DConditionModel,
+            "vae": AutoencoderKL,
+            "safety_checker": StableDiffusionSafetyChecker,
+        }
+        for name, model_class in models.items():
+            if name not in missing:
+                self.parts[name] = empty_model(model_class, folder / name)
 
     def weights(self, name, dtype):
         """name -> tensor of the model `name`. Raises ValueError if the base does not have all of them."""
@@ -151,14 +151,30 @@ class Base:
         )
 
 
-def _scheduler_class(config):
+def _scheduler(path):
+    config = read_object(path, "Download the base again.")
     name = config.get("_class_name")
     scheduler_class = getattr(diffusers, str(name), None)
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
         raise ValueError(
             f"The base's scheduler is of the class {name!r}, which diffusers {diffusers.__version__} does not have."
         )
-    return scheduler_class
+    try:
+        return scheduler_class.from_config(config)
+    except Exception as error:  # whatever its settings make it raise
+        raise ValueError(
+            f"{path} does not describe a {name} ({first_line(error)[:200]}). Download the base again."
+        ) from error
+
+
+def _feature_extractor(path):
+    read_object(path, "Download the base again.")
+    try:
+        return CLIPImageProcessor.from_pretrained(path.parent)
+    except Exception as error:  # whatever its settings make it raise
+        raise ValueError(
+            f"{path} cannot be used ({first_line(error)[:200]}). Download the base again."
+        ) from error
 
 
 # Writing -------------------------------------------------------------------------------------------------------
@@ -206,11 +222,16 @@ def write_model(model, folder, weights=None, **options):
         options: of the model's `save_pretrained`.
 
     Raises:
+        OSError: the folder cannot be written, or the disk is full.
         RuntimeError: what was written does not read back as it should.
     """
     if weights is not None:
         model.load_state_dict(weights, strict=True, assign=True)
-    model.save_pretrained(folder, **options)
+    try:
+        model.save_pretrained(folder, **options)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise OSError(f"{folder.name} cannot be written to {folder.parent} ({reason}).") from error
     check_written(folder, model.state_dict())
     if weights is not None:
         model.to_empty(device="meta")

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 
-from ..files import first_line, read_json
-from ..loading import IncompleteWeights, load_pretrained
+from ..files import first_line
+from ..loading import IncompleteWeights, load_pretrained, read_object
 from ..modeling_aligner_n import AlignerNetN
 from ..modeling_kosmos_g import AlignerNet, KosmosGTextEncoder, KosmosGTextEncoderConfig
 from ..processing_kosmos_g import EXTRA_SPECIAL_TOKENS, KosmosGTokenizer
@@ -92,13 +92,18 @@ def initialize(mllm, base, output, *, aligner_layers=12, dtype=None, seed=0):
 def _kosmos_config(files, mllm):
     if not (files / "config.json").is_file():
         raise ValueError(f"The MLLM {mllm} has no config.json. Pass a folder that transformers has saved.")
-    values = read_json(files / "config.json", "Download the MLLM again.")
+    values = read_object(files / "config.json", "Download the MLLM again.")
     if values.get("model_type") != Kosmos2Config.model_type:
         raise ValueError(
             f"The MLLM {mllm} has the model_type {values.get('model_type')!r}, expected {Kosmos2Config.model_type!r}. "
             "Pass Kosmos-2, such as microsoft/kosmos-2-patch14-224."
         )
-    return Kosmos2Config.from_dict(values)
+    try:
+        return Kosmos2Config.from_dict(values)
+    except Exception as error:  # whatever its settings make it raise
+        raise ValueError(
+            f"The config.json of the MLLM {mllm} describes no Kosmos-2 ({first_line(error)[:200]})."
+        ) from error
 
 
 def _encoder_config(kosmos, target, tokenizer, aligner_layers):
@@ -135,9 +140,15 @@ def _tokenizer(files, kosmos, mllm):
         "model_max_length": kosmos.text_config.max_position_embeddings,
     }
     if (files / "tokenizer.json").is_file():
-        values = read_json(files / "tokenizer.json", "Download the MLLM again.")
-        charsmap = _charsmap(values.get("normalizer"))
-        return KosmosGTokenizer.from_vocabulary(_pieces(values, mllm), charsmap=charsmap, **sizes)
+        values = read_object(files / "tokenizer.json", "Download the MLLM again.")
+        try:
+            charsmap, pieces = _charsmap(values.get("normalizer")), _pieces(values, mllm)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"The tokenizer.json of {mllm} is not laid out as transformers writes it ({type(error).__name__}: "
+                f"{first_line(error)}). Download the MLLM again."
+            ) from error
+        return KosmosGTokenizer.from_vocabulary(pieces, charsmap=charsmap, **sizes)
     if (files / "sentencepiece.bpe.model").is_file():
         return KosmosGTokenizer.from_sentencepiece(files / "sentencepiece.bpe.model", **sizes)
     raise ValueError(
