@@ -3,6 +3,7 @@
 import math
 import re
 import traceback
+import zipfile
 from pathlib import Path
 
 import torch
@@ -214,11 +215,11 @@ def declared_weights(paths):
                             part.get_shape(), dtype=_dtype(part.get_dtype()), device="meta"
                         )
             else:
-                weights = torch.load(path, map_location="meta", weights_only=True)
+                mapped = zipfile.is_zipfile(path)  # torch's present format: nothing but names and shapes is read
+                weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
                 weights = weights.get("state_dict", weights)
-                declared |= {
-                    name: value for name, value in weights.items() if isinstance(value, torch.Tensor)
-                }
+                tensors = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+                declared |= {name: value.to("meta") for name, value in tensors.items()}
         except Exception as error:  # damaged bytes make a reader raise nearly anything
             raise ValueError(
                 f"{path} is damaged or not a file of weights ({first_line(error)}). Download or make it again."
