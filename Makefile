@@ -43,7 +43,7 @@ $(VENV)/.core $(VENV_OLDEST)/.core: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	@echo "Installing the package into $(@D) with the versions of $(filter constraints%,$^) (once; some minutes) ..."
 	@$(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check \
 		--constraint $(filter constraints%,$^) --editable .
 	@touch $@
 
@@ -51,8 +51,8 @@ $(VENV)/.installed: $(VENV)/.core constraints.txt
 $(VENV_OLDEST)/.installed: $(VENV_OLDEST)/.core constraints-oldest.txt
 $(VENV)/.installed $(VENV_OLDEST)/.installed:
 	@echo "Installing what the tests need into $(@D) (once; some minutes) ..."
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check \
 		--constraint $(filter constraints%,$^) --editable '.[dev]'
 	@# without what it names: torchvision needs another build of torch, and only two of its annotators need that
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps controlnet_aux==0.0.10
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps controlnet_aux==0.0.10
 	@touch $@
