@@ -83,6 +83,28 @@ def test_training_settings_are_shown_without_torch():
     assert '"mixed_precision": "bf16"' in result.stdout
 
 
+def test_import_is_enough_to_load_our_pipelines_and_stock_ones_with_our_components(tmp_path):
+    program = """
+import inspect, kosmos_g_diffusers
+inspect.getmodule(inspect)  # looks at all modules
+assert not [name for name in HEAVY if name in sys.modules]
+from diffusers import StableDiffusionPipeline
+folder, made = sys.argv[1], sys.argv[2] == "make"
+if made:
+    pipe = kosmos_g_diffusers.KosmosGPipeline.from_pretrained(kosmos_g_diffusers.SPRITES)
+    StableDiffusionPipeline(**pipe.components, requires_safety_checker=False).save_pretrained(folder)
+else:
+    from kosmos_g_diffusers.processing_kosmos_g import *
+    assert "KosmosGProcessor" in dir() and "KosmosGTokenizer" in dir(kosmos_g_diffusers.processing_kosmos_g)
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    assert type(pipe.text_encoder) is kosmos_g_diffusers.KosmosGTextEncoder
+    assert type(sys.modules["kosmos_g_diffusers.modeling_kosmos_g"]) is type(sys)
+"""
+    for step in ("make", "load"):
+        result, _ = start(program.replace("HEAVY", str(HEAVY)), str(tmp_path / "folder"), step)
+        assert result.returncode == 0, result.stderr
+
+
 def test_import_loads_nothing_heavy_and_names_and_modules_are_found_when_they_are_used():
     # each line but the first needs a module that nobody has imported before
     program = """

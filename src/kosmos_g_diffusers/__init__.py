@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .environment import __version__, lazy_names
+from .environment import __version__, lazy_module, lazy_names
 from .sprites.pretrained import SPRITES
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ __all__ = [
     "__version__",
     "convert_checkpoint",
 ]
+
+# model_index.json of a stock pipeline with our components names them, and diffusers takes only what has been imported
+for name in ("modeling_kosmos_g", "processing_kosmos_g"):
+    lazy_module(f"{__name__}.{name}")
+del name
 
 __getattr__, __dir__ = lazy_names(
     __name__,

@@ -1,13 +1,15 @@
 """The machine and the packages: devices, the dtype that suits each, names of dtypes, versions, how much is said.
 
-Heavy packages are imported when they are needed: a function here imports torch itself, and `lazy_names` gives a package of
-ours names that cost nothing before they are used.
+Heavy packages are imported when they are needed: a function here imports torch itself, and `lazy_names` and `lazy_module` give
+a package of ours names and modules that cost nothing before they are used.
 """
 
 import os
 import sys
+import threading
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -57,6 +59,43 @@ def lazy_names(package, modules):
         return sorted({*vars(sys.modules[package]), *module_of})
 
     return __getattr__, __dir__
+
+
+class LazyModule(ModuleType):
+    """A module whose code runs when it is first asked for a name that every module does not have.
+
+    importlib.util.LazyLoader's would also run it for `__file__`, which `inspect` asks of everything in `sys.modules`, even in
+    the middle of `import torch`.
+    """
+
+    lock, running = threading.RLock(), set()  # modules whose code runs in the thread that holds the lock
+
+    def __getattr__(self, name):
+        if name == "__all__" or not name.startswith("__"):
+            self.run()
+        return ModuleType.__getattribute__(self, name)
+
+    def __dir__(self):
+        self.run()
+        return ModuleType.__dir__(self)
+
+    def run(self):
+        with LazyModule.lock:
+            if type(self) is not LazyModule or self.__name__ in LazyModule.running:
+                return
+            LazyModule.running.add(self.__name__)
+            try:
+                self.__spec__.loader.exec_module(self)
+                self.__class__ = ModuleType
+            finally:
+                LazyModule.running.remove(self.__name__)
+
+
+def lazy_module(name):
+    """Put a module into `sys.modules` without running its code, for those who look it up there and do not import it."""
+    if name not in sys.modules:
+        sys.modules[name] = module_from_spec(find_spec(name))
+        sys.modules[name].__class__ = LazyModule
 
 
 def as_dtype(name):
