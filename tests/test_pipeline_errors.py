@@ -271,3 +271,13 @@ def test_encoder_in_training_mode_draws_as_it_stands_and_says_so_once(pipe, draw
         draw(pipe, "a suit")
     assert pipe.text_encoder.training
     assert sum("training mode" in record.message for record in logged.records) == 1
+
+
+def test_tool_that_weights_words_for_clip_is_sent_to_blend(pipe):
+    """What compel 2 gives an encoder: <s>, the words, </s>, padding up to the tokenizer's length, all of it attended to."""
+    words = pipe.tokenizer("a suit", add_special_tokens=False)["input_ids"]
+    ids = [pipe.tokenizer.bos_token_id, *words, pipe.tokenizer.eos_token_id]
+    ids += [pipe.tokenizer.pad_token_id] * (pipe.tokenizer.model_max_length - len(ids))
+    ids = torch.tensor([ids], dtype=torch.int)
+    with pytest.raises(ValueError, match="compel.*pipe.blend"):
+        pipe.text_encoder(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, return_dict=True)

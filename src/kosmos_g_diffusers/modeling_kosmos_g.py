@@ -517,6 +517,11 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                     f"{where} is {length} tokens long (image words and images included); the model reads at most "
                     f"{longest}. Shorten it: nothing is cut silently."
                 )
+            if config.text_config.eos_token_id in prompt.ids:
+                raise ValueError(
+                    f"{where} holds </s>, which ends CLIP's prompts and none of Kosmos-G's: tools that weight words for CLIP, such "
+                    "as compel, write it. Take pipe.blend([(prompt, weight), ...]) in their place."
+                )
             if not any(prompt.mask):
                 raise ValueError(f"{where} is padding alone. Pass at least the token that begins a prompt.")
         row_of_prompt = None
