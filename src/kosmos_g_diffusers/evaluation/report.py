@@ -159,12 +159,16 @@ def as_markdown(report, plots, sheets, notes):
     ]
     metrics = table_metrics(report["metrics"])
     for title, groups in (("By unit", report["by unit"]), ("By prompt", report["by prompt"])):
-        used = [metric for metric in metrics if any(metric in group for group in groups.values())]
-        dotted = any("." in metric for metric in used)  # these belong to one row each
-        if len(groups) > 1 and not dotted:
-            cells = [[f"{group[m]:.3f}" if m in group else "" for m in used] for group in groups.values()]
-            rows = [[name, *row] for name, row in zip(groups, cells, strict=True)]
-            parts += [f"## {title}", table(["", *used], rows)]
+        # "kind.metric" is of the rows of one kind
+        for kind in dict.fromkeys(metric.rpartition(".")[0] for metric in metrics):
+            used = [metric for metric in metrics if metric.rpartition(".")[0] == kind]
+            rows = [
+                [name, *(f"{group[metric]:.3f}" if metric in group else "" for metric in used)]
+                for name, group in groups.items()
+                if any(metric in group for metric in used)
+            ]
+            if len(rows) > 1:
+                parts += [f"## {title}" + f": {kind}" * bool(kind), table(["", *used], rows)]
     parts += ["## Plots", *(f"![{Path(path).stem}]({path})" for path in plots)] if plots else []
     parts += ["## Images", " · ".join(f"[{Path(path).stem}]({path})" for path in sheets)]
     return "\n\n".join(parts) + "\n"

@@ -1,11 +1,15 @@
 """The sprite bench: held-out sprites of the miniature world, drawn by a model and read by rules (sprites/reader.py).
 
-Every prompt shows or names (shape, colour, pattern) triples that no training data has, in the forms that training uses.
+Every prompt of KINDS shows or names (shape, colour, pattern) triples that no training data has, in the forms that training
+uses. Those of FOREIGN have none of these forms: drawings by another renderer, and words as people type them.
 """
 
 import io
+from itertools import permutations
 
+from ...sprites import drawings, typed_words
 from ...sprites.world import (
+    BACKGROUNDS,
     IMAGE_SIZE,
     Scene,
     draw_scene_at_random,
@@ -21,58 +25,90 @@ DESCRIPTION = """
 For models of the miniature world, such as the small one that ships: 500 prompts of each of four kinds (new background, two input
 images, words alone, another colour), of sprites that no training has seen. Rules read shape, colour and pattern from the images
 that the model draws. The control compares these with the input images of other prompts. Needs no data and no network.
+
+Two more kinds are what users bring and no training had: --kind own-drawings, 60 drawings of the world's shapes by another renderer
+(other sizes, places, edges, colours), and --kind typed-words, 200 prompts as people type them.
 """
 EXAMPLES = """
   kosmos-g evaluate sprites --output runs/sprites
   kosmos-g evaluate sprites --count 20 --output runs/sprites-quick
+  kosmos-g evaluate sprites --kind own-drawings --kind typed-words --output runs/sprites-of-others
   kosmos-g evaluate sprites --model runs/sprites-training/model --output runs/mine
 """
 SETTINGS = {"steps": 12, "guidance": 5.0, "scheduler": "dpm", "height": IMAGE_SIZE, "width": IMAGE_SIZE}
 BATCH_SIZE = 50
 SCORERS = None  # it has one of its own
 KINDS = ("background", "pair", "text", "edit")
-COUNT = 500  # prompts of each kind
+COUNT = 500  # prompts of each of them
+DRAWINGS, TYPED = "own-drawings", "typed-words"
+FOREIGN = {DRAWINGS: 60, TYPED: 200}  # kinds with their numbers of prompts
 CONTROL = "shuffled"
 NOTE = (
     "Each number is the share of prompts in which the reader sees it. The control compares the same images with the input "
     "images of other prompts: what a model would get that does not look at its own."
 )
+FOREIGN_NOTES = {
+    DRAWINGS: "own-drawings: right is the shape of the drawing and, of the eight colours, the one nearest to its paint. "
+    + "; ".join(f"{name}: {text}" for name, text in drawings.KINDS.items())
+    + ".",
+    TYPED: "typed-words: right is what the prompt names, whatever else there is; `all named` takes size and background too. "
+    + "; ".join(f'{name}: "{prompt}"' for name, prompt in typed_words.KINDS.items())
+    + ".",
+}
 
 
 def add_arguments(parser):
-    text = f"prompts of each kind (default: {COUNT})"
-    parser.add_argument("--count", type=int, default=COUNT, metavar="N", help=text)
+    add, kinds = parser.add_argument, (*KINDS, *FOREIGN)
+    text = f"{', '.join(kinds)}; repeat it (default: the first {len(KINDS)})"
+    add("--kind", action="append", dest="kinds", choices=kinds, metavar="KIND", help=text)
+    others = ", ".join(f"of {kind} {count}" for kind, count in FOREIGN.items())
+    add("--count", type=int, metavar="N", help=f"prompts of each kind (default: {COUNT}, {others})")
 
 
 def plan(arguments):
-    tasks, images = build_tasks(arguments.count, arguments.seed)
+    kinds = tuple(dict.fromkeys(arguments.kinds or KINDS))
+    tasks, images = build_tasks(arguments.count, arguments.seed, kinds)
+    counts = ", ".join(f"{kind} {sum(task.truth['kind'] == kind for task in tasks)}" for kind in kinds)
+    # the kinds that were always there are named as they always were: their runs are resumed
+    options = {"prompts": counts}
+    if kinds == KINDS:
+        options = {"prompts of each kind": COUNT if arguments.count is None else arguments.count}
     return Manifest(
         benchmark="sprites",
-        options={"prompts of each kind": arguments.count},
+        options=options,
         tasks=tasks,
         files={f"{OWN_PICTURES}/{path}": content for path, content in images.items()},
         scorers=(ReaderScorer(),),
-        notes=(NOTE,),
+        notes=(NOTE, *(note for kind, note in FOREIGN_NOTES.items() if kind in kinds)),
     )
 
 
-def build_tasks(count=COUNT, seed=0):
-    """Prompts of every kind, and their input images.
+def build_tasks(count=None, seed=0, kinds=KINDS):
+    """Prompts of some kinds, and their input images.
+
+    Args:
+        count: prompts of each kind; None takes COUNT, and what FOREIGN says.
+        kinds: out of KINDS and FOREIGN.
 
     Returns:
         (tasks, path of each input image -> its PNG as bytes).
+
+    Raises:
+        ValueError: fewer than 2 were asked for.
     """
-    if count < 2:
+    if count is not None and count < 2:
         expected = "Expected 2 or more: the control shuffles them."
         raise ValueError(f"{count} prompts of each kind were asked for. {expected}")
     tasks, files = [], {}
-    for kind in KINDS:
+    for kind in kinds:
+        n_prompts = FOREIGN.get(kind, COUNT) if count is None else count
         # scored, as a control, by the truth of another prompt of the kind
-        others = list(range(count))
+        others = list(range(n_prompts))
         make_rng("sprite bench", seed, kind, CONTROL).shuffle(others)
         other_of = dict(zip(others, [*others[1:], others[0]], strict=True))
-        scenes = [_draw(kind, number, seed) for number in range(count)]
+        scenes = [DRAW.get(kind, _draw)(kind, number, seed) for number in range(n_prompts)]
         for number, (prompt, text, images, truth) in enumerate(scenes):
+            row = truth.pop("row", kind)
             paths = tuple(f"{kind}_{number:04}_{index}.png" for index in range(len(images)))
             files.update({path: _as_png(image) for path, image in zip(paths, images, strict=True)})
             control = _shuffle(kind, truth, scenes[other_of[number]][-1])
@@ -80,7 +116,7 @@ def build_tasks(count=COUNT, seed=0):
                 Task(
                     id=f"{kind}/{number:04}",
                     unit=f"{kind}/{number:04}",
-                    row=kind,
+                    row=row,
                     prompt=prompt,
                     text=text,
                     pictures=paths,
@@ -112,9 +148,31 @@ def _draw(kind, number, seed):
     return prompt, scene.caption, photos, truth
 
 
+def _draw_foreign(kind, number, seed):
+    """As `_draw`, of a drawing by another renderer; its `row` is how it differs from the world's."""
+    rng = make_rng("sprite bench", seed, kind, number)
+    variant = list(drawings.KINDS)[number % len(drawings.KINDS)]
+    drawing, image = drawings.draw_at_random(variant, rng)
+    background = rng.choice(list(BACKGROUNDS))
+    truth = {"background": background, "sprites": [[drawing.shape, drawing.colour, "plain"]]}
+    text = f"a {drawing.colour} {drawing.shape} on a {background} background"
+    return f"<i> on a {background} background", text, [image], {"row": f"{kind}: {variant}", **truth}
+
+
+def _type(kind, number, seed):
+    """As `_draw`, of words as people type them; what a prompt does not name is None in its truth."""
+    variant = list(typed_words.KINDS)[number % len(typed_words.KINDS)]
+    typed = typed_words.type_at_random(variant, make_rng("sprite bench", seed, kind, number))
+    truth = {"background": typed.background, "sprites": [list(named) for named in typed.sprites]}
+    return typed.prompt, typed.prompt, [], {"row": f"{kind}: {variant}", **truth}
+
+
+DRAW = {DRAWINGS: _draw_foreign, TYPED: _type}
+
+
 def _shuffle(kind, truth, other):
     """What would be true if the input images were those of `other` and the words stayed; None if there are none."""
-    if kind == "text":
+    if kind in ("text", TYPED):
         return None
     if kind == "edit":  # the new colour is a word, the background part of the image
         (_, colour, _), (shape, _, pattern) = truth["sprites"][0], other["sprites"][0]
@@ -161,8 +219,11 @@ def compare_with_truth(kind, scene, truth):
     """What of a truth a read `Scene` fulfils: attribute -> bool.
 
     One sprite must be there where one was asked for, else none of its attributes counts. Of a pair, each subject counts if some
-    sprite has its shape and colour; both count if two sprites are there, one for each, in any order.
+    sprite has its shape and colour; both count if two sprites are there, one for each, in any order. Of typed words, what was
+    not named is right.
     """
+    if kind == TYPED:
+        return _compare_named(scene, truth)
     wanted = [tuple(triple) for triple in truth["sprites"]]
     background = scene.background == truth["background"]
     if kind == "pair":
@@ -180,5 +241,29 @@ def compare_with_truth(kind, scene, truth):
     if kind == "edit":
         found = {"new colour": colour, "old shape": shape, "old pattern": pattern, "background": background}
         return {**found, "new colour and old shape": colour and shape}
+    if kind == DRAWINGS:
+        return {
+            "shape": shape,
+            "colour": colour,
+            "shape and colour": shape and colour,
+            "background": background,
+        }
     found = {"shape": shape, "colour": colour, "pattern": pattern, "background": background}
     return {**found, "all": all(found.values())}
+
+
+def _compare_named(scene, truth):
+    """As `compare_with_truth`: each of the shapes, colours, ... that were named, by the order of the sprites that suits best."""
+    wanted, names = truth["sprites"], ("shape", "colour", "pattern", "size")
+    seen = [[getattr(sprite, name) for name in names] for sprite in scene.sprites]
+    best = dict.fromkeys(names, False)
+    for order in permutations(seen) if len(seen) == len(wanted) else ():
+        pairs = [zip(found, named, strict=True) for found, named in zip(order, wanted, strict=True)]
+        rights = zip(*([asked in (None, found) for found, asked in pair] for pair in pairs), strict=True)
+        best = max(
+            best, dict(zip(names, map(all, rights), strict=True)), key=lambda right: sum(right.values())
+        )
+    background = truth["background"] in (None, scene.background)
+    scores = {name: best[name] for index, name in enumerate(names) if wanted[0][index] is not None}
+    scores |= {} if truth["background"] is None else {"background": background}
+    return {**scores, "all named": all(scores.values())}
