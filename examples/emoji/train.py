@@ -58,7 +58,7 @@ class Run:
         self.folder, self.subjects, self.samples = Path(folder), subjects, samples
         self.steps, self.batch_size = steps, batch_size
         words = list_words(subjects)
-        self.clip_tokenizer, self.tokenizer = build_clip_tokenizer(words), build_tokenizer(words)
+        self.clip_tokenizer, self.tokenizer = build_clip_tokenizer(words), build_tokenizer(words, None)
 
     def source(self, kind, size=200_000, draws=True):
         return EmojiSource(kind, self.subjects, size, draws=draws)

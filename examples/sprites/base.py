@@ -40,6 +40,11 @@ LATENT_NOISE = 0.05  # deviation of the VAE's posterior, in units of its latents
 FACTOR = 4  # pixels of a latent, in height and width
 CHANNELS = 4  # of the latents
 WORDS = (*SHAPES, *COLOURS, *PATTERNS, *SIZES, *BACKGROUNDS, "a", "an", "and", "on", "background", ",")
+WORLD = {
+    "words": list(WORDS),
+    "most_images": 2,
+    "plain_background": True,
+}  # what the pipelines warn of leaving
 MAX_WORDS = 24
 TEXT_WIDTH = 128
 CAPTION_DROPOUT = 0.1
@@ -280,12 +285,12 @@ def build_clip_tokenizer(words=WORDS):
 # Kosmos-G ---------------------------------------------------------------------------------------------------------
 
 
-def build_tokenizer(words=WORDS):
-    """A piece a word of the captions, and every printable character for what else people type."""
+def build_tokenizer(words=WORDS, world=WORLD):
+    """A piece a word of the captions, and every printable character for what else people type; world as the class has it."""
     characters = ["▁", *string.digits, *string.ascii_letters, *string.punctuation]
     pieces = [(f"▁{word}", -2.0) for word in words] + [(character, -9.0) for character in characters]
     return KosmosGTokenizer.from_vocabulary(
-        pieces, image_size=IMAGE_SIZE, latent_query_num=QUERIES, model_max_length=MAX_TOKENS
+        pieces, image_size=IMAGE_SIZE, latent_query_num=QUERIES, model_max_length=MAX_TOKENS, world=world
     )
 
 

@@ -215,7 +215,9 @@ def declared_weights(paths):
                             part.get_shape(), dtype=_dtype(part.get_dtype()), device="meta"
                         )
             else:
-                mapped = zipfile.is_zipfile(path)  # torch's present format: nothing but names and shapes is read
+                mapped = zipfile.is_zipfile(
+                    path
+                )  # torch's present format: nothing but names and shapes is read
                 weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
                 weights = weights.get("state_dict", weights)
                 tensors = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}

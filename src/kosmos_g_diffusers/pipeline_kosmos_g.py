@@ -12,7 +12,7 @@ A call goes through these steps:
 3. diffusers' `__call__` of the same task takes over, with the parsed prompt as its `prompt`.
 4. It calls our `encode_prompt`, which parses the negative prompt (`_parse_negative`) and checks ready embeddings
    (`_check_embeds`), then turns both prompts into ids, masks and pixels (`KosmosGProcessor`) and lets the text encoder check
-   them (`check_prompts`), before either is encoded.
+   them (`check_prompts`), before either is encoded. Of a small model it tells what that was not trained on (`_warn`).
 5. `_encode_inputs` runs the text encoder: `prompt_embeds` and `negative_prompt_embeds`.
 6. diffusers' `encode_prompt` repeats them for `num_images_per_prompt`, and its pipeline denoises and decodes as ever.
 """
@@ -87,7 +87,11 @@ class KosmosGPromptMixin:
     - `negative_prompt`: one for all prompts or a list with one for each, any form that `prompt` has; without
       `negative_images` a `<i>` in it is plain text, as in the official code;
     - `negative_images`: what `images` is, for the negative prompt.
+
+    A small model that declares its world (`KosmosGTokenizer.world`) warns once a call of words, images and sizes outside it.
     """
+
+    warns_outside_world = True  # set it to False on a pipeline that is to say nothing of it
 
     def __init_subclass__(cls, **kwargs):
         """Give `__call__` the stock pipeline's signature and our two keywords, for `help()` and whoever inspects it."""
@@ -149,6 +153,11 @@ class KosmosGPromptMixin:
         if getattr(self, "controlnet", None) is not None:
             name = "control_image" if "control_image" in call.signature.parameters else "image"
             self._check_controls(name, given)
+        notes = self._size_notes(given)
+        if notes and prompt is not None:  # one warning for all, in encode_prompt
+            given["prompt"] = type(given["prompt"])(given["prompt"], notes)
+        else:
+            self._warn(notes)
         with _only_call_with(self.scheduler):
             return super().__call__(*call.args, **call.kwargs)
 
@@ -323,7 +332,51 @@ class KosmosGPromptMixin:
                 continue
             with _WORDS_LOCK:
                 if words is self.text_encoder.config.image_words:
+                    self._warn(self._notes(processor, (positive, negative), inputs))
                     return encoded
+
+    # What a small model was not trained on ---------------------------------------------------------------------
+
+    def _world(self):
+        return getattr(self.tokenizer, "world", None) if self.warns_outside_world else None
+
+    def _warn(self, notes):
+        if notes:
+            logger.warning(
+                f"This small model was not trained on {'; '.join(notes)}. Expect nothing good of it."
+            )
+
+    def _notes(self, processor, batches, inputs):
+        """Phrases for `_warn` about parsed prompts and what the processor made of them, None where there are none."""
+        world = self._world()
+        if world is None:
+            return []
+        module = sys.modules[type(processor).__module__]
+        prompts = [prompt for batch in batches for prompt in batch or ()]
+        pixels = [batch["pixel_values"] for batch in inputs if batch is not None and "pixel_values" in batch]
+        notes = module.outside_world(world, prompts, torch.cat(pixels) if pixels else None)
+        return [*notes, *(note for batch in batches for note in getattr(batch, "notes", ()))]
+
+    def _size_notes(self, given):
+        """Phrases for `_warn` about the size that the arguments of a call ask for."""
+        side = getattr(getattr(self.unet, "config", None), "sample_size", None)
+        if self._world() is None or side is None:
+            return []
+        own = tuple(
+            length * self.vae_scale_factor for length in ((side, side) if isinstance(side, int) else side)
+        )
+        size = (given.get("height"), given.get("width"))
+        if size == (None, None):
+            # of what is changed or drawn along; an image to be inpainted is resized
+            source = given.get("control_image")
+            if source is None and "mask_image" not in given:
+                source = given.get("image")
+            images = [image for image in _split_images(source) if not _is_latents(image)]
+            size = next(filter(None, map(_size, images)), own)
+            size = tuple(length // self.vae_scale_factor * self.vae_scale_factor for length in size)
+        if size == own:
+            return []
+        return [f"images of {size[1]} x {size[0]} pixels ({own[1]} x {own[0]} alone)"]
 
     def _encode_inputs(self, inputs, device, clip_skip=None):
         inputs = inputs.to(device)
@@ -553,6 +606,8 @@ class KosmosGPromptMixin:
         if not math.isfinite(strength) or strength < 0:
             raise ValueError(f"strength={strength} was given for {word}. Expected a finite number from 0 on.")
         pixel_values = torch.stack([torch.from_numpy(processor.preprocess(one)) for one in images])
+        if (world := self._world()) is not None:
+            self._warn(sys.modules[type(processor).__module__].outside_world(world, [], pixel_values))
         output = self.text_encoder(pixel_values=pixel_values.to(self._execution_device))
         self._register_image_words({word: output.image_embeds * strength})
 
@@ -1096,6 +1151,11 @@ def _size(image):
     if not hasattr(image, "shape"):
         return (image.height, image.width) if hasattr(image, "height") else None
     return tuple(image.shape[-2:] if isinstance(image, torch.Tensor) else image.shape[:2])
+
+
+def _is_latents(image):
+    """Whether a (C, H, W) tensor is a latent image, which diffusers takes for an image as well."""
+    return isinstance(image, torch.Tensor) and image.shape[0] > 3
 
 
 # LoRA files ---------------------------------------------------------------------------------------------------------

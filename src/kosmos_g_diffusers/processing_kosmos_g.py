@@ -49,6 +49,15 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 OTHER_SYNTAX = frozenset({"lora", "lyco", "hypernet", "embedding", "segment"})
 RESERVED_WORDS = frozenset({IMAGE_MARK, "<s>", "<pad>", "<unk>", "<mask>", "<image>"})
 
+# What a small model may say of what it was trained on, in its tokenizer's settings
+WORLD = {"words": list, "most_images": int, "plain_background": bool}
+MOST_WORDS = 8  # unknown ones that a warning names
+BORDER = 2  # pixels at each side of an image, by which its background is judged
+SAME_COLOUR = (
+    50.0  # distance in RGB up to which a pixel is the background; that of a scanned drawing varies as well
+)
+PLAIN = 0.8  # share of such pixels in the border of a plain background
+
 
 def _normalizer(unicode_rules):
     """Unicode rules, then single spaces and none outside, as SentencePiece's `remove_extra_whitespaces`."""
@@ -61,8 +70,8 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
     """Fast tokenizer with the ids of Kosmos-G: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, the text pieces, six more specials.
 
     It adds `<s>` in front and nothing behind, as the official prompts do. Names of special tokens in a text are text.
-    Beside the usual members it knows two sizes of the model it belongs to, `image_size` and `latent_query_num`, and
-    the *image words*: tokens such as `<my-dog>` with ids at or above the model's vocabulary.
+    Beside the usual members it knows two sizes of the model it belongs to, `image_size` and `latent_query_num`; the *image
+    words*: tokens such as `<my-dog>` with ids at or above the model's vocabulary; and of a small model its `world`.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
@@ -114,7 +123,7 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_vocabulary(
-        cls, pieces, *, charsmap=None, image_size=224, latent_query_num=64, model_max_length=2048
+        cls, pieces, *, charsmap=None, image_size=224, latent_query_num=64, model_max_length=2048, world=None
     ):
         """Build a small tokenizer from unigram pieces of one's own, for instance for a model trained on few captions.
 
@@ -122,9 +131,14 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
             pieces: list of (piece, log-probability); `▁` stands for the space before a word.
             charsmap: bytes of a SentencePiece normalisation table; None takes NFKC.
             image_size, latent_query_num, model_max_length: as in `from_sentencepiece`.
+            world: what the model is trained on, see the property; the pipelines warn of all else.
         """
         rules = [normalizers.Precompiled(charsmap)] if charsmap else [normalizers.Nmt(), normalizers.NFKC()]
-        return cls._build(list(pieces), rules, image_size, latent_query_num, model_max_length)
+        tokenizer = cls._build(list(pieces), rules, image_size, latent_query_num, model_max_length)
+        if world is not None:  # saved with the other settings
+            tokenizer.init_kwargs["world"] = world
+            tokenizer.world  # noqa: B018  # checked
+        return tokenizer
 
     @classmethod
     def _build(cls, pieces, unicode_rules, image_size, latent_query_num, model_max_length):
@@ -158,6 +172,28 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
     @property
     def latent_query_num(self) -> int:
         return self.init_kwargs["latent_query_num"]
+
+    @property
+    def world(self) -> dict | None:
+        """What a small model was trained on; None for one that does not say, such as the released Kosmos-G.
+
+        `words`, a list: all others mean nothing to it, capitals count; `most_images` in a prompt; `plain_background`: whether
+        all its images have a background of one colour. What is left out is not limited.
+        """
+        world = self.init_kwargs.get("world")
+        if world is None:
+            return None
+        if (
+            not isinstance(world, dict)
+            or not all(isinstance(world[name], kind) for name, kind in WORLD.items() if name in world)
+            or not all(isinstance(word, str) for word in world.get("words", ()))
+        ):
+            kinds = ", ".join(f"{name} ({kind.__name__})" for name, kind in WORLD.items())
+            raise ValueError(
+                f"The tokenizer's `world` is {str(world)[:80]!r}. Expected {kinds}: correct tokenizer_config.json, or take "
+                "`world` out of it."
+            )
+        return world
 
     @property
     def image_token_id(self) -> int:
@@ -383,7 +419,59 @@ class Prompt(list):
 
 
 class PromptBatch(list):
-    """A list of `Prompt`, all of them checked by `KosmosGProcessor.parse`."""
+    """A list of `Prompt`, all of them checked by `KosmosGProcessor.parse`.
+
+    Attributes:
+        notes: phrases that a warning about these prompts is to say as well.
+    """
+
+    def __init__(self, prompts=(), notes=()):
+        super().__init__(prompts)
+        self.notes = notes
+
+
+def outside_world(world, prompts, pixel_values=None):
+    """What of some prompts a small model was not trained on.
+
+    Args:
+        world: of `KosmosGTokenizer.world`.
+        prompts: `Prompt`s.
+        pixel_values: (N, 3, S, S) of their images, as `KosmosGProcessor` gives them.
+
+    Returns:
+        Phrases of a sentence, such as "the word 'dog'"; [] if there is nothing of the kind.
+    """
+    notes = []
+    if "words" in world:
+        text = " ".join(part for prompt in prompts for part in prompt if isinstance(part, str))
+        found = dict.fromkeys(re.findall(r"\w+|[^\w\s]", IMAGE_WORD_PATTERN.sub(" ", text)))
+        known = set(world["words"])
+        unknown = [repr(word) for word in found if word not in known]
+        if unknown:
+            more = f" and {len(unknown) - MOST_WORDS} more" if len(unknown) > MOST_WORDS else ""
+            notes.append(f"the word{'s'[: len(unknown) > 1]} {', '.join(unknown[:MOST_WORDS])}{more}")
+    most = max((sum(not isinstance(part, str) for part in prompt) for prompt in prompts), default=0)
+    if most > world.get("most_images", most):
+        notes.append(f"{most} images in a prompt (at most {world['most_images']})")
+    if world.get("plain_background") and pixel_values is not None:
+        n_photos = int((~_has_plain_background(pixel_values)).sum())
+        if n_photos:
+            notes.append(
+                f"photos, or whatever has a background of more than one colour ({n_photos} of the images)"
+            )
+    return notes
+
+
+def _has_plain_background(pixel_values):
+    """(N, 3, S, S) normalised pixels -> (N,) bool: nearly all of an image's border is of one colour."""
+    pixels = (
+        pixel_values.float() * torch.tensor(IMAGE_STD).reshape(3, 1, 1) * 255
+    )  # the mean is left: only distances count
+    rows = torch.cat([pixels[..., :BORDER, :], pixels[..., -BORDER:, :]], dim=-2).flatten(2)
+    columns = torch.cat([pixels[..., :BORDER], pixels[..., -BORDER:]], dim=-1).flatten(2)
+    border = torch.cat([rows, columns], dim=-1)  # (N, 3, pixels of the border)
+    distance = (border - border.median(dim=-1, keepdim=True).values).norm(dim=1)
+    return (distance < SAME_COLOUR).float().mean(dim=-1) >= PLAIN
 
 
 class KosmosGProcessor:

@@ -144,6 +144,7 @@ def generate(folder, manifest, state, device, repair=False):
     pipe = load_pipeline(with_small_model(settings))
     pipe.register_modules(safety_checker=None)  # it paints images black, and the paper's code has none
     pipe.set_progress_bar_config(disable=True)
+    pipe.warns_outside_world = False  # a benchmark asks what it asks
     words = _prepare_words(pipe, folder, manifest, state)
     made = 0
     mine = todo[state.process_index :: state.num_processes]

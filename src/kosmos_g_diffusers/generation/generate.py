@@ -242,14 +242,18 @@ def draw_images(pipe, settings, arguments, callback_on_step_end=None):
             desc=f"image {index + 1} of {settings.num_images}, seed {seed}",
             disable=callback_on_step_end is not None,
         )
-        pixels = pipe(
-            **arguments,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            callback_on_step_end=callback_on_step_end,
-            output_type="np",
-        ).images
+        pipe.warns_outside_world = index == 0  # all images of a run have one size
+        try:
+            pixels = pipe(
+                **arguments,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                callback_on_step_end=callback_on_step_end,
+                output_type="np",
+            ).images
+        finally:
+            pipe.warns_outside_world = True
         if not np.isfinite(pixels).all():  # they would become a black image
             raise ValueError(_not_finite(seed, pipe.unet.dtype))
         image = pipe.image_processor.numpy_to_pil(pixels)[0]

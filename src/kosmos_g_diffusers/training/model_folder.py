@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 
 from ..conversion.folder import locate
 from ..conversion.target import MODEL_FOLDER, TOKENIZER_FOLDER
-from ..files import read_json
+from ..files import read_json, write_text
 from ..pipeline_kosmos_g import KosmosGPipeline
 from . import adapters, checkpoints
 
@@ -112,6 +112,7 @@ def complete(folder, sources, config):
                 shutil.copytree(path, folder / path.name, copy_function=_link)
             else:
                 _link(path, folder / path.name)
+    _forget_world(folder / "tokenizer" / "tokenizer_config.json")
     cards = [Path(source) / CARD for source in sources if (Path(source) / CARD).is_file()]
     card = cards[-1].read_text(encoding="utf-8") if cards else "# Kosmos-G for diffusers\n"
     card = card.partition(CARD_HEADING)[0].rstrip()
@@ -123,6 +124,14 @@ def complete(folder, sources, config):
         f"of its origin; with the settings\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
     )
     (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _forget_world(path):
+    """What a small model says of its training holds no longer: it was trained on other data."""
+    if path.is_file():
+        settings = read_json(path, "Pass a model whose tokenizer can be read.")
+        if settings.pop("world", None) is not None:
+            write_text(path, json.dumps(settings, indent=2) + "\n")  # a new file: this one may be a link
 
 
 def _link(source, target):

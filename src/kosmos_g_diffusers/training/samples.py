@@ -69,7 +69,7 @@ class SampleSheet:
             grid_of(images).save(file, format="PNG")
 
     def _pipeline(self, text_encoder):
-        return KosmosGPipeline(
+        pipe = KosmosGPipeline(
             text_encoder=text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
@@ -79,6 +79,8 @@ class SampleSheet:
             feature_extractor=None,
             requires_safety_checker=False,
         )
+        pipe.warns_outside_world = False  # it is trained on more than it was
+        return pipe
 
 
 def read_prompts(path):
