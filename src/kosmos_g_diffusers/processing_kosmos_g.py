@@ -52,7 +52,7 @@ RESERVED_WORDS = frozenset({IMAGE_MARK, "<s>", "<pad>", "<unk>", "<mask>", "<ima
 # What a small model may say of what it was trained on, in its tokenizer's settings
 WORLD = {"words": list, "most_images": int, "plain_background": bool}
 MOST_WORDS = 8  # unknown ones that a warning names
-BORDER = 2  # pixels at each side of an image, by which its background is judged
+BORDER = 2  # pixels at each side of an image: they tell its background
 SAME_COLOUR = (
     50.0  # distance in RGB up to which a pixel is the background; that of a scanned drawing varies as well
 )

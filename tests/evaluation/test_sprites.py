@@ -1,5 +1,6 @@
 import io
 import json
+from collections import Counter
 
 import numpy as np
 import PIL.Image
@@ -11,6 +12,7 @@ from kosmos_g_diffusers.evaluation.benchmarks.sprites import ReaderScorer, build
 from kosmos_g_diffusers.generation.png import read_settings
 from kosmos_g_diffusers.sprites.reader import read
 from kosmos_g_diffusers.sprites.world import (
+    IMAGE_SIZE,
     Scene,
     Sprite,
     draw_scene_at_random,
@@ -139,6 +141,96 @@ def test_edit_wants_the_new_colour_and_the_old_shape():
     old = compare_with_truth("edit", Scene((Sprite("star", "blue", "plain", "large"),), "mint"), truth)
     assert old["old shape"] and not old["new colour"] and not old["new colour and old shape"]
     assert compare_with_truth("edit", Scene((RED_STAR,), "grey"), truth)["new colour and old shape"]
+
+
+# Drawings by another renderer, and words as people type them ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def foreign():
+    return build_tasks(kinds=tuple(sprite_bench.FOREIGN))
+
+
+def test_there_are_60_drawings_and_200_prompts_of_ten_sorts_each(foreign):
+    tasks, files = foreign
+    for kind, count in (("own-drawings", 60), ("typed-words", 200)):
+        rows = Counter(task.row for task in tasks if task.truth["kind"] == kind)
+        assert len(rows) == 10 and set(rows.values()) == {count // 10}
+        assert all(row.startswith(f"{kind}: ") for row in rows)
+    assert len(files) == 60 and len({bytes(content) for content in files.values()}) == 60
+    assert build_tasks(kinds=tuple(sprite_bench.FOREIGN)) == foreign
+    assert build_tasks(seed=1, kinds=tuple(sprite_bench.FOREIGN))[1] != files
+
+
+def test_drawings_show_what_their_truth_says(foreign):
+    """The reader, which knows the world's outlines, sees it in those that are not too small, large or turned for it."""
+    tasks, files = foreign
+    right = Counter()
+    for task in tasks:
+        if task.pictures:
+            image = PIL.Image.open(io.BytesIO(files[task.pictures[0]])).resize((IMAGE_SIZE, IMAGE_SIZE))
+            truth = {**task.truth, "background": read(image).background}
+            right[task.row.partition(": ")[2]] += compare_with_truth("own-drawings", read(image), truth)[
+                "shape and colour"
+            ]
+    easy = ("plain", "corner", "soft", "outlined", "large canvas")
+    assert {name: right[name] for name in easy} == dict.fromkeys(easy, 6)
+
+
+def test_named_things_are_right_in_any_order_and_what_is_not_named_does_not_count():
+    truth = {"background": None, "sprites": [["star", "red", None, None], ["ring", "blue", None, None]]}
+    for sprites in ((RED_STAR, BLUE_RING), (BLUE_RING, RED_STAR)):
+        assert set(compare_with_truth("typed-words", Scene(sprites, "grey"), truth).values()) == {True}
+    swapped = Scene(
+        (Sprite("star", "blue", "plain", "large"), Sprite("ring", "red", "plain", "large")), "grey"
+    )
+    found = compare_with_truth("typed-words", swapped, truth)
+    assert found == {"shape": True, "colour": False, "all named": False}
+    for sprites in ((), (RED_STAR,), (RED_STAR, BLUE_RING, RED_STAR)):
+        found = compare_with_truth("typed-words", Scene(sprites, "grey"), truth)
+        assert set(found.values()) == {False}
+    truth = {"background": "mint", "sprites": [["star", "red", "plain", "small"]]}
+    found = compare_with_truth("typed-words", Scene((RED_STAR,), "mint"), truth)
+    assert found == {
+        **dict.fromkeys(("shape", "colour", "pattern", "background"), True),
+        "size": False,
+        "all named": False,
+    }
+
+
+def test_typed_prompts_name_what_their_truth_says(foreign):
+    for task in foreign[0]:
+        if task.truth["kind"] != "typed-words":
+            continue
+        words = task.prompt.lower()
+        named = [name for sprite in task.truth["sprites"] for name in sprite if name is not None]
+        missing = sum(name not in words for name in [*named, task.truth["background"] or ""])
+        assert missing <= task.row.endswith("typo")
+        assert all(is_held_out(sprite) for sprite in sprites_of_named(task.truth))
+
+
+def sprites_of_named(truth):
+    return [Sprite(*named) for named in truth["sprites"] if None not in named]
+
+
+def test_kinds_of_others_run_on_demand_with_a_table_of_their_sorts(tmp_path, caplog):
+    pytest.importorskip("accelerate", reason="evaluation needs the extra `eval`")
+    pytest.importorskip("matplotlib", reason="evaluation needs the extra `eval`")
+    kinds = ["--kind", "own-drawings", "--kind", "typed-words"]
+    arguments = ["sprites", *kinds, "--count", 10, "--steps", 1, "--batch-size", 20, "--device", "cpu"]
+    run_evaluate(*arguments, "--output", tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["options"] == {"prompts": "own-drawings 10, typed-words 10"}
+    assert len(report["by prompt"]) == 20 and "own-drawings.shuffled.shape" in report["metrics"]
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert text.count("| own-drawings: turned |") == 1 and text.count("| typed-words: one typo |") == 1
+    assert "## By prompt: own-drawings" in text and 'shape alone: "star"' in text
+    assert (tmp_path / "run" / "sheets" / "own-drawings-large-canvas.html").is_file()
+    assert not [record for record in caplog.records if "not trained on" in record.getMessage()]
+    kept = files_of(tmp_path / "run", "images", "scores", "report.json", "report.md", "sheets")
+    (tmp_path / "run" / "images" / "own-drawings" / "0003.png").unlink()
+    run_evaluate(*arguments, "--output", tmp_path / "run")
+    assert files_of(tmp_path / "run", "images", "scores", "report.json", "report.md", "sheets") == kept
 
 
 def test_too_few_prompts_are_refused():
