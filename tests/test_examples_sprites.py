@@ -1,6 +1,7 @@
 """The scripts of examples/sprites: the order of training's phases, and how images drawn along edges are scored."""
 
 import importlib.util
+import json
 import math
 import os
 import signal
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 from support.app import wait_for
 
+from kosmos_g_diffusers.evaluation.benchmarks.sprites import build_tasks
+from kosmos_g_diffusers.evaluation.manifest import Manifest
 from kosmos_g_diffusers.sprites.world import BACKGROUNDS, COLOURS, Scene, Sprite, make_rng, paint_sprite
 
 SPRITES = Path(__file__).parents[1] / "examples" / "sprites"
@@ -140,3 +143,47 @@ def test_captions_are_scored_by_what_the_images_show():
     }  # fmt: skip
     assert not any(script.score([Scene(sprites[:1], "mint")], [said]).values())  # more than there is
     assert not any(script.score([Scene(sprites, "mint")], [""]).values())
+
+
+def test_limits_are_scored_by_number_shapes_and_colours():
+    script = load("read_limits")
+    prompt, images, wanted = script.three_images(make_rng("limits"))
+    assert prompt.count("<i>") == len(images) == len(set(wanted)) == 3
+    sprites = tuple(Sprite(shape, colour, "plain", "small") for shape, colour in wanted)
+    drawing = Image.new("RGB", (256, 256), BACKGROUNDS["mint"])
+    for sprite, centre in zip(sprites, ((14, 14), (50, 14), (32, 48)), strict=True):
+        paint_sprite(drawing, sprite, centre, 10.5, COLOURS[sprite.colour])
+    assert script.score(drawing, wanted) == (True, True, True, True)  # 256 x 256 pixels, reduced
+    assert script.score(drawing, wanted[::-1]) == (True, True, True, True)
+    assert script.score(drawing, wanted[:2]) == (False, False, False, False)
+    other = [("star" if shape != "star" else "moon", colour) for shape, colour in wanted]
+    assert script.score(drawing, other)[1:] == (False, True, False)
+    prompt, _, ((shape, colour),) = script.translated("German")(make_rng("limits"))
+    shapes, colours, _ = script.LANGUAGES["German"]
+    names = dict(zip(script.SHAPES, shapes.split(), strict=True)) | dict(
+        zip(COLOURS, colours.split(), strict=True)
+    )
+    assert prompt == f"{names[shape]}, {names[colour]}"
+
+
+def test_picture_of_a_run_frames_what_is_right_and_what_is_not(tmp_path):
+    script = load("show_run")
+    tasks, files = build_tasks(20, kinds=("own-drawings",))
+    Manifest("sprites", {}, tasks).write(tmp_path)
+    lines = [{"scorer": "reader"}]
+    for number, task in enumerate(tasks):
+        right = number != 3
+        lines.append({"id": task.id, "scores": {"own-drawings.shape and colour": float(right)}})
+        path = tmp_path / "images" / f"{task.id}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), "navy").save(path)
+    for name, content in files.items():
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "reader.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sheet = script.draw_sheet(tmp_path, "own-drawings", columns=2)
+    colours = {colour: count for count, colour in sheet.getcolors(2**20)}
+    assert colours[0, 0, 128] >= 20 * 64 * 64
+    assert colours[ImageColor.getrgb("seagreen")] == 19 * colours[ImageColor.getrgb("crimson")]

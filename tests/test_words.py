@@ -51,6 +51,7 @@ EXCEPTIONS = (
         r"pictures=pictures,|\| counted .*|\.pictures|pictures[=:]|\"pictures|<picture-|\"no picture\"|task\[\"pictures\"\]|conditions and pictures\.|= pictures\b"
         r"|=pictures\b|\| counted .*|pictures=pictures,|^ +pictures = ",
     ),
+    (r"pictures?", r"examples/sprites/show_run\.py", r"(task|tasks\[0\])\.pictures"),
     # parameters, fields of errors and elements of the app
     (
         r"pictures?",

@@ -1,4 +1,4 @@
-"""A picture of a run of the sprite bench: a row for each sort of prompt, what was given and what was drawn.
+"""An image of a run of the sprite bench: a row for each sort of prompt, what was given and what was drawn.
 
     kosmos-g evaluate sprites --kind own-drawings --output runs/drawings
     python examples/sprites/show_run.py runs/drawings --kind own-drawings --output drawings.png
@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 
 from kosmos_g_diffusers.evaluation.images import image_path
-from kosmos_g_diffusers.evaluation.manifest import Manifest
+from kosmos_g_diffusers.evaluation.manifest import OWN_PICTURES, Manifest
 
 SIDE, GAP, TITLE = 64, 6, 150  # pixels
 RIGHT, WRONG = "seagreen", "crimson"
@@ -22,7 +22,7 @@ MEASURE = {"own-drawings": "shape and colour", "typed-words": "all named"}
 
 
 def draw_sheet(run, kind, columns):
-    """The picture, of the first `columns` prompts of each sort."""
+    """The sheet, of the first `columns` prompts of each sort."""
     manifest, scores = Manifest.read(run), {}
     for line in (Path(run) / "scores" / "reader.jsonl").read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
@@ -41,7 +41,7 @@ def draw_sheet(run, kind, columns):
         for column, task in enumerate(tasks[:columns]):
             left = TITLE + column * cell
             for path in task.pictures:
-                with Image.open(Path(run) / "pictures" / path) as image:
+                with Image.open(Path(run) / OWN_PICTURES / path) as image:
                     sheet.paste(ImageOps.fit(image.convert("RGB"), (SIDE, SIDE)), (left, top))
                 left += SIDE + GAP
             with Image.open(image_path(run, task)) as image:
