@@ -149,3 +149,10 @@ def test_names_that_are_listed_are_there(package):
     module = __import__("kosmos_g_diffusers" + package, fromlist=["*"])
     assert set(module.__all__) <= set(dir(module))
     assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_pipeline_is_loaded_by_a_process_that_has_imported_nothing_else():
+    program = (
+        "from kosmos_g_diffusers import SPRITES, KosmosGPipeline; KosmosGPipeline.from_pretrained(SPRITES)"
+    )
+    assert start(program)[0].returncode == 0
