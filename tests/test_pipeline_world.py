@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,10 @@ def test_photos_are_told_from_drawings(processor):
     images = ROOT / "examples" / "images"
     for name, is_photo in (("cat.jpg", 1), ("coffee.jpg", 1), ("star.png", 0), ("plain_heart.png", 0)):
         assert len(notes_of(processor, "<i>", [PIL.Image.open(images / name)])) == is_photo
+
+
+def test_card_of_the_small_model_names_its_words(processor):
+    card = (Path(SPRITES) / "README.md").read_text(encoding="utf-8")
+    _, _, words = card.partition("its words:\n\n")
+    named = re.findall(r"\w+", words.partition("\n\n")[0])
+    assert sorted(named) == sorted(word for word in processor.tokenizer.world["words"] if word != ",")
