@@ -63,12 +63,14 @@ def test_png_is_not_overwritten_unless_asked(tmp_path, image):
     assert read_settings(tmp_path / "a.png") == SETTINGS
 
 
-def test_png_is_written_whole_or_not_at_all(tmp_path, image, monkeypatch):
-    def fail(file, **kwargs):
-        file.write(b"half")
+@pytest.mark.parametrize(
+    "failing", ["PIL.Image.Image.save", "os.fsync"]
+)  # while it is encoded, while it is written
+def test_png_is_written_whole_or_not_at_all(tmp_path, image, monkeypatch, failing):
+    def fail(*arguments, **options):
         raise OSError("disk full")
 
-    monkeypatch.setattr(image, "save", fail)
+    monkeypatch.setattr(failing, fail)
     (tmp_path / "a.png").write_bytes(b"mine")
     with pytest.raises(OSError, match="disk full"):
         write_png(image, tmp_path / "a.png", SETTINGS, overwrite=True)

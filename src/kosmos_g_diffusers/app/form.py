@@ -10,7 +10,7 @@ import PIL.Image
 from safetensors import SafetensorError
 
 from ..control.controls import control_image, control_preview, find_control
-from ..generation.png import read_settings
+from ..generation.png import NoSettings, read_settings
 from ..generation.schedulers import SCHEDULERS
 from ..generation.settings import ControlInput, GenerationSettings
 from ..processing_kosmos_g import IMAGE_MARK, IMAGE_WORD_PATTERN
@@ -283,8 +283,8 @@ def _read(path):
         return read_settings(path)
     except ValueError as error:
         message = "The settings of this file cannot be read. Drop a PNG that was made here."
-        if "carries no settings" in str(error):
-            message = "This PNG carries no settings. Drop one that was made here or with kosmos-g generate."
+        if isinstance(error, NoSettings):
+            message = "This file carries no settings. Drop one that was made here or with kosmos-g generate."
         raise FieldError("restore", message) from error
 
 

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 
 from ..environment import DTYPES, check_device, default_device, default_dtype
+from ..provenance import add_flags as add_mark_flags
+from ..provenance import read_flags as read_mark_flags
 from ..serving.queue import CAPACITY
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -38,6 +40,7 @@ def add_arguments(parser):
     add("--queue", type=int, default=CAPACITY, metavar="N", help=f"runs that may wait (default: {CAPACITY})")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
     add("--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, else float16)")
+    add_mark_flags(add)
 
 
 def run(arguments):
@@ -58,13 +61,14 @@ def run(arguments):
 
     device = arguments.device or default_device()
     check_device(device)
+    marker = read_mark_flags(arguments)
     dtype = arguments.dtype or default_dtype(device)
     models = Models(arguments.model, arguments.lora_dir, arguments.unet_dir, device, dtype)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     # files are named from here, so that no page learns where the server keeps them
     os.chdir(arguments.output)
-    service = Service(models, Store("."), arguments.queue)
+    service = Service(models, Store("."), arguments.queue, marker)
     service.start()
     try:
         serve(service, arguments.control, arguments.host, arguments.port, arguments.share, auth)

@@ -23,6 +23,8 @@ from ..environment import DTYPES, default_device, default_dtype
 from ..evaluation.benchmarks import BENCHMARKS
 from ..evaluation.scorers import SCORERS
 from ..generation.schedulers import SCHEDULERS
+from ..provenance import add_flags as add_mark_flags
+from ..provenance import read_flags as read_mark_flags
 from ..sprites.pretrained import SPRITES_NOTE
 
 RESUMED = (
@@ -66,6 +68,7 @@ def _add_common(add, benchmark):
     add("--device", help="cpu, cuda, mps, ... (default: an accelerator if there is one)")
     images = f"images at once (default: {batch_size})"
     add("--batch-size", type=int, default=batch_size, metavar="N", help=images)
+    add_mark_flags(add)
 
 
 def run(arguments):
@@ -73,7 +76,7 @@ def run(arguments):
     from ..evaluation.run import evaluate
 
     benchmark = BENCHMARKS[arguments.benchmark]
-    device = arguments.device or default_device()
+    device, marker = arguments.device or default_device(), read_mark_flags(arguments)
     settings = {"height": None, "width": None, **benchmark.SETTINGS}
     for name in ("steps", "guidance", "scheduler", "dtype", "seed"):
         settings[name] = getattr(arguments, name)
@@ -89,6 +92,7 @@ def run(arguments):
         device=device,
         batch_size=arguments.batch_size,
         repair=arguments.repair,
+        marker=marker,
     )
     if report is not None:  # else another process has written it
         print(scores_table(report))

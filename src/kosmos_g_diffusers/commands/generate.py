@@ -19,17 +19,19 @@ examples:
 """
 
 import argparse
-import json
 import secrets
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 from ..environment import default_device, default_dtype, package_versions
 from ..fields import add_flags
 from ..generation.settings import ControlInput, GenerationSettings, InputImage
+from ..provenance import add_flags as add_mark_flags
+from ..provenance import read_flags as read_mark_flags
 from ..sprites.pretrained import SPRITES_NOTE, with_small_model
+from .show import as_text
 
 # setting of a ControlInput -> its flag, which is given once for each --control
 CONTROL_FLAGS = {
@@ -61,6 +63,7 @@ def add_arguments(parser):
     add("--force", action="store_true", default=False, help="overwrite files that are there")
     add("--from", dest="source", default=None, metavar="FILE", help="take the settings of a PNG made here")
     add("--show", action="store_true", default=False, help="print the settings as JSON and stop")
+    add_mark_flags(add)
     add_flags(parser, GenerationSettings)
 
 
@@ -71,13 +74,14 @@ def _flag(name):
 def run(arguments):
     settings, images, control_images = _read(vars(arguments))
     if arguments.show:
-        return print(_as_text(settings))
+        return print(as_text(settings))
     from ..generation.generate import generate_files, load_pipeline
     from ..generation.png import output_paths
 
+    marker = read_mark_flags(arguments)
     paths = output_paths(arguments.output, settings.num_images, arguments.force)
     pipe = load_pipeline(with_small_model(settings))
-    for path in generate_files(pipe, settings, paths, images, control_images, arguments.force):
+    for path in generate_files(pipe, settings, paths, images, control_images, arguments.force, marker):
         print(path)
     if settings.model is None:
         print(SPRITES_NOTE, file=sys.stderr)
@@ -164,11 +168,3 @@ def _read_controls(arguments, recorded=()):
         pairs = zip(controls, values, strict=True)
         controls = [replace(control, **{name: value}) for control, value in pairs]
     return tuple(controls), paths
-
-
-def _as_text(settings):
-    """JSON; with everything beyond ASCII escaped if something in it could steer a terminal."""
-    text = json.dumps(asdict(settings), indent=2, ensure_ascii=False)
-    if all(character.isprintable() or character == "\n" for character in text):
-        return text
-    return json.dumps(asdict(settings), indent=2)

@@ -25,6 +25,7 @@ from ..generation.generate import download_model, load_pipeline
 from ..generation.png import read_settings, write_png
 from ..generation.settings import GenerationSettings, InputImage
 from ..processing_kosmos_g import IMAGE_MARK, open_image
+from ..provenance import MARKED
 from ..sprites.pretrained import SPRITES, with_small_model
 from .manifest import FILE_NAME, Manifest
 
@@ -118,7 +119,7 @@ def check_complete(folder, manifest):
 # Images --------------------------------------------------------------------------------------------------------------
 
 
-def generate(folder, manifest, state, device, repair=False):
+def generate(folder, manifest, state, device, repair=False, marker=MARKED):
     """Make the images that are not there.
 
     Args:
@@ -126,6 +127,7 @@ def generate(folder, manifest, state, device, repair=False):
         state: of `join_processes`.
         device: where to, if this process is alone; several take one each of the kind that `state` knows.
         repair: make images again that cannot be read.
+        marker: a `provenance.Marker`.
 
     Returns:
         Number of images that this process has made.
@@ -154,7 +156,7 @@ def generate(folder, manifest, state, device, repair=False):
             if path.exists():
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_png(image, path, _settings_of(settings, folder, manifest, task, image))
+            write_png(image, path, _settings_of(settings, folder, manifest, task, image), marker=marker)
             made += 1
     state.wait_for_everyone()
     return made

@@ -8,13 +8,16 @@ import torch
 from ..environment import check_device, package_versions
 from ..files import hash_bytes
 from ..generation.settings import GenerationSettings
+from ..provenance import MARKED
 from .images import generate, identify_model, join_processes, open_folder
 from .manifest import OWN_PICTURES, Manifest, hash_images
 from .report import load_matplotlib, write_report
 from .scoring import has_scores, read_scores, score
 
 
-def evaluate(manifest, output, scorers=(), *, model, settings, device, batch_size, repair=False):
+def evaluate(
+    manifest, output, scorers=(), *, model, settings, device, batch_size, repair=False, marker=MARKED
+):
     """Make the images of a benchmark, score them and write the report; whatever is there already stays.
 
     Args:
@@ -26,6 +29,7 @@ def evaluate(manifest, output, scorers=(), *, model, settings, device, batch_siz
         device: "cpu", "cuda", ...; with several processes each takes its own of that kind.
         batch_size: images at once. It changes images by rounding at most.
         repair: make images again that cannot be read.
+        marker: a `provenance.Marker` of the images that are made now.
 
     Returns:
         The report as a dict; None in all processes but the first.
@@ -47,7 +51,7 @@ def evaluate(manifest, output, scorers=(), *, model, settings, device, batch_siz
         manifest.distance.load()
     state = join_processes(device)
     manifest = _begin(manifest, output, state, model, settings, device, batch_size)
-    generate(output, manifest, state, device, repair)
+    generate(output, manifest, state, device, repair, marker)
     for scorer in scorers:
         score(output, manifest, scorer, state)
     distance = manifest.distance and manifest.distance.measure(output, manifest, state, device)

@@ -1,7 +1,6 @@
 """HTML sheets of a run's images: self-contained but for the images, which they find by relative paths."""
 
 import base64
-import io
 import os
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import PIL.Image
 
 from ..files import write_text
 from ..processing_kosmos_g import open_image
+from ..provenance import UNMARKED
 from .images import image_path
 
 LONGEST = 100  # images of a sheet; a longer one says how many are left out
@@ -123,11 +123,10 @@ def input_figures(data, paths):
     return figures
 
 
-def as_data_url(image, kind):
-    """A PIL image as text, encoded as "png" or "jpeg"."""
-    file = io.BytesIO()
-    image.save(file, format=kind)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+def as_data_url(image, kind, marker=UNMARKED):
+    """A PIL image as text, encoded as "png" or "jpeg", with a `provenance.Marker` if a model drew it."""
+    content = marker.encode(image, kind.upper())
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _is_small(image):

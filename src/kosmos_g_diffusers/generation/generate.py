@@ -14,6 +14,7 @@ from ..environment import as_dtype, check_device, package_versions
 from ..files import first_line
 from ..loading import DTYPE_KEYWORD, load_pretrained, load_single_file
 from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
+from ..provenance import MARKED
 from .grid import grid_of
 from .png import write_png
 from .schedulers import make_scheduler
@@ -271,7 +272,9 @@ def _not_finite(seed, dtype):
     return f"{text} Try another scheduler, a guidance nearer to 7.5, or weights from elsewhere."
 
 
-def generate_files(pipe, settings, paths, reference_images, control_images=(), overwrite=False):
+def generate_files(
+    pipe, settings, paths, reference_images, control_images=(), overwrite=False, marker=MARKED
+):
     """Make the images of a run and write them; yields each path once its file is complete.
 
     Args:
@@ -280,14 +283,15 @@ def generate_files(pipe, settings, paths, reference_images, control_images=(), o
             whole run.
         reference_images, control_images: as in `generate_images`.
         overwrite: replace files that are there.
+        marker: a `provenance.Marker`.
     """
     images = []
     made = generate_images(pipe, settings, reference_images, control_images)
     for (image, image_settings), path in zip(made, paths, strict=False):
-        write_png(image, path, image_settings, overwrite)
+        write_png(image, path, image_settings, overwrite, marker)
         images.append(image)
         yield path
     if len(images) > 1:
         run_settings = replace(settings, height=image.height, width=image.width, index=None)
-        write_png(grid_of(images), paths[-1], run_settings, overwrite)
+        write_png(grid_of(images), paths[-1], run_settings, overwrite, marker)
         yield paths[-1]

@@ -1,48 +1,49 @@
 """PNGs that carry what they were made from, and the files of a run.
 
-The settings are one JSON object in the PNG's text chunk `kosmos_g`. A PNG may come from anywhere, so reading one runs
+The settings are one JSON object in the PNG's text chunk `kosmos_g`, next to the mark of provenance.py. A PNG may come from anywhere, so reading one runs
 nothing and decodes no pixels: it takes JSON of known keys, types and ranges, and refuses the rest.
 """
 
 from pathlib import Path
 
-import PIL.Image
-import PIL.PngImagePlugin
-
-from ..files import written_atomically
+from ..provenance import MARKED, read_info
 from .settings import FILES, GenerationSettings
 
 PNG_KEY = "kosmos_g"
 
 
-def write_png(image, path, settings, overwrite=False):
-    """Write a PIL image with its settings atomically. Raises FileExistsError if `path` is there and is not to be overwritten."""
+class NoSettings(ValueError):
+    """A file that carries no settings of kosmos-g."""
+
+
+def write_png(image, path, settings, overwrite=False, marker=MARKED):
+    """Write a PIL image that a model drew with its settings and the mark of a `Marker`, atomically.
+
+    Every drawn image of `kosmos-g generate`, the app and `kosmos-g evaluate` goes through here, enlarged copies and grids too.
+
+    Raises:
+        FileExistsError: `path` is there and is not to be overwritten.
+    """
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already and was not overwritten.")
-    text = PIL.PngImagePlugin.PngInfo()
-    text.add_text(PNG_KEY, settings.to_json())
-    with written_atomically(path) as file:
-        image.save(file, format="PNG", pnginfo=text)
+    marker.save(image, path, settings.is_composite, {PNG_KEY: settings.to_json()})
 
 
 def read_settings(path):
     """The settings in a PNG that `write_png` wrote.
 
     Raises:
-        ValueError: the file is not a PNG, carries no settings, or carries something that is not settings.
+        NoSettings: it is not a PNG, or carries none.
+        ValueError: it is not there, is damaged, or carries something that is not settings.
     """
     advice = "Pass a PNG that kosmos-g wrote."
-    try:
-        # reads the chunks before the pixels, and no more
-        with PIL.Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(PNG_KEY)
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no file at {str(path)!r}. {advice}") from error
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as PNG ({error}). {advice}") from error
+    info = read_info(path, ["PNG"], advice)
+    if info is None:
+        raise NoSettings(f"{str(path)!r} cannot be read as PNG. {advice}")
+    text = info.get(PNG_KEY)
     if not isinstance(text, str):
-        raise ValueError(f"{str(path)!r} carries no settings of kosmos-g. {advice}")
+        raise NoSettings(f"{str(path)!r} carries no settings of kosmos-g. {advice}")
     try:
         settings = GenerationSettings.from_json(text)
         places = [settings.model, settings.unet, settings.lora]

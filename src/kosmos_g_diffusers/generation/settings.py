@@ -168,6 +168,11 @@ class GenerationSettings:
         if len(texts) > 200 or not all(isinstance(text, str) and len(text) <= 100 for text in texts):
             raise TypeError("versions must hold at most 100 pairs of short strings: package and version.")
 
+    @property
+    def is_composite(self):
+        """Whether a control shows the image itself, to be kept or changed, and not edges or the like: image-to-image by ControlNet."""
+        return any(find_control(control.name).annotator is None for control in self.controls)
+
     def to_json(self):
         """One line of ASCII JSON."""
         return json.dumps({"format": FORMAT_VERSION, **asdict(self)}, allow_nan=False)

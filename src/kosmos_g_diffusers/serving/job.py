@@ -7,6 +7,7 @@ import torch
 
 from ..generation.generate import draw_images, prompt_arguments, size_arguments
 from ..generation.png import write_png
+from ..provenance import MARKED
 from .errors import at
 from .preview import data_uri
 from .store import open_image_file
@@ -38,13 +39,14 @@ class Drawing:
     Args:
         models, store: of the app.
         settings: whose model, U-Net and LoRA are names of what `models` offers.
+        marker: a `provenance.Marker`.
 
     Raises:
         FieldError: a file that the settings name is not in the store.
     """
 
-    def __init__(self, models, store, settings):
-        self.models, self.store, self.settings = models, store, settings
+    def __init__(self, models, store, settings, marker=MARKED):
+        self.models, self.store, self.settings, self.marker = models, store, settings, marker
         self.reference_images = store.find_all(settings.images, "pictures")
         self.control_images = store.find_all([control.picture for control in settings.controls], "controls")
         self.words = store.find_all(settings.image_words, "words")
@@ -57,11 +59,11 @@ class Drawing:
             with self.models.image_words(settings.model, self.words):
                 arguments = self._read_inputs(pipe)
             ticket.check()
-            follow = _Follower(ticket, settings, self.models.preview, paths)
+            follow = _Follower(ticket, settings, self.models.preview, paths, self.marker)
             with at("run"):
                 for image, image_settings in draw_images(pipe, settings, arguments, follow):
                     path = self.store.new_image_path()
-                    write_png(image, path, image_settings)
+                    write_png(image, path, image_settings, marker=self.marker)
                     paths.append(path)
                     follow.image_is_done()
         finally:
@@ -88,8 +90,9 @@ class _Follower:
     and then decode: seconds on a CPU, for an image that nobody wants.
     """
 
-    def __init__(self, ticket, settings, preview, paths):
+    def __init__(self, ticket, settings, preview, paths, marker):
         self.ticket, self.settings, self.make_preview, self.paths = ticket, settings, preview, paths
+        self.marker = marker
         self.planned = settings.steps  # of an image; schedulers of second order take more
         self.started, self.done, self.preview = time.monotonic(), 0, None
         self._tell()
@@ -100,7 +103,8 @@ class _Follower:
         self.done += 1
         if step % max(1, self.planned // PREVIEWS) == 0:
             with torch.no_grad():
-                self.preview = data_uri(self.make_preview(tensors["latents"]))
+                image = self.make_preview(tensors["latents"])
+            self.preview = data_uri(image, marker=self.marker, composite=self.settings.is_composite)
         self._tell()
         return {}
 

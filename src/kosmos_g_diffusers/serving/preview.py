@@ -1,10 +1,11 @@
 """What the latents of a step look like, without the VAE: three colours of each latent pixel, by a linear map."""
 
 import base64
-import io
 
 import PIL.Image
 import torch
+
+from ..provenance import UNMARKED
 
 SAMPLES = 4  # latents that the map is fitted to
 SIDE = 16  # of them, in latent pixels; larger ones cost seconds of a Stable Diffusion VAE on a CPU
@@ -50,10 +51,12 @@ def _features(latents):
     return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
 
 
-def data_uri(image, side=256):
-    """A PIL image as text that a page shows without asking the server for a file; the longer side at least `side`."""
+def data_uri(image, side=256, marker=UNMARKED, composite=False):
+    """A PIL image as text that a page shows without asking the server for a file; the longer side at least `side`.
+
+    marker, composite: of an image that a model drew.
+    """
     scale = max(1, side // max(image.size))
     image = image.resize((image.width * scale, image.height * scale), PIL.Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    image.convert("RGB").save(file, format="JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    content = marker.encode(image.convert("RGB"), "JPEG", composite, quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"

@@ -4,6 +4,7 @@ import asyncio
 import time
 
 from ..control.controls import control_image, control_preview, control_size
+from ..provenance import MARKED
 from .errors import FieldError, at, unexpected
 from .job import Drawing, finished_images
 from .queue import CAPACITY, QueueFull, Worker
@@ -15,10 +16,16 @@ PATIENCE = 1.0
 
 
 class Service:
-    """Args: models: Models. store: Store. capacity: runs that may wait for the one that is running."""
+    """
+    Args:
+        models: Models.
+        store: Store.
+        capacity: runs that may wait for the one that is running.
+        marker: a `provenance.Marker` of the images that are drawn.
+    """
 
-    def __init__(self, models, store, capacity=CAPACITY):
-        self.models, self.store = models, store
+    def __init__(self, models, store, capacity=CAPACITY, marker=MARKED):
+        self.models, self.store, self.marker = models, store, marker
         self.worker = Worker(capacity, "drawing")
         self.annotating = Worker(capacity, "control images")  # on the CPU, while the other draws
 
@@ -40,7 +47,8 @@ class Service:
         Raises:
             FieldError: what was asked for cannot be done.
         """
-        session.ticket = ticket = _submit(self.worker, Drawing(self.models, self.store, settings), "run")
+        drawing = Drawing(self.models, self.store, settings, self.marker)
+        session.ticket = ticket = _submit(self.worker, drawing, "run")
         try:
             async for _ in _news(ticket):
                 yield ticket

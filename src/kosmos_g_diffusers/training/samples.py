@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from ..files import written_atomically
 from ..generation.grid import grid_of
 from ..pipeline_kosmos_g import KosmosGPipeline
+from ..provenance import save_image
 
 STEPS = 20  # of DPM-Solver, denoising steps
 GUIDANCE = 7.5
@@ -65,8 +65,7 @@ class SampleSheet:
             ).images
         self.unet.to(places[0])
         self.vae.to(places[1])
-        with written_atomically(path) as file:
-            grid_of(images).save(file, format="PNG")
+        save_image(grid_of(images), path)
 
     def _pipeline(self, text_encoder):
         pipe = KosmosGPipeline(

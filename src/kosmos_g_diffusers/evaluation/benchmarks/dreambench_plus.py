@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from ...files import write_text
+from ...provenance import MARKED, UNMARKED, read_mark
 from ..manifest import Manifest, Task, derive_seed
 
 TITLE = "DreamBench++, and its images for its judge"
@@ -153,19 +154,24 @@ def export(folder, data, output, instructions=None):
     requests = []
     for task in manifest.tasks:
         name = f"{task.truth['collection']}/{task.truth['number']}_{task.truth['index']}"
+        # the copy of a drawn image is marked as the image is
+        drawn = MARKED if read_mark(image_path(folder, task)) else UNMARKED
         images = {
-            "src_image": open_image(Path(data) / task.pictures[0], task.pictures[0]),
-            "tgt_image": open_image(image_path(folder, task), task.id),
+            "src_image": (open_image(Path(data) / task.pictures[0], task.pictures[0]), UNMARKED),
+            "tgt_image": (open_image(image_path(folder, task), task.id), drawn),
         }
-        for kind, image in images.items():
+        for kind, (image, marker) in images.items():
             path = output / kind / f"{name}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)  # in Pillow's own quality, as its scripts do: the judge sees what a JPEG leaves
-            images[kind] = open_image(path, str(path))
+            marker.save(
+                image, path
+            )  # in Pillow's own quality, as its scripts do: the judge sees what a JPEG leaves
+            images[kind] = open_image(path, str(path)), marker
         write_text(output / "text" / f"{name}.txt", task.text + "\n")
         if texts is not None:
             kind = "style" if task.truth["collection"].startswith("style_") else "subject"
-            source, target = (_as_content(image.resize(JUDGE_SIZE)) for image in images.values())
+            source, target = (
+                _as_content(image.resize(JUDGE_SIZE), marker) for image, marker in images.values()
+            )
             requests.append(_request(f"{name}/concept", texts[kind], [source, target]))
             words = {"type": "text", "text": task.text}
             requests.append(_request(f"{name}/prompt", texts["text"], [words, target]))
@@ -194,8 +200,8 @@ def _request(name, texts, content):
     return {"id": name, "messages": [{"role": role, "content": part} for role, part in parts]}
 
 
-def _as_content(image):
+def _as_content(image, marker):
     from ..sheets import as_data_url
 
-    url = as_data_url(image, "jpeg")
+    url = as_data_url(image, "jpeg", marker)
     return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}
