@@ -12,6 +12,7 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 from kosmos_g_diffusers import SPRITES
 from kosmos_g_diffusers.control.controls import control_image
 from kosmos_g_diffusers.environment import as_dtype, default_device, default_dtype
+from kosmos_g_diffusers.provenance import save_image
 from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
 
 IMAGES = Path(__file__).parent / "images"
@@ -63,8 +64,11 @@ def move(sprite, right, down):
     return ImageChops.offset(sprite, right, down)
 
 
-def save(images, name, arguments, rows=1):
-    """Write images of one size as a grid, or as the frames of a GIF, and print where the file is."""
+def save(images, name, arguments, rows=1, composite=False):
+    """Write images of one size as a grid, or as the frames of a GIF, and print where the file is.
+
+    composite: not all of what is shown was drawn by the model alone; the mark of the file says so. GIFs carry no mark.
+    """
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / name
     if arguments.small:
@@ -72,7 +76,8 @@ def save(images, name, arguments, rows=1):
     if path.suffix == ".gif":
         export_to_gif(images, str(path))
     else:
-        make_image_grid([image.convert("RGB") for image in images], rows, len(images) // rows).save(path)
+        grid = make_image_grid([image.convert("RGB") for image in images], rows, len(images) // rows)
+        save_image(grid, path, composite=composite)
     print(path)
     if arguments.small:
         print(SPRITES_NOTE)

@@ -42,4 +42,4 @@ image = pipe(
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 
-save([edges, image], "controlnet.png", arguments)
+save([edges, image], "controlnet.png", arguments, composite=True)

@@ -14,6 +14,7 @@ from common import IMAGES, parse_arguments
 from PIL import Image, ImageDraw, ImageOps
 
 from kosmos_g_diffusers import KosmosGPipeline
+from kosmos_g_diffusers.provenance import save_image
 from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
 
 PHOTO_PROMPTS = [("<i> in the style of <i>", ["cat.jpg", "coffee.jpg"])]
@@ -47,9 +48,10 @@ def main():
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(IMAGES_PER_PROMPT)],
         ).images
         for seed, image in enumerate(drawn):
-            image.save(arguments.output / f"demo_{number}_{seed}.png")
+            save_image(image, arguments.output / f"demo_{number}_{seed}.png")
         rows.append((reference_images, prompt, drawn))
-    draw_sheet(rows, 128 if arguments.small else 256).save(arguments.output / "demo.png")
+    sheet = draw_sheet(rows, 128 if arguments.small else 256)
+    save_image(sheet, arguments.output / "demo.png", composite=True)  # it shows the reference images as well
     print(f"{arguments.output / 'demo.png'}, and each image next to it")
     if arguments.small:
         print(SPRITES_NOTE)

@@ -38,4 +38,4 @@ image = pipe(
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 
-save([before, mask, image], "inpaint.png", arguments)
+save([before, mask, image], "inpaint.png", arguments, composite=True)

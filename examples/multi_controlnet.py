@@ -50,4 +50,4 @@ image = pipe(
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 
-save([*controls, image], "multi_controlnet.png", arguments)
+save([*controls, image], "multi_controlnet.png", arguments, composite=True)

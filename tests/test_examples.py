@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from support.marks import COMPOSITE, DRAWN, term_of
 
 from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
 from kosmos_g_diffusers.sprites.reader import read
@@ -66,6 +67,9 @@ def test_example_runs_as_its_first_command_says(name, run_example, tmp_path, cap
         assert image.width % TILE == 0 and image.height % TILE == 0
         assert getattr(image, "n_frames", 1) == (16 if name == "animate" else 1)
         assert any(low != high for low, high in image.convert("RGB").getextrema())
+    if name != "animate":  # a GIF carries no mark
+        drawn_alone = ("batch", "few_steps", "interleaved_prompt", "lora", "text_to_image")
+        assert term_of(path) == (DRAWN if name in drawn_alone else COMPOSITE)
 
 
 def tiles(path, count):
@@ -208,6 +212,7 @@ def test_demo_writes_a_sheet_of_prompts_with_held_out_sprites_and_says_what_draw
     for colour, pattern, shape in sum(named, []):
         assert (shape, colour, pattern) in HELD_OUT_TRIPLES
     assert PIL.Image.open(files["demo_0_0.png"]).size == (64, 64)
+    assert term_of(files["demo_0_0.png"]) == DRAWN and term_of(files["demo.png"]) == COMPOSITE
     sheet = PIL.Image.open(files["demo.png"])
     assert sheet.height >= 128 * len(prompts) and sheet.width >= 128 * 6
     star = np.asarray(PIL.Image.open(EXAMPLES / "images" / "star.png").resize((128, 128), 0))

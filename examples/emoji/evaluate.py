@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
+from kosmos_g_diffusers.provenance import save_image
 from kosmos_g_diffusers.sprites.world import make_rng
 
 from .packages import load_subjects, split
@@ -188,7 +189,7 @@ def draw_sheet(tasks, drawn, subjects, path, seed=0, zoom=2):
             if row == 0:
                 pen.text((left + 2, 1), columns[column], fill="black")
             sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, heading + row * side))
-    sheet.save(path)
+    save_image(sheet, path, composite=True)
 
 
 def show(subject, ground, seed, purpose):
@@ -199,7 +200,7 @@ def save_strip(images, path):
     strip = Image.new("RGB", (SIZE * len(images), SIZE))
     for number, image in enumerate(images):
         strip.paste(image, (number * SIZE, 0))
-    strip.save(path)
+    save_image(strip, path)
 
 
 def read_strip(path):

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from kosmos_g_diffusers import SPRITES, KosmosGControlNetPipeline, KosmosGPipeline
 from kosmos_g_diffusers.control.controls import control_image, load_annotator
 from kosmos_g_diffusers.generation.schedulers import make_scheduler
+from kosmos_g_diffusers.provenance import save_image
 from kosmos_g_diffusers.sprites.reader import CONTRAST, read
 from kosmos_g_diffusers.sprites.source import draw_photo
 from kosmos_g_diffusers.sprites.world import (
@@ -114,7 +115,7 @@ def write_sheet(tasks, drawn, path):
         for column, image in enumerate([task["photo"], task["edges"], *(images[row] for images in drawn)]):
             large = image.convert("RGB").resize((side - 8, side - 8), Image.Resampling.NEAREST)
             sheet.paste(large, (column * side + 4, row * side + 4))
-    sheet.save(path)
+    save_image(sheet, path, composite=True)
 
 
 def main():

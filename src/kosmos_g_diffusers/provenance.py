@@ -32,10 +32,6 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # t
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_XMP = "XML:com.adobe.xmp"  # keyword of the text chunk
 MOST_XMP_BYTES = 2**20
-KEPT = (
-    "icc_profile",
-    "transparency",
-)  # of an image's `info`: what its pixels mean; the rest belongs to an earlier file
 C2PA_INSTALL = "pip install 'kosmos-g-diffusers[c2pa]'"
 C2PA_BOX = b"jumdc2pa\x00\x11\x00\x10"  # how a manifest begins, in files of every format
 
@@ -126,7 +122,9 @@ class Marker:
         from PIL.PngImagePlugin import PngInfo
 
         plain = image.copy()
-        plain.info = {name: image.info[name] for name in KEPT if name in image.info}
+        # what its pixels mean is kept; the rest of `info` is that of an earlier file
+        plain.info = {name: value for name, value in image.info.items() if name == "transparency"}
+        options.setdefault("icc_profile", image.info.get("icc_profile"))
         packet = xmp_packet(composite) if self.is_on else None
         if kind == "PNG":
             chunks = PngInfo()
@@ -289,10 +287,12 @@ def read_mark(path):
             return None
         if len(packet) > MOST_XMP_BYTES:
             raise ValueError(f"it has {len(packet):,} bytes; at most {MOST_XMP_BYTES:,} are read")
-        parser = ElementTree.XMLParser(target=_TreeWithoutEntities())
-        parser.feed(packet.strip("\0") if isinstance(packet, str) else packet.strip(b"\0"))
-        tree = parser.close()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        text = packet if isinstance(packet, str) else packet.decode("utf-8")  # as these three formats have it
+        # the parser would expand its entities before anybody could stop it
+        if "<!DOCTYPE" in text:
+            raise ValueError("it declares a document type, as no XMP does")
+        tree = ElementTree.fromstring(text.strip("\0"))
+    except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"The XMP in {str(path)!r} cannot be read: {first_line(error)}.") from error
     properties = {"DigitalSourceType": None, "CreatorTool": None}
     rdf = f"{{{NAMESPACES['rdf']}}}"
@@ -311,11 +311,6 @@ def _property(description, name):
     if (element := description.find(name)) is None:
         return description.get(name)
     return element.get(f"{{{NAMESPACES['rdf']}}}resource") or (element.text or "").strip() or None
-
-
-class _TreeWithoutEntities(ElementTree.TreeBuilder):
-    def doctype(self, name, public, system):
-        raise ValueError("it declares a document type, as XMP never does")
 
 
 def read_info(path, formats, advice):
@@ -353,7 +348,7 @@ def _find_late_packet(path):
     with open(path, "rb") as file, PngStream(file) as stream:
         if file.read(8) != PNG_START:
             return None
-        with contextlib.suppress(struct.error, SyntaxError):  # cut short: nothing more can be found
+        with contextlib.suppress(OSError, struct.error, SyntaxError):  # cut short: nothing more can be found
             kind = None
             while kind != b"IEND":
                 kind, position, length = stream.read()

@@ -1,7 +1,9 @@
 """The app's endpoints through gradio_client: what they make, what they refuse and in which words."""
 
+import base64
 import inspect
 import os
+import re
 import runpy
 import shlex
 import sys
@@ -14,6 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from support.app import serving, slow_steps, wait_for
+from support.marks import COMPOSITE, DRAWN, term_of
 
 from kosmos_g_diffusers.app.html import again_command
 from kosmos_g_diffusers.cli import main
@@ -24,6 +27,7 @@ from kosmos_g_diffusers.generation.generate import generate_images
 from kosmos_g_diffusers.generation.png import read_settings
 from kosmos_g_diffusers.generation.schedulers import make_scheduler
 from kosmos_g_diffusers.generation.settings import GenerationSettings
+from kosmos_g_diffusers.provenance import UNMARKED
 from kosmos_g_diffusers.sprites import pretrained
 from kosmos_g_diffusers.testing import build_tiny_pipeline
 
@@ -257,6 +261,7 @@ def test_control_image_is_the_librarys_and_controls_add_up(client):
     made = [generate(client, width=96, height=64, **fields)[0][0] for fields in ({}, one, two)]
     assert len({pixels(path) for path in made}) == 3
     assert PIL.Image.open(made[2]).size == (96, 64)
+    assert [term_of(path) for path in made] == [DRAWN, COMPOSITE, COMPOSITE]
     controls = read_settings(made[2]).controls
     assert [(control.name, control.scale) for control in controls] == [("tile", 1.0), ("ip2p", 0.5)]
     assert len(CONTROLS) == 17  # all of them are offered: the page reads the table
@@ -303,6 +308,21 @@ def test_file_that_holds_no_words_is_refused(client, tmp_path):
     file = gradio_client.handle_file(str(tmp_path / "y.safetensors"))
     told = fails(client, "/load_words", file=file)
     assert "words: " in told and "format" in told and str(tmp_path) not in told
+
+
+def test_images_that_are_returned_and_written_and_previews_are_marked(app, client):
+    with slow_steps(app.service, 0.3):
+        job = client.submit(prompt="a hat", **STEPS, api_name="/generate")
+        ((image,), *_), told = job.result(), str(job.outputs())
+    paths = image["image"], max((app.folder / "images").iterdir(), key=os.path.getmtime)
+    previews = re.findall("data:image/jpeg;base64,([A-Za-z0-9+/=]+)", told)
+    assert previews and {term_of(file) for file in (*paths, *map(base64.b64decode, previews))} == {DRAWN}
+
+
+def test_app_leaves_marks_out_when_asked_to(app, client, monkeypatch):
+    monkeypatch.setattr(app.service, "marker", UNMARKED)
+    (path,), *_ = generate(client)
+    assert term_of(path) is None and read_settings(path).prompt == "a hat"
 
 
 def test_full_queue_is_told_and_cancel_works_in_it(app, connect):

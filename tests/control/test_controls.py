@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import MultiControlNetModel, UNet2DConditionModel
+from support.marks import COMPOSITE, DRAWN, term_of
 
 from kosmos_g_diffusers import SPRITES, KosmosGControlNetImg2ImgPipeline, KosmosGControlNetPipeline
 from kosmos_g_diffusers.cli import build_parser, main
@@ -652,6 +653,7 @@ def test_control_image_that_is_ready_gives_the_same_image(folder):
     generate(*A_HAT, "--control", "drawing:@ready.png", "--output", "same.png")
     assert pixels("same.png") == pixels("out.png")
     assert read_settings("same.png").controls[0].ready
+    assert term_of("same.png") == DRAWN and term_of("ready.png") is None
 
 
 def test_several_controls_act_together_each_with_its_own_strength(folder):
@@ -662,6 +664,7 @@ def test_several_controls_act_together_each_with_its_own_strength(folder):
     )
     assert pixels("out.png") != pixels("b_out.png")
     assert [control.scale for control in read_settings("out.png").controls] == [1.0, 0.4]
+    assert term_of("out.png") == COMPOSITE  # tile shows the image itself
     assert generate("--from", "out.png", "--output", "again.png") == 0
     assert pixels("again.png") == pixels("out.png")
 

@@ -5,6 +5,7 @@ import json
 import PIL.Image
 import pytest
 from support.evaluating import draw_image, run_evaluate, save_scorers
+from support.marks import DRAWN, term_of
 
 from kosmos_g_diffusers.evaluation.benchmarks.dreambench_plus import (
     INSTRUCTIONS,
@@ -101,6 +102,10 @@ def test_run_is_exported_for_the_judge(data, tmp_path):
     assert base64.b64decode(shown) == expected.getvalue()
     assert prompt[2]["content"][0] == {"type": "text", "text": "a kitten sitting on a cloud"}
     assert by_id["style_03_ukiyo-e/0_0/concept"][1]["content"] == "text of gpt_prompt_style_full.txt"
+    shown = [part["image_url"]["url"].partition(",")[2] for part in concept[2]["content"]]
+    assert [term_of(base64.b64decode(content)) for content in shown] == [None, DRAWN]
+    for kind, term in (("src_image", None), ("tgt_image", DRAWN)):
+        assert {term_of(path) for path in (tmp_path / "judge" / kind).rglob("*.jpg")} == {term}
     (tmp_path / "prompts" / "user_prompt_text_full.txt").unlink()
     with pytest.raises(ValueError, match="user_prompt_text_full.txt are not there"):
         export(tmp_path / "run", data, tmp_path / "judge", tmp_path / "prompts")

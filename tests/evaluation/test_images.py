@@ -1,7 +1,9 @@
 """DreamBench in miniature, end to end: killed, split over processes, damaged, mixed up."""
 
+import base64
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from support.evaluating import (
     run_in_child,
     save_scorers,
 )
+from support.marks import DRAWN, mark_of, term_of
 from support.without_package import fake_hub
 
 from kosmos_g_diffusers import KosmosGTextEncoder
@@ -110,6 +113,19 @@ def test_report_counts_what_was_run_and_says_it(finished):
     sheet = (finished.folder / "sheets" / "cat.html").read_text()
     assert sheet.count("../images/cat/") == 8 and sheet.count("data:image/") == 1
     assert PIL.Image.open(finished.folder / "plots" / "dino.png").width > 100
+
+
+def test_every_image_is_marked_and_inputs_are_not(finished, copy, run):
+    images = sorted((copy / "images").rglob("*.png"))
+    assert len(images) == 24 and {term_of(path) for path in images} == {DRAWN}
+    sheet = (copy / "sheets" / "cat.html").read_text()
+    (shown,) = re.findall("data:image/[a-z]+;base64,([^']+)'", sheet)
+    assert mark_of(base64.b64decode(shown)) is None
+    pixels = PIL.Image.open(images[0]).tobytes()
+    images[0].unlink()
+    run(copy, "--no-mark")
+    assert PIL.Image.open(images[0]).tobytes() == pixels
+    assert [term_of(path) for path in images[:2]] == [None, DRAWN]
 
 
 def test_each_subject_is_encoded_once(finished):

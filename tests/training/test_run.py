@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from support.marks import DRAWN, term_of
 from support.training_runs import (  # noqa: F401  fixtures
     FORK,
     data,
@@ -169,6 +170,7 @@ def test_sample_sheets_leave_no_trace(make_config, prompts):
     assert torch.equal(*(state["torch_manual_seed"] for state in states))
     sheet = PIL.Image.open(f"{config.output}/samples/step-00000002.png")
     assert sheet.size == (128, 64)  # two prompts
+    assert term_of(sheet.filename) == DRAWN
 
 
 def test_sample_sheet_is_what_the_pipeline_draws(make_config, prompts, tmp_path):
