@@ -291,7 +291,7 @@ class KosmosGPromptMixin:
                 )
             if len(embeds) != batch_size:
                 raise ValueError(f"{name} has {len(embeds)} rows for {batch_size} prompts. Pass one each.")
-            if not embeds.is_meta and not _is_finite(embeds):
+            if not embeds.is_meta and not _all_finite(embeds):
                 raise ValueError(
                     f"{name} has values that are NaN or infinite. Encode the prompt again, in float32 if need be."
                 )
@@ -1323,7 +1323,7 @@ def _check_values(layers):
             raise ValueError(
                 f"{key} is {getattr(value, 'dtype', type(value).__name__)}. Expected floating-point weights."
             )
-        if value.numel() == 0 or not _is_finite(value):
+        if value.numel() == 0 or not _all_finite(value):
             raise ValueError(f"{key} {tuple(value.shape)} has values that are not finite, or none at all.")
 
 
@@ -1342,7 +1342,7 @@ def _check_pairs(layers, alphas):
             raise ValueError(f"{key} is there without the weights it belongs to. Is the file complete?")
 
 
-def _is_finite(tensor):
+def _all_finite(tensor):
     """Whether all values are finite; by the extremes, in one pass and without a copy."""
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         tensor = tensor.float()
