@@ -280,4 +280,6 @@ def test_tool_that_weights_words_for_clip_is_sent_to_blend(pipe):
     ids += [pipe.tokenizer.pad_token_id] * (pipe.tokenizer.model_max_length - len(ids))
     ids = torch.tensor([ids], dtype=torch.int)
     with pytest.raises(ValueError, match="compel.*pipe.blend"):
-        pipe.text_encoder(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, return_dict=True)
+        pipe.text_encoder(
+            ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, return_dict=True
+        )

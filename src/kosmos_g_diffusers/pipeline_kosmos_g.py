@@ -1021,13 +1021,27 @@ class KosmosGPromptMixin:
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         upload = {name: kwargs.pop(name, None) for name in names}
         super(__class__, self._without_adapters()).save_pretrained(save_directory, **kwargs)
-        shutil.copyfile(__file__, Path(save_directory) / f"{MODULES[2]}.py")  # the components copied theirs
+        self.save_code(save_directory)
         # in the package alone: a saved folder has no copy
         if Path(__file__).with_name("model_card.py").is_file():
             importlib.import_module(".model_card", __package__).write_model_card(self, save_directory)
         if push_to_hub:
             upload["repo_id"] = upload["repo_id"] or Path(save_directory).name
             self._upload(save_directory, **upload)
+
+    def save_code(self, save_directory):
+        """Put this file into a saved folder, whose components have copied theirs, and what loads from its root alone.
+
+        Those are copies of the components' files, where transformers' Auto classes look for a component in a `subfolder`, and
+        pipeline.py, which `DiffusionPipeline.from_pretrained(..., custom_pipeline=folder)` takes.
+        """
+        folder = Path(save_directory)
+        shutil.copyfile(__file__, folder / f"{MODULES[2]}.py")
+        for part, module in zip(("text_encoder", "tokenizer"), MODULES, strict=False):
+            if (folder / part / f"{module}.py").is_file():
+                shutil.copyfile(folder / part / f"{module}.py", folder / f"{module}.py")
+        entry = f"from .{MODULES[2]} import {self._own_class().__name__}  # noqa: F401\n"
+        (folder / "pipeline.py").write_text(entry, encoding="utf-8")
 
     def _without_adapters(self):
         """This pipeline, or one that shares its weights and is without adapters, for saving; says what is left out."""

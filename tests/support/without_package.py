@@ -25,6 +25,7 @@ def fake_hub(repository, cache):
     """
     from diffusers.pipelines import pipeline_utils
     from diffusers.utils import dynamic_modules_utils
+    from transformers.utils import hub
 
     files = sorted(
         str(path.relative_to(repository)) for path in Path(repository).rglob("*") if path.is_file()
@@ -71,7 +72,26 @@ def fake_hub(repository, cache):
         "model_info": model_info,
         "_resolve_revision": lambda name, *, revision=None, **kwargs: revision,
     }
+
+    def cached_files(repo_id, filenames, subfolder="", _raise_exceptions_for_missing_entries=True, **kwargs):
+        if Path(repo_id).exists():
+            return original(
+                repo_id,
+                filenames,
+                subfolder=subfolder,
+                _raise_exceptions_for_missing_entries=_raise_exceptions_for_missing_entries,
+                **kwargs,
+            )
+        check(repo_id)
+        names = [f"{subfolder}/{name}" if subfolder else name for name in filenames]
+        found = [fetch(name) for name in names if name in files]
+        if len(found) < len(names) and _raise_exceptions_for_missing_entries:
+            raise OSError(f"{repo_id} has no {names}")
+        return found or None
+
+    original = hub.cached_files
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(hub, "cached_files", cached_files))
         for module in (pipeline_utils, dynamic_modules_utils):
             for name, fake in fakes.items():
                 if hasattr(module, name):  # not every release has all of them
@@ -247,6 +267,54 @@ def step_parts_load_with_transformers_alone(folder, work, expected):
     with torch.no_grad():
         condition = encoder(tokenizer("<dog> <pair>", return_tensors="pt").input_ids)[0]
     assert (condition[0].numpy() - expected["condition"][1]).max() < 1e-4
+    assert_no_package()
+
+
+def step_parts_of_a_hub_repository_load_from_their_subfolders(folder, work, expected):
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    with fake_hub(folder / "saved", work / "cache"):
+        arguments = {"trust_remote_code": True}
+        config = AutoConfig.from_pretrained("someone/kosmos-g", subfolder="text_encoder", **arguments)
+        encoder = AutoModel.from_pretrained("someone/kosmos-g", subfolder="text_encoder", **arguments)
+        tokenizer = AutoTokenizer.from_pretrained("someone/kosmos-g", subfolder="tokenizer", **arguments)
+    assert type(encoder).__name__ == "KosmosGTextEncoder" and config.hidden_size == encoder.config.hidden_size
+    with torch.no_grad():
+        condition = encoder(tokenizer("<dog> <pair>", return_tensors="pt").input_ids)[0]
+    assert abs(condition[0].numpy() - expected["condition"][1]).max() < 1e-4
+    assert_no_package()
+
+
+def step_repository_is_a_custom_pipeline_for_another_base(folder, work, expected):
+    from diffusers import DiffusionPipeline
+    from transformers import AutoModel, AutoTokenizer
+
+    base = work / "base"  # U-Net, VAE and scheduler of a Stable Diffusion
+    base.mkdir()
+    index = json.loads((folder / "saved" / "model_index.json").read_text())
+    index = index | {
+        "_class_name": "StableDiffusionPipeline",
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+    }
+    (base / "model_index.json").write_text(json.dumps(index))
+    for part in ("unet", "vae", "scheduler"):
+        shutil.copytree(folder / "saved" / part, base / part)
+    with fake_hub(folder / "saved", work / "cache"):
+        parts = {
+            "text_encoder": AutoModel.from_pretrained(
+                "someone/kosmos-g", subfolder="text_encoder", trust_remote_code=True
+            ),
+            "tokenizer": AutoTokenizer.from_pretrained(
+                "someone/kosmos-g", subfolder="tokenizer", trust_remote_code=True
+            ),
+        }
+        pipe = DiffusionPipeline.from_pretrained(
+            base, custom_pipeline="someone/kosmos-g", trust_remote_code=True, **parts
+        )
+    assert type(pipe).__name__ == "KosmosGPipeline"
+    assert_same(pipe, expected, 1e-5)
     assert_no_package()
 
 

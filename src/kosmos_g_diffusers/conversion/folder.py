@@ -1,7 +1,6 @@
 """Writes a Kosmos-G folder: the parts of a Stable Diffusion and new ones, one model in memory at a time, each read back."""
 
 import os
-import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,8 +208,7 @@ def write_pipeline(folder, pipeline, weights, provenance):
         elif part is not None:
             part.save_pretrained(folder / name)
     pipeline.save_config(folder)
-    # the components have copied theirs
-    shutil.copyfile(pipeline_kosmos_g.__file__, folder / "pipeline_kosmos_g.py")
+    pipeline.save_code(folder)
     write_model_card(pipeline, folder, provenance=provenance)
 
 
