@@ -987,9 +987,6 @@ class KosmosGPromptMixin:
         for name, value in config.items():
             if isinstance(value, (list, tuple)) and value and value[0] in MODULES:
                 module = f"{package}.{value[0]}"
-                # in the package, which loads no module before it is needed; a saved folder has none next to this one
-                if package and Path(__file__).with_name(f"{value[0]}.py").is_file():
-                    importlib.import_module(module)
                 if module in sys.modules:
                     config[name] = [module, *value[1:]]
         return config
