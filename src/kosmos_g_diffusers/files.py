@@ -1,14 +1,23 @@
 """Files as everything here writes and reads them: atomically, known by their hash, JSON of bounded size."""
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be removed or renamed anyway
+    fcntl = None
+
 MOST_JSON_BYTES = 64 * 1024**2
+MOST_NAME_BYTES = 255  # of a file, on all common file systems
 
 
 @contextmanager
@@ -16,45 +25,162 @@ def written_atomically(path):
     """A binary file to write to that becomes `path` when the block ends well, and otherwise leaves nothing.
 
     Until then it has a hidden name next to `path`, which `remove_partial_files` knows. Folders on the way are made.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    partial = path  # until it has a name
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # a power cut must not leave a name without its contents
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file, partial = _open_partial(path)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # a power cut must not leave a name without its contents
+                if fcntl is not None:  # still locked, so that nobody takes it for abandoned
+                    os.replace(partial, path)
+            if fcntl is None:  # Windows renames no open file
+                os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        # whoever reads it asked for `path`, and knows nothing of a hidden file
+        if error.errno is None or error.filename not in (None, str(partial), str(path)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _open_partial(path):
+    """A new hidden file next to `path`, open and locked as long as it is, with the mode that the umask asks for."""
+    while True:
+        partial = path.with_name(f".{_start_of(path.name)}.{secrets.token_hex(4)}.part")
+        file = open(partial, "xb")
+        # one that has been taken for abandoned between these two lines has no name any more
+        if _lock(file.fileno()) and (fcntl is None or os.fstat(file.fileno()).st_nlink):
+            return file, partial
+        file.close()
+
+
+def _start_of(name):
+    """As much of a file's name as leaves room for what `_open_partial` adds."""
+    return name.encode("utf-8", "surrogateescape")[: MOST_NAME_BYTES - 15].decode("utf-8", "ignore")
+
+
+def _lock(descriptor):
+    """Whether this process alone has a file or folder open with such a lock now; the kernel unlocks what is closed."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+    return True
 
 
 def write_text(path, text):
     """Write a text file in UTF-8 atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path, content):
+    """Write a file atomically."""
     with written_atomically(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(content)
 
 
 def remove_partial_files(folder, name="*", older_than=0.0):
-    """Remove what a process that was killed has left of `written_atomically` in a folder.
+    """Remove what a process that was killed has left of `written_atomically` in a folder; what is being written stays.
 
     Args:
         name: pattern of the names that the files would have had.
-        older_than: seconds without a change; younger files may belong to a process that is still writing.
+        older_than: seconds without a change; younger files stay.
     """
     # version 0.1.0 wrote some of them under names that are not hidden
     for pattern in (f".{name}.*.part", f"{name}.*.part"):
         for path in Path(folder).glob(pattern):
-            try:
-                if time.time() - path.stat().st_mtime >= older_than:
-                    path.unlink()
-            except FileNotFoundError:  # another process was quicker
-                pass
+            # another process was quicker, or on Windows has it open
+            with contextlib.suppress(FileNotFoundError, PermissionError, IsADirectoryError):
+                with open(path, "r+b") as file:
+                    is_left = time.time() - path.stat().st_mtime >= older_than and _lock(file.fileno())
+                    if is_left and fcntl is not None:
+                        path.unlink()  # while it is locked
+                if is_left:
+                    path.unlink(missing_ok=True)
+
+
+def check_output_file(path, overwrite=True, suffix=None, why=""):
+    """The path of a file that is to be written, checked before any work; what a killed run has left of it is removed.
+
+    Args:
+        overwrite: whether it may be there already.
+        suffix: how its name must end, such as ".png".
+        why: said when it ends otherwise.
+
+    Raises:
+        ValueError: it is a folder or names one, its folder is not there or cannot be written to, its name is too long or
+            ends otherwise.
+        FileExistsError: it is there already and may not be.
+    """
+    text, path = str(path), Path(path)
+    if not text or text.endswith(("/", os.sep)) or _exists(path) and path.is_dir():
+        raise ValueError(f"The output {text!r} is a folder. Pass the path of a file.")
+    if suffix is not None and path.suffix.lower() != suffix:
+        raise ValueError(f"The output {text!r} does not end in {suffix}{why}.")
+    if not path.parent.is_dir():
+        what = "is a file" if path.parent.exists() else "is not there"
+        raise ValueError(
+            f"There is no folder {str(path.parent)!r} to write the output {text!r} into: it {what}. Make it first."
+        )
+    _check_writable(path, path.parent)
+    remove_partial_files(path.parent, glob.escape(_start_of(path.name)))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"The output {text!r} is a device or pipe. Pass the path of a file.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} would be overwritten. Pass --force, or another --output.")
+    return path
+
+
+def check_output_folder(path):
+    """The path of a folder that is to be written, which may be there or can be made. ValueError as `check_output_file`."""
+    text, path = str(path), Path(path)
+    if not text:
+        raise ValueError("The output '' has no name. Pass the path of a folder.")
+    if _exists(path) and not path.is_dir():
+        raise ValueError(f"The output {text!r} is a file. Pass the path of a folder.")
+    above = next(folder for folder in (path, *path.absolute().parents) if _exists(folder))
+    if not above.is_dir():
+        raise ValueError(f"The output {text!r} cannot be made: {above} is a file. Pass another folder.")
+    _check_writable(path, above)
+    return path
+
+
+def _exists(path):
+    """Whether a file or folder is there, or a link to none. ValueError for a name that the file system cannot hold."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"The output {str(path)[:100]!r} cannot be written: {reason}. Pass another."
+        ) from error
+    return True
+
+
+def _check_writable(path, folder):
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        where = str(folder)
+        raise ValueError(
+            f"The output {str(path)!r} cannot be written: no file can be made in {where!r} ({error.strerror}). Pass another."
+        ) from error
 
 
 def read_json(path, expected="Expected a JSON file."):

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from ..environment import DTYPES, check_device, default_device, default_dtype
+from ..files import check_output_folder
 from ..provenance import add_flags as add_mark_flags
 from ..provenance import read_flags as read_mark_flags
 from ..serving.queue import CAPACITY
@@ -45,6 +46,7 @@ def add_arguments(parser):
 
 def run(arguments):
     auth = read_auth(arguments.auth)
+    check_output_folder(arguments.output)
     if auth is None and (arguments.share or arguments.host not in LOCAL_HOSTS):
         note = "Note: anyone who reaches this address can use it. --auth USER:PASSWORD asks for one."
         print(note, file=sys.stderr)

@@ -14,6 +14,7 @@ import sys
 
 from ..captioning import MAX_NEW_TOKENS
 from ..environment import DTYPES, as_dtype, check_device, default_device, default_dtype
+from ..files import check_output_file, write_text
 from ..sprites.pretrained import SPRITES, SPRITES_NOTE
 
 
@@ -21,6 +22,8 @@ def add_arguments(parser):
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="path or URL")
     add("--prompt", metavar="TEXT", help="(default: one that asks for a caption)")
+    add("--output", metavar="FILE", help="text file to write as well, with the same lines")
+    add("--force", action="store_true", help="overwrite the file if it is there")
     add("--model", metavar="MODEL", help="folder or Hub id (default: the small model that ships, of sprites)")
     longest = f"longest answer (default: {MAX_NEW_TOKENS})"
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=longest)
@@ -38,6 +41,9 @@ def run(arguments):
     check_device(device)
     if arguments.num_beams < 1:
         raise ValueError(f"--num-beams is {arguments.num_beams}; expected 1 or more.")
+    output = arguments.output
+    if output is not None:
+        output = check_output_file(output, arguments.force)
     dtype = as_dtype(arguments.dtype or default_dtype(device))
     answer = load_answerer(arguments.model or SPRITES, dtype, device)
     prompt = CAPTION_PROMPT if arguments.prompt is None else arguments.prompt
@@ -45,8 +51,12 @@ def run(arguments):
     if IMAGE_MARK not in prompt:
         prompt, groups = f"{IMAGE_MARK} {prompt}", [[image] for image in arguments.images]
     options = {"max_new_tokens": arguments.max_new_tokens, "num_beams": arguments.num_beams}
+    lines = []
     for group in groups:
         text = answer(prompt, group, **options)
-        print(text if len(groups) == 1 else f"{group[0]}: {text}")
+        lines.append(text if len(groups) == 1 else f"{group[0]}: {text}")
+        print(lines[-1])
+    if output is not None:
+        write_text(output, "".join(f"{line}\n" for line in lines))
     if arguments.model is None:
         print(SPRITES_NOTE, file=sys.stderr)

@@ -11,11 +11,10 @@ examples:
   kosmos-g control inpaint photo.png --mask mask.png --output holes.png
 """
 
-from pathlib import Path
-
 from ..control.table import CONTROLS
 from ..environment import check_device
 from ..fields import add_flag
+from ..files import check_output_file
 
 
 def add_arguments(parser):
@@ -41,11 +40,7 @@ def run(arguments):
     if arguments.image is None:  # nor perhaps the name before it
         example = "kosmos-g control canny photo.png"
         raise ValueError(f"Name a control and an image: {example}. --list shows the controls.")
-    output = Path(arguments.output)
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"The output {arguments.output!r} does not end in .png.")
-    if output.exists() and not arguments.force:
-        raise FileExistsError(f"{output} would be overwritten. Pass --force, or another --output.")
+    output = check_output_file(arguments.output, arguments.force, ".png")
     check_device(arguments.device)
     from ..control.controls import control_image, save_control
 

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor
 
 from .. import pipeline_kosmos_g
 from ..environment import DTYPES, as_dtype
-from ..files import first_line
+from ..files import check_output_folder, first_line
 from ..loading import IncompleteWeights, empty_model, load_pretrained, read_object
 from ..model_card import write_model_card
 from .keys import shortened
@@ -53,10 +53,7 @@ def check_output(output):
     if output.exists() or output.is_symlink():
         what = "a folder that is not empty" if output.is_dir() else "a file"
         raise ValueError(f"The output {output} is {what}. Pass a folder that does not exist yet.")
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise ValueError(f"The output {output} cannot be made: {above} is a file. Pass another folder.")
-    return output
+    return check_output_folder(output)
 
 
 def locate(source, kind, content, files=None):

@@ -4,7 +4,7 @@ import json
 from operator import attrgetter
 from pathlib import Path
 
-from ..files import write_text
+from ..files import check_output_folder, write_text
 from .images import check_complete
 from .manifest import OWN_PICTURES, Manifest
 from .report import (
@@ -36,7 +36,7 @@ def compare(folder_a, folder_b, output):
         FileExistsError: `output` holds something that is not a comparison.
         ImportError: matplotlib is not installed.
     """
-    output = Path(output)
+    output = check_output_folder(output)
     free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not free and not (output / FILE_NAME).is_file():
         raise FileExistsError(f"{output} is there and holds no comparison. Pass another --output.")

@@ -1,12 +1,11 @@
 """A benchmark from its manifest to its report, in one or many processes, as often as it takes."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from ..environment import check_device, package_versions
-from ..files import hash_bytes
+from ..files import check_output_folder, hash_bytes, write_bytes
 from ..generation.settings import GenerationSettings
 from ..provenance import MARKED
 from .images import generate, identify_model, join_processes, open_folder
@@ -37,7 +36,7 @@ def evaluate(
     Raises:
         ValueError, OSError, ImportError: see the functions called here. Nothing that is there is overwritten.
     """
-    output, scorers = Path(output), [*manifest.scorers, *scorers]
+    output, scorers = check_output_folder(output), [*manifest.scorers, *scorers]
     # all until the run is begun: before hours of work, and before anything is written
     load_matplotlib()
     if batch_size < 1:
@@ -84,9 +83,8 @@ def _begin(manifest, output, state, model, settings, device, batch_size):
         open_folder(output, replace(asked, data=OWN_PICTURES if own else data, model=identify_model(model)))
         for name, content in manifest.files.items():
             path = output / name
-            path.parent.mkdir(exist_ok=True)
             if not path.exists() or path.read_bytes() != content:  # as a kill may have left it
-                path.write_bytes(content)
+                write_bytes(path, content)
     state.wait_for_everyone()
     found = Manifest.read(output)
     begun = {name: getattr(found, name) for name in ("settings", "conditions", "pictures")}

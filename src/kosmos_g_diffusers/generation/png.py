@@ -4,8 +4,10 @@ The settings are one JSON object in the PNG's text chunk `kosmos_g`, next to the
 nothing and decodes no pixels: it takes JSON of known keys, types and ranges, and refuses the rest.
 """
 
+from functools import partial
 from pathlib import Path
 
+from ..files import check_output_file
 from ..provenance import MARKED, read_info
 from .settings import FILES, GenerationSettings
 
@@ -63,17 +65,14 @@ def output_paths(output, num_images, overwrite=True):
     """Files of a run: `out.png` for one image; `out_0.png`, `out_1.png`, ... and the grid `out.png` for several.
 
     Raises:
-        ValueError: `output` does not end in .png, or its folder is not there.
+        ValueError: `output` does not end in .png, or cannot be written; see `check_output_file`.
         FileExistsError: one of them is there already and `overwrite` is False.
     """
-    output = Path(output)
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"The output {str(output)!r} does not end in .png, whose files carry settings.")
-    if not output.parent.is_dir():
-        raise ValueError(f"There is no folder {str(output.parent)!r} to write into. Make it first.")
+    checked = partial(check_output_file, suffix=".png", why=", whose files carry settings")
+    output = checked(output)
     several = range(num_images if num_images > 1 else 0)
     paths = [*(output.with_stem(f"{output.stem}_{index}") for index in several), output]
-    existing = ", ".join(str(path) for path in paths if path.exists())
+    existing = ", ".join(str(path) for path in map(checked, paths) if path.exists())
     if existing and not overwrite:
         raise FileExistsError(f"{existing} would be overwritten. Pass --force, or another --output.")
     return paths

@@ -93,11 +93,11 @@ class Store:
     def put_example(self, name, image):
         """Write an image, a path or a PIL image, among the uploads, under a name that users see; returns its path."""
         path = self.folder / UPLOADS / "examples" / name
-        path.parent.mkdir(exist_ok=True)
-        if isinstance(image, PIL.Image.Image):
-            image.save(path)
-        else:
-            shutil.copyfile(image, path)
+        with written_atomically(path) as file:
+            if isinstance(image, PIL.Image.Image):
+                image.save(file, format="PNG")
+            else:
+                file.write(Path(image).read_bytes())
         return path
 
     def new_image_path(self):

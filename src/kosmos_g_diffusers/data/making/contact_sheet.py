@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from ...files import written_atomically
+from ...files import check_output_file, written_atomically
 from ..recipes import interleave
 from ..sample import BadSample
 from ..shard_files import ShardFiles
@@ -58,8 +58,9 @@ def write_contact_sheet(where, path, samples=100):
         samples: how many at most.
 
     Raises:
-        ValueError: there are no shards, or no samples in them.
+        ValueError: there are no shards, or no samples in them; the page cannot be written.
     """
+    path = check_output_file(path)
     files = ShardFiles(where)
     counts = files.count()
     total = sum(counts)
@@ -81,7 +82,7 @@ def write_contact_sheet(where, path, samples=100):
     )
     with written_atomically(path) as file:
         file.write(page.encode("utf-8", errors="replace"))
-    return Path(path)
+    return path
 
 
 def _describe_shard(files, shard, places):

@@ -13,13 +13,12 @@ import os
 import zlib
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 import filelock
 from tqdm.auto import tqdm
 
 from ...environment import package_versions
-from ...files import read_json, remove_partial_files, write_text
+from ...files import check_output_folder, read_json, remove_partial_files, write_text
 from ..sample import BadSample
 from ..shard_files import index_tar
 from ..shard_writer import ShardWriter, write_shard_index
@@ -59,7 +58,8 @@ class OutputFolder:
             )
         if samples_per_shard < 1:
             raise ValueError(f"{samples_per_shard} samples a shard were given. Expected at least 1.")
-        self.folder, self.command, self.settings = Path(folder), command, json.loads(json.dumps(settings))
+        self.folder, self.command = check_output_folder(folder), command
+        self.settings = json.loads(json.dumps(settings))
         self.process_index, self.num_processes = process_index, num_processes
         self.samples_per_shard = samples_per_shard
         self.prefix = f"part-{process_index:03d}"
