@@ -1,5 +1,6 @@
 """`kosmos-g generate` with the parts of others: --unet, --lora, --image-words."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from kosmos_g_diffusers import KosmosGPipeline
 from kosmos_g_diffusers.cli import main
 from kosmos_g_diffusers.generation.generate import load_unet
 from kosmos_g_diffusers.generation.png import read_settings, write_png
-from kosmos_g_diffusers.generation.settings import GenerationSettings
+from kosmos_g_diffusers.generation.settings import GenerationSettings, LoraInput
 from kosmos_g_diffusers.testing import build_tiny_pipeline
 
 SEED = ("--seed", "1", "--steps", "2")
@@ -129,10 +130,10 @@ def test_unet_that_does_not_fit_is_refused(folder, fine_tuned, capsys):
 # LoRA and image words ------------------------------------------------------------------------------------------------
 
 
-def make_lora(unet):
+def make_lora(unet, seed=3):
     """A random LoRA for the attention of a U-Net, in diffusers' spelling."""
     peft = pytest.importorskip("peft")
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     return {f"unet.{name}": value for name, value in peft.get_peft_model_state_dict(unet).items()}
 
@@ -150,6 +151,55 @@ def test_lora_acts_with_its_scale(folder, fine_tuned):
     assert (read_settings("out.png").lora, read_settings("out.png").lora_scale) == ("style.safetensors", 0.5)
     assert main(["generate", "--from", "out.png", "--output", "again.png"]) == 0
     assert np.array_equal(PIL.Image.open("again.png"), half)
+
+
+def test_several_loras_act_together_each_with_the_scale_behind_it(folder, fine_tuned, capsys):
+    first, second = (make_lora(UNet2DConditionModel.from_config(fine_tuned.config), seed) for seed in (3, 4))
+    save_file(first, "a.safetensors")
+    save_file(second, "b.safetensors")
+    both = ("--lora", "a.safetensors", "--lora", "b.safetensors")
+    image = generate("a hat", *both, "--lora-scale", "0.5")  # of the second
+    assert read_settings("out.png").loras == (LoraInput("a.safetensors"), LoraInput("b.safetensors", 0.5))
+    assert read_settings("out.png").lora is None
+    pipe = KosmosGPipeline.from_pretrained("kosmos-g")
+    for name in "ab":
+        pipe.load_lora_weights(f"{name}.safetensors", adapter_name=name)
+    pipe.set_adapters(["a", "b"], [1.0, 0.5])
+    assert np.array_equal(pictured(pipe), image)
+    assert main(["generate", "--from", "out.png", "--output", "again.png"]) == 0
+    assert np.array_equal(PIL.Image.open("again.png"), image)
+    each = (
+        "--lora",
+        "a.safetensors",
+        "--lora-scale",
+        "0.25",
+        "--lora",
+        "b.safetensors",
+        "--lora-scale",
+        "0.75",
+    )
+    in_order = (*both, "--lora-scale", "0.25", "--lora-scale", "0.75")
+    assert np.array_equal(generate("a hat", *each), generate("a hat", *in_order))
+    assert [lora.scale for lora in read_settings("out.png").loras] == [0.25, 0.75]
+    # others than those of the PNG, and other scales of its own
+    assert main(["generate", "--from", "again.png", "--lora", "b.safetensors", "--output", "one.png"]) == 0
+    assert (read_settings("one.png").lora, read_settings("one.png").lora_scale) == ("b.safetensors", 1.0)
+    scales = ("--lora-scale", "0.1", "--lora-scale", "0.2")
+    assert main(["generate", "--from", "again.png", *scales, "--output", "scaled.png"]) == 0
+    assert [lora.scale for lora in read_settings("scaled.png").loras] == [0.1, 0.2]
+    Path("out.png").unlink()
+    for wrong in (("--from", "again.png", "--lora-scale", "0.1"), ("a hat", "--lora-scale", "1", *both)):
+        assert "1 --lora-scale and 2 --lora were given" in fails(capsys, *wrong)
+    twice = ("--lora-scale", "1", "--lora-scale", "2", "--lora", "b.safetensors", "--lora", "b.safetensors")
+    assert "2 --lora-scale and 3 --lora" in fails(capsys, "a hat", "--lora", "a.safetensors", *twice)
+    assert "1 --lora-scale and 0 --lora" in fails(capsys, "a hat", "--lora-scale", "1")
+    Path("b.safetensors").unlink()
+    assert "names the LoRA 'b.safetensors', which is not here" in fails(capsys, "--from", "again.png")
+
+
+def test_png_of_one_lora_is_as_older_packages_read_it():
+    record = json.loads(GenerationSettings("a hat", lora="a.safetensors", lora_scale=0.5).to_json())
+    assert record["lora"] == "a.safetensors" and "loras" not in record
 
 
 def test_lora_that_cannot_be_used_is_refused(folder, capsys):

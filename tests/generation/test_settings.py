@@ -1,6 +1,7 @@
 import json
 import struct
 import zlib
+from dataclasses import replace
 
 import PIL.Image
 import PIL.PngImagePlugin
@@ -9,7 +10,7 @@ import pytest
 from kosmos_g_diffusers.environment import package_versions
 from kosmos_g_diffusers.generation.grid import grid_of
 from kosmos_g_diffusers.generation.png import PNG_KEY, output_paths, read_settings, write_png
-from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage
+from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage, LoraInput
 
 SHA256 = "0123456789abcdef" * 4
 SETTINGS = GenerationSettings(
@@ -23,6 +24,9 @@ SETTINGS = GenerationSettings(
     index=3,
     versions=package_versions(),
 )
+LORA = {"path": "a.safetensors", "scale": 0.5}
+CONTROL = {"name": "canny", "picture": {"path": "a.png", "sha256": SHA256}}
+CONTROL |= {"ready": True, "scale": 1.0, "start": 0.0, "end": 1.0}
 
 
 @pytest.fixture
@@ -47,6 +51,14 @@ def test_settings_survive_the_png(tmp_path, image):
     assert read_settings(tmp_path / "a.png") == SETTINGS
     assert PIL.Image.open(tmp_path / "a.png").tobytes() == image.tobytes()
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_several_loras_survive_the_png(tmp_path, image):
+    settings = replace(SETTINGS, loras=(LoraInput("a.safetensors", 0.5), LoraInput("b.safetensors", -1)))
+    write_png(image, tmp_path / "a.png", settings)
+    assert read_settings(tmp_path / "a.png") == settings
+    assert settings.all_loras == settings.loras
+    assert replace(SETTINGS, lora="a", lora_scale=2).all_loras == (LoraInput("a", 2),)
 
 
 def test_settings_of_an_older_release_take_defaults_for_what_it_did_not_know(tmp_path):
@@ -85,6 +97,21 @@ def test_png_is_written_whole_or_not_at_all(tmp_path, image, monkeypatch, failin
         ("[]", "a JSON list"),
         ("{}", "format None"),
         (record(format=2), "format 2; this package reads 1"),
+        (record(format=True), "format True; this package reads 1"),
+        (record(format=1.0), "format 1.0; this package reads 1"),
+        (record(model=""), "model is ''; expected a path or Hub id"),
+        (record(unet=" "), "unet is ' '"),
+        (record(lora=""), "lora is ''"),
+        (record(images=[{"path": "", "sha256": SHA256}]), "path of an input image is ''"),
+        (record(controls=[{**CONTROL, "controlnet": ""}]), "controlnet is ''"),
+        (record(loras=[LORA]), "loras holds two LoRAs or more"),
+        (record(loras=[LORA, LORA], lora="c"), "and then lora none"),
+        (record(loras=[LORA, {"path": "b", "scale": 11}]), "lora_scale is 11"),
+        (record(loras=[LORA, {"path": "b", "scale": True}]), "lora_scale is of type bool"),
+        (record(loras=[LORA, {"path": ""}]), "path and scale"),
+        (record(loras=[LORA, {"path": "", "scale": 1}]), "path of a LoRA is ''"),
+        (record(loras=[LORA, {"path": "//server/b", "scale": 1}]), "another machine"),
+        (record(loras={"a": 1}), "list of objects"),
         (record(prompt="absent"), "no prompt"),
         (record(prompt=None), "prompt is of type NoneType"),
         (record(prompt="<i> and <i>"), "2 '<i>' marks but 1 images"),

@@ -240,20 +240,25 @@ def restore_values(path, session, models, store, has_controls):
     for what, name, offered in (
         ("model", model, models.models),
         ("U-Net", settings.unet, models.unets),
-        ("LoRA", settings.lora, models.loras),
+        *(("LoRA", lora.path, models.loras) for lora in settings.all_loras),
     ):
         if name is not None and name not in offered:
             notes.append(f"Its {what} is not offered here.")
     if any(control.controlnet for control in settings.controls):
         notes.append("It was made with a ControlNet of its own, which is not offered here.")
+    if len(settings.all_loras) > 1:
+        first = "the first that is offered here is chosen"
+        notes.append(f"It was made with {len(settings.all_loras)} LoRAs, and this page takes one: {first}.")
+    lora = next((lora for lora in settings.all_loras if lora.path in models.loras), None)
     _restore_words(settings, session, models, store, notes)
-    names = ("prompt", "lora_scale", "num_images", "steps", "guidance", "seed")
+    names = ("prompt", "num_images", "steps", "guidance", "seed")
     values = {
         **{name: getattr(settings, name) for name in names},
         "pictures": [os.path.relpath(image) for image in images if image] or None,
         "negative_prompt": settings.negative_prompt or "",
         "unet": settings.unet if settings.unet in models.unets else OWN,
-        "lora": settings.lora if settings.lora in models.loras else NO_LORA,
+        "lora": NO_LORA if lora is None else lora.path,
+        "lora_scale": settings.lora_scale if lora is None else lora.scale,
         "width": settings.width or 0,
         "height": settings.height or 0,
         "surprise": False,

@@ -12,7 +12,7 @@ examples:
   kosmos-g generate "<i>" --image dog.png --model ./kosmos-g --control canny:photo.png --control-scale 0.8 \\
       --control depth:@depth.png --control-scale 0.5
   kosmos-g generate "<my-dog> in the snow" --image-words my-dog.safetensors --model ./kosmos-g \\
-      --unet anime.safetensors --lora watercolour.safetensors --lora-scale 0.8
+      --unet anime.safetensors --lora watercolour.safetensors --lora-scale 0.8 --lora grain.safetensors
   kosmos-g generate --from jungle_2.png --output again.png
   kosmos-g generate --from jungle_2.png --steps 100 --height 768 --output finer.png
   kosmos-g generate --from jungle_2.png --show
@@ -27,13 +27,13 @@ from pathlib import Path
 
 from ..environment import default_device, default_dtype, package_versions
 from ..fields import add_flags
-from ..generation.settings import ControlInput, GenerationSettings, InputImage
+from ..generation.settings import ControlInput, GenerationSettings, InputImage, LoraInput
 from ..provenance import add_flags as add_mark_flags
 from ..provenance import read_flags as read_mark_flags
 from ..sprites.pretrained import SPRITES_NOTE, with_small_model
 from .show import as_text
 
-# setting of a ControlInput -> its flag, which is given once for each --control
+# setting of a ControlInput -> its flag, which belongs to a --control
 CONTROL_FLAGS = {
     entry.name: entry.name if entry.name == "controlnet" else f"control_{entry.name}"
     for entry in fields(ControlInput)
@@ -56,7 +56,7 @@ def add_arguments(parser):
     for entry in fields(ControlInput):
         if entry.name in CONTROL_FLAGS:
             flag, kind = _flag(CONTROL_FLAGS[entry.name]), float if entry.type is float else str
-            repeated(flag, type=kind, metavar=entry.metadata["metavar"], help=entry.metadata["help"])
+            _add_belonging(parser, flag, "controls", kind, entry)
     words = "image words that the prompt uses (pipe.save_image_words, kosmos-g app); repeat it"
     repeated("--image-words", help=words)
     add("--output", default="out.png", metavar="FILE", help="PNG to write (default: out.png)")
@@ -64,11 +64,40 @@ def add_arguments(parser):
     add("--from", dest="source", default=None, metavar="FILE", help="take the settings of a PNG made here")
     add("--show", action="store_true", default=False, help="print the settings as JSON and stop")
     add_mark_flags(add)
-    add_flags(parser, GenerationSettings)
+    lora, lora_scale = (entry for entry in fields(GenerationSettings) if entry.name in ("lora", "lora_scale"))
+    metavar, text = (lora.metadata[name] for name in ("metavar", "help"))
+    add("--lora", action="append", dest="loras", metavar=metavar, help=text)
+    _add_belonging(parser, "--lora-scale", "loras", float, lora_scale)
+    add_flags(parser, GenerationSettings, leave_out=("lora", "lora_scale"))
 
 
 def _flag(name):
     return "--" + name.replace("_", "-")
+
+
+def _add_belonging(parser, flag, owner, kind, entry):
+    """A flag that is repeated, whose values know how many of another, which has the destination `owner`, came before."""
+
+    class Belonging(argparse.Action):
+        def __call__(self, parser, namespace, value, option_string=None):
+            before = getattr(namespace, self.dest, [])
+            setattr(namespace, self.dest, [*before, (len(getattr(namespace, owner, [])), value)])
+
+    metavar, text = (entry.metadata[name] for name in ("metavar", "help"))
+    parser.add_argument(flag, action=Belonging, type=kind, metavar=metavar, help=text)
+
+
+def _belonging(values, records, flag, owner):
+    """Values of such a flag by the place of the record that each belongs to, which came with the flag `owner`."""
+    places = [before - 1 for before, _ in values]
+    if len(values) == len(records):  # as all of them at the end of the line
+        places = list(range(len(records)))
+    if -1 in places or len(set(places)) < len(places):
+        raise ValueError(
+            f"{len(values)} {flag} and {len(records)} {owner} were given. A {flag} belongs to the {owner} before it: pass at "
+            f"most one behind each {owner}, or one for each in the same order."
+        )
+    return {place: value for place, (_, value) in zip(places, values, strict=True)}
 
 
 def run(arguments):
@@ -90,7 +119,7 @@ def run(arguments):
 def _read(arguments):
     """Flags, over the settings of --from, over defaults -> settings, and the paths of images and of control images."""
     names = [entry.name for entry in fields(GenerationSettings) if entry.name in arguments]
-    given = {name: arguments[name] for name in names}
+    given = {name: arguments[name] for name in names if name not in ("loras", "lora_scale")}
     images = given.get("images", [])
     given["images"] = tuple(InputImage.from_file(path) for path in images)
     if "image_words" in given:
@@ -102,6 +131,7 @@ def _read(arguments):
         given.setdefault("seed", secrets.randbelow(2**32))
         given.setdefault("device", default_device())
         given["controls"], control_images = _read_controls(arguments)
+        given.update(_read_loras(arguments))
         settings = GenerationSettings(**given, versions=package_versions())  # checks the device's name
         if "dtype" not in given:
             settings = replace(settings, dtype=default_dtype(settings.device))
@@ -118,10 +148,12 @@ def _read(arguments):
         del given["images"]
         images = [image.find(folder) for image in recorded.images]
     # a PNG may come from a stranger: what it names is not downloaded unless the user says so
-    for name, label in (("model", "model"), ("unet", "U-Net"), ("lora", "LoRA")):
-        place = getattr(recorded, name)
-        if name not in given and place is not None and not Path(place).exists():
-            raise _not_here(label, place, name)
+    named = [("model", "model", recorded.model), ("unet", "U-Net", recorded.unet)]
+    named += [("loras", "LoRA", lora.path) for lora in recorded.all_loras]
+    for name, label, place in named:
+        if name not in arguments and place is not None and not Path(place).exists():
+            raise _not_here(label, place, name.rstrip("s"))
+    given.update(_read_loras(arguments, recorded.all_loras))
     if "image_words" not in given:
         found = [words.find(folder, "Pass --image-words anew.") for words in recorded.image_words]
         given["image_words"] = tuple(InputImage.from_file(path) for path in found)
@@ -157,14 +189,18 @@ def _read_controls(arguments, recorded=()):
             if "controlnet" not in arguments and control.controlnet and not Path(control.controlnet).exists():
                 raise _not_here("ControlNet", control.controlnet, "controlnet")
     for name, flag in CONTROL_FLAGS.items():
-        values = arguments.get(flag)
-        if values is None:
-            continue
-        if len(values) != len(controls):
-            raise ValueError(
-                f"{len(values)} {_flag(flag)} and {len(controls)} --control were given. Pass one for each control, in the "
-                "same order."
-            )
-        pairs = zip(controls, values, strict=True)
-        controls = [replace(control, **{name: value}) for control, value in pairs]
+        values = _belonging(arguments.get(flag, ()), controls, _flag(flag), "--control")
+        for place, value in values.items():
+            controls[place] = replace(controls[place], **{name: value})
     return tuple(controls), paths
+
+
+def _read_loras(arguments, recorded=()):
+    """Flags, over the LoRAs of --from -> what they change in the settings."""
+    if "loras" not in arguments and "lora_scale" not in arguments:
+        return {}
+    loras = [LoraInput(path) for path in arguments.get("loras", ())] or list(recorded)
+    values = _belonging(arguments.get("lora_scale", ()), loras, "--lora-scale", "--lora")
+    for place, value in values.items():
+        loras[place] = replace(loras[place], scale=value)
+    return GenerationSettings.lora_fields(loras)

@@ -9,7 +9,6 @@ examples:
 """
 
 import json
-from dataclasses import asdict
 
 
 def add_arguments(parser):
@@ -36,10 +35,10 @@ def run(arguments):
 
 def as_text(settings):
     """Settings as JSON; with everything beyond ASCII escaped if something in it could steer a terminal."""
-    text = json.dumps(asdict(settings), indent=2, ensure_ascii=False)
+    text = json.dumps(settings.as_record(), indent=2, ensure_ascii=False)
     if all(character.isprintable() or character == "\n" for character in text):
         return text
-    return json.dumps(asdict(settings), indent=2)
+    return json.dumps(settings.as_record(), indent=2)
 
 
 def _as_line(text):

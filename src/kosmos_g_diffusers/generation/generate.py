@@ -40,8 +40,7 @@ def load_pipeline(settings):
     pipe = load_model(settings.model, dtype)
     if settings.unet is not None:
         pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, pipe.unet))
-    if settings.lora is not None:
-        add_lora(pipe, settings.lora, settings.lora_scale)
+    add_loras(pipe, settings.all_loras)
     for words in settings.image_words:
         pipe.load_image_words(words.find(Path(), "Run the command where it is."))
     if settings.controls:
@@ -109,18 +108,28 @@ def load_unet(source, like):
         ) from error
 
 
-def add_lora(pipe, source, scale):
-    """Let a LoRA act on the U-Net of a pipeline.
+def add_loras(pipe, loras):
+    """Let LoRAs act on the U-Net of a pipeline, all at once; `loras` are LoraInputs. Raises as `add_lora`."""
+    names = [LORA_NAME if index == 0 else f"{LORA_NAME}_{index}" for index in range(len(loras))]
+    for name, lora in zip(names, loras, strict=True):
+        add_lora(pipe, lora.path, lora.scale, name)
+    if len(loras) > 1:  # each that was added took the place of those before
+        pipe.set_adapters(names, [float(lora.scale) for lora in loras])
+
+
+def add_lora(pipe, source, scale, name=LORA_NAME):
+    """Let a LoRA act on the U-Net of a pipeline, and no other.
 
     Args:
         source: a file, a folder or a Hub id.
+        name: of the adapter.
 
     Raises:
         ImportError: peft is not installed.
         ValueError: there is no such LoRA, or it does not fit.
     """
     try:
-        pipe.load_lora_weights(source, adapter_name=LORA_NAME)
+        pipe.load_lora_weights(source, adapter_name=name)
     except (OSError, ValueError) as error:
         if Path(source).exists():
             raise
@@ -128,7 +137,7 @@ def add_lora(pipe, source, scale):
             f"The LoRA {str(source)!r} cannot be loaded ({first_line(error)}). Pass a .safetensors file, or the Hub id of one "
             "where there is a network."
         ) from error
-    pipe.set_adapters([LORA_NAME], [float(scale)])
+    pipe.set_adapters([name], [float(scale)])
 
 
 def with_controlnets(pipe, controlnets):

@@ -48,7 +48,7 @@ def read_settings(path):
         raise NoSettings(f"{str(path)!r} carries no settings of kosmos-g. {advice}")
     try:
         settings = GenerationSettings.from_json(text)
-        places = [settings.model, settings.unet, settings.lora]
+        places = [settings.model, settings.unet, *(lora.path for lora in settings.all_loras)]
         places += [file.path for name in FILES for file in getattr(settings, name)]
         for control in settings.controls:
             places += [control.picture.path, control.controlnet]

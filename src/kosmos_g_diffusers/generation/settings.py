@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..control.table import find_control
 from ..environment import DTYPES
-from ..fields import check, setting
+from ..fields import check, check_value, is_of_type, setting
 from ..files import hash_file
 from .schedulers import SCHEDULERS
 
@@ -17,6 +17,11 @@ OFFLOADS = ("none", "model", "sequential")
 FILES = ("images", "image_words")  # fields of GenerationSettings that hold an InputImage for each file
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,3})?")
 SIDE = {"help": "multiple of 8 (default: the model's)", "low": 8, "high": 8192, "metavar": "PIXELS"}
+LORA_SCALE = {"help": "weight of the --lora before it (default: 1)", "low": -10, "high": 10, "metavar": "N"}
+PLACES = ("model", "unet", "lora")  # fields of GenerationSettings that hold a path or Hub id
+NEWER = (
+    "loras",
+)  # fields that are written only where they say something: older packages refuse names that they do not know
 MAX_TEXT = 100_000  # characters of a prompt or path
 
 
@@ -28,7 +33,7 @@ class InputImage:
     sha256: str
 
     def __post_init__(self):
-        _check_text("path of an input image", self.path)
+        _check_place("path of an input image", self.path)
         if (
             not isinstance(self.sha256, str)
             or len(self.sha256) != 64
@@ -69,9 +74,9 @@ class ControlInput:
     picture: InputImage
     ready: bool = False  # it is the control image itself
     controlnet: str | None = setting(
-        None, "folder, file or Hub id for the next --control (default: of the table)", metavar="MODEL"
+        None, "folder, file or Hub id for the --control before it (default: of the table)", metavar="MODEL"
     )
-    scale: float = setting(1.0, "its weight (default: 1)", metavar="N")
+    scale: float = setting(1.0, "weight of the --control before it (default: 1)", metavar="N")
     start: float = setting(0.0, "of the steps before it acts", metavar="SHARE")
     end: float = setting(1.0, "of the steps when it ends", metavar="SHARE")
 
@@ -83,7 +88,7 @@ class ControlInput:
                 f"--mask MASK and pass that: --control {self.name}:@FILE"
             )
         if self.controlnet is not None:
-            _check_text("controlnet", self.controlnet)
+            _check_place("controlnet", self.controlnet)
         if not 0 <= self.scale <= 10:
             raise ValueError(f"control scale is {self.scale}; expected a number from 0 to 10.")
         if not 0 <= self.start < self.end <= 1:
@@ -91,6 +96,18 @@ class ControlInput:
                 f"control start is {self.start} and control end {self.end}; expected shares of the steps, 0 to 1, the start "
                 "before the end."
             )
+
+
+@dataclass(frozen=True)
+class LoraInput:
+    """One of several LoRAs for the U-Net. Raises TypeError, ValueError, as GenerationSettings."""
+
+    path: str
+    scale: float = setting(1.0, **LORA_SCALE)
+
+    def __post_init__(self):
+        _check_place("path of a LoRA", self.path)
+        check_value("lora_scale", self.scale, float, **LORA_SCALE)
 
 
 @dataclass(frozen=True)
@@ -113,8 +130,11 @@ class GenerationSettings:
     unet: str | None = setting(
         None, "folder, file or Hub id of a fine-tune's U-Net (default: the model's)", metavar="MODEL"
     )
-    lora: str | None = setting(None, "file, folder or Hub id of a LoRA for the U-Net", metavar="MODEL")
-    lora_scale: float = setting(1.0, "its weight", low=-10, high=10, metavar="N")
+    lora: str | None = setting(
+        None, "file, folder or Hub id of a LoRA for the U-Net; repeat it", metavar="MODEL"
+    )
+    lora_scale: float = setting(1.0, **LORA_SCALE)
+    loras: tuple = ()  # a LoraInput for each, where there are two or more; `lora` is None then
     image_words: tuple = ()  # an InputImage for each file of image words that the prompt uses
     # image k of a run is made with seed + k
     seed: int = setting(0, "of the first image (default: drawn, and stored)", low=0, high=2**63 - 1)
@@ -144,7 +164,7 @@ class GenerationSettings:
 
         for entry in fields(self):
             if isinstance(value := getattr(self, entry.name), str):
-                _check_text(entry.name, value)
+                (_check_place if entry.name in PLACES else _check_text)(entry.name, value)
         check(self)
         for name in ("height", "width"):
             if (side := getattr(self, name)) is not None and side % 8:
@@ -158,6 +178,12 @@ class GenerationSettings:
                 )
         if not all(isinstance(control, ControlInput) for control in self.controls):
             raise TypeError("controls holds something other than ControlInput.")
+        if not all(isinstance(lora, LoraInput) for lora in self.loras):
+            raise TypeError("loras holds something other than LoraInput.")
+        if len(self.loras) == 1 or (self.loras and self.lora is not None):
+            raise ValueError(
+                "loras holds two LoRAs or more, and then lora none; a single one stands in lora."
+            )
         n_marks = self.prompt.count(IMAGE_MARK)
         if n_marks != len(self.images):
             raise ValueError(
@@ -173,9 +199,26 @@ class GenerationSettings:
         """Whether a control shows the image itself, to be kept or changed, and not edges or the like: image-to-image by ControlNet."""
         return any(find_control(control.name).annotator is None for control in self.controls)
 
+    @property
+    def all_loras(self):
+        """A LoraInput for each LoRA, however many there are."""
+        return self.loras or (() if self.lora is None else (LoraInput(self.lora, self.lora_scale),))
+
+    @staticmethod
+    def lora_fields(loras):
+        """What to replace in settings so that `all_loras` is `loras`, a tuple of LoraInput."""
+        if len(loras) > 1:
+            return {"lora": None, "lora_scale": 1.0, "loras": tuple(loras)}
+        lora, scale = (loras[0].path, loras[0].scale) if loras else (None, 1.0)
+        return {"lora": lora, "lora_scale": scale, "loras": ()}
+
+    def as_record(self):
+        """The settings as a dict, as far as `to_json` writes them."""
+        return {name: value for name, value in asdict(self).items() if value or name not in NEWER}
+
     def to_json(self):
         """One line of ASCII JSON."""
-        return json.dumps({"format": FORMAT_VERSION, **asdict(self)}, allow_nan=False)
+        return json.dumps({"format": FORMAT_VERSION, **self.as_record()}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text):
@@ -187,7 +230,7 @@ class GenerationSettings:
         if not isinstance(record, dict):
             raise TypeError(f"they are a JSON {type(record).__name__}; expected an object.")
         version = record.pop("format", None)
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or not is_of_type(version, int):
             raise ValueError(f"they have format {version!r}; this package reads {FORMAT_VERSION}.")
         known = {entry.name for entry in fields(cls)}
         if set(record) - known or "prompt" not in record:
@@ -201,6 +244,7 @@ class GenerationSettings:
                 images = _read_records(InputImage, "images of controls", [control.get("picture")])
                 control["picture"] = images[0]
         record["controls"] = _read_records(ControlInput, "controls", controls)
+        record["loras"] = _read_records(LoraInput, "loras", record.get("loras", []))
         return cls(**record)
 
 
@@ -219,3 +263,10 @@ def _check_text(name, text):
         raise TypeError(f"{name} is of type {type(text).__name__}; expected str.")
     if len(text) > MAX_TEXT or "\0" in text:
         raise ValueError(f"{name} has {len(text)} characters; expected up to {MAX_TEXT}, no null character.")
+
+
+def _check_place(name, text):
+    """Of a path or Hub id."""
+    _check_text(name, text)
+    if not text.strip():
+        raise ValueError(f"{name} is {text!r}; expected a path or Hub id.")
