@@ -4,6 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -52,7 +53,7 @@ def test_run_writes_a_file_per_image_and_a_grid(folder, capsys):
     negative = ["--negative", "a hat", "--guidance", "3", "--scheduler", "dpm", "--height", "48"]
     assert generate(*PROMPT, "--num-images", "3", "--seed", "5", *negative) == 0
     out, err = capsys.readouterr()
-    assert out.split() == ["out_0.png", "out_1.png", "out_2.png", "out.png"]
+    assert out.split() == ["out_0.png", "out_1.png", "out_2.png", "out.png", "out_enlarged.png"]
     assert "knows nothing but sprites" in err
     assert PIL.Image.open("out_1.png").size == (64, 48)
     assert PIL.Image.open("out.png").size == (128, 96)
@@ -145,6 +146,149 @@ def test_files_are_overwritten_only_with_force(folder, capsys, monkeypatch):
     assert read_settings("out_1.png").index == 1
 
 
+# Enlarged copies -----------------------------------------------------------------------------------------------------
+
+
+def test_small_image_gets_an_enlarged_copy_and_stays_as_it_is(folder, capsys):
+    assert generate("a hat", "--seed", "1") == 0
+    assert capsys.readouterr().out.split() == ["out.png", "out_enlarged.png"]
+    image, copy = PIL.Image.open("out.png"), PIL.Image.open("out_enlarged.png")
+    assert (image.size, copy.size) == ((64, 64), (256, 256))
+    assert copy.resize((64, 64), PIL.Image.Resampling.NEAREST).tobytes() == image.tobytes()
+    assert copy.crop((0, 0, 4, 4)).getcolors() == [(16, image.getpixel((0, 0)))]
+    assert read_settings("out_enlarged.png") == read_settings("out.png")
+    assert generate("a hat", "--seed", "1", "--enlarge", "1", "--output", "plain.png") == 0
+    assert capsys.readouterr().out.split() == ["plain.png"] and pixels("plain.png") == image.tobytes()
+
+
+def test_other_models_get_an_enlarged_copy_when_it_is_asked_for(folder, capsys):
+    assert generate("a hat", "--model", SPRITES) == 0
+    assert capsys.readouterr().out.split() == ["out.png"]
+    assert generate("a hat", "--model", SPRITES, "--enlarge", "2", "--output", "b.png") == 0
+    assert capsys.readouterr().out.split() == ["b.png", "b_enlarged.png"]
+    assert PIL.Image.open("b_enlarged.png").size == (128, 128)
+    assert "--enlarge is 0" in fails(capsys, "generate", "a hat", "--enlarge", "0")
+    Path("b.png").unlink()
+    assert "b_enlarged.png would be overwritten" in fails(
+        capsys, "generate", "a hat", "--model", SPRITES, "--enlarge", "2", "--output", "b.png"
+    )
+
+
+# Runs that were stopped ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(folder, monkeypatch):
+    """A run of three images that Ctrl-C ended while it drew the second; returns its arguments."""
+    arguments = [*PROMPT, "--num-images", "3", "--scheduler", "euler-ancestral"]
+    draw = generation.draw_images
+
+    def draw_one(*args, **kwargs):
+        yield next(draw(*args, **kwargs))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "draw_images", draw_one)
+        assert generate(*arguments) == 130
+    assert sorted(path.name for path in folder.glob("*.png")) == ["out_0.png"]
+    return arguments
+
+
+def test_stopped_run_keeps_what_is_there_and_draws_the_rest(stopped, capsys):
+    first = Path("out_0.png").read_bytes()
+    assert "Pass --force, --resume to keep" in fails(capsys, "generate", *stopped, "--steps", "2")
+    assert generate(*stopped, "--resume") == 0
+    assert capsys.readouterr().out.split() == [
+        "out_0.png",
+        "out_1.png",
+        "out_2.png",
+        "out.png",
+        "out_enlarged.png",
+    ]
+    assert Path("out_0.png").read_bytes() == first
+    seed = read_settings("out_0.png").seed
+    assert [read_settings(f"out_{index}.png").seed for index in range(3)] == [seed, seed + 1, seed + 2]
+    assert generate(*stopped, "--seed", str(seed), "--output", "whole.png") == 0
+    for name in ("{}_0.png", "{}_1.png", "{}_2.png", "{}.png", "{}_enlarged.png"):
+        assert pixels(name.format("out")) == pixels(name.format("whole"))
+        assert read_settings(name.format("out")) == read_settings(name.format("whole"))
+
+
+def test_seed_of_a_resumed_run_is_told_by_any_image_that_is_there(stopped):
+    generate(*stopped, "--seed", "7", "--output", "whole.png")
+    Path("out_0.png").unlink()
+    for name in ("_2", ""):  # the last image, and then the grid alone
+        shutil.copy(f"whole{name}.png", f"out{name}.png")
+        assert generate(*stopped, "--resume") == 0
+        assert read_settings("out_0.png").seed == 7 and pixels("out_1.png") == pixels("whole_1.png")
+        for path in Path().glob("out*"):
+            path.unlink()
+
+
+def test_resumed_run_that_is_complete_draws_nothing(stopped, monkeypatch, capsys):
+    generate(*stopped, "--resume")
+    before = {path: path.read_bytes() for path in Path().glob("out*")}
+    capsys.readouterr()
+    monkeypatch.setattr(generation, "prompt_arguments", None)
+    assert generate(*stopped, "--resume") == 0
+    assert {path: path.read_bytes() for path in Path().glob("out*")} == before
+    assert len(capsys.readouterr().out.split()) == 5
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--guidance", "3"], "out_0.png was made with other settings: guidance is 7.5 in it and 3.0 now"),
+        (["--seed", "1"], "seed is "),
+        (["--scheduler", "ddim"], "scheduler is 'euler-ancestral' in it and 'ddim' now"),
+        (["--negative", "a hat", "--guidance", "3"], "negative_prompt is None in it and 'a hat' now"),
+        (["--dtype", "bfloat16"], "dtype is 'float32' in it"),
+        (["--height", "48"], "height is 64 in it and 48 now"),
+        (["--lora", "a.safetensors"], "lora is None in it and 'a.safetensors' now"),
+        (["--model", SPRITES], "model is None in it"),
+    ],
+)
+def test_image_of_other_settings_is_not_kept(stopped, capsys, monkeypatch, changed, message):
+    monkeypatch.setattr(commands.generate, "load_pipeline", None)  # refused before it is called
+    assert message in fails(capsys, "generate", *stopped, "--resume", *changed, "--steps", "2")
+    assert not Path("out_1.png").exists()
+
+
+def test_image_of_another_size_is_not_kept_when_the_model_decides_the_size(folder, capsys):
+    generate("a hat", "--seed", "1", "--height", "48")
+    message = fails(capsys, "generate", "a hat", "--seed", "1", "--steps", "2", "--resume")
+    assert "height is 48 in it and 64 now" in message
+
+
+def test_device_versions_and_place_in_the_run_do_not_count(stopped):
+    settings = replace(read_settings("out_0.png"), device="cuda:1", versions={"torch": "1.0"}, index=None)
+    write_png(PIL.Image.open("out_0.png"), "out_0.png", settings, overwrite=True)
+    assert generate(*stopped, "--resume") == 0
+    assert read_settings("out_0.png").versions == {"torch": "1.0"}
+
+
+def test_what_cannot_be_kept_is_named(stopped, capsys):
+    command = ("generate", *stopped, "--steps", "2", "--resume")
+    Path("cat.jpg").write_bytes(Path("coffee.jpg").read_bytes())
+    assert "the contents of its images have changed since" in fails(capsys, *command)
+    Path("cat.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes())
+    whole = Path("out_0.png").read_bytes()
+    Path("out_0.png").write_bytes(whole[:-3000])
+    assert "out_0.png cannot be read" in fails(capsys, *command)
+    PIL.Image.new("RGB", (64, 64)).save("out_0.png")
+    assert "'out_0.png' carries no settings" in fails(capsys, *command)
+    with pytest.raises(SystemExit):
+        generate(*stopped, "--resume", "--force")
+
+
+def test_part_file_of_a_killed_run_is_removed_by_the_next(folder):
+    (folder / ".out_1.png.0123abcd.part").write_bytes(b"half")
+    (folder / ".mine.png.0123abcd.part").write_bytes(b"half")
+    generate("a hat", "--num-images", "2", "--enlarge", "1", steps=1)
+    names = {path.name for path in folder.iterdir()} - {"cat.jpg", "coffee.jpg"}
+    assert names == {"out.png", "out_0.png", "out_1.png", ".mine.png.0123abcd.part"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -156,6 +300,14 @@ def test_files_are_overwritten_only_with_force(folder, capsys, monkeypatch):
         (["<i>", "--image", "text.png"], "Image 0 of prompt 0 cannot be read from 'text.png'"),
         (["a hat", "--output", "out.jpg"], "does not end in .png"),
         (["a hat", "--output", "missing/out.png"], "no folder 'missing'"),
+        (["a hat", "--output", "."], "'.' is a folder"),
+        (["a hat", "--output", "out.png/"], "'out.png/' is a folder"),
+        (["a hat", "--output", f"{'a' * 300}.png"], "File name too long"),
+        (
+            ["a hat", "--num-images", "2", "--output", f"{'a' * 250}.png"],
+            "_0.png' cannot be written: File name too",
+        ),
+        (["a hat", "--model", ""], "model is ''"),
         (["a hat", "--height", "65"], "multiple of 8"),
         (["a hat", "--steps", "0"], "steps is 0"),
         (["a hat", "--guidance", "nan"], "guidance is nan"),

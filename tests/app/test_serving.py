@@ -9,10 +9,17 @@ import torch
 
 from kosmos_g_diffusers import SPRITES
 from kosmos_g_diffusers.app import html as render
-from kosmos_g_diffusers.app.form import PRESETS, count_line, defaults, presets, read_values
+from kosmos_g_diffusers.app.form import (
+    PRESETS,
+    count_line,
+    defaults,
+    presets,
+    read_values,
+    restore_values,
+)
 from kosmos_g_diffusers.control.controls import CONTROLS
 from kosmos_g_diffusers.generation.png import write_png
-from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage
+from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage, LoraInput
 from kosmos_g_diffusers.serving.errors import FieldError, at, clean
 from kosmos_g_diffusers.serving.job import Progress
 from kosmos_g_diffusers.serving.models import Models
@@ -330,3 +337,15 @@ def test_history_has_an_end():
     session.remember(range(MAX_HISTORY + 5))
     session.remember(["newest"])
     assert session.history[:2] == ["newest", MAX_HISTORY + 4] and len(session.history) == MAX_HISTORY
+
+
+def test_image_of_several_loras_brings_back_one_and_says_so(tmp_path):
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "b.safetensors").touch()
+    models = Models(lora_folder=tmp_path / "loras")
+    loras = (LoraInput("a.safetensors"), LoraInput("b.safetensors", 0.5))
+    write_png(PIL.Image.new("RGB", (8, 8)), tmp_path / "a.png", GenerationSettings("a hat", loras=loras))
+    values, notes = restore_values(tmp_path / "a.png", Session(), models, Store(tmp_path), False)
+    assert (values["lora"], values["lora_scale"]) == ("b.safetensors", 0.5)
+    assert "Its LoRA is not offered here." in notes
+    assert any("2 LoRAs, and this page takes one" in note for note in notes)

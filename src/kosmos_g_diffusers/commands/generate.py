@@ -3,6 +3,7 @@
 Write <i> where an image stands and give one --image for each, in that order. Every PNG carries its settings, so an
 image can be made again from itself; flags given with --from change what they name. One image is written to --output;
 several go to out_0.png, out_1.png, ... with seeds that count up from --seed, and a grid of them to out.png.
+The same command with --resume continues a run that was stopped.
 Images and model are stored as the paths you write.
 
 examples:
@@ -26,13 +27,15 @@ from functools import partial
 from pathlib import Path
 
 from ..environment import default_device, default_dtype, package_versions
-from ..fields import add_flags
+from ..fields import add_flags, check_value
 from ..generation.settings import ControlInput, GenerationSettings, InputImage, LoraInput
 from ..provenance import add_flags as add_mark_flags
 from ..provenance import read_flags as read_mark_flags
 from ..sprites.pretrained import SPRITES_NOTE, with_small_model
 from .show import as_text
 
+ENLARGED = 4  # times, for the small model: 64 pixels are a speck in a viewer
+MOST_ENLARGED = 64
 # setting of a ControlInput -> its flag, which belongs to a --control
 CONTROL_FLAGS = {
     entry.name: entry.name if entry.name == "controlnet" else f"control_{entry.name}"
@@ -60,7 +63,13 @@ def add_arguments(parser):
     words = "image words that the prompt uses (pipe.save_image_words, kosmos-g app); repeat it"
     repeated("--image-words", help=words)
     add("--output", default="out.png", metavar="FILE", help="PNG to write (default: out.png)")
-    add("--force", action="store_true", default=False, help="overwrite files that are there")
+    existing = parser.add_mutually_exclusive_group().add_argument
+    flag = {"action": "store_true", "default": False}
+    existing("--force", help="overwrite files that are there", **flag)
+    resume = "keep the images of this run that are there and draw the rest; the seed is theirs"
+    existing("--resume", help=resume, **flag)
+    enlarge = f"times of an enlarged copy of --output next to it (default: {ENLARGED}; with --model 1, none)"
+    add("--enlarge", type=int, default=None, metavar="N", help=enlarge)
     add("--from", dest="source", default=None, metavar="FILE", help="take the settings of a PNG made here")
     add("--show", action="store_true", default=False, help="print the settings as JSON and stop")
     add_mark_flags(add)
@@ -105,12 +114,21 @@ def run(arguments):
     if arguments.show:
         return print(as_text(settings))
     from ..generation.generate import generate_files, load_pipeline
-    from ..generation.png import output_paths
+    from ..generation.png import find_seed, output_paths, read_kept
 
-    marker = read_mark_flags(arguments)
-    paths = output_paths(arguments.output, settings.num_images, arguments.force)
+    marker, force, resume, enlarged = read_mark_flags(arguments), arguments.force, arguments.resume, arguments.enlarge
+    if enlarged is None:
+        enlarged = ENLARGED if settings.model is None else 1
+    check_value("--enlarge", enlarged, int, low=1, high=MOST_ENLARGED)
+    paths = output_paths(arguments.output, settings.num_images, force or resume, enlarged)
+    if resume:
+        if arguments.source is None and "seed" not in arguments:
+            seed = find_seed(paths, settings.num_images)
+            settings = settings if seed is None else replace(settings, seed=seed)
+        read_kept(settings, paths)  # what is wrong is said before a model is loaded
     pipe = load_pipeline(with_small_model(settings))
-    for path in generate_files(pipe, settings, paths, images, control_images, arguments.force, marker):
+    options = {"overwrite": force, "resume": resume, "enlarged": enlarged, "marker": marker}
+    for path in generate_files(pipe, settings, paths, images, control_images, **options):
         print(path)
     if settings.model is None:
         print(SPRITES_NOTE, file=sys.stderr)

@@ -15,8 +15,8 @@ from ..files import first_line
 from ..loading import DTYPE_KEYWORD, load_pretrained, load_single_file
 from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
 from ..provenance import MARKED
-from .grid import grid_of
-from .png import write_png
+from .grid import enlarge, grid_of
+from .png import read_kept, write_png
 from .schedulers import make_scheduler
 
 LORA_NAME = "lora"  # of the adapter in the U-Net
@@ -231,7 +231,7 @@ def prompt_arguments(pipe, settings, reference_images):
     return {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
 
 
-def draw_images(pipe, settings, arguments, callback_on_step_end=None):
+def draw_images(pipe, settings, arguments, callback_on_step_end=None, indices=None):
     """Call a pipeline for each image of a run, and yield the image with settings that make it alone.
 
     Image k has a generator of its own, seeded with `settings.seed + k`, and a pipeline call of its own: in a batch
@@ -241,12 +241,13 @@ def draw_images(pipe, settings, arguments, callback_on_step_end=None):
     Args:
         arguments: of `size_arguments` and `prompt_arguments`, together.
         callback_on_step_end: as diffusers calls it; None shows a progress bar on the terminal instead.
+        indices: places in the run of those to draw; None draws all.
 
     Raises:
         ValueError: an image is not finite, in float16 above all.
     """
     size = {name: arguments[name] for name in ("height", "width")}
-    for index in range(settings.num_images):
+    for index in range(settings.num_images) if indices is None else indices:
         seed = settings.seed + index
         pipe.set_progress_bar_config(
             desc=f"image {index + 1} of {settings.num_images}, seed {seed}",
@@ -282,25 +283,56 @@ def _not_finite(seed, dtype):
 
 
 def generate_files(
-    pipe, settings, paths, reference_images, control_images=(), overwrite=False, marker=MARKED
+    pipe,
+    settings,
+    paths,
+    reference_images,
+    control_images=(),
+    *,
+    overwrite=False,
+    resume=False,
+    enlarged=1,
+    marker=MARKED,
 ):
     """Make the images of a run and write them; yields each path once its file is complete.
 
     Args:
         pipe: of `load_pipeline`.
         paths: of `output_paths`: for each image, then, if there are several, for a grid of them with the settings of the
-            whole run.
+            whole run, then for an enlarged copy of the last of these.
         reference_images, control_images: as in `generate_images`.
         overwrite: replace files that are there.
+        resume: keep those that are there.
+        enlarged: how many times as long the sides of the enlarged copy are; 1 makes none.
         marker: a `provenance.Marker`.
+
+    Raises:
+        ValueError: an image that is to be kept was made with other settings, see `read_kept`; one is not finite.
     """
+    arguments = size_arguments(pipe, settings, control_images)
+    settings = replace(settings, height=arguments["height"], width=arguments["width"], index=None)
+    kept = read_kept(settings, paths) if resume else {}
+    missing = [index for index in range(settings.num_images) if paths[index] not in kept]
+    if missing:
+        arguments.update(prompt_arguments(pipe, settings, reference_images))
+    drawn = draw_images(pipe, settings, arguments, indices=missing)
     images = []
-    made = generate_images(pipe, settings, reference_images, control_images)
-    for (image, image_settings), path in zip(made, paths, strict=False):
-        write_png(image, path, image_settings, overwrite, marker)
+    for path in paths[: settings.num_images]:
+        image = kept.get(path)
+        if image is None:
+            image, image_settings = next(drawn)
+            write_png(image, path, image_settings, overwrite, marker)
         images.append(image)
         yield path
+    run_settings = settings if len(images) > 1 else replace(settings, index=0)
+    shown = images[0]
     if len(images) > 1:
-        run_settings = replace(settings, height=image.height, width=image.width, index=None)
-        write_png(grid_of(images), paths[-1], run_settings, overwrite, marker)
+        path = paths[settings.num_images]
+        shown = kept.get(path)
+        if shown is None:
+            shown = grid_of(images)
+            write_png(shown, path, run_settings, overwrite, marker)
+        yield path
+    if enlarged > 1:
+        write_png(enlarge(shown, enlarged), paths[-1], run_settings, overwrite or resume, marker)
         yield paths[-1]

@@ -1,4 +1,4 @@
-"""Several images as one."""
+"""Images to be looked at: several as one, small ones enlarged."""
 
 import math
 
@@ -12,3 +12,8 @@ def grid_of(images):
     rows = math.ceil(len(images) / columns)
     blank = PIL.Image.new("RGB", images[0].size, "white")
     return make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows, columns)
+
+
+def enlarge(image, times):
+    """A PIL image with sides so many times as long; its pixels become squares."""
+    return image.resize((image.width * times, image.height * times), PIL.Image.Resampling.NEAREST)

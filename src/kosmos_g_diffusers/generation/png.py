@@ -4,6 +4,8 @@ The settings are one JSON object in the PNG's text chunk `kosmos_g`, next to the
 nothing and decodes no pixels: it takes JSON of known keys, types and ranges, and refuses the rest.
 """
 
+import textwrap
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from ..provenance import MARKED, read_info
 from .settings import FILES, GenerationSettings
 
 PNG_KEY = "kosmos_g"
+# settings in which an image that is kept may differ from those of the run
+MAY_DIFFER = ("device", "versions", "index")
 
 
 class NoSettings(ValueError):
@@ -61,8 +65,10 @@ def read_settings(path):
     return settings
 
 
-def output_paths(output, num_images, overwrite=True):
+def output_paths(output, num_images, overwrite=True, enlarged=1):
     """Files of a run: `out.png` for one image; `out_0.png`, `out_1.png`, ... and the grid `out.png` for several.
+
+    With `enlarged` above 1 `out_enlarged.png`, a copy of `out.png`, comes last.
 
     Raises:
         ValueError: `output` does not end in .png, or cannot be written; see `check_output_file`.
@@ -70,9 +76,75 @@ def output_paths(output, num_images, overwrite=True):
     """
     checked = partial(check_output_file, suffix=".png", why=", whose files carry settings")
     output = checked(output)
-    several = range(num_images if num_images > 1 else 0)
-    paths = [*(output.with_stem(f"{output.stem}_{index}") for index in several), output]
-    existing = ", ".join(str(path) for path in map(checked, paths) if path.exists())
+    names = [f"_{index}" for index in range(num_images if num_images > 1 else 0)]
+    names += ["", "_enlarged"] if enlarged > 1 else [""]
+    paths = [checked(output.with_stem(output.stem + name)) for name in names]
+    existing = ", ".join(str(path) for path in paths if path.exists())
     if existing and not overwrite:
-        raise FileExistsError(f"{existing} would be overwritten. Pass --force, or another --output.")
+        raise FileExistsError(
+            f"{existing} would be overwritten. Pass --force, --resume to keep what is there and draw the rest, or another "
+            "--output."
+        )
     return paths
+
+
+# A run that is resumed -----------------------------------------------------------------------------------------------
+
+
+def find_seed(paths, num_images):
+    """The seed of a run, told by the first of its images that is there; None if there is none.
+
+    Args:
+        paths: of `output_paths`.
+        num_images: of the run.
+
+    Raises:
+        ValueError: see `read_settings`.
+    """
+    for index, path in enumerate(paths):
+        if path.exists():
+            # grid and enlarged copy have the seed of the first image
+            return read_settings(path).seed - (index if index < num_images else 0)
+    return None
+
+
+def read_kept(settings, paths):
+    """The images of a run that are there, checked against its settings -> {path: RGB PIL image}.
+
+    Args:
+        settings: of the run; None as height and width stands for any.
+        paths: of `output_paths`.
+
+    Raises:
+        ValueError: one cannot be read, or was made with other settings; the first that differs is named. Where (device),
+            by which versions and at which place of a run an image was made may differ.
+    """
+    import PIL.Image
+
+    kept, count = {}, settings.num_images
+    for index, path in enumerate(paths):
+        if not path.exists():
+            continue
+        made = {"seed": settings.seed + index, "num_images": 1} if index < count else {}
+        _check_same(path, read_settings(path), replace(settings, **made))
+        try:
+            with PIL.Image.open(path, formats=["PNG"]) as image:
+                kept[path] = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}). Delete it, and it is drawn again.") from error
+    return kept
+
+
+def _check_same(path, found, expected):
+    for entry in fields(GenerationSettings):
+        name, (old, new) = entry.name, (getattr(settings, entry.name) for settings in (found, expected))
+        if old == new or name in MAY_DIFFER or (new is None and name in ("height", "width")):
+            continue
+        was, now = (textwrap.shorten(repr(value), 100) for value in (old, new))
+        difference = f"{name} is {was} in it and {now} now"
+        if name in FILES and [file.path for file in old] == [file.path for file in new]:
+            difference = f"the contents of its {name} have changed since"
+        raise ValueError(
+            f"{path} was made with other settings: {difference}. --resume continues a run of the same settings: repeat them, "
+            "or pass --force or another --output."
+        )
