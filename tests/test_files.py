@@ -197,3 +197,14 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, name, m
     with pytest.raises(ValueError, match=message):
         check_output_folder(name)
     assert check_output_folder("new/below/") == Path("new/below") and os.listdir() == ["file.txt"]
+
+
+def test_weights_that_only_their_owner_could_read_get_the_mode_of_other_files(tmp_path):
+    for name, mode in (("a.safetensors", 0o600), ("b/c.safetensors", 0o600), ("d.safetensors", 0o400)):
+        write_text(tmp_path / name, "x")
+        (tmp_path / name).chmod(mode)
+    write_text(tmp_path / "other", "x")
+    files.follow_umask(tmp_path)
+    modes = [(tmp_path / name).stat().st_mode for name in ("a.safetensors", "b/c.safetensors", "other")]
+    assert len(set(modes)) == 1
+    assert stat.S_IMODE((tmp_path / "d.safetensors").stat().st_mode) == 0o400

@@ -3,6 +3,9 @@
 import copy
 import inspect
 import json
+import os
+import stat
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -714,6 +717,55 @@ def test_image_word_is_encoded_once(pipe, photos, monkeypatch, draw):
     draw(pipe, ["<pair> in a hat", "a <pair>"])
     pipe.encode_prompt("<pair>")
     assert seen == [2]
+
+
+def test_many_image_words_are_entered_at_once(pipe, build_pipe, tmp_path, monkeypatch):
+    """What looks at all words or all weights once for each word takes half a minute for 5,000 words."""
+    config, counts = pipe.text_encoder.config, Counter()
+    shape = (1, config.latent_query_num, config.text_config.embed_dim)
+    for count in (10, 40):
+        words = {f"<w{number}>": torch.full(shape, float(number)) for number in range(count)}
+        save_file(
+            words, tmp_path / "words", {"format": "kosmos_g_image_words_1", "words": json.dumps(list(words))}
+        )
+        pipe = build_pipe()
+        for owner, name in ((pipe.tokenizer, "image_words"), (pipe.text_encoder, "device")):
+            looked_up = getattr(type(owner), name).fget
+
+            def counted(self, looked_up=looked_up, count=count):
+                counts[count] += 1
+                return looked_up(self)
+
+            monkeypatch.setattr(type(owner), name, property(counted))
+        pipe.load_image_words(tmp_path / "words")
+        pipe.save_image_words(tmp_path / "again")
+        assert pipe.image_words == list(words)
+        again = load_file(tmp_path / "again")
+        assert all(torch.equal(again[word], states) for word, states in words.items())
+        monkeypatch.undo()
+    assert counts[10] == counts[40] < 20
+
+
+def test_image_word_files_follow_the_umask_and_leave_no_part(worded, tmp_path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        worded.save_image_words(tmp_path / "words.safetensors")
+        worded.save_pretrained(tmp_path / "folder")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in files} == {
+        path.name: 0o640 for path in files
+    }
+    assert sum(path.suffix == ".safetensors" for path in files) >= 4
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        worded.save_image_words(tmp_path / "more.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "words.safetensors"]
 
 
 def test_removing_image_words_restores_the_output_exactly(pipe, photos, draw):

@@ -112,6 +112,15 @@ def remove_partial_files(folder, name="*", older_than=0.0):
                     path.unlink(missing_ok=True)
 
 
+def follow_umask(folder):
+    """Give weights below a folder, which safetensors makes readable to their owner alone, the mode of other new files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in Path(folder).rglob("*.safetensors"):
+        if path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~umask)
+
+
 def check_output_file(path, overwrite=True, suffix=None, why=""):
     """The path of a file that is to be written, checked before any work; what a killed run has left of it is removed.
 

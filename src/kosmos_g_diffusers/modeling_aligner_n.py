@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .files import follow_umask
 from .modeling_kosmos_g import AlignerNet
 
 FILE = "model.safetensors"
@@ -79,3 +80,4 @@ class AlignerNetN(nn.Module):
         weights = self.state_dict() if state_dict is None else state_dict
         weights = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(weights, folder / FILE, metadata={"format": "pt"})
+        follow_umask(folder)

@@ -9,8 +9,10 @@ language model (2048), S image size (224), A width of the condition (768), K its
 This file is copied into saved model folders and stands alone: it needs torch and transformers only.
 """
 
+import shutil
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -255,7 +257,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
 
     # diffusers asks for the names of its arguments
     @wraps(Kosmos2PreTrainedModel.save_pretrained, assigned=())
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As transformers', which knows adapters of `add_adapter`. ValueError for layers that peft itself has wrapped.
 
         Their names are no format: a folder with them would load with random weights.
@@ -266,7 +268,11 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                 "The text encoder has an adapter, and neither part can be saved like this. Call merge_adapter to save it "
                 "with the weights, remove_adapter to save it without, or save_adapter to save it alone."
             )
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        # safetensors makes files that only their owner reads; others have the mode that the umask asks for
+        if other := next(Path(save_directory).glob("*.json"), None):
+            for path in Path(save_directory).glob("*.safetensors"):
+                shutil.copymode(other, path)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -536,10 +542,6 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
 
     # Image words -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    @torch.inference_mode(
-        False
-    )  # or the word would be a tensor of that mode for ever, which nothing may change
     def add_image_word(self, word, image_embeds):
         """Keep the states of `word`, whose id is the next one behind the vocabulary and the words before it.
 
@@ -550,22 +552,34 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         Raises:
             ValueError: another shape, or values that are not finite.
         """
+        self.add_image_words({word: image_embeds})
+
+    @torch.no_grad()
+    # or words would be tensors of that mode for ever, which nothing may change
+    @torch.inference_mode(False)
+    def add_image_words(self, image_embeds):
+        """As `add_image_word` for many, name -> (n, Q, D), in this order: all of them, or none when one is refused."""
+        # weights that are offloaded layer by layer have no device of their own
+        device, dtype = (None if self.device.type == "meta" else self.device), self.dtype
+        parts = [ImageWord(self._check_states(*entry, device, dtype)) for entry in image_embeds.items()]
+        self.image_words.extend(parts)
+        entries = [[word, len(part.states)] for word, part in zip(image_embeds, parts, strict=True)]
+        self.config.image_words = [*self.config.image_words, *entries]
+
+    def _check_states(self, word, image_embeds, device, dtype):
         expected = (self.config.latent_query_num, self.config.text_config.embed_dim)
         if image_embeds.ndim != 3 or not len(image_embeds) or tuple(image_embeds.shape[1:]) != expected:
             raise ValueError(
                 f"The states of {word} have the shape {tuple(image_embeds.shape)}. Expected (images, {expected[0]}, "
                 f"{expected[1]}): were they made by a model of another size?"
             )
-        # weights that are offloaded layer by layer have no device of their own
-        device = image_embeds.device if self.device.type == "meta" else self.device
-        states = image_embeds.detach().to(device, self.dtype).clone()
+        states = image_embeds.detach().to(image_embeds.device if device is None else device, dtype).clone()
         if not image_embeds.is_floating_point() or not states.isfinite().all():
             raise ValueError(
-                f"The states of {word} are {image_embeds.dtype} and not all finite in {self.dtype}. Expected finite "
+                f"The states of {word} are {image_embeds.dtype} and not all finite in {dtype}. Expected finite "
                 "floating-point numbers: was the file damaged, or made by a model with larger values?"
             )
-        self.image_words.append(ImageWord(states))
-        self.config.image_words = [*self.config.image_words, [word, len(states)]]
+        return states
 
     def remove_image_word(self, word):
         """Forget the states of `word`; the words behind it move up by one id. Raises ValueError if there is none."""

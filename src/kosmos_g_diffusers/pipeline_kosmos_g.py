@@ -27,6 +27,7 @@ import math
 import operator
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -629,23 +630,28 @@ class KosmosGPromptMixin:
             ValueError: there is no such word, or none at all.
             OSError: the file cannot be written, or the disk is full.
         """
-        words = self.image_words if words is None else list(dict.fromkeys(words))
-        unknown = [word for word in words if word not in self.image_words]
+        known = self.image_words
+        words = known if words is None else list(dict.fromkeys(words))
+        unknown = sorted(set(words) - set(known))
         if unknown or not words:
             raise ValueError(
-                f"Image words to save: {words}. Known: {', '.join(self.image_words) or 'none'}. Name words that are there."
+                f"Image words to save: {words}. Known: {', '.join(known) or 'none'}. Name words that are there."
             )
-        parts = dict(zip(self.image_words, self.text_encoder.image_words, strict=True))
+        parts = dict(zip(known, self.text_encoder.image_words, strict=True))
         tensors = {word: parts[word]().detach().cpu().contiguous() for word in words}
         path = Path(path)
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         try:
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".image_words_") as folder:
-                part = Path(folder) / "words.safetensors"
-                save_file(tensors, part, metadata={"format": IMAGE_WORDS_FORMAT, "words": json.dumps(words)})
-                os.replace(part, path)
+            part.touch()
+            mode = part.stat().st_mode  # as the umask asks for; safetensors makes files that only their owner reads
+            save_file(tensors, part, metadata={"format": IMAGE_WORDS_FORMAT, "words": json.dumps(words)})
+            part.chmod(mode)
+            os.replace(part, path)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise OSError(f"The image words cannot be written to {path} ({reason}).") from error
+        finally:
+            part.unlink(missing_ok=True)
 
     def load_image_words(self, path):
         """Add the image words of a file that `save_image_words` wrote; all of them, or none when one is refused.
@@ -681,20 +687,11 @@ class KosmosGPromptMixin:
     def _register_image_words(self, states):
         """Enter words into tokenizer and encoder, all or none."""
         with _WORDS_LOCK:
-            check = sys.modules[type(self.tokenizer).__module__].check_image_word
+            check, known = sys.modules[type(self.tokenizer).__module__].check_image_word, set(self.image_words)
             for word in states:
-                check(word, self.image_words)
-            added = []
-            try:
-                for word, image_embeds in states.items():
-                    self.text_encoder.add_image_word(word, image_embeds)
-                    added.append(word)
-            except ValueError:
-                for word in added:
-                    self.text_encoder.remove_image_word(word)
-                raise
-            for word in states:
-                self.tokenizer.add_image_word(word)
+                check(word, known)
+            self.text_encoder.add_image_words(states)
+            self.tokenizer.add_image_words(list(states))
 
     # Composition -----------------------------------------------------------------------------------------------
 
@@ -1018,6 +1015,9 @@ class KosmosGPromptMixin:
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         upload = {name: kwargs.pop(name, None) for name in names}
         super(__class__, self._without_adapters()).save_pretrained(save_directory, **kwargs)
+        # safetensors makes files that only their owner reads; others have the mode that the umask asks for
+        for path in Path(save_directory).rglob("*.safetensors"):
+            shutil.copymode(Path(save_directory) / self.config_name, path)
         self.save_code(save_directory)
         # in the package alone: a saved folder has no copy
         if Path(__file__).with_name("model_card.py").is_file():

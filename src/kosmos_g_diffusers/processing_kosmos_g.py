@@ -319,8 +319,15 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
 
     def add_image_word(self, word):
         """Make `word` one token, with the next free id at or above the model's vocabulary. Raises ValueError."""
-        check_image_word(word, self.image_words)
-        self.add_tokens([AddedToken(word, special=False, normalized=False)])
+        self.add_image_words([word])
+
+    def add_image_words(self, words):
+        """As `add_image_word` for many, in this order: all of them, or none when one is refused."""
+        known = set(self.image_words)
+        for word in words:
+            check_image_word(word, known)
+            known.add(word)
+        self.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
 
     def remove_image_word(self, word):
         """Forget `word`; the words behind it move up by one id. Raises ValueError if there is no such word."""
@@ -332,9 +339,10 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
         backend = Tokenizer(self._tokenizer.model)
         for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
             setattr(backend, part, getattr(self._tokenizer, part))
-        for _, token in sorted(self.added_tokens_decoder.items()):
-            if token.content != word:
-                backend.add_tokens([AddedToken(token.content, special=token.special, normalized=False)])
+        kept = [token for _, token in sorted(self.added_tokens_decoder.items()) if token.content != word]
+        backend.add_tokens(
+            [AddedToken(token.content, special=token.special, normalized=False) for token in kept]
+        )
         self._tokenizer = backend
 
 

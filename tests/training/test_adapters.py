@@ -85,6 +85,11 @@ def test_merged_equals_unmerged_and_can_be_saved(pipe, photos, adapter, tmp_path
     assert_same(encode_exactly(loaded, photos), merged)
 
 
+def test_adapter_has_the_mode_of_other_files(adapter):
+    (adapter / "another").touch()
+    assert len({path.stat().st_mode for path in adapter.iterdir()}) == 1
+
+
 def test_peft_reads_the_folder_itself(pipe, build_pipe, photos, adapter):
     load_adapter(pipe, adapter)
     other = build_pipe()

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor
 
 from .. import pipeline_kosmos_g
 from ..environment import DTYPES, as_dtype
-from ..files import check_output_folder, first_line
+from ..files import check_output_folder, first_line, follow_umask
 from ..loading import IncompleteWeights, empty_model, load_pretrained, read_object
 from ..model_card import write_model_card
 from .keys import shortened
@@ -227,6 +227,7 @@ def write_model(model, folder, weights=None, **options):
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise OSError(f"{folder.name} cannot be written to {folder.parent} ({reason}).") from error
+    follow_umask(folder)
     check_written(folder, model.state_dict())
     if weights is not None:
         model.to_empty(device="meta")

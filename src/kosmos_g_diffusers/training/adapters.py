@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..files import follow_umask
 from ..modeling_kosmos_g import KosmosGTextEncoder
 
 FOLDER = "adapter"  # in a checkpoint
@@ -70,6 +71,7 @@ def save_adapter(text_encoder, folder, state_dict=None):
     weights = {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     text_encoder.peft_config[NAME].save_pretrained(folder)
+    follow_umask(folder)
 
 
 def load_adapter(pipeline_or_encoder, folder):

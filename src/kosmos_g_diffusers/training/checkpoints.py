@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..files import read_json, remove_partial_files
+from ..files import follow_umask, read_json, remove_partial_files
 from .config import TrainConfig
 
 NAME = re.compile(r"checkpoint-(\d{8})")
@@ -80,6 +80,7 @@ def begin_run(config, state):
 
 def publish(partial, folder):
     """Give a finished checkpoint its name, when all of it is on the disk; one of the same name is replaced."""
+    follow_umask(partial)
     for path in sorted(partial.rglob("*"), reverse=True):
         _sync(path)
     _sync(partial)

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 
 from ..conversion.folder import locate
 from ..conversion.target import MODEL_FOLDER, TOKENIZER_FOLDER
-from ..files import read_json, write_text
+from ..files import follow_umask, read_json, write_text
 from ..pipeline_kosmos_g import KosmosGPipeline
 from . import adapters, checkpoints
 
@@ -86,6 +86,7 @@ def save_decoder(target, target_model, target_tokenizer, model_folder, run):
                 index[name] = [_library(part), type(part).__name__]
         index["requires_safety_checker"] = pipeline.config.requires_safety_checker
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    follow_umask(partial)
     partial.rename(folder)
 
 
