@@ -13,7 +13,9 @@ from torch import nn
 from .files import follow_umask
 from .modeling_kosmos_g import AlignerNet
 
-FILE = "model.safetensors"
+# not one of the names that diffusers downloads from the Hub with a pipeline, whatever folder they are in: none reads it
+FILE = "aligner_n.safetensors"
+EARLIER_FILE = "model.safetensors"  # what version 0.1.0 wrote
 
 
 class AlignerNetN(nn.Module):
@@ -57,10 +59,10 @@ class AlignerNetN(nn.Module):
         Raises:
             ValueError: there is no such file, or its weights are not those of `config`.
         """
-        path = Path(folder) / FILE
-        if not path.is_file():
+        path = next((path for name in (FILE, EARLIER_FILE) if (path := Path(folder) / name).is_file()), None)
+        if path is None:
             raise ValueError(
-                f"There is no AlignerNet N at {path}. Pass the folder aligner_n of an alignment run or of a converted "
+                f"There is no AlignerNet N at {Path(folder) / FILE}. Pass the folder aligner_n of an alignment run or of a converted "
                 "alignment-stage checkpoint; final-stage checkpoints hold none."
             )
         model = cls(config)
@@ -74,7 +76,7 @@ class AlignerNetN(nn.Module):
         return model
 
     def save_pretrained(self, folder, state_dict=None):
-        """Write `model.safetensors` into `folder`."""
+        """Write `aligner_n.safetensors` into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict

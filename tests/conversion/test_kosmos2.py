@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from support.without_package import fake_hub
 from torch import nn
 from transformers import (
     BertConfig,
@@ -236,9 +237,18 @@ def test_same_seed_gives_the_same_weights(call, tmp_path):
     before = torch.random.get_rng_state()
     folders = [call(output=tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 1))]
     assert torch.equal(torch.random.get_rng_state(), before)
-    for path in ("text_encoder/model.safetensors", "aligner_n/model.safetensors"):
+    for path in ("text_encoder/model.safetensors", "aligner_n/aligner_n.safetensors"):
         first, same, other = ((folder / path).read_bytes() for folder in folders)
         assert first == same != other
+
+
+def test_hub_download_leaves_out_what_training_alone_reads(folder, tmp_path):
+    cache = tmp_path / "cache"
+    with fake_hub(folder, cache):
+        KosmosGPipeline.from_pretrained("someone/kosmos-g")
+    weights = {path.parent.name for path in cache.rglob("*.safetensors")}
+    assert weights == {"text_encoder", "unet", "vae", *weights & {"safety_checker"}}
+    assert {"aligner_n", "clip_text_encoder"} <= {path.parent.name for path in folder.rglob("*.safetensors")}
 
 
 def test_weights_are_written_in_the_dtype_asked_for(call):

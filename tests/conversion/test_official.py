@@ -28,7 +28,7 @@ from kosmos_g_diffusers.conversion import official as conversion
 from kosmos_g_diffusers.conversion.checkpoint import INERT_NAMES, STAND_INS, read_checkpoint
 from kosmos_g_diffusers.conversion.keys import IGNORED, KEY_MAP, match_keys
 from kosmos_g_diffusers.conversion.official import convert_checkpoint
-from kosmos_g_diffusers.modeling_aligner_n import AlignerNetN
+from kosmos_g_diffusers.modeling_aligner_n import FILE, AlignerNetN
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 ALIGN, FINAL = REFERENCE / "tiny_reference_checkpoint.pt", REFERENCE / "tiny_final_stage_checkpoint_fp16.pt"
@@ -176,7 +176,7 @@ def test_unet_and_vae_of_the_base_are_taken_when_the_checkpoint_has_none(folders
 
 
 def test_aligner_n_is_kept_for_training(folders):
-    given, written = read_checkpoint(ALIGN), load_file(folders["align"] / "aligner_n" / "model.safetensors")
+    given, written = read_checkpoint(ALIGN), load_file(folders["align"] / "aligner_n" / FILE)
     assert len(written) == sum(key.startswith("aligner.decoder") for key in given)
     for ours, official in (
         ("query_embeds", "aligner.decoder_query"),

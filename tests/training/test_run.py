@@ -86,7 +86,7 @@ def test_only_what_the_stage_trains_changes(make_config, model):
     after = load_file(checkpoint / "text_encoder" / "model.safetensors")
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"aligner"}
-    one, other = (load_file(place / "aligner_n" / "model.safetensors") for place in (model, checkpoint))
+    one, other = (load_file(place / "aligner_n/aligner_n.safetensors") for place in (model, checkpoint))
     assert not torch.equal(one["query_embeds"], other["query_embeds"])
 
 
@@ -319,7 +319,7 @@ def test_alignment_continues_from_an_official_checkpoint(make_config, converted,
     ):
         assert torch.equal(weights[ours], official[theirs]), ours
     checkpoint = train_stage(config)
-    kept, before = (load_file(place / "aligner_n/model.safetensors") for place in (checkpoint, converted))
+    kept, before = (load_file(place / "aligner_n/aligner_n.safetensors") for place in (checkpoint, converted))
     assert kept.keys() == before.keys() and not torch.equal(kept["query_embeds"], before["query_embeds"])
     # names no target: it is kept
     again = build_run("align", make_config("align", "again", model=str(checkpoint)))

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, Kosmos2Config, Kosmos2Fo
 from kosmos_g_diffusers import KosmosGProcessor, KosmosGTextEncoder
 from kosmos_g_diffusers.conversion.checkpoint import read_checkpoint
 from kosmos_g_diffusers.conversion.keys import match_keys
-from kosmos_g_diffusers.modeling_aligner_n import AlignerNetN
+from kosmos_g_diffusers.modeling_aligner_n import FILE, AlignerNetN
 from kosmos_g_diffusers.training.stages import AlignStage, InstructStage, PretrainStage
 
 
@@ -529,8 +529,16 @@ def test_aligner_n_of_a_converted_checkpoint_loads(official, tmp_path):
         assert tensor.dtype == torch.float32 and torch.equal(tensor, weights[name].half().float()), name
 
 
+def test_aligner_n_of_version_0_1_0_loads(pipe, tmp_path):
+    model = AlignerNetN(pipe.text_encoder.config)
+    model.save_pretrained(tmp_path)
+    (tmp_path / FILE).rename(tmp_path / "model.safetensors")
+    loaded = AlignerNetN.from_pretrained(tmp_path, pipe.text_encoder.config)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_aligner_n_of_other_sizes_or_none_is_named(pipe, golden_encoder, tmp_path):
-    with pytest.raises(ValueError, match="no AlignerNet N at .*model.safetensors"):
+    with pytest.raises(ValueError, match="no AlignerNet N at .*aligner_n.safetensors"):
         AlignerNetN.from_pretrained(tmp_path, pipe.text_encoder.config)
     AlignerNetN(pipe.text_encoder.config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="query_embeds"):

@@ -25,7 +25,7 @@ from .folder import (
 )
 from .initial_weights import build_fresh
 from .keys import shortened
-from .target import MODEL_FOLDER, TOKENIZER_FOLDER, load_target, target_config
+from .target import MODEL_FOLDER, TOKENIZER_FOLDER, VARIANT, load_target, target_config
 
 # What is read of an MLLM on the Hub before its weights
 MLLM_FILES = ("config.json", "tokenizer.json", "sentencepiece.bpe.model")
@@ -84,7 +84,7 @@ def initialize(mllm, base, output, *, aligner_layers=12, dtype=None, seed=0):
     with appearing_atomically(output) as folder:
         write_pipeline(folder, pipeline, weights, provenance)
         write_model(build_fresh(AlignerNetN, config, seed + 1).to(dtype), folder / "aligner_n")
-        write_model(clip, folder / MODEL_FOLDER, max_shard_size=SHARD_SIZE)
+        write_model(clip, folder / MODEL_FOLDER, max_shard_size=SHARD_SIZE, variant=VARIANT)
         clip_tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
     return output
 

@@ -29,7 +29,7 @@ def convert_checkpoint(checkpoint, output, *, tokenizer, base, config=None, dtyp
     """Write an official Kosmos-G checkpoint as a self-contained diffusers folder.
 
     The folder holds what `KosmosGPipeline.save_pretrained` writes and, for an alignment-stage checkpoint,
-    `aligner_n/model.safetensors` with AlignerNet N, which training continues from. It appears atomically.
+    `aligner_n/aligner_n.safetensors` with AlignerNet N, which training continues from. It appears atomically.
 
     Args:
         checkpoint: path of a `.pt` file of the alignment or the final stage, or of a `.safetensors` file with the same

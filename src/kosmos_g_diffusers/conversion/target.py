@@ -10,6 +10,7 @@ from ..loading import IncompleteWeights, load_pretrained
 
 # Where `kosmos-g init` puts them: `text_encoder` of its folder is Kosmos-G's own
 MODEL_FOLDER, TOKENIZER_FOLDER = "clip_text_encoder", "clip_tokenizer"
+VARIANT = "target"  # in the names of its files, which diffusers downloads with a pipeline otherwise, and none reads them
 
 
 def target_config(source):
@@ -48,7 +49,10 @@ def load_target(source, dtype=torch.float32):
     target_config(source)
     subfolder, tokenizer = _subfolders(source)
     try:
-        model = load_pretrained(CLIPTextModel, source, subfolder=subfolder, dtype=dtype, whole=False)
+        # version 0.1.0 wrote it without
+        variant = VARIANT if any((Path(source) / subfolder).glob(f"*.{VARIANT}*")) else None
+        options = {"subfolder": subfolder, "variant": variant, "dtype": dtype, "whole": False}
+        model = load_pretrained(CLIPTextModel, source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer)
     except IncompleteWeights as error:
         raise ValueError(

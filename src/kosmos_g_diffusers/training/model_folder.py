@@ -11,7 +11,7 @@ import diffusers
 from diffusers import DDIMScheduler
 
 from ..conversion.folder import locate
-from ..conversion.target import MODEL_FOLDER, TOKENIZER_FOLDER
+from ..conversion.target import MODEL_FOLDER, TOKENIZER_FOLDER, VARIANT
 from ..files import follow_umask, read_json, write_text
 from ..pipeline_kosmos_g import KosmosGPipeline
 from . import adapters, checkpoints
@@ -73,7 +73,7 @@ def save_decoder(target, target_model, target_tokenizer, model_folder, run):
         return
     partial = Path(run) / f".checkpoint-{DECODER_FOLDER}.partial"  # cleared away with those of checkpoints
     partial.mkdir()
-    target_model.save_pretrained(partial / MODEL_FOLDER)
+    target_model.save_pretrained(partial / MODEL_FOLDER, variant=VARIANT)
     target_tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
     index = _read_index(model_folder)
     if not Path(target).is_dir() or (Path(target) / "unet").is_dir():
