@@ -332,7 +332,7 @@ def test_truncation_warns_with_both_lengths(tokenizer, logged):
     cut = tokenizer([text, "cat"], truncation=True, max_length=8)
     assert [len(row) for row in cut["input_ids"]] == [8, 2]
     assert len(logged.records) == 1
-    assert "Prompt 0 is 21 tokens long and was cut to 8" in logged.records[0].getMessage()
+    assert "Text 0 is 21 tokens long and was cut to 8" in logged.records[0].getMessage()
     logged.clear()
     tokenizer(text, truncation=True, max_length=21)
     assert not logged.records
@@ -786,6 +786,36 @@ def test_number_of_image_lists_must_be_that_of_prompts(processor, photos):
         processor(["<i>", "x"], images=[[photos[0]]])
 
 
+def test_chat_means_its_content(processor, photos):
+    content = [{"type": "text", "text": "a cat"}, {"type": "image", "image": photos[0]}, "in the snow"]
+    expected = processor(content)
+    for chat in (
+        [{"role": "user", "content": content}],
+        [{"role": "user", "content": content[:1]}, {"role": "user", "content": content[1:]}],
+        [{"role": "user", "content": "a cat"}, {"role": "user", "content": tuple(content[1:])}],
+    ):
+        same(processor(chat), expected)
+    marks = processor([{"role": "user", "content": "a cat <i>in the snow"}], images=[photos[0]])
+    same(marks, expected)
+    one, other = [{"role": "user", "content": content}], [{"role": "user", "content": "a hat"}]
+    same(processor([one, other]), processor([content, [{"type": "text", "text": "a hat"}]]))
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "said"),
+    [
+        ({"role": "assistant", "content": "a hat"}, ValueError, "message of the role 'assistant'"),
+        ({"role": "system", "content": "a hat"}, ValueError, "message of the role 'system'"),
+        ({"role": "user"}, TypeError, "content is of type NoneType"),
+        ({"role": "user", "content": {"type": "text"}}, TypeError, "content is of type dict"),
+        ({"role": "user", "content": [{"type": "video"}]}, ValueError, "content part of type 'video'"),
+    ],
+)
+def test_chat_that_is_not_a_prompt_is_refused(processor, message, error, said):
+    with pytest.raises(error, match=f"Negative prompt 0 holds a .*{said}"):
+        processor([{"role": "user", "content": "a"}, message], name="negative prompt")
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -794,7 +824,6 @@ def test_number_of_image_lists_must_be_that_of_prompts(processor, photos):
         {"type": "text", "text": 3},
         {"type": "image"},
         {"type": "image", "image": "a.png", "url": "b.png"},
-        {"role": "user", "content": "x"},
     ],
 )
 def test_unreadable_chat_content_is_named(processor, part):

@@ -233,6 +233,8 @@ def hash_folder(folder, parts=(".",)):
 
 def first_line(error):
     """The first line of what a library said, without its full stop; the error's class if it said nothing."""
+    if isinstance(error, KeyError) and error.args:  # of which the text is the key alone
+        return f"{str(error)[:100]} is missing"
     return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
 
 

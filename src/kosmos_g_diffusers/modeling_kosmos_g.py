@@ -437,7 +437,8 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                 raise ValueError("Neither input_ids nor pixel_values were given. Pass at least one of them.")
             output = KosmosGTextEncoderOutput(image_embeds=self.get_image_features(pixel_values))
             return output if return_dict else output.to_tuple()
-        batch = self._arrange(input_ids, attention_mask, pixel_values, image_token_mask)
+        # a stock pipeline gives a negative prompt in the same way as a prompt
+        batch = self._arrange(input_ids, attention_mask, pixel_values, image_token_mask, "input")
         if pixel_values is not None:
             image_embeds = self.get_image_features(pixel_values)
         slots = batch.gather_image_embeds(image_embeds, self.image_words)
@@ -489,7 +490,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                 "as KosmosGProcessor makes them."
             )
 
-    def _arrange(self, input_ids, attention_mask, pixel_values, image_token_mask, name="prompt"):
+    def _arrange(self, input_ids, attention_mask, pixel_values, image_token_mask, name):
         """Check the input, spell image words out, drop padding columns and repeated rows (one copy to the host)."""
         config = self.config
         if input_ids.ndim != 2 or 0 in input_ids.shape:

@@ -83,7 +83,7 @@ class KosmosGPromptMixin:
     Every keyword of the pipeline's own `__call__` works as documented there. New are, in `__call__` and `encode_prompt`,
 
     - `prompt`: a string with a `<i>` for each image, a list of strings and images in reading order, chat content,
-      or a list of these (a list of strings alone is a batch);
+      a chat, or a list of these (a list of strings alone is a batch);
     - `images`: the images of the `<i>` marks, a list for one prompt and a list of lists for a batch;
     - `negative_prompt`: one for all prompts or a list with one for each, any form that `prompt` has; without
       `negative_images` a `<i>` in it is plain text, as in the official code;

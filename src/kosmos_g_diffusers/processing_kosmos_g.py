@@ -288,7 +288,7 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
             if encoding.overflowing:
                 length = len(super()._encode_plus(one, add_special_tokens=add_special_tokens)["input_ids"])
                 logger.warning(
-                    f"Prompt {index} is {length} tokens long and was cut to {len(encoding.ids)}. Shorten it, or give "
+                    f"Text {index} is {length} tokens long and was cut to {len(encoding.ids)}. Shorten it, or give "
                     "it to a Kosmos-G pipeline, which reads negative prompts of any length."
                 )
 
@@ -512,8 +512,9 @@ class KosmosGProcessor:
 
         Args:
             prompts: one prompt or a list of them. A prompt is a string with a `<i>` for each image, a list of
-                strings and images in reading order, or chat content (`[{"type": "text", "text": ...},
-                {"type": "image", "image": ...}]`). A list of strings alone is a batch.
+                strings and images in reading order, chat content (`[{"type": "text", "text": ...},
+                {"type": "image", "image": ...}]`), or a chat (`[{"role": "user", "content": ...}]`, whose content is
+                chat content or a string). A list of strings alone is a batch.
             images: the images of the `<i>` marks: a list for one prompt, a list of lists for a batch. An image is
                 a PIL image of any mode, an array or tensor, a path or a URL.
             return_tensors: "pt", the only kind there is.
@@ -663,7 +664,7 @@ class KosmosGProcessor:
         if isinstance(prompt, str):
             parts = [prompt]
         elif isinstance(prompt, (list, tuple)) and prompt:
-            parts = [_read_content(part, name) for part in prompt]
+            parts = [_read_content(part, name) for one in prompt for part in _read_message(one, name)]
         else:
             raise TypeError(
                 f"{name.capitalize()} is of type {type(prompt).__name__}"
@@ -711,6 +712,24 @@ def _as_image_list(images, name):
     if isinstance(images, (str, Path, PIL.Image.Image)):
         return [images]
     raise TypeError(f"images of {name} is of type {type(images).__name__}. Pass a list, one image per '<i>'.")
+
+
+def _read_message(part, name):
+    """One element of a prompt -> its elements: of a message of a chat those of its content, in reading order."""
+    if not isinstance(part, dict) or "role" not in part:
+        return [part]
+    content = part.get("content")
+    if part["role"] != "user":
+        raise ValueError(
+            f"{name.capitalize()} holds a message of the role {str(part['role'])[:50]!r}. A prompt is what the user says: "
+            "pass messages of the role 'user' alone."
+        )
+    if not isinstance(content, (str, list, tuple)):
+        raise TypeError(
+            f"{name.capitalize()} holds a message whose content is of type {type(content).__name__}. Expected a string or a "
+            "list of text and images."
+        )
+    return [content] if isinstance(content, str) else list(content)
 
 
 def _read_content(part, name):

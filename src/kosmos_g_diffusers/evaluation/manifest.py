@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import hash_file, write_text
+from ..files import first_line, hash_file, write_text
 
 FORMAT = "kosmos_g_evaluation_1"  # raise it when an older package would read a new manifest wrongly
 FILE_NAME = "manifest.jsonl"
@@ -129,7 +129,7 @@ class Manifest:
             raise ValueError(f"{str(folder)!r} is not a results folder: it has no {FILE_NAME}.") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             advice = "Pass the --output of a kosmos-g evaluate of this version."
-            raise ValueError(f"{path} cannot be used ({error}). {advice}") from error
+            raise ValueError(f"{path} cannot be used ({first_line(error)}). {advice}") from error
 
     def check_same(self, other, n_images_left):
         """Raise a ValueError that names what differs, unless `other` may continue in the folder of this manifest."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import PIL.Image
 from tqdm.auto import tqdm
 
-from ..files import hash_file, hash_folder, write_text
+from ..files import first_line, hash_file, hash_folder, write_text
 from ..processing_kosmos_g import open_image
 from .features import load_extractor
 from .images import image_path
@@ -149,12 +149,17 @@ def _read_records(path, identity=None):
     try:
         found, *records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
         records = {record["id"]: record for record in records}
+        if not isinstance(found, dict):
+            raise TypeError("its first line does not say by what")
     except (ValueError, KeyError, TypeError) as error:
         advice = "Delete it, and the scores are computed again."
-        raise ValueError(f"{path} is damaged ({error}). {advice}") from error
+        raise ValueError(f"{path} is damaged ({first_line(error)}). {advice}") from error
     if identity not in (None, found):
+        made, asked = (
+            ", ".join(f"{name} {value}" for name, value in facts.items()) for facts in (found, identity)
+        )
         raise ValueError(
-            f"{path} was made by {found}, and {identity} was asked for. Scores are never mixed: delete that file, or pass "
+            f"{path} was made by {made}, and {asked} was asked for. Scores are never mixed: delete that file, or pass "
             "another --output."
         )
     return records

@@ -109,8 +109,9 @@ def _read_entry(data, path, number, entry):
     if not isinstance(prompt, str) or not isinstance(text, str | None):
         raise ValueError(f"{where}: prompt and text must be strings.")
     if not _is_list_of_text(images) or prompt.count(IMAGE_MARK) != len(images):
+        found = f"a list of {len(images)} paths" if _is_list_of_text(images) else "not a list of paths"
         raise ValueError(
-            f"{where}: its prompt has {prompt.count(IMAGE_MARK)} '<i>' marks and images is {images!r}. Give the path of one "
+            f"{where}: its prompt has {prompt.count(IMAGE_MARK)} '<i>' marks and images is {found}. Give the path of one "
             "image for each '<i>', in reading order."
         )
     references = entry.get("references", [[image] for image in images])
@@ -124,7 +125,7 @@ def _read_entry(data, path, number, entry):
             group = list(dreambench.list_images(data, group))
         if not _is_list_of_text(group) or not group:
             wrong = "neither a list of images nor a folder with images"
-            raise ValueError(f"{where}: the references {group!r} are {wrong}.")
+            raise ValueError(f"{where}: the references {str(group)[:100]!r} are {wrong}.")
         groups.append(tuple(group))
     for name in (*images, *sum(groups, ())):
         if Path(name).is_absolute() or ".." in Path(name).parts:
