@@ -16,6 +16,7 @@ from kosmos_g_diffusers.files import (
     first_line,
     hash_file,
     hash_folder,
+    partial_folder,
     read_json,
     remove_partial_files,
     write_text,
@@ -208,3 +209,18 @@ def test_weights_that_only_their_owner_could_read_get_the_mode_of_other_files(tm
     modes = [(tmp_path / name).stat().st_mode for name in ("a.safetensors", "b/c.safetensors", "other")]
     assert len(set(modes)) == 1
     assert stat.S_IMODE((tmp_path / "d.safetensors").stat().st_mode) == 0o400
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows locks no folders")
+def test_folder_of_a_process_that_was_killed_is_removed_by_the_next(tmp_path):
+    script = (
+        "import os, signal, sys; from pathlib import Path; from files import partial_folder\n"
+        "with partial_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'a').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model")], env=ALONE)
+    (left,) = tmp_path.iterdir()
+    (tmp_path / ".model-notes").mkdir()
+    with partial_folder(tmp_path / "model") as first, partial_folder(tmp_path / "model") as second:
+        assert first.is_dir() and second.is_dir() and not left.exists()
+    assert os.listdir(tmp_path) == [".model-notes"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from contextlib import contextmanager
@@ -119,6 +120,30 @@ def follow_umask(folder):
     for path in Path(folder).rglob("*.safetensors"):
         if path.stat().st_mode & 0o777 == 0o600:
             path.chmod(0o666 & ~umask)
+
+
+@contextmanager
+def partial_folder(path):
+    """A hidden empty folder next to `path`, removed at the end; those that killed processes left for it are removed first."""
+    prefix, suffix = f".{_start_of(path.name)}-", ".partial"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*{suffix}") if fcntl is not None else ():
+        with contextlib.suppress(OSError), _open_folder(left) as descriptor:
+            if _lock(descriptor):
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=prefix, suffix=suffix, dir=path.parent) as folder:
+        with contextlib.nullcontext() if fcntl is None else _open_folder(folder) as descriptor:
+            if descriptor is not None:
+                _lock(descriptor)
+            yield Path(folder)
+
+
+@contextmanager
+def _open_folder(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def check_output_file(path, overwrite=True, suffix=None, why=""):

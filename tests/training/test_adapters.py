@@ -1,10 +1,12 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from kosmos_g_diffusers import KosmosGPipeline, KosmosGProcessor
+from kosmos_g_diffusers.cli import main
 from kosmos_g_diffusers.training.adapters import (
     CONFIG,
     WEIGHTS,
@@ -14,6 +16,8 @@ from kosmos_g_diffusers.training.adapters import (
     remove_adapter,
     save_adapter,
 )
+from kosmos_g_diffusers.training.config import TrainConfig
+from kosmos_g_diffusers.training.model_folder import merge_into_folder
 from kosmos_g_diffusers.training.stages import InstructStage
 
 peft = pytest.importorskip("peft", minversion="0.18")
@@ -145,6 +149,99 @@ def test_half_precision_of_frozen_layers_changes_nothing_under_autocast(build_pi
         with torch.autocast("cpu", torch.bfloat16):
             conditions.append(encode(pipe, photos))
     torch.testing.assert_close(*conditions, atol=0, rtol=0)
+
+
+# The folder that an adapter becomes part of -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(build_pipe, tmp_path):
+    """Folder of the model that the adapter was trained on, as training finds it."""
+    pipe = build_pipe()
+    pipe.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "training_state").mkdir()
+    return tmp_path / "base"
+
+
+def test_merged_folder_draws_what_model_and_adapter_draw(base, adapter, pipe, photos, tmp_path, capsys):
+    command = ["train", "merge", "--adapter", str(adapter), "--model", str(base)]
+    assert main([*command, "--output", str(tmp_path / "merged")]) == 0
+    assert capsys.readouterr().out.split()[-1] == str(tmp_path / "merged")
+    load_adapter(pipe, adapter)
+    merged = KosmosGPipeline.from_pretrained(tmp_path / "merged")
+    expected = encode_exactly(pipe, photos)
+    torch.testing.assert_close(encode_exactly(merged, photos), expected, atol=2e-5, rtol=0)
+    images = []
+    for one in (pipe, merged):
+        one.set_progress_bar_config(disable=True)
+        seed = torch.Generator().manual_seed(0)
+        drawn = one("<i>", images=[photos[0]], num_inference_steps=2, generator=seed, output_type="np")
+        images.append(torch.from_numpy(drawn.images))
+    torch.testing.assert_close(*images, atol=1e-3, rtol=0)
+    # everything else is the model's
+    kept = {path.relative_to(base) for path in base.rglob("*") if path.is_file()}
+    written = {path.relative_to(tmp_path / "merged") for path in (tmp_path / "merged").rglob("*")}
+    assert kept <= written and Path("training_state") not in written
+    for name in ("unet", "vae"):
+        name = Path(name) / "diffusion_pytorch_model.safetensors"
+        assert (base / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+    assert not any(
+        str(tmp_path) in path.read_text("utf-8")
+        for path in (tmp_path / "merged").rglob("*")
+        if path.suffix in (".json", ".md")
+    )
+
+
+def test_card_of_a_merged_folder_says_what_was_merged_and_stays(base, adapter, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoint-00000002").mkdir(parents=True)
+    adapter.rename(run / "checkpoint-00000002" / "adapter")
+    TrainConfig(stage="instruct", model="secret/place", lora_rank=4, output=str(run)).save(
+        run / "config.json"
+    )
+    merged = merge_into_folder(base, run / "checkpoint-00000002", tmp_path / "merged")
+    card = (merged / "README.md").read_text("utf-8")
+    assert "An adapter (LoRA of rank 4) is merged into the text encoder" in card and "that of base." in card
+    assert "`kosmos-g train instruct`" in card and '"lora_rank": 4' in card and "secret" not in card
+    KosmosGPipeline.from_pretrained(merged).save_pretrained(merged)
+    assert (merged / "README.md").read_text("utf-8") == card
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_merged_folder_keeps_the_dtype_of_the_model(base, adapter, build_pipe, tmp_path, dtype):
+    build_pipe().to(dtype).save_pretrained(tmp_path / "half")
+    merged = merge_into_folder(tmp_path / "half", adapter, tmp_path / "merged")
+    weights = load_file(merged / "text_encoder" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
+
+
+def test_merging_what_does_not_fit_writes_nothing(base, adapter, tmp_path, capsys):
+    def error(**changes):
+        given = {"adapter": adapter, "model": base, "output": tmp_path / "merged", **changes}
+        flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        assert main(["train", "merge", *flags]) == 2
+        assert not (tmp_path / "merged").exists()
+        return capsys.readouterr().err
+
+    assert "There is no adapter_config.json in" in error(adapter=base)
+    assert "holds an adapter, not a model" in error(model=adapter.parent)
+    assert "a folder that is not empty" in error(output=base)
+    weights = load_file(adapter / WEIGHTS)
+    name = next(name for name in weights if "lora_B" in name)
+    save_file({key: value for key, value in weights.items() if key != name}, adapter / WEIGHTS)
+    assert "1 are missing and 0 are not its own, such as" in error()
+    save_file({**weights, name: weights[name] * torch.nan}, adapter / WEIGHTS)
+    assert "holds values that are not finite" in error()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_refused_adapter_leaves_the_encoder_as_it_was(pipe, adapter, photos):
+    before, names = encode(pipe, photos), list(pipe.text_encoder.state_dict())
+    weights = load_file(adapter / WEIGHTS)
+    save_file(dict(list(weights.items())[1:]), adapter / WEIGHTS)
+    with pytest.raises(ValueError, match="1 are missing"):
+        load_adapter(pipe, adapter)
+    assert list(pipe.text_encoder.state_dict()) == names and torch.equal(encode(pipe, photos), before)
 
 
 # Mistakes --------------------------------------------------------------------------------------------------------

@@ -451,7 +451,9 @@ def test_folders_that_are_not_a_model(make_config, tmp_path):
     ):
         build_run("align", make_config("align", "new", model=str(run)))
     (run / "checkpoint-00000005" / "adapter").mkdir()
-    with pytest.raises(ValueError, match="holds an adapter, not a model.*merge_adapter"):
+    with pytest.raises(
+        ValueError, match="holds an adapter, not a model.*kosmos-g train merge --adapter .* --model"
+    ):
         build_run("align", make_config("align", "new", model=str(run / "checkpoint-00000005")))
     with pytest.raises(ValueError, match="holds no text_encoder/config.json"):
         build_run("align", make_config("align", "new", model=str(tmp_path)))

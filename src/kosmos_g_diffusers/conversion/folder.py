@@ -1,7 +1,6 @@
 """Writes a Kosmos-G folder: the parts of a Stable Diffusion and new ones, one model in memory at a time, each read back."""
 
 import os
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformers import CLIPImageProcessor
 
 from .. import pipeline_kosmos_g
 from ..environment import DTYPES, as_dtype
-from ..files import check_output_folder, first_line, follow_umask
+from ..files import check_output_folder, first_line, follow_umask, partial_folder
 from ..loading import IncompleteWeights, empty_model, load_pretrained, read_object
 from ..model_card import write_model_card
 from .keys import shortened
@@ -181,13 +180,13 @@ def appearing_atomically(output):
     """A hidden folder next to `output` that takes its name at the end; an exception or interruption leaves nothing."""
     place = output.resolve()
     above = next(folder for folder in place.parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=above) as hidden:
+    with partial_folder(above / place.relative_to(above).parts[0]) as hidden:
         yield hidden / place.relative_to(above)
         if place.is_dir():
             # empty, or this raises; not every system renames onto a folder
             place.rmdir()
         top = place.relative_to(above).parts[0]  # new folders above the output appear with it
-        os.replace(Path(hidden) / top, above / top)
+        os.replace(hidden / top, above / top)
 
 
 def write_pipeline(folder, pipeline, weights, provenance):

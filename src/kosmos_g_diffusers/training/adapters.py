@@ -89,20 +89,17 @@ def load_adapter(pipeline_or_encoder, folder):
         ImportError: peft is not installed.
     """
     peft = _import_peft()
-    encoder, folder = _encoder_of(pipeline_or_encoder), Path(folder)
+    encoder, folder = _encoder_of(pipeline_or_encoder), find_adapter(folder)
     _check_adapter(encoder, False)
-    if (folder / FOLDER / CONFIG).is_file():
-        folder = folder / FOLDER
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"There is no {name} in {folder}. Pass the folder of an adapter, or a checkpoint of "
-                "kosmos-g train instruct --lora-rank."
-            )
     config = peft.PeftConfig.from_pretrained(str(folder))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
     modules, wrong = dict(encoder.named_modules()), []
     for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} of the adapter in {folder} holds values that are not finite. Take another checkpoint: this one is "
+                "damaged, or its training went astray."
+            )
         layer, _, half = name.partition(".lora_")
         side, width = (1, "in_features") if half.startswith("A") else (0, "out_features")
         if tensor.ndim != 2 or tensor.shape[side] != getattr(modules.get(layer), width, None):
@@ -115,9 +112,29 @@ def load_adapter(pipeline_or_encoder, folder):
     config.inference_mode = True
     peft.inject_adapter_in_model(config, encoder, NAME)
     result = peft.set_peft_model_state_dict(encoder, weights, NAME)
-    assert not result.unexpected_keys, result.unexpected_keys
+    missing = [name for name in result.missing_keys if ".lora_" in name]
+    if missing or result.unexpected_keys:
+        remove_adapter(encoder)
+        raise ValueError(
+            f"The adapter in {folder} does not have the weights that its {CONFIG} promises: {len(missing)} are missing and "
+            f"{len(result.unexpected_keys)} are not its own, such as {(missing or result.unexpected_keys)[0]}. Get it again."
+        )
     encoder.requires_grad_(False)
     encoder.eval()
+
+
+def find_adapter(folder):
+    """The folder of an adapter's files: `folder`, or the one in a checkpoint. ValueError if they are not there."""
+    folder = Path(folder)
+    if (folder / FOLDER / CONFIG).is_file():
+        folder = folder / FOLDER
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"There is no {name} in {folder}. Pass the folder of an adapter, or a checkpoint of "
+                "kosmos-g train instruct --lora-rank."
+            )
+    return folder
 
 
 def merge_adapter(pipeline_or_encoder):

@@ -1,4 +1,7 @@
-"""The pipeline folder that a run starts from, and those it writes: complete, with what did not change linked, not copied."""
+"""The pipeline folder that a run starts from, and those it writes: complete, with what did not change linked, not copied.
+
+And the folder that an adapter becomes part of.
+"""
 
 import json
 import os
@@ -8,13 +11,27 @@ from dataclasses import asdict
 from pathlib import Path
 
 import diffusers
+import torch
 from diffusers import DDIMScheduler
 
-from ..conversion.folder import locate
+from .. import modeling_kosmos_g, pipeline_kosmos_g, processing_kosmos_g
+from ..conversion.folder import (
+    SHARD_SIZE,
+    appearing_atomically,
+    check_output,
+    locate,
+    public_name,
+    write_model,
+)
 from ..conversion.target import MODEL_FOLDER, TOKENIZER_FOLDER, VARIANT
+from ..environment import DTYPES, as_dtype
 from ..files import follow_umask, read_json, write_text
+from ..loading import IncompleteWeights, load_pretrained
+from ..model_card import MARKER
+from ..modeling_kosmos_g import KosmosGTextEncoder
 from ..pipeline_kosmos_g import KosmosGPipeline
 from . import adapters, checkpoints
+from .config import TrainConfig
 
 INDEX, CARD = "model_index.json", "README.md"
 # what draws, besides the text encoder and its tokenizer
@@ -22,7 +39,8 @@ DECODER = ("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "i
 DECODER_FOLDER = "decoder"  # of a run: the target's parts, in the place of the model's
 NOT_LINKED = (checkpoints.STATE, adapters.FOLDER, CARD)
 LINKED_SIZE = 2**20  # bytes; smaller files are copied, for people edit them
-CARD_HEADING = "## Trained further"
+CARD_HEADING, MERGED_HEADING = "## Trained further", "## Adapter"
+NO_CARD = "# Kosmos-G for diffusers"
 
 
 def locate_model(model):
@@ -45,8 +63,8 @@ def locate_model(model):
         )
     if (folder / adapters.FOLDER).is_dir():
         raise ValueError(
-            f"{folder} holds an adapter, not a model. Load it onto the model it was trained on with load_adapter, call "
-            "merge_adapter, save the pipeline, and pass that folder."
+            f"{folder} holds an adapter, not a model. Make a folder of it and of the model it was trained on, and pass that: "
+            f"kosmos-g train merge --adapter {folder} --model MODEL --output FOLDER"
         )
     raise ValueError(f"{folder} holds no text_encoder/config.json. Pass what kosmos-g init or convert wrote.")
 
@@ -115,16 +133,83 @@ def complete(folder, sources, config):
                 _link(path, folder / path.name)
     _forget_world(folder / "tokenizer" / "tokenizer_config.json")
     cards = [Path(source) / CARD for source in sources if (Path(source) / CARD).is_file()]
-    card = cards[-1].read_text(encoding="utf-8") if cards else "# Kosmos-G for diffusers\n"
+    card = cards[-1].read_text(encoding="utf-8") if cards else NO_CARD
     card = card.partition(CARD_HEADING)[0].rstrip()
+    settings = _shared_settings(config)
+    origin = (
+        f"The text encoder comes from `kosmos-g train {config.stage}`, whatever the table says of its origin"
+    )
+    text = f"{card}\n\n{CARD_HEADING}\n\n{origin}; with the settings\n\n{_as_block(settings)}"
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def merge_into_folder(model, adapter, output):
+    """Write a pipeline folder with an adapter merged into its text encoder; everything else is copied.
+
+    The sum is computed in float32 and kept in the dtype of the model's files.
+
+    Args:
+        model: folder or Hub id of the pipeline that the adapter was trained on.
+        adapter: its folder, or a checkpoint of `kosmos-g train instruct --lora-rank`.
+        output: folder to write; it appears atomically.
+
+    Returns:
+        The path of `output`.
+
+    Raises:
+        ValueError: there is no such model or adapter, they do not fit, or the output is there already.
+        ImportError: peft is not installed.
+    """
+    output, adapter = check_output(output), adapters.find_adapter(adapter)
+    folder = locate_model(model)
+    try:
+        encoder = load_pretrained(KosmosGTextEncoder, folder, subfolder="text_encoder")
+    except IncompleteWeights as error:
+        raise ValueError(f"The text_encoder of {folder} cannot be read: {error}. Get it again.") from error
+    adapters.load_adapter(encoder, adapter)
+    rank = encoder.peft_config[adapters.NAME].r
+    adapters.merge_adapter(encoder)
+    kept = read_json(folder / "text_encoder" / "config.json").get("dtype")
+    encoder.to(as_dtype(kept) if kept in DTYPES else torch.float32)
+    with appearing_atomically(output) as place:
+        write_model(encoder, place / "text_encoder", max_shard_size=SHARD_SIZE)
+        for path in sorted(folder.iterdir()):
+            if path.name in NOT_LINKED or path.name.startswith(".") or (place / path.name).exists():
+                continue
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, place / path.name)
+        for module in (modeling_kosmos_g, processing_kosmos_g, pipeline_kosmos_g):
+            for path in place.rglob(Path(module.__file__).name):  # all of one version
+                shutil.copyfile(module.__file__, path)
+        _forget_world(place / "tokenizer" / "tokenizer_config.json")
+        (place / CARD).write_text(_merged_card(folder, model, adapter, rank), encoding="utf-8")
+    return output
+
+
+def _merged_card(folder, model, adapter, rank):
+    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else f"{NO_CARD}\n"
+    # it says what saving the folder again could not tell
+    card = card.replace(MARKER, "").rstrip()
+    text = (
+        f"An adapter (LoRA of rank {rank}) is merged into the text encoder, whatever the table says of its origin; the rest is "
+        f"that of {public_name(model)}."
+    )
+    # where it is of a run: RUN/checkpoint-.../adapter
+    with suppress(OSError, ValueError, TypeError):
+        config = TrainConfig.load(adapter.parent.parent / checkpoints.SETTINGS)
+        text += f" It comes from `kosmos-g train {config.stage}` with the settings\n\n{_as_block(_shared_settings(config))}"
+    return f"{card}\n\n{MERGED_HEADING}\n\n{text.rstrip()}\n"
+
+
+def _shared_settings(config):
+    """Of a TrainConfig, what differs from nothing and names no place on a machine."""
     settings = {name: value for name, value in asdict(config).items() if value not in ("", ())}
     for name in ("model", "output", "data", "target", "cache", "sample_prompts"):
         settings.pop(name, None)
-    text = (
-        f"{card}\n\n{CARD_HEADING}\n\nThe text encoder comes from `kosmos-g train {config.stage}`, whatever the table says "
-        f"of its origin; with the settings\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
-    )
-    (folder / CARD).write_text(text, encoding="utf-8")
+    return settings
+
+
+def _as_block(settings):
+    return f"```json\n{json.dumps(settings, indent=2)}\n```\n"
 
 
 def _forget_world(path):
