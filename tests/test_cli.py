@@ -249,7 +249,7 @@ def test_resumed_run_that_is_complete_draws_nothing(stopped, monkeypatch, capsys
     ],
 )
 def test_image_of_other_settings_is_not_kept(stopped, capsys, monkeypatch, changed, message):
-    monkeypatch.setattr(commands.generate, "load_pipeline", None)  # refused before it is called
+    monkeypatch.setattr(generation, "load_pipeline", None)  # refused before it is called
     assert message in fails(capsys, "generate", *stopped, "--resume", *changed, "--steps", "2")
     assert not Path("out_1.png").exists()
 

@@ -687,7 +687,10 @@ class KosmosGPromptMixin:
     def _register_image_words(self, states):
         """Enter words into tokenizer and encoder, all or none."""
         with _WORDS_LOCK:
-            check, known = sys.modules[type(self.tokenizer).__module__].check_image_word, set(self.image_words)
+            check, known = (
+                sys.modules[type(self.tokenizer).__module__].check_image_word,
+                set(self.image_words),
+            )
             for word in states:
                 check(word, known)
             self.text_encoder.add_image_words(states)
