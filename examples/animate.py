@@ -8,10 +8,12 @@ With a converted checkpoint (kosmos-g convert --help) instead of the small model
 """
 
 import torch
-from common import parse_arguments, resting_adapter, save, subjects
+from common import circling_noise, parse_arguments, resting_adapter, save, subjects
 from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
 
 from kosmos_g_diffusers import KosmosGPipeline
+
+NUM_FRAMES = 16
 
 arguments = parse_arguments(__doc__, sprites="<my-own> on a mint background", photos="<my-own> running")
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
@@ -20,9 +22,12 @@ first, _ = subjects(arguments)
 pipe.add_image_word("<my-own>", first)  # a word that this stock pipeline understands as well
 
 if arguments.small:
-    adapter = resting_adapter(pipe.unet)
-    print("No motion was learned for the small model: each frame is a drawing of its own.")
+    adapter, latents = resting_adapter(pipe.unet), circling_noise(pipe.unet, NUM_FRAMES)
+    print(
+        "No motion was learned for the small model. Its frames are alike since the noise that they begin with is."
+    )
 else:
+    latents = None  # noise of its own for each frame: the adapter joins them
     adapter = MotionAdapter.from_pretrained(
         "guoyww/animatediff-motion-adapter-v1-5-2", torch_dtype=arguments.dtype
     )
@@ -35,7 +40,8 @@ animate.to(arguments.device)
 
 frames = animate(
     arguments.prompt,
-    num_frames=16,
+    num_frames=NUM_FRAMES,
+    latents=latents,
     num_inference_steps=arguments.steps,
     guidance_scale=arguments.guidance,
     generator=torch.Generator("cpu").manual_seed(0),

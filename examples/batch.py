@@ -35,4 +35,5 @@ images = pipe(
     generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(6)],  # one for each image
 ).images  # both of the first prompt, both of the second, ...
 
-save(images, "batch.png", arguments, rows=3)
+captions = [prompt for prompt in arguments.prompt for _ in range(2)]
+save(images, "batch.png", arguments, captions, rows=3)

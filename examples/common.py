@@ -2,21 +2,25 @@
 
 import argparse
 import copy
+import math
+import textwrap
 from pathlib import Path
 
 import torch
 from diffusers import MotionAdapter
 from diffusers.utils import convert_state_dict_to_diffusers, export_to_gif, make_image_grid
-from PIL import Image, ImageChops, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from kosmos_g_diffusers import SPRITES
 from kosmos_g_diffusers.control.controls import control_image
 from kosmos_g_diffusers.environment import as_dtype, default_device, default_dtype
+from kosmos_g_diffusers.generation.grid import enlarge
 from kosmos_g_diffusers.provenance import save_image
-from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
+from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE, SPRITES_ONLY
 
 IMAGES = Path(__file__).parent / "images"
 ENLARGE_SPRITES = 4  # images with sides of 64 pixels are too small to look at
+CAPTION_HEIGHT = 40  # pixels, of two lines
 
 
 def parse_arguments(description, sprites=None, photos=None):
@@ -64,10 +68,12 @@ def move(sprite, right, down):
     return ImageChops.offset(sprite, right, down)
 
 
-def save(images, name, arguments, rows=1, composite=False):
+def save(images, name, arguments, captions=(), rows=1, composite=False):
     """Write images of one size as a grid, or as the frames of a GIF, and print where the file is.
 
-    composite: not all of what is shown was drawn by the model alone; the mark of the file says so. GIFs carry no mark.
+    Args:
+        captions: what stands below each image of a grid.
+        composite: not all of what is shown was drawn by the model alone; the mark of the file says so. GIFs carry no mark.
     """
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / name
@@ -76,15 +82,23 @@ def save(images, name, arguments, rows=1, composite=False):
     if path.suffix == ".gif":
         export_to_gif(images, str(path))
     else:
-        grid = make_image_grid([image.convert("RGB") for image in images], rows, len(images) // rows)
-        save_image(grid, path, composite=composite)
+        tiles = [with_caption(image, caption) for image, caption in zip(images, captions, strict=True)]
+        save_image(make_image_grid(tiles, rows, len(images) // rows), path, composite=composite)
     print(path)
     if arguments.small:
-        print(SPRITES_NOTE)
+        print(SPRITES_ONLY if arguments.tiny else SPRITES_NOTE)
 
 
-def enlarge(image, times):
-    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+def with_caption(image, text):
+    """An image with a line or two of text below it."""
+    tile = Image.new("RGB", (image.width, image.height + CAPTION_HEIGHT), "white")
+    tile.paste(image.convert("RGB"))
+    lines = textwrap.wrap(text, image.width // 7, max_lines=2, placeholder=" ...")
+    place = (image.width // 2, image.height + CAPTION_HEIGHT // 2)
+    ImageDraw.Draw(tile).multiline_text(
+        place, "\n".join(lines), "black", anchor="mm", align="center", font_size=13
+    )
+    return tile
 
 
 def canny_edges(image, arguments):
@@ -102,14 +116,14 @@ def canny_edges(image, arguments):
         return ImageOps.expand(ImageOps.crop(edges, 1), 1).convert("RGB")
 
 
-def random_lora(unet):
+def random_lora(unet, seed=0, layers=("to_q", "to_v")):
     """A small LoRA of random weights for a U-Net, as `load_lora_weights` takes it: a file, a Hub id or such a dict."""
     from peft import LoraConfig, get_peft_model_state_dict
 
     unet = copy.deepcopy(unet)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=4, target_modules=list(layers), init_lora_weights=False))
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     return {f"unet.{name}": tensor for name, tensor in layers.items()}
 
@@ -127,3 +141,16 @@ def resting_adapter(unet):
         if ".proj_out." in name:
             torch.nn.init.zeros_(parameter)
     return adapter
+
+
+def circling_noise(unet, num_frames):
+    """(1, C, num_frames, h, w): noise that turns from frame to frame, and is where it began after the last.
+
+    Each frame's is as random as any, and close to that of its neighbours: so are the images, without any learned motion.
+    """
+    size = unet.config.sample_size
+    one, other = torch.randn(
+        2, unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0)
+    )
+    angles = [2 * math.pi * frame / num_frames for frame in range(num_frames)]
+    return torch.stack([math.cos(angle) * one + math.sin(angle) * other for angle in angles], dim=1)[None]

@@ -42,4 +42,5 @@ image = pipe(
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 
-save([edges, image], "controlnet.png", arguments, composite=True)
+captions = ["the control image", arguments.prompt]
+save([edges, image], "controlnet.png", arguments, captions, composite=True)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from kosmos_g_diffusers import KosmosGPipeline
 from kosmos_g_diffusers.provenance import save_image
-from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE
+from kosmos_g_diffusers.sprites.pretrained import SPRITES_NOTE, SPRITES_ONLY
 
 PHOTO_PROMPTS = [("<i> in the style of <i>", ["cat.jpg", "coffee.jpg"])]
 SPRITE_PROMPTS = [  # none of these sprites was shown or named to the small model while it learned
@@ -27,7 +27,7 @@ SPRITE_PROMPTS = [  # none of these sprites was shown or named to the small mode
     ("a large orange striped ring on a lavender background", []),
 ]
 IMAGES_PER_PROMPT = 4
-TEXT_WIDTH, GAP = 210, 8  # pixels of the sheet
+TEXT_WIDTH, GAP, CAPTION = 210, 8, 18  # pixels of the sheet
 
 
 def main():
@@ -49,30 +49,33 @@ def main():
         ).images
         for seed, image in enumerate(drawn):
             save_image(image, arguments.output / f"demo_{number}_{seed}.png")
-        rows.append((reference_images, prompt, drawn))
+        rows.append((dict(zip(names, reference_images, strict=True)), prompt, drawn))
     sheet = draw_sheet(rows, 128 if arguments.small else 256)
     save_image(sheet, arguments.output / "demo.png", composite=True)  # it shows the reference images as well
     print(f"{arguments.output / 'demo.png'}, and each image next to it")
     if arguments.small:
-        print(SPRITES_NOTE)
+        print(SPRITES_ONLY if arguments.tiny else SPRITES_NOTE)
 
 
 def draw_sheet(rows, side):
-    """A row for each (reference images, prompt, images drawn): tiles of `side` pixels, the prompt between them."""
+    """A row for each (reference images by name, prompt, images drawn): tiles of `side` pixels, the prompt between them."""
     left = max(len(reference_images) for reference_images, _, _ in rows) * (side + GAP) + GAP
     width = left + TEXT_WIDTH + IMAGES_PER_PROMPT * (side + GAP)
-    sheet = Image.new("RGB", (width, len(rows) * (side + GAP) + GAP), "white")
+    sheet = Image.new("RGB", (width, len(rows) * (side + CAPTION + GAP) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for number, (reference_images, prompt, drawn) in enumerate(rows):
-        top = GAP + number * (side + GAP)
+        top = GAP + number * (side + CAPTION + GAP)
         draw.text((left, top + side // 2), textwrap.fill(prompt, 24), "black", anchor="lm", font_size=15)
         places = [left - (side + GAP) * behind for behind in range(len(reference_images), 0, -1)]
         places += [left + TEXT_WIDTH + index * (side + GAP) for index in range(len(drawn))]
-        for place, image in zip(places, [*reference_images, *drawn], strict=True):
+        images = [*reference_images.items(), *((f"seed {seed}", image) for seed, image in enumerate(drawn))]
+        for place, (caption, image) in zip(places, images, strict=True):
             # sprites have 64 pixels: enlarged, not blurred
             resampling = Image.Resampling.NEAREST if image.width < side else Image.Resampling.BICUBIC
             tile = ImageOps.fit(image.convert("RGB"), (side, side), resampling)
             sheet.paste(tile, (place, top))
+            below = (place + side // 2, top + side + CAPTION // 2)
+            draw.text(below, caption, "black", anchor="mm", font_size=12)
             draw.rectangle((place - 1, top - 1, place + side, top + side), outline="silver")
     return sheet
 

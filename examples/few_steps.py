@@ -38,4 +38,4 @@ image = pipe(
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 
-save([image], "few_steps.png", arguments)
+save([image], "few_steps.png", arguments, [f"{arguments.prompt}, in 4 steps"])

@@ -31,4 +31,4 @@ image = pipe(
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 
-save([before, image], "image_to_image.png", arguments, composite=True)
+save([before, image], "image_to_image.png", arguments, ["before", arguments.prompt], composite=True)

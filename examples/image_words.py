@@ -34,7 +34,8 @@ before = ImageOps.fit(second, drawn.size)
 generator = torch.Generator("cpu").manual_seed(0)
 changed = stock(arguments.prompt[1], image=before, strength=0.8, generator=generator, **settings).images[0]
 
-save([drawn, before, changed], "image_words.png", arguments, composite=True)
+captions = [arguments.prompt[0], "what is changed", arguments.prompt[1]]
+save([drawn, before, changed], "image_words.png", arguments, captions, composite=True)
 
 # a small file, to share the word like a textual-inversion embedding; load_image_words reads it
 pipe.save_image_words(arguments.output / "image_words.safetensors")

@@ -38,4 +38,5 @@ image = pipe(
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 
-save([before, mask, image], "inpaint.png", arguments, composite=True)
+captions = ["before", "white is drawn", arguments.prompt]
+save([before, mask, image], "inpaint.png", arguments, captions, composite=True)

@@ -47,4 +47,5 @@ chat = draw(
     ]
 )
 
-save([marks, reading_order, chat], "interleaved_prompt.png", arguments)
+captions = ["a string with marks", "words and images in reading order", "chat content"]
+save([marks, reading_order, chat], "interleaved_prompt.png", arguments, captions)

@@ -1,4 +1,4 @@
-"""Draw with a LoRA made for Stable Diffusion 1.5, and without it:
+"""Draw with two LoRAs made for Stable Diffusion 1.5, with each, with both, and without:
 
     python examples/lora.py
 
@@ -14,15 +14,19 @@ from common import parse_arguments, random_lora, save, subjects
 
 from kosmos_g_diffusers import KosmosGPipeline
 
-arguments = parse_arguments(__doc__, sprites="<i> on a mint background", photos="<i>, pixel art")
+arguments = parse_arguments(
+    __doc__,
+    sprites=["<i> on a mint background"] * 2,
+    photos=["<i>, pixel art", "<i>, clay animation"],  # each with the words that its LoRA was trained on
+)
 pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, _ = subjects(arguments)
 
 
-def draw():
+def draw(prompt):
     return pipe(
-        arguments.prompt,
+        prompt,
         images=[first],
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance,
@@ -31,16 +35,27 @@ def draw():
 
 
 if arguments.small:
-    lora, scale = random_lora(pipe.unet), 3.0
-    print("The LoRA has random weights: it disturbs the drawing, which shows that it acts.")
+    loras = [random_lora(pipe.unet, 1), random_lora(pipe.unet, 0, ["proj_out"])]
+    names, scale = ("colour", "shape"), 3.0
+    print(
+        "The LoRAs have random weights: one disturbs the colour, the other the shape, which shows that they act."
+    )
 else:
-    lora, scale = "artificialguybr/pixelartredmond-1-5v-pixel-art-loras-for-sd-1-5", 0.9
-# its layers for the U-Net; those for CLIP's text encoder, which is not there, are left out with a warning
-pipe.load_lora_weights(lora, adapter_name="pixels")
-pipe.set_adapters(["pixels"], [scale])
-with_lora = draw()
+    loras = [
+        "artificialguybr/pixelartredmond-1-5v-pixel-art-loras-for-sd-1-5",
+        "artificialguybr/clayanimationredmond-1-5-version-clay-animation-lora-for-sd-1-5",
+    ]
+    names, scale = ("pixels", "clay"), 0.9
+images, captions = [draw(arguments.prompt[0])], ["without a LoRA"]
+for name, lora in zip(names, loras, strict=True):
+    # its layers for the U-Net; those for CLIP's text encoder, which is not there, are left out with a warning
+    pipe.load_lora_weights(lora, adapter_name=name)
+for name, prompt in zip(names, arguments.prompt, strict=True):
+    pipe.set_adapters([name], [scale])
+    images.append(draw(prompt))
+    captions.append(f"the LoRA {name}")
+pipe.set_adapters(list(names), [scale] * 2)
+images.append(draw(arguments.prompt[0]))
+captions.append("both")
 
-pipe.unload_lora_weights()
-without = draw()
-
-save([without, with_lora], "lora.png", arguments)
+save(images, "lora.png", arguments, captions)

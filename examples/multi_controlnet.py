@@ -50,4 +50,5 @@ image = pipe(
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 
-save([*controls, image], "multi_controlnet.png", arguments, composite=True)
+captions = ["the first control image", "the second", arguments.prompt]
+save([*controls, image], "multi_controlnet.png", arguments, captions, composite=True)

@@ -29,4 +29,4 @@ image = pipe(
     generator=torch.Generator("cpu").manual_seed(0),
 ).images[0]
 
-save([image], "text_to_image.png", arguments)
+save([image], "text_to_image.png", arguments, [arguments.prompt])

@@ -2,6 +2,7 @@ import importlib.util
 import re
 import runpy
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 DEMOS = ("app_client.py", "common.py", "demo.py")  # what the others share, and what other tests run
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.name not in DEMOS)
 TILE = 256  # pixels: images of 64 are written four times as large
+CAPTION = 40  # pixels below each tile
 FEW = ("--steps", "2")
 
 
@@ -64,7 +66,8 @@ def test_example_runs_as_its_first_command_says(name, run_example, tmp_path, cap
     out = capsys.readouterr().out
     assert str(path) in out and SPRITES_NOTE in out
     with PIL.Image.open(path) as image:
-        assert image.width % TILE == 0 and image.height % TILE == 0
+        height = TILE if name == "animate" else TILE + CAPTION
+        assert image.width % TILE == 0 and image.height % height == 0
         assert getattr(image, "n_frames", 1) == (16 if name == "animate" else 1)
         assert any(low != high for low, high in image.convert("RGB").getextrema())
     if name != "animate":  # a GIF carries no mark
@@ -75,7 +78,7 @@ def test_example_runs_as_its_first_command_says(name, run_example, tmp_path, cap
 def tiles(path, count):
     """The images of a row that an example has written, at the size in which they were drawn."""
     row = PIL.Image.open(path)
-    assert row.size == (TILE * count, TILE)
+    assert row.size == (TILE * count, TILE + CAPTION)
     images = [row.crop((TILE * index, 0, TILE * (index + 1), TILE)) for index in range(count)]
     return [image.resize((64, 64), PIL.Image.Resampling.NEAREST) for image in images]
 
@@ -92,8 +95,46 @@ def test_three_ways_to_write_a_prompt_give_one_image(run_example, tmp_path):
 def test_lora_of_the_example_changes_the_image(run_example, tmp_path, capsys):
     pytest.importorskip("peft")
     run_example("lora", *FEW, "--output", str(tmp_path))
-    assert distinct(tmp_path / "lora.png", 2) == 2
-    assert "The LoRA has random weights" in capsys.readouterr().out
+    assert distinct(tmp_path / "lora.png", 4) == 4
+    assert "The LoRAs have random weights" in capsys.readouterr().out
+
+
+def test_two_loras_of_the_example_look_different(run_example, tmp_path):
+    pytest.importorskip("peft")
+    run_example("lora", "--steps", "8", "--output", str(tmp_path))
+    images = [np.asarray(tile, float) for tile in tiles(tmp_path / "lora.png", 4)[:3]]
+    for one, other in combinations(images, 2):  # to the eye: a part of the sprite, by much
+        assert (np.abs(one - other).max(axis=-1) > 60).mean() > 0.02
+
+
+def test_every_tile_has_its_caption(run_example, tmp_path):
+    run_example("interleaved_prompt", *FEW, "--output", str(tmp_path))
+    sheet = np.asarray(PIL.Image.open(tmp_path / "interleaved_prompt.png").convert("L"))
+    for column in range(3):
+        caption = sheet[TILE:, TILE * column : TILE * (column + 1)]
+        assert caption.shape == (CAPTION, TILE) and caption.min() < 100 and (caption == 255).mean() > 0.7
+
+
+def test_long_caption_stays_below_its_tile(common):
+    tile = common.with_caption(
+        PIL.Image.new("RGB", (TILE, TILE), "teal"), "a large yellow striped star " * 20
+    )
+    assert tile.size == (TILE, TILE + CAPTION)
+    strip = np.asarray(tile.convert("L"))[TILE:]
+    assert strip.min() < 100 and (strip[[0, -1]] == 255).all() and (strip[:, [0, -1]] == 255).all()
+
+
+def test_frames_of_the_animation_belong_together(run_example, tmp_path, capsys):
+    run_example("animate", "--steps", "6", "--output", str(tmp_path))
+    assert "No motion was learned" in capsys.readouterr().out
+    with PIL.Image.open(tmp_path / "animate.gif") as film:
+        frames = []
+        for number in range(film.n_frames):
+            film.seek(number)
+            frames.append(np.asarray(film.convert("RGB"), float))
+    neighbours = [np.abs(frames[number] - frames[number - 1]).mean() for number in range(16)]
+    opposites = [np.abs(frames[number] - frames[number - 8]).mean() for number in range(16)]
+    assert 0 < np.mean(neighbours) < 0.5 * np.mean(opposites)
 
 
 def test_hole_of_the_inpainted_sprite_is_beside_it_and_what_is_around_the_hole_stays(run_example, tmp_path):
@@ -144,6 +185,7 @@ def test_without_controlnet_aux_other_edges_stand_in_and_that_is_said(
 def test_flag_that_earlier_documents_gave_changes_nothing(run_example, tmp_path, capsys):
     for folder, flags in (("with", ["--tiny"]), ("without", [])):
         run_example("text_to_image", *flags, *FEW, "--output", str(tmp_path / folder))
+        assert ("no model was given" in capsys.readouterr().out) == (folder == "without")
     with_it, without = (tmp_path / folder / "text_to_image.png" for folder in ("with", "without"))
     assert with_it.read_bytes() == without.read_bytes()
     with pytest.raises(SystemExit):
