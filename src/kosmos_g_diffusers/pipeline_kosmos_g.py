@@ -643,7 +643,9 @@ class KosmosGPromptMixin:
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         try:
             part.touch()
-            mode = part.stat().st_mode  # as the umask asks for; safetensors makes files that only their owner reads
+            mode = (
+                part.stat().st_mode
+            )  # as the umask asks for; safetensors makes files that only their owner reads
             save_file(tensors, part, metadata={"format": IMAGE_WORDS_FORMAT, "words": json.dumps(words)})
             part.chmod(mode)
             os.replace(part, path)

@@ -116,7 +116,12 @@ def run(arguments):
     from ..generation.generate import generate_files, load_pipeline
     from ..generation.png import find_seed, output_paths, read_kept
 
-    marker, force, resume, enlarged = read_mark_flags(arguments), arguments.force, arguments.resume, arguments.enlarge
+    marker, force, resume, enlarged = (
+        read_mark_flags(arguments),
+        arguments.force,
+        arguments.resume,
+        arguments.enlarge,
+    )
     if enlarged is None:
         enlarged = ENLARGED if settings.model is None else 1
     check_value("--enlarge", enlarged, int, low=1, high=MOST_ENLARGED)
