@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import PIL.Image
 import pytest
-from support.evaluating import files_of, run_evaluate
+from support.evaluating import die_at_call, files_of, run_evaluate, run_in_child
 
+from kosmos_g_diffusers import files as files_module
 from kosmos_g_diffusers.evaluation.benchmarks import sprites as sprite_bench
 from kosmos_g_diffusers.evaluation.benchmarks.sprites import ReaderScorer, build_tasks, compare_with_truth
 from kosmos_g_diffusers.generation.png import read_settings
@@ -276,3 +277,20 @@ def test_command_runs_offline_without_a_model_and_is_resumed(tmp_path):
     (tmp_path / "run" / "pictures" / "edit_0000_0.png").write_bytes(b"half")
     run_evaluate(*arguments)
     assert files_of(tmp_path / "run", "images", "scores", "report.json", "report.md", "sheets") == before
+
+
+def test_input_images_are_whole_when_a_run_is_killed_while_it_writes_them(tmp_path):
+    pytest.importorskip("accelerate", reason="evaluation needs the extra `eval`")
+    pytest.importorskip("matplotlib", reason="evaluation needs the extra `eval`")
+
+    def run():
+        # the manifest is the first file that gets its name
+        die_at_call(files_module.os, "replace", 4)
+        run_evaluate("sprites", "--count", 3, "--steps", 1, "--device", "cpu", "--output", tmp_path / "run")
+
+    run_in_child(run)
+    paths = list((tmp_path / "run" / "pictures").iterdir())
+    whole = [path for path in paths if path.suffix == ".png"]
+    assert len(whole) == 2 and [path.suffix for path in paths if path not in whole] == [".part"]
+    for path in whole:
+        PIL.Image.open(path).load()
