@@ -84,8 +84,11 @@ def test_evaluate(device, monkeypatch, tmp_path):
 def test_app(device, monkeypatch, tmp_path):
     pytest.importorskip("gradio")
 
-    def read(folders, loras, unets, device, dtype):
-        return device, dtype
+    make = models.Models
+
+    def read(*args):
+        made = make(*args)
+        return made.device, made.dtype
 
     flags = ("app", "--output", str(tmp_path), "--device", device)
     assert choice(monkeypatch, models, "Models", read, *flags) == (device, half_of(device))

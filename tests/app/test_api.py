@@ -223,7 +223,7 @@ def test_bug_is_told_without_its_reason_and_its_reason_is_logged(app, client, mo
     def broken(*args):
         raise RuntimeError("secret of /home/me/file")
 
-    monkeypatch.setattr("kosmos_g_diffusers.serving.job.prompt_arguments", broken)
+    monkeypatch.setattr("kosmos_g_diffusers.generation.generate.prompt_arguments", broken)
     told = fails(client, prompt="a hat", **STEPS)
     assert "Something went wrong on the server" in told and "secret" not in told
     number = told.rpartition("number ")[2].strip("'. ")

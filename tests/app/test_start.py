@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import urllib.request
 from pathlib import Path
@@ -160,7 +162,7 @@ def test_page_is_there_while_the_model_loads_and_says_how_that_ends(tmp_path, br
         gate.wait(60)
         return load(*args)
 
-    monkeypatch.setattr("kosmos_g_diffusers.serving.models.load_model", slow)
+    monkeypatch.setattr("kosmos_g_diffusers.generation.generate.load_model", slow)
     with serving(tmp_path, toy=False, wait=False, controls=False) as app:
         opened = browser.new_page()
         try:
@@ -189,7 +191,7 @@ def test_model_that_cannot_be_loaded_is_told_on_the_page(tmp_path, browser, monk
     def broken(*args):
         raise OSError("no weights in /srv/models/secret")
 
-    monkeypatch.setattr("kosmos_g_diffusers.serving.models.load_model", broken)
+    monkeypatch.setattr("kosmos_g_diffusers.generation.generate.load_model", broken)
     with serving(tmp_path, toy=False, wait=False) as app:
         opened = browser.new_page()
         opened.goto(app.url)
@@ -228,6 +230,43 @@ def test_command_opens_the_page_and_ctrl_c_ends_it(place, tmp_path, monkeypatch,
     assert "Traceback" not in printed.err and "share=True" not in printed.out
     # the server's threads and the workers; tqdm's belongs to the process
     wait_for(lambda: all(isinstance(thread, TMonitor) for thread in {*threading.enumerate()} - before))
+
+
+FIRST_ANSWER = """
+import os, signal, sys, threading, time, urllib.error, urllib.request
+from kosmos_g_diffusers.cli import main
+from kosmos_g_diffusers.serving.models import Models
+
+answered, made, load = threading.Event(), [], Models.load
+
+def wait_and_load(models, name=None):
+    made.append(models)
+    answered.wait(60)
+    load(models, name)
+
+def visit():
+    while not made:  # the service starts when the page listens
+        time.sleep(0.02)
+    page = urllib.request.urlopen("http://127.0.0.1:" + sys.argv[3]).read().decode()
+    print("Kosmos-G" in page, made[0].state, sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
+    answered.set()
+    while made[0].state == "loading":
+        time.sleep(0.02)
+    print(made[0].state, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+
+Models.load = wait_and_load
+threading.Thread(target=visit, daemon=True).start()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_first_answer_comes_before_the_model_and_its_libraries_are_loaded(place, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", FIRST_ANSWER, *place], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "True loading []\nready\n" in ended.stdout
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_port_that_is_taken_is_told(place, capsys):

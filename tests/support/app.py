@@ -58,7 +58,6 @@ def serving(
     if toy:
         _put_toy(patches)
     service = Service(Models(model_folders, lora_folder, unet_folder), Store("."), capacity)
-    service.start()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -88,7 +87,7 @@ def _put_toy(patches):
         "sprites.pretrained.SPRITES": folder,
         "sprites.pretrained.sprites_controlnet": lambda name: name,
         "serving.models.SPRITES": folder,
-        "serving.models.load_controlnet": load,
+        "control.controls.load_controlnet": load,
         "generation.generate.load_controlnet": load,
     }.items():
         patches.enter_context(mock.patch(f"kosmos_g_diffusers.{name}", value))

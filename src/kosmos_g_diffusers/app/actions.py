@@ -12,8 +12,7 @@ from ..generation.png import read_settings
 from ..serving import image_words
 from ..serving.errors import FieldError, at
 from ..serving.job import finished_images
-from ..serving.preview import data_uri
-from ..serving.store import image_file_size, open_image_file
+from ..serving.store import data_uri, image_file_size, open_image_file
 from ..sprites.pretrained import SPRITES_ONLY
 from ..sprites.world import IMAGE_SIZE
 from . import html as render

@@ -9,13 +9,13 @@ import secrets
 import PIL.Image
 from safetensors import SafetensorError
 
-from ..control.controls import control_image, control_preview, find_control
+from ..control.table import find_control
 from ..generation.png import NoSettings, read_settings
 from ..generation.schedulers import SCHEDULERS
-from ..generation.settings import ControlInput, GenerationSettings
-from ..processing_kosmos_g import IMAGE_MARK, IMAGE_WORD_PATTERN
+from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN, ControlInput, GenerationSettings
 from ..serving.errors import FieldError, at
 from ..serving.image_words import read_words
+from ..serving.libraries import controlling
 from ..serving.models import NO_LORA, OWN
 from ..serving.session import MAX_WORDS
 from ..serving.store import MAX_FILES, check_image_file, open_image_file
@@ -129,7 +129,9 @@ def read_control(field, store, kind, picture, strokes, ready, scale=1.0, start=0
             strokes = strokes.resize(shown.size)
             if is_masked:
                 mask = strokes.point(lambda value: 255 if value > 127 else 0)
-                shown, ready = control_preview(control_image(kind, shown, mask=mask)), True
+                controls = controlling()
+                holes = controls.control_image(kind, shown, mask=mask)
+                shown, ready = controls.control_preview(holes), True
             else:
                 shown.paste("black", mask=strokes)
             kept = store.keep_drawn(shown)

@@ -7,11 +7,10 @@ from itertools import count
 
 from markupsafe import Markup
 
-from ..processing_kosmos_g import IMAGE_MARK, IMAGE_WORD_PATTERN
+from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN
 from ..serving.errors import FieldError
 from ..serving.job import finished_images
-from ..serving.preview import data_uri
-from ..serving.store import open_image_file
+from ..serving.store import data_uri, open_image_file
 from .form import count_line
 
 THUMBNAIL = 64  # pixels
@@ -60,7 +59,7 @@ def message(text):
 def model_state(state, problem, note):
     """One line about the model."""
     texts = {
-        "loading": "The model is loading. You can write your prompt meanwhile.",
+        **dict.fromkeys(("waiting", "loading"), "The model is loading. You can write your prompt meanwhile."),
         "ready": "Ready.",
         "failed": f"The model could not be loaded. {problem}",
     }

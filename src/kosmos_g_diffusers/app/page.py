@@ -7,7 +7,7 @@ from pathlib import Path
 import gradio as gr
 from starlette.middleware import Middleware
 
-from ..control.controls import CONTROLS
+from ..control.table import CONTROLS
 from ..generation.schedulers import SCHEDULERS
 from ..serving.models import NO_LORA, OWN
 from ..serving.session import Session
@@ -277,7 +277,9 @@ class Page:
 
 
 def serve(service, controls=False, host="127.0.0.1", port=7860, share=False, auth=None, block=True):
-    """Start the page of a service. The current folder must be the service's output folder: files are named from there.
+    """Start the page of a service, and then the service itself: the page answers before anything is loaded.
+
+    The current folder must be the service's output folder: files are named from there.
 
     Args:
         auth: (user, password), or None.
@@ -322,6 +324,7 @@ def serve(service, controls=False, host="127.0.0.1", port=7860, share=False, aut
             f"The app cannot listen at {host}:{port}: another program does, or it is not an address of this machine. Pass "
             "another --port, or --host."
         ) from error
+    service.start()
     if block:
         print(f"Open {blocks.local_url} in a browser. Ctrl-C ends the app.", flush=True)
         if blocks.share_url:

@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from ..environment import DTYPES, check_device, default_device, default_dtype
+from ..environment import DTYPES, check_device
 from ..files import check_output_folder
 from ..provenance import add_flags as add_mark_flags
 from ..provenance import read_flags as read_mark_flags
@@ -61,17 +61,16 @@ def run(arguments):
     from ..serving.service import Service
     from ..serving.store import Store
 
-    device = arguments.device or default_device()
-    check_device(device)
+    if arguments.device is not None:
+        check_device(arguments.device)
     marker = read_mark_flags(arguments)
-    dtype = arguments.dtype or default_dtype(device)
-    models = Models(arguments.model, arguments.lora_dir, arguments.unet_dir, device, dtype)
+    folders = (arguments.model, arguments.lora_dir, arguments.unet_dir)
+    models = Models(*folders, arguments.device, arguments.dtype)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     # files are named from here, so that no page learns where the server keeps them
     os.chdir(arguments.output)
     service = Service(models, Store("."), arguments.queue, marker)
-    service.start()
     try:
         serve(service, arguments.control, arguments.host, arguments.port, arguments.share, auth)
     finally:

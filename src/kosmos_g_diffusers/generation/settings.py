@@ -16,6 +16,9 @@ FORMAT_VERSION = 1  # of the JSON object; raise it when an older package would r
 OFFLOADS = ("none", "model", "sequential")
 FILES = ("images", "image_words")  # fields of GenerationSettings that hold an InputImage for each file
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,3})?")
+# as in processing_kosmos_g, which needs torch
+IMAGE_MARK = "<i>"
+IMAGE_WORD_PATTERN = re.compile(r"<[a-z][a-z0-9-]*>")
 SIDE = {"help": "multiple of 8 (default: the model's)", "low": 8, "high": 8192, "metavar": "PIXELS"}
 LORA_SCALE = {"help": "weight of the --lora before it (default: 1)", "low": -10, "high": 10, "metavar": "N"}
 PLACES = ("model", "unet", "lora")  # fields of GenerationSettings that hold a path or Hub id
@@ -160,8 +163,6 @@ class GenerationSettings:
     versions: dict = setting(dict)  # package -> version it was made with, for information
 
     def __post_init__(self):
-        from ..processing_kosmos_g import IMAGE_MARK
-
         for entry in fields(self):
             if isinstance(value := getattr(self, entry.name), str):
                 (_check_place if entry.name in PLACES else _check_text)(entry.name, value)

@@ -3,14 +3,11 @@
 import time
 from dataclasses import dataclass
 
-import torch
-
-from ..generation.generate import draw_images, prompt_arguments, size_arguments
 from ..generation.png import write_png
 from ..provenance import MARKED
 from .errors import at
-from .preview import data_uri
-from .store import open_image_file
+from .libraries import drawing
+from .store import data_uri, open_image_file
 
 PREVIEWS = 10  # of an image, at most
 
@@ -61,7 +58,7 @@ class Drawing:
             ticket.check()
             follow = _Follower(ticket, settings, self.models.preview, paths, self.marker)
             with at("run"):
-                for image, image_settings in draw_images(pipe, settings, arguments, follow):
+                for image, image_settings in drawing().draw_images(pipe, settings, arguments, follow):
                     path = self.store.new_image_path()
                     write_png(image, path, image_settings, marker=self.marker)
                     paths.append(path)
@@ -72,14 +69,14 @@ class Drawing:
 
     def _read_inputs(self, pipe):
         with at("controls"):
-            arguments = size_arguments(pipe, self.settings, self.control_images)
+            arguments = drawing().size_arguments(pipe, self.settings, self.control_images)
         # opened here, so that the library's errors name no file of the server
         reference_images = [open_image_file(path, "pictures") for path in self.reference_images]
         with at("negative_prompt"):
             negative = self.settings.negative_prompt or ""
             pipe.get_processor()(negative, marks_are_text=True, name="negative prompt")
         with at("prompt"):
-            arguments.update(prompt_arguments(pipe, self.settings, reference_images))
+            arguments.update(drawing().prompt_arguments(pipe, self.settings, reference_images))
         return arguments
 
 
@@ -102,8 +99,7 @@ class _Follower:
         self.planned = pipe.num_timesteps
         self.done += 1
         if step % max(1, self.planned // PREVIEWS) == 0:
-            with torch.no_grad():
-                image = self.make_preview(tensors["latents"])
+            image = self.make_preview(tensors["latents"])
             self.preview = data_uri(image, marker=self.marker, composite=self.settings.is_composite)
         self._tell()
         return {}

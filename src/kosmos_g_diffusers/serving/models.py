@@ -8,13 +8,13 @@ import logging
 from collections import OrderedDict
 from pathlib import Path
 
-from ..control.controls import CONTROLS, load_controlnet
+from ..control.table import CONTROLS
+from ..environment import default_device, default_dtype
 from ..files import read_json
-from ..generation.generate import LORA_NAME, add_lora, load_model, load_unet, own_size, with_controlnets
 from ..generation.schedulers import make_scheduler
 from ..sprites.pretrained import SPRITES, SPRITES_CONTROL, with_small_model
 from .errors import FieldError, at
-from .preview import LatentPreview
+from .libraries import controlling, drawing
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +32,14 @@ class Models:
         model_folders: Kosmos-G folders; none of them means the small model that needs no folder.
         lora_folder: of .safetensors files.
         unet_folder: of folders in diffusers' format.
-        device, dtype: of every model; dtype as settings name it.
+        device, dtype: of every model, as settings name them; None takes the accelerator if there is one, and what suits it.
 
     Raises:
         ValueError: a folder that is not there.
     """
 
-    def __init__(self, model_folders=(), lora_folder=None, unet_folder=None, device="cpu", dtype="float32"):
-        self.device, self.dtype = device, dtype
+    def __init__(self, model_folders=(), lora_folder=None, unet_folder=None, device=None, dtype=None):
+        self._device, self._dtype = device, dtype
         folders = [_folder(path, "model") for path in model_folders]
         for folder in folders:
             if not (folder / "model_index.json").is_file():
@@ -57,6 +57,17 @@ class Models:
         self._model = self._unet = self._lora = None  # names of what is loaded
         self._own_unet = self._own_scheduler = None
         self._controlnets = OrderedDict()  # kind of control -> ControlNet
+
+    @property
+    def device(self):
+        if self._device is None:
+            drawing()  # torch, which knows
+            self._device = default_device()
+        return self._device
+
+    @property
+    def dtype(self):
+        return self._dtype or default_dtype(self.device)
 
     def is_builtin(self, name):
         """Whether this is the small model that needs no folder."""
@@ -80,7 +91,7 @@ class Models:
     def short_side(self):
         """Pixels of the shorter side of what the loaded model draws unless it is told otherwise."""
         pipe = self.pipe  # another thread may load a model meanwhile
-        return 512 if pipe is None else min(own_size(pipe))
+        return 512 if pipe is None else min(drawing().own_size(pipe))
 
     def load(self, name=None):
         """Load a model in the place of the loaded one; None is the first that is offered. After a FieldError none is loaded."""
@@ -92,9 +103,12 @@ class Models:
         self._controlnets.clear()
         try:
             with at("model"):
+                drawing()
+                from .preview import LatentPreview  # needs torch
+
                 source = self.models[name] or SPRITES
                 try:
-                    pipe = load_model(source, self.dtype)
+                    pipe = drawing().load_model(source, self.dtype)
                 except (OSError, ValueError) as error:  # users know it by its name
                     reason = str(error).replace(str(source), name)
                     raise ValueError(f"The model {name!r} cannot be loaded: {reason}") from error
@@ -119,7 +133,7 @@ class Models:
         pipe = self.pipe
         if settings.controls:
             with at("controls"):
-                pipe = with_controlnets(pipe, self._find_controlnets(settings))
+                pipe = drawing().with_controlnets(pipe, self._find_controlnets(settings))
                 pipe.check_widths()
         if settings.scheduler is None:
             pipe.scheduler = self._own_scheduler
@@ -137,7 +151,7 @@ class Models:
             else:
                 path = self.unets[name]
                 try:
-                    unet = load_unet(path, self._own_unet).to(self.device)
+                    unet = drawing().load_unet(path, self._own_unet).to(self.device)
                 except ValueError as error:
                     raise ValueError(str(error).replace(str(path), name)) from error
             if unet.config.cross_attention_dim != self._own_unet.config.cross_attention_dim:
@@ -157,19 +171,20 @@ class Models:
                 with at("lora"):
                     path = self.loras[name]
                     try:
-                        add_lora(self.pipe, path, scale)
+                        drawing().add_lora(self.pipe, path, scale)
                     except ValueError as error:  # users know it by its name
                         raise ValueError(str(error).replace(str(path), name)) from error
                 self._lora = name
         elif name != NO_LORA:
-            self.pipe.set_adapters([LORA_NAME], [float(scale)])
+            self.pipe.set_adapters([drawing().LORA_NAME], [float(scale)])
 
     def _find_controlnets(self, settings):
         found = []
         for control in with_small_model(settings).controls:
             if control.name not in self._controlnets:
                 source, dtype = control.controlnet or control.name, self._own_unet.dtype
-                self._controlnets[control.name] = load_controlnet(source, dtype).to(self.device)
+                loaded = controlling().load_controlnet(source, dtype)
+                self._controlnets[control.name] = loaded.to(self.device)
             self._controlnets.move_to_end(control.name)
             found.append(self._controlnets[control.name])
         while len(self._controlnets) > max(CONTROLNETS_KEPT, len(found)):

@@ -1,11 +1,7 @@
 """What the latents of a step look like, without the VAE: three colours of each latent pixel, by a linear map."""
 
-import base64
-
 import PIL.Image
 import torch
-
-from ..provenance import UNMARKED
 
 SAMPLES = 4  # latents that the map is fitted to
 SIDE = 16  # of them, in latent pixels; larger ones cost seconds of a Stable Diffusion VAE on a CPU
@@ -35,6 +31,7 @@ class LatentPreview:
         features = _features(latents)
         self.factors = torch.linalg.lstsq(features, colours.movedim(1, -1).reshape(-1, 3)).solution
 
+    @torch.no_grad()
     def __call__(self, latents):
         """Latents (1, C, H, W) of any step -> RGB PIL image of W x H pixels."""
         latents = latents.float().cpu()
@@ -49,14 +46,3 @@ def _features(latents):
     """(B, C, H, W) -> (B * H * W, C + 1): the channels of each latent pixel, and 1."""
     rows = latents.movedim(1, -1).reshape(-1, latents.shape[1])
     return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
-
-
-def data_uri(image, side=256, marker=UNMARKED, composite=False):
-    """A PIL image as text that a page shows without asking the server for a file; the longer side at least `side`.
-
-    marker, composite: of an image that a model drew.
-    """
-    scale = max(1, side // max(image.size))
-    image = image.resize((image.width * scale, image.height * scale), PIL.Image.Resampling.BICUBIC)
-    content = marker.encode(image.convert("RGB"), "JPEG", composite, quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"

@@ -3,10 +3,10 @@
 import asyncio
 import time
 
-from ..control.controls import control_image, control_preview, control_size
 from ..provenance import MARKED
 from .errors import FieldError, at, unexpected
 from .job import Drawing, finished_images
+from .libraries import controlling
 from .queue import CAPACITY, QueueFull, Worker
 from .store import open_image_file
 
@@ -74,9 +74,11 @@ class Service:
                 image = open_image_file(path, field)
                 if control.ready:
                     return image
+                controls = controlling()
                 size = {"height": height, "width": width, "short_side": self.models.short_side()}
-                control_size(image, **size)  # says at once what does not fit
-                return control_preview(control_image(control.name, image.convert("RGB"), **size))
+                controls.control_size(image, **size)  # says at once what does not fit
+                made = controls.control_image(control.name, image.convert("RGB"), **size)
+                return controls.control_preview(made)
 
         return await self.carry_out(self.annotating, make, field)
 

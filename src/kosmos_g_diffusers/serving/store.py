@@ -8,6 +8,7 @@ Settings name inputs by their path from an image, so that `kosmos-g generate --f
 files by their contents alone: no string of a client is ever taken as a path.
 """
 
+import base64
 import io
 import os
 import secrets
@@ -21,6 +22,7 @@ import PIL.ImageOps
 
 from ..files import hash_bytes, remove_partial_files, written_atomically
 from ..generation.settings import InputImage
+from ..provenance import UNMARKED
 from .errors import FieldError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -141,3 +143,14 @@ class Store:
         if None in found:
             raise FieldError(field, "An image of this run is no longer on the server. Drop it again.")
         return found
+
+
+def data_uri(image, side=256, marker=UNMARKED, composite=False):
+    """A PIL image as text that a page shows without asking the server for a file; the longer side at least `side`.
+
+    marker, composite: of an image that a model drew.
+    """
+    scale = max(1, side // max(image.size))
+    image = image.resize((image.width * scale, image.height * scale), PIL.Image.Resampling.BICUBIC)
+    content = marker.encode(image.convert("RGB"), "JPEG", composite, quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
