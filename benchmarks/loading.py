@@ -26,7 +26,7 @@ def load(folder, dtype):
     before = {kind: memory(field) for kind, field in FIELDS.items()}
     start = now()
     with PeakMemory() as loading:
-        pipe = KosmosGPipeline.from_pretrained(folder, torch_dtype=dtype)
+        pipe = KosmosGPipeline.from_pretrained(folder, dtype=dtype)
     seconds = now() - start
     weights = [w for part in (pipe.text_encoder, pipe.unet, pipe.vae) for w in part.parameters()]
     with PeakMemory() as reading:  # files that are mapped come into memory now

@@ -122,7 +122,7 @@ def measure(folder, setting, steps, tiny):
     options = {"quantization_config": quantize()} if setting.quantizes else {}
     encode_seconds, calls = 0.0, []
     with PeakMemory() as loading:
-        pipe = KosmosGPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, **options)
+        pipe = KosmosGPipeline.from_pretrained(folder, dtype=torch.bfloat16, **options)
         pipe.set_progress_bar_config(disable=True)
         if setting.apply is not None:
             setting.apply(pipe)

@@ -16,7 +16,7 @@ from kosmos_g_diffusers import KosmosGPipeline
 NUM_FRAMES = 16
 
 arguments = parse_arguments(__doc__, sprites="<my-own> on a mint background", photos="<my-own> running")
-pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, _ = subjects(arguments)
 pipe.add_image_word("<my-own>", first)  # a word that this stock pipeline understands as well
@@ -29,13 +29,13 @@ if arguments.small:
 else:
     latents = None  # noise of its own for each frame: the adapter joins them
     adapter = MotionAdapter.from_pretrained(
-        "guoyww/animatediff-motion-adapter-v1-5-2", torch_dtype=arguments.dtype
+        "guoyww/animatediff-motion-adapter-v1-5-2", dtype=arguments.dtype
     )
     # the noise schedule that the motion adapter was trained with
     pipe.scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, beta_schedule="linear", timestep_spacing="linspace", clip_sample=False
     )
-animate = AnimateDiffPipeline.from_pipe(pipe, motion_adapter=adapter, torch_dtype=pipe.dtype)
+animate = AnimateDiffPipeline.from_pipe(pipe, motion_adapter=adapter, dtype=pipe.dtype)
 animate.to(arguments.device)
 
 frames = animate(

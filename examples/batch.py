@@ -21,7 +21,7 @@ arguments = parse_arguments(
     ],
     photos=["<i> wearing a hat", "<i> in the style of <i>", "a cup on a table"],
 )
-pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, second = subjects(arguments)
 

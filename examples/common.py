@@ -7,7 +7,6 @@ import textwrap
 from pathlib import Path
 
 import torch
-from diffusers import MotionAdapter
 from diffusers.utils import convert_state_dict_to_diffusers, export_to_gif, make_image_grid
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
@@ -130,6 +129,8 @@ def random_lora(unet, seed=0, layers=("to_q", "to_v")):
 
 def resting_adapter(unet):
     """A motion adapter for a small U-Net that was not trained and adds nothing: every frame is drawn on its own."""
+    from diffusers import MotionAdapter
+
     adapter = MotionAdapter(
         block_out_channels=unet.config.block_out_channels,
         motion_layers_per_block=unet.config.layers_per_block,

@@ -18,7 +18,7 @@ from kosmos_g_diffusers.control.controls import load_controlnet
 from kosmos_g_diffusers.sprites.pretrained import sprites_controlnet
 
 arguments = parse_arguments(__doc__, sprites="<i> on a mint background", photos="<i>, oil painting")
-pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
 first, second = subjects(arguments)
 
 if arguments.small:  # the edges say where, the image of the prompt which colour and pattern

@@ -32,7 +32,7 @@ TEXT_WIDTH, GAP, CAPTION = 210, 8, 18  # pixels of the sheet
 
 def main():
     arguments = parse_arguments(__doc__, SPRITE_PROMPTS, PHOTO_PROMPTS)
-    pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+    pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
     pipe.to(arguments.device)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -16,7 +16,7 @@ from diffusers import LCMScheduler
 from kosmos_g_diffusers import KosmosGPipeline
 
 arguments = parse_arguments(__doc__, sprites="<i> on a mint background", photos="<i> in the snow")
-pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, _ = subjects(arguments)
 

@@ -14,7 +14,7 @@ from PIL import ImageOps
 from kosmos_g_diffusers import KosmosGImg2ImgPipeline, KosmosGPipeline
 
 arguments = parse_arguments(__doc__, sprites="<i> on a brown background", photos="<i>, oil painting")
-pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
 pipe = KosmosGImg2ImgPipeline.from_pipe(pipe)
 pipe.to(arguments.device)
 first, second = subjects(arguments)

@@ -19,7 +19,7 @@ arguments = parse_arguments(
     sprites=["<my-own> on a mint background", "<my-own> on a grey background"],
     photos=["<my-own> wearing a hat", "<my-own> and a cup"],
 )
-pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, second = subjects(arguments)
 
@@ -28,8 +28,8 @@ settings = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.
 generator = torch.Generator("cpu").manual_seed(0)
 drawn = pipe(arguments.prompt[0], generator=generator, **settings).images[0]
 
-# torch_dtype: diffusers' own from_pipe would cast what is shared to float32
-stock = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=pipe.dtype)
+# dtype: diffusers' own from_pipe would cast what is shared to float32
+stock = StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=pipe.dtype)
 before = ImageOps.fit(second, drawn.size)
 generator = torch.Generator("cpu").manual_seed(0)
 changed = stock(arguments.prompt[1], image=before, strength=0.8, generator=generator, **settings).images[0]

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 from kosmos_g_diffusers import KosmosGInpaintPipeline, KosmosGPipeline
 
 arguments = parse_arguments(__doc__, sprites="<i> and <i> on a grey background", photos="<i> on a table")
-pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
 pipe = KosmosGInpaintPipeline.from_pipe(pipe)
 pipe.to(arguments.device)
 first, second = subjects(arguments)

@@ -15,7 +15,7 @@ from kosmos_g_diffusers import KosmosGPipeline
 arguments = parse_arguments(
     __doc__, sprites="<i> and <i> on a white background", photos="<i> in the style of <i>"
 )
-pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, second = subjects(arguments)
 

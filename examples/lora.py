@@ -19,7 +19,7 @@ arguments = parse_arguments(
     sprites=["<i> on a mint background"] * 2,
     photos=["<i>, pixel art", "<i>, clay animation"],  # each with the words that its LoRA was trained on
 )
-pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
 pipe.to(arguments.device)
 first, _ = subjects(arguments)
 

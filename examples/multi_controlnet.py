@@ -18,7 +18,7 @@ from kosmos_g_diffusers.control.controls import load_controlnet
 from kosmos_g_diffusers.sprites.pretrained import sprites_controlnet
 
 arguments = parse_arguments(__doc__, sprites="<i> and <i> on a white background", photos="<i>, oil painting")
-pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
 first, second = subjects(arguments)
 
 side = pipe.unet.config.sample_size * pipe.vae_scale_factor

@@ -18,7 +18,7 @@ arguments = parse_arguments(
     sprites="a large yellow striped star on a mint background",
     photos="a cat wearing a hat, oil painting",
 )
-pipe = KosmosGPipeline.from_pretrained(arguments.model, torch_dtype=arguments.dtype)
+pipe = KosmosGPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
 pipe.to(arguments.device)
 
 image = pipe(

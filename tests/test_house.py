@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 FILES = sorted(SOURCE.rglob("*.py"))
 # from the ground up; rooms of one step may use each other as long as there is no circle
 ORDER = (
-    ("files", "environment", "fields"),
+    ("files", "environment", "fields", "quiet"),
     ("loading", "provenance"),
     ("processing_kosmos_g",),
     ("modeling_kosmos_g",),
@@ -41,7 +41,6 @@ FOREIGN_PRIVATE = {
     "_gradient_checkpointing_func",
     "_no_split_modules",
     "_orig_mod",
-    "_resolve_dtype",
     "_upload_folder",
 }
 

@@ -203,7 +203,7 @@ def test_torchao_int8_weights(worded, draw, photos, expected, tmp_path, parts):
     quantized = KosmosGPipeline.from_pretrained(
         tmp_path,
         quantization_config=PipelineQuantizationConfig(quant_mapping={name: configs[name] for name in parts}),
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
     )
     quantized.set_progress_bar_config(disable=True)
     for name in parts:

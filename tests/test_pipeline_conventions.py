@@ -316,7 +316,7 @@ def test_half_precision_draws_nearly_the_same(own_copy, inputs, tmp_path, monkey
     pipe = own_copy(cls)
     expected = pipe(**inputs(cls)).images
     pipe.save_pretrained(tmp_path)
-    loaded = cls.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    loaded = cls.from_pretrained(tmp_path, dtype=torch.float16)
     loaded.set_progress_bar_config(disable=True)
     pipe.to(torch.float16)
     for half in (pipe, loaded):
@@ -395,7 +395,7 @@ def test_from_pipe_shares_components_and_keeps_each_dtype(mixed, source, target)
 @pytest.mark.parametrize("target", STOCK)
 def test_from_pipe_to_stock_keeps_the_dtype_that_it_is_given(base, mixed, controlnet, source, target):
     first = assemble(source, base=base, controlnet=controlnet)
-    second = target.from_pipe(first, torch_dtype=first.dtype, **parts_for(target, first, controlnet))
+    second = target.from_pipe(first, dtype=first.dtype, **parts_for(target, first, controlnet))
     assert type(second) is target and second.tokenizer.image_words == ["<dog>"]
     for name, component in second.components.items():
         assert component is (controlnet if name == "controlnet" else getattr(base, name, None)), name
@@ -406,7 +406,7 @@ def test_from_pipe_to_stock_keeps_the_dtype_that_it_is_given(base, mixed, contro
 def test_from_pipe_to_stock_casts_to_float32_unless_told_otherwise(build_pipe):
     # what the documentation warns of; the components are shared, so ours is cast with it
     pipe = build_pipe().to(torch.bfloat16)
-    StableDiffusionPipeline.from_pipe(pipe, torch_dtype=pipe.dtype)
+    StableDiffusionPipeline.from_pipe(pipe, dtype=pipe.dtype)
     assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
     StableDiffusionPipeline.from_pipe(pipe)
     assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.float32
@@ -420,7 +420,7 @@ def test_from_pipe_draws_what_a_pipeline_built_anew_draws(build, inputs, control
     for source in (*OURS, stock):
         first = build(source)
         second = cls.from_pipe(first, **parts_for(cls, first, controlnet))
-        there = stock.from_pipe(second, torch_dtype=second.dtype)
+        there = stock.from_pipe(second, dtype=second.dtype)
         back = cls.from_pipe(there)
         for pipe in (second, back, there):
             pipe.set_progress_bar_config(disable=True)
@@ -453,6 +453,6 @@ def test_auto_pipelines_do_not_know_our_classes_and_our_from_pipe_takes_their_pl
         auto.from_pretrained(tmp_path)
     assert type(ours.from_pipe(base)) is type(ours.from_pretrained(tmp_path)) is ours
     # once in a stock class, diffusers finds the siblings itself
-    stock = StableDiffusionPipeline.from_pipe(base, torch_dtype=base.dtype)
-    found = auto.from_pipe(stock, torch_dtype=base.dtype)
+    stock = StableDiffusionPipeline.from_pipe(base, dtype=base.dtype)
+    found = auto.from_pipe(stock, dtype=base.dtype)
     assert type(found) is STOCK[OURS.index(ours)] and found.text_encoder is base.text_encoder

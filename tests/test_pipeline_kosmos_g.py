@@ -624,15 +624,13 @@ def test_from_pipe_shares_components_and_keeps_each_dtype(worded, build_controln
             assert getattr(other, name) is getattr(worded, name)
         assert other.image_words == ["<dog>", "<suit>", "<pair>"]
     assert others[KosmosGControlNetPipeline].controlnet.dtype == torch.float16
-    cast = KosmosGImg2ImgPipeline.from_pipe(worded, torch_dtype=torch.float32)
+    cast = KosmosGImg2ImgPipeline.from_pipe(worded, dtype=torch.float32)
     assert {getattr(cast, name).dtype for name in dtypes} == {torch.float32}
 
 
 def test_words_are_shared_with_stock_pipelines_made_by_from_pipe(worded, draw, photos, build_controlnet):
     controlnet = build_controlnet(worded.unet)
-    theirs = StableDiffusionControlNetPipeline.from_pipe(
-        worded, controlnet=controlnet, torch_dtype=worded.dtype
-    )
+    theirs = StableDiffusionControlNetPipeline.from_pipe(worded, controlnet=controlnet, dtype=worded.dtype)
     ours = KosmosGControlNetPipeline.from_pipe(worded, controlnet=controlnet)
     arguments = {"image": photos[3].resize((16, 16)), "controlnet_conditioning_scale": 0.7}
     theirs.set_progress_bar_config(disable=True), ours.set_progress_bar_config(disable=True)
@@ -643,7 +641,7 @@ def test_words_are_shared_with_stock_pipelines_made_by_from_pipe(worded, draw, p
     ours.remove_image_word("<dog>")  # the components are one and the same
     ours.add_image_word("<new>", photos[1])
     assert worded.image_words == theirs.tokenizer.image_words == ["<suit>", "<pair>", "<new>"]
-    image_to_image = StableDiffusionImg2ImgPipeline.from_pipe(theirs, torch_dtype=worded.dtype)
+    image_to_image = StableDiffusionImg2ImgPipeline.from_pipe(theirs, dtype=worded.dtype)
     image_to_image.set_progress_bar_config(disable=True)
     picture = image_to_image(
         "<new> in a hat", image=photos[3].resize((16, 16)), strength=0.9, num_inference_steps=2

@@ -308,7 +308,7 @@ def test_variant_is_written_and_read(folders):
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",
     ]
-    pipe = KosmosGPipeline.from_pretrained(half, variant="fp16", torch_dtype=torch.float16)
+    pipe = KosmosGPipeline.from_pretrained(half, variant="fp16", dtype=torch.float16)
     assert {pipe.text_encoder.dtype, pipe.unet.dtype, pipe.vae.dtype} == {torch.float16}
     tensors = load_file(half / weights[0])
     state = pipe.text_encoder.state_dict()
@@ -334,7 +334,7 @@ def test_sharded_weights_load(original, expected, tmp_path, variant):
 
 
 def test_dtype_of_loading_is_every_components(saved, expected):
-    pipe = KosmosGPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
+    pipe = KosmosGPipeline.from_pretrained(saved, dtype=torch.bfloat16)
     assert {pipe.text_encoder.dtype, pipe.unet.dtype, pipe.vae.dtype} == {torch.bfloat16}
     assert {word.states.dtype for word in pipe.text_encoder.image_words} == {torch.bfloat16}
     condition = pipe.encode_prompt("<dog> <pair>")[0].detach().float().numpy()

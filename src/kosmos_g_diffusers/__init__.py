@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .environment import __version__, lazy_module, lazy_names
+from .quiet import hold_back_notes
 from .sprites.pretrained import SPRITES
 
 if TYPE_CHECKING:
@@ -51,3 +52,5 @@ __getattr__, __dir__ = lazy_names(
         ".processing_kosmos_g": "KosmosGProcessor KosmosGTokenizer",
     },
 )
+
+hold_back_notes()  # before the libraries are imported whose notes they are

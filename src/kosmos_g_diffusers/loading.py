@@ -9,14 +9,12 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-from diffusers.pipelines import pipeline_utils
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 
 from .files import first_line, read_json
+from .quiet import brief_bars
 
-# diffusers renamed the keyword; older releases know only the second
-DTYPE_KEYWORD = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of files with weights
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -67,12 +65,13 @@ def load_pretrained(model_class, source, *, dtype=torch.float32, whole=True, **o
     """
     place = (source, options.get("subfolder"), options.get("variant"))
     try:
-        if issubclass(model_class, ModelMixin):
-            model, missing = model_class.from_pretrained(source, **{DTYPE_KEYWORD: dtype}, **options), ()
-        else:
-            loading_info = {"output_loading_info": True, "dtype": dtype}
-            model, info = model_class.from_pretrained(source, **loading_info, **options)
-            missing = [*info["missing_keys"], *info.get("mismatched_keys", ())]
+        with brief_bars():
+            if issubclass(model_class, ModelMixin):
+                model, missing = model_class.from_pretrained(source, dtype=dtype, **options), ()
+            else:
+                loading_info = {"output_loading_info": True, "dtype": dtype}
+                model, info = model_class.from_pretrained(source, **loading_info, **options)
+                missing = [*info["missing_keys"], *info.get("mismatched_keys", ())]
     except Exception as error:
         folder = Path(source) / (options.get("subfolder") or "")
         raise _explained(error, weight_files(*place), folder, model_class) from error
@@ -95,7 +94,8 @@ def load_pipeline(load, source, **options):
     if index.is_file():
         read_object(index, "Expected the folder of a pipeline: convert or download it again.")
     try:
-        loaded = load(source, **options)
+        with brief_bars():
+            loaded = load(source, **options)
     except Exception as error:
         part, model_class = _part_of(error)
         if not part and index.is_file() and not isinstance(error, OSError):

@@ -32,7 +32,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -45,7 +45,6 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
-from diffusers.pipelines import pipeline_utils
 from diffusers.utils import (
     USE_PEFT_BACKEND,
     convert_unet_state_dict_to_peft,
@@ -65,8 +64,6 @@ logger = logging.get_logger(__name__)
 # Files of the package that a saved folder carries, by module name; model_index.json names them
 MODULES = ("modeling_kosmos_g", "processing_kosmos_g", "pipeline_kosmos_g")
 KEEP_DTYPES = "keep"  # a dtype that means none, from our from_pipe to our `to`
-# diffusers renamed the keyword; older releases know only the second
-DTYPE_KEYWORD = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
 IMAGE_WORDS_FORMAT = "kosmos_g_image_words_1"
 # held while image words change in tokenizer and encoder, and while both are compared
 _WORDS_LOCK = threading.RLock()
@@ -965,11 +962,11 @@ class KosmosGPromptMixin:
             OSError: there is no such folder or repository, or a file is missing.
             ValueError: something in a file is not what it should be.
         """
-        load = super().from_pretrained
-        if not Path(__file__).with_name("loading.py").is_file():
-            return load(pretrained_model_name_or_path, **kwargs)
-        loading = importlib.import_module(".loading", __package__)
-        return loading.load_pipeline(load, pretrained_model_name_or_path, **kwargs)
+        load, keywords = super().from_pretrained, _with_dtype(kwargs)
+        loading = _sibling("loading")
+        if loading is None:
+            return load(pretrained_model_name_or_path, **keywords)
+        return loading.load_pipeline(load, pretrained_model_name_or_path, **keywords)
 
     @classmethod
     def _dict_from_json_file(cls, *args, **kwargs):
@@ -1019,14 +1016,15 @@ class KosmosGPromptMixin:
             raise ValueError("safe_serialization=False asks for pickle files. Leave it out: none is written.")
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         upload = {name: kwargs.pop(name, None) for name in names}
-        super(__class__, self._without_adapters()).save_pretrained(save_directory, **kwargs)
+        with _brief_bars():
+            super(__class__, self._without_adapters()).save_pretrained(save_directory, **kwargs)
         # safetensors makes files that only their owner reads; others have the mode that the umask asks for
         for path in Path(save_directory).rglob("*.safetensors"):
             shutil.copymode(Path(save_directory) / self.config_name, path)
         self.save_code(save_directory)
-        # in the package alone: a saved folder has no copy
-        if Path(__file__).with_name("model_card.py").is_file():
-            importlib.import_module(".model_card", __package__).write_model_card(self, save_directory)
+        model_card = _sibling("model_card")
+        if model_card:
+            model_card.write_model_card(self, save_directory)
         if push_to_hub:
             upload["repo_id"] = upload["repo_id"] or Path(save_directory).name
             self._upload(save_directory, **upload)
@@ -1102,15 +1100,16 @@ class KosmosGPromptMixin:
         """A pipeline of this class with the components of another, shared and not copied.
 
         diffusers' own `from_pipe` casts what is shared to float32 unless told otherwise; this one leaves every
-        component as it is. Pass `torch_dtype` to cast. New components, such as `controlnet`, are keywords.
+        component as it is. Pass `dtype` to cast. New components, such as `controlnet`, are keywords.
         """
-        if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:
-            kwargs[DTYPE_KEYWORD] = KEEP_DTYPES
+        kwargs = _with_dtype(kwargs)
+        if kwargs.get("dtype") is None:
+            kwargs["dtype"] = KEEP_DTYPES
         return super().from_pipe(pipeline, **kwargs)
 
     def to(self, *args, **kwargs):
         """As diffusers', where `from_pipe` ends; there the default is to cast nothing."""
-        if KEEP_DTYPES in (kwargs.get("dtype"), kwargs.get("torch_dtype")):
+        if kwargs.get("dtype") == KEEP_DTYPES:
             return self
         return super().to(*args, **kwargs)
 
@@ -1157,6 +1156,26 @@ def _short(value, length=100):
     """What was given, in an error: never more than `length` characters."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _sibling(name):
+    """Another module of the package; None in a saved folder, which has no copy of it."""
+    if not Path(__file__).with_name(f"{name}.py").is_file():
+        return None
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _brief_bars():
+    """The package's rule for bars of loading and saving; elsewhere they are the libraries' own."""
+    quiet = _sibling("quiet")
+    return quiet.brief_bars() if quiet else nullcontext()
+
+
+def _with_dtype(keywords):
+    """Keywords for diffusers, with the name that `torch_dtype` has there now."""
+    if keywords.get("torch_dtype") is None or keywords.get("dtype") is not None:
+        return keywords  # if both are given diffusers says so
+    return {**keywords, "dtype": keywords["torch_dtype"], "torch_dtype": None}
 
 
 def _split_images(images):

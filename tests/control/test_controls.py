@@ -530,7 +530,7 @@ def test_controlnet_that_cannot_be_loaded_is_named(empty_cache, tmp_path):
 @pytest.fixture(scope="module")
 def small_unet():
     """The U-Net of the small model that ships."""
-    return UNet2DConditionModel.from_pretrained(SPRITES, subfolder="unet", torch_dtype=torch.float32)
+    return UNet2DConditionModel.from_pretrained(SPRITES, subfolder="unet", dtype=torch.float32)
 
 
 @pytest.fixture

@@ -190,7 +190,7 @@ def test_aligner_n_is_kept_for_training(folders):
 
 @pytest.mark.parametrize("stage", ["align", "final"])
 def test_converted_folder_draws(folders, stage):
-    pipeline = KosmosGPipeline.from_pretrained(folders[stage], torch_dtype=torch.float32)
+    pipeline = KosmosGPipeline.from_pretrained(folders[stage], dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     image = pipeline(
@@ -521,7 +521,7 @@ def test_safety_checker_of_the_base_is_kept(convert, tmp_path, folders):
     StableDiffusionSafetyChecker(settings).save_pretrained(base / "safety_checker")
     CLIPImageProcessor(size={"shortest_edge": 8}).save_pretrained(base / "feature_extractor")
     folder = convert(base=base, dtype="float16")
-    pipeline = KosmosGPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    pipeline = KosmosGPipeline.from_pretrained(folder, dtype=torch.float16)
     assert isinstance(pipeline.safety_checker, StableDiffusionSafetyChecker)
     assert pipeline.feature_extractor.size["shortest_edge"] == 8
     assert pipeline.config.requires_safety_checker

@@ -8,7 +8,7 @@ import torch
 
 def borrow(cls, pipe, **parts):
     """A pipeline of `cls` with the components of `pipe`, as docs/composition.md says to make one."""
-    other = cls.from_pipe(pipe, torch_dtype=pipe.dtype, **parts)
+    other = cls.from_pipe(pipe, dtype=pipe.dtype, **parts)
     other.set_progress_bar_config(disable=True)
     return other
 

@@ -198,7 +198,7 @@ def step_loaded_pipeline_has_image_words_and_siblings(folder, work, expected):
     sibling = siblings.KosmosGImg2ImgPipeline.from_pipe(pipe)
     back = type(pipe).from_pipe(sibling)
     assert back.unet is pipe.unet and back.text_encoder is pipe.text_encoder
-    stock = StableDiffusionPipeline.from_pipe(pipe, torch_dtype=pipe.dtype)
+    stock = StableDiffusionPipeline.from_pipe(pipe, dtype=pipe.dtype)
     drawn = []
     for drawer in (pipe, stock):
         drawer.set_progress_bar_config(disable=True)
@@ -225,7 +225,7 @@ def step_variant_dtype_and_parts_are_taken(folder, work, expected):
     assert pipe.unet is unet
     assert_same(pipe, expected)
     half = DiffusionPipeline.from_pretrained(
-        folder / "half", trust_remote_code=True, variant="fp16", torch_dtype=torch.float16
+        folder / "half", trust_remote_code=True, variant="fp16", dtype=torch.float16
     )
     assert {half.text_encoder.dtype, half.unet.dtype, half.vae.dtype} == {torch.float16}
     assert half.encode_prompt("<dog> in a hat")[0].isfinite().all()

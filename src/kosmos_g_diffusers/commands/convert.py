@@ -7,7 +7,7 @@ examples:
       --base stable-diffusion-v1-5/stable-diffusion-v1-5 --output ./kosmos-g --dtype float16
 
 then, in Python:
-  pipe = KosmosGPipeline.from_pretrained("./kosmos-g", torch_dtype=torch.float16).to("cuda")
+  pipe = KosmosGPipeline.from_pretrained("./kosmos-g", dtype=torch.float16).to("cuda")
   pipe("<i> in the suit of <i>", images=[dog, ironman]).images[0].save("out.png")
 """
 

@@ -17,6 +17,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..quiet import brief_bars
+
 INSTALL = "pip install 'kosmos-g-diffusers[control]'"
 SIDE_MULTIPLE = 64  # controlnet_aux rounds both sides of what it looks at to this
 SIZES = ("detect_resolution", "image_resolution")  # its keywords for the shorter side
@@ -120,6 +122,7 @@ def load_depth(weights, device):
     return lambda image: estimator(image)["depth"]
 
 
+@brief_bars()
 def load_segmentation(weights, device):
     """Each pixel in the ADE20K colour of its class, by UPerNet."""
     from transformers import AutoImageProcessor, UperNetForSemanticSegmentation

@@ -17,7 +17,7 @@ from diffusers.utils import logging
 
 from ..fields import check_value
 from ..files import first_line, written_atomically
-from ..loading import DTYPE_KEYWORD, load_pretrained, load_single_file
+from ..loading import load_pretrained, load_single_file
 from ..processing_kosmos_g import open_image
 from . import annotators
 from .table import CONTROLS, find_control
@@ -243,7 +243,7 @@ def load_controlnet(source, dtype=torch.float32):
         raise ValueError(f"{source!r} is not a folder, a Hub id or a control. Known controls: {known}.")
     try:
         if Path(repo).is_file():
-            return load_single_file(ControlNetModel, repo, **{DTYPE_KEYWORD: dtype})
+            return load_single_file(ControlNetModel, repo, dtype=dtype)
         return load_pretrained(ControlNetModel, repo, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(

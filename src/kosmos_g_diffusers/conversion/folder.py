@@ -17,6 +17,7 @@ from ..environment import DTYPES, as_dtype
 from ..files import check_output_folder, first_line, follow_umask, partial_folder
 from ..loading import IncompleteWeights, empty_model, load_pretrained, read_object
 from ..model_card import write_model_card
+from ..quiet import brief_bars
 from .keys import shortened
 
 # some releases of safetensors copy a file's weights before they write it
@@ -222,7 +223,8 @@ def write_model(model, folder, weights=None, **options):
     if weights is not None:
         model.load_state_dict(weights, strict=True, assign=True)
     try:
-        model.save_pretrained(folder, **options)
+        with brief_bars():
+            model.save_pretrained(folder, **options)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise OSError(f"{folder.name} cannot be written to {folder.parent} ({reason}).") from error

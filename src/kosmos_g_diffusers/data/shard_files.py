@@ -23,6 +23,7 @@ from ..files import (
     write_text,
     written_atomically,
 )
+from ..quiet import SHORT
 from .sample import MOST_IMAGE_BYTES, BadSample
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class ShardFiles:
     def count(self):
         """Number of samples of each shard. One that cannot be read and is not in shards.json counts as one sample."""
         missing = [number for number, url in enumerate(self.urls) if url not in self._samples]
-        for number in tqdm(missing, f"{self.where}: counting", disable=len(missing) < 2):
+        for number in tqdm(missing, f"{self.where}: counting", disable=len(missing) < 2, delay=SHORT):
             self._samples[self.urls[number]] = self._count(number)
         return [self._samples[url] for url in self.urls]
 

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..files import cache_path, default_cache_dir, read_json, written_atomically
+from ..quiet import SHORT
 from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, composition_sample, edit_sample
 from .sample import IMAGE_LENGTH, BadSample, FilteredSample, decode_base64_image
 
@@ -61,7 +62,7 @@ class TsvSource:
         for file in self.files:
             self._check_first_row(file)
         cache_dir = default_cache_dir() if cache_dir is None else cache_dir
-        files = tqdm(self.files, f"{self.name}: rows", disable=len(self.files) == 1)
+        files = tqdm(self.files, f"{self.name}: rows", disable=len(self.files) == 1, delay=SHORT)
         self.offsets = [line_offsets(file, cache_dir) for file in files]
         self.groups = [len(offsets) - 1 for offsets in self.offsets]
         self._ends = np.cumsum(self.groups)

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from ..control.controls import control_image, load_controlnet, open_control
 from ..environment import as_dtype, check_device, package_versions
 from ..files import first_line
-from ..loading import DTYPE_KEYWORD, load_pretrained, load_single_file
+from ..loading import load_pretrained, load_single_file
 from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
 from ..provenance import MARKED
 from .grid import enlarge, grid_of
@@ -61,7 +61,7 @@ def load_model(model, dtype):
     """The pipeline of a folder or Hub id, on the CPU; `dtype` is torch's or its name."""
     dtype = as_dtype(dtype) if isinstance(dtype, str) else dtype
     # Kosmos-G folders never hold pickle files; refuse to load any
-    return KosmosGPipeline.from_pretrained(model, use_safetensors=True, **{DTYPE_KEYWORD: dtype})
+    return KosmosGPipeline.from_pretrained(model, use_safetensors=True, dtype=dtype)
 
 
 def download_model(model):
@@ -92,8 +92,7 @@ def load_unet(source, like):
         if path.is_file():
             with tempfile.TemporaryDirectory() as config:
                 like.save_config(config)
-                options = {"config": config, DTYPE_KEYWORD: like.dtype}
-                return load_single_file(UNet2DConditionModel, path, like, **options)
+                return load_single_file(UNet2DConditionModel, path, like, config=config, dtype=like.dtype)
         load = partial(load_pretrained, UNet2DConditionModel, str(source), dtype=like.dtype)
         if path.is_dir():
             return load(subfolder="unet" if (path / "unet").is_dir() else None)

@@ -30,6 +30,7 @@ from ..loading import IncompleteWeights, load_pretrained
 from ..model_card import MARKER
 from ..modeling_kosmos_g import KosmosGTextEncoder
 from ..pipeline_kosmos_g import KosmosGPipeline
+from ..quiet import brief_bars
 from . import adapters, checkpoints
 from .config import TrainConfig
 
@@ -76,6 +77,7 @@ def load_scheduler(folder):
     return getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
 
 
+@brief_bars()
 def save_decoder(target, target_model, target_tokenizer, model_folder, run):
     """Write RUN/decoder: the text encoder that is imitated, and what draws with it, in the layout of a pipeline folder.
 

@@ -14,6 +14,7 @@ from ..loading import IncompleteWeights, load_pretrained
 from ..modeling_aligner_n import AlignerNetN
 from ..modeling_kosmos_g import AlignerNet, KosmosGTextEncoder
 from ..processing_kosmos_g import KosmosGProcessor, KosmosGTokenizer
+from ..quiet import brief_bars
 from . import adapters
 from .cache import FrozenCache
 from .checkpoints import begin_run, trained_parameters
@@ -234,6 +235,7 @@ class Run:
             seed=config.seed,
         )
 
+    @brief_bars()
     def _save_model(self, folder, state_dict):
         self.stage.save_pretrained(folder, state_dict)
         parts = (Path(self.config.output) / DECODER_FOLDER, self.folder)

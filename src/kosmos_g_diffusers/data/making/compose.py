@@ -7,6 +7,7 @@ import torch
 import torch.utils.data
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ...quiet import brief_bars
 from ..sample import BadSample, FilteredSample
 from ..settings import CUTTING_SIDE, ComposeSettings
 from .cutouts import Segmenter, cut_out
@@ -150,6 +151,7 @@ class Captioner:
         OSError: the model cannot be loaded.
     """
 
+    @brief_bars()
     def __init__(self, model, *, device, dtype, max_new_tokens=32):
         self.processor = AutoProcessor.from_pretrained(model)
         self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()

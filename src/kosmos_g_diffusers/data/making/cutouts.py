@@ -8,6 +8,8 @@ import PIL.Image
 import torch
 from transformers import AutoProcessor, CLIPSegForImageSegmentation
 
+from ...quiet import brief_bars
+
 
 class Segmenter:
     """Says where in an image things are.
@@ -21,6 +23,7 @@ class Segmenter:
         OSError: the model cannot be loaded.
     """
 
+    @brief_bars()
     def __init__(self, model, *, device, dtype, batch_size=8):
         self.processor = AutoProcessor.from_pretrained(model)
         self.model = CLIPSegForImageSegmentation.from_pretrained(model, dtype=dtype).to(device).eval()

@@ -5,6 +5,7 @@ import re
 
 from transformers import AutoTokenizer, pipeline
 
+from ...quiet import brief_bars
 from ..recipes import interleave
 
 # what the official preparation asks for: foreground objects, nouns alone, no places, no adjectives, commas between;
@@ -42,6 +43,7 @@ class EntityFinder:
         ValueError: it has no chat template.
     """
 
+    @brief_bars()
     def __init__(self, model, *, device, dtype, max_new_tokens=64, max_entities=8):
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         if tokenizer.chat_template is None:
