@@ -28,9 +28,7 @@ if arguments.small:
     )
 else:
     latents = None  # noise of its own for each frame: the adapter joins them
-    adapter = MotionAdapter.from_pretrained(
-        "guoyww/animatediff-motion-adapter-v1-5-2", dtype=arguments.dtype
-    )
+    adapter = MotionAdapter.from_pretrained("guoyww/animatediff-motion-adapter-v1-5-2", dtype=arguments.dtype)
     # the noise schedule that the motion adapter was trained with
     pipe.scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, beta_schedule="linear", timestep_spacing="linspace", clip_sample=False
