@@ -7,7 +7,7 @@ PYTEST_FLAGS ?= -n 2
 PYTEST_ENV = OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest style bench clean
+.PHONY: help env demo test test-oldest style bench docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,8 +32,11 @@ style: env  ## fix what ruff can fix
 bench: env  ## run the benchmarks
 	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(VENV)/bin/python $$benchmark; done
 
+docs: $(VENV)/.installed-docs  ## build the documentation into site/; warnings and broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
 clean:  ## remove the environments and everything generated
-	rm -rf $(VENV) $(VENV_OLDEST) out build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) out site build dist src/*.egg-info .pytest_cache .ruff_cache
 
 # Two steps: the package alone, which is all that the demo needs, then what the tests need, into the same environment. The
 # stamp of each comes last: an interrupted installation has none and is taken up again.
@@ -55,4 +58,8 @@ $(VENV)/.installed $(VENV_OLDEST)/.installed:
 		--constraint $(filter constraints%,$^) --editable '.[dev]'
 	@# without what it names: torchvision needs another build of torch, and only two of its annotators need that
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps controlnet_aux==0.0.10
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@

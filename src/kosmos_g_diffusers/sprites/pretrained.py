@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 SPRITES = str(Path(__file__).parent / "model")  # trained by examples/sprites
+# images to try it with, of sprites that it was never shown: a yellow striped star, a red dotted heart
+STAR, HEART = (str(Path(__file__).parent / "images" / f"{name}.png") for name in ("star", "heart"))
 SPRITES_CONTROL = "canny"  # the control that its ControlNet was trained for
 SPRITES_ONLY = (
     "This small model knows nothing but sprites: 64 pixel images of one or two shapes. Photos and other words mean nothing "
