@@ -32,7 +32,7 @@ style: env  ## fix what ruff can fix
 bench: env  ## run the benchmarks
 	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(VENV)/bin/python $$benchmark; done
 
-docs: $(VENV)/.installed-docs  ## build the documentation into site/; warnings and broken links are errors
+docs: $(VENV)/.docs  ## build the documentation into site/; warnings and broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 clean:  ## remove the environments and everything generated
@@ -60,6 +60,7 @@ $(VENV)/.installed $(VENV_OLDEST)/.installed:
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-deps controlnet_aux==0.0.10
 	@touch $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+$(VENV)/.docs: $(VENV)/.core constraints.txt
+	@echo "Installing what the documentation needs into $(@D) ..."
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@

@@ -159,7 +159,9 @@ def check_command(command, place):
     program = program.rpartition("/")[2]
     if "kosmos_g_diffusers" in arguments:  # python -m, accelerate launch -m
         program, arguments = "kosmos-g", arguments[arguments.index("kosmos_g_diffusers") + 1 :]
-    if program == "kosmos-g":
+    if program == "eval":
+        check_command(shlex.split(arguments[0].removeprefix("$(").removesuffix(")")), place)
+    elif program == "kosmos-g":
         try:
             build_parser().parse_args(arguments)
         except SystemExit as stopped:
