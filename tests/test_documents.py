@@ -66,7 +66,7 @@ def read_blocks(path):
             else:
                 fence.append(line)
         elif line.startswith("```"):
-            language, fence, place = line[3:].strip(), [], f"{name_of(path)}:{number}"
+            language, fence, place = line[3:].strip() or "bash", [], f"{name_of(path)}:{number}"
         elif found := re.fullmatch(r"<!-- (\w+) -->", line.strip()):
             mark = found[1]
         elif line.strip():
