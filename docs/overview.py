@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from kosmos_g_diffusers import SPRITES, KosmosGPipeline
+from kosmos_g_diffusers.provenance import save_image
 from kosmos_g_diffusers.sprites import HEART, STAR
 
 # prompts in reading order, as the pipelines take them; none of these sprites was shown to the model while it learned
@@ -41,7 +42,7 @@ def main():
         for place, image in enumerate(drawn):
             left = PROMPT_WIDTH + place * (LARGE + GAP)
             paste(sheet, image, LARGE, (left, top))
-    sheet.save(Path(__file__).with_suffix(".png"), optimize=True)
+    save_image(sheet, Path(__file__).with_suffix(".png"), composite=True, optimize=True)
 
 
 def write_prompt(sheet, prompt, middle):
