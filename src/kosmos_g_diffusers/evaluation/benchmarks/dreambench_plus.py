@@ -162,16 +162,13 @@ def export(folder, data, output, instructions=None):
         }
         for kind, (image, marker) in images.items():
             path = output / kind / f"{name}.jpg"
-            marker.save(
-                image, path
-            )  # in Pillow's own quality, as its scripts do: the judge sees what a JPEG leaves
+            # in Pillow's own quality, as its scripts do: the judge sees what a JPEG leaves
+            marker.save(image, path)
             images[kind] = open_image(path, str(path)), marker
         write_text(output / "text" / f"{name}.txt", task.text + "\n")
         if texts is not None:
             kind = "style" if task.truth["collection"].startswith("style_") else "subject"
-            source, target = (
-                _as_content(image.resize(JUDGE_SIZE), marker) for image, marker in images.values()
-            )
+            source, target = (_as_content(image.resize(JUDGE_SIZE), mark) for image, mark in images.values())
             requests.append(_request(f"{name}/concept", texts[kind], [source, target]))
             words = {"type": "text", "text": task.text}
             requests.append(_request(f"{name}/prompt", texts["text"], [words, target]))
