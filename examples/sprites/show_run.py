@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from kosmos_g_diffusers.evaluation.images import image_path
 from kosmos_g_diffusers.evaluation.manifest import OWN_PICTURES, Manifest
+from kosmos_g_diffusers.provenance import save_image
 
 SIDE, GAP, TITLE = 64, 6, 150  # pixels
 RIGHT, WRONG = "seagreen", "crimson"
@@ -60,7 +61,8 @@ def main():
     parser.add_argument("--columns", type=int, default=6, help="prompts of each sort (default: 6)")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     arguments = parser.parse_args()
-    draw_sheet(arguments.run, arguments.kind, arguments.columns).save(arguments.output)
+    sheet = draw_sheet(arguments.run, arguments.kind, arguments.columns)
+    save_image(sheet, arguments.output, composite=True)  # it shows the reference images as well
     print(arguments.output)
 
 

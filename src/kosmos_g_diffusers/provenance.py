@@ -280,7 +280,7 @@ def read_mark(path):
     formats, advice = list(dict.fromkeys(FORMATS.values())), "Pass an image file."
     info = read_info(path, formats, advice)
     if info is None:
-        raise ValueError(f"{str(path)!r} cannot be read as {' or '.join(formats)}. {advice}")
+        raise ValueError(f"{str(path)!r} cannot be read as {', '.join(formats)}. {advice}")
     try:
         packet = info.get("xmp") or info.get(PNG_XMP) or _find_late_packet(path)
         if not packet:
@@ -335,7 +335,7 @@ def read_info(path, formats, advice):
     except PIL.UnidentifiedImageError:
         return None
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        kinds = " or ".join(formats)
+        kinds = ", ".join(formats)
         raise ValueError(
             f"{str(path)!r} cannot be read as {kinds} ({first_line(error)}). {advice}"
         ) from error
