@@ -520,10 +520,12 @@ def generate(*arguments):
     )
 
 
-def test_generated_images_and_their_grid_are_marked_unless_the_user_says_otherwise(tmp_path, monkeypatch):
+def test_generated_images_their_grid_and_its_enlarged_copy_are_marked_unless_the_user_says_otherwise(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert generate("--num-images", "2") == 0
-    for name in ("out_0.png", "out_1.png", "out.png"):
+    for name in ("out_0.png", "out_1.png", "out.png", "out_enlarged.png"):
         assert mark_of(name) == (DRAWN, SOFTWARE)
     assert generate("--no-mark", "--output", "plain.png") == 0
     assert mark_of("plain.png") is None

@@ -1,7 +1,8 @@
 """PNGs that carry what they were made from, and the files of a run.
 
-The settings are one JSON object in the PNG's text chunk `kosmos_g`, next to the mark of provenance.py. A PNG may come from anywhere, so reading one runs
-nothing and decodes no pixels: it takes JSON of known keys, types and ranges, and refuses the rest.
+The settings are one JSON object in the PNG's text chunk `kosmos_g`, next to the mark of provenance.py. A PNG may come from
+anywhere, so reading one runs nothing and decodes no pixels: it takes JSON of known keys, types and ranges, and refuses the
+rest.
 """
 
 import textwrap
