@@ -86,8 +86,12 @@ def test_training_settings_are_shown_without_torch():
 def test_import_is_enough_to_load_our_pipelines_and_stock_ones_with_our_components(tmp_path):
     program = """
 import inspect, kosmos_g_diffusers
+from concurrent.futures import ThreadPoolExecutor
 inspect.getmodule(inspect)  # looks at all modules
 assert not [name for name in HEAVY if name in sys.modules]
+module = sys.modules["kosmos_g_diffusers.processing_kosmos_g"]
+with ThreadPoolExecutor(4) as pool:  # none may find it half run
+    assert all(pool.map(lambda number: module.KosmosGTokenizer, range(4)))
 from diffusers import StableDiffusionPipeline
 folder, made = sys.argv[1], sys.argv[2] == "make"
 if made:
