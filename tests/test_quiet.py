@@ -1,3 +1,4 @@
+import copy
 import logging
 import sys
 
@@ -6,10 +7,11 @@ import pytest
 import torch
 import transformers.utils.logging
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
 
 from kosmos_g_diffusers import SPRITES, KosmosGImg2ImgPipeline, KosmosGPipeline
 from kosmos_g_diffusers.environment import VERBOSITY
-from kosmos_g_diffusers.quiet import HELD_BACK, SHORT, brief_bars, hold_back_notes
+from kosmos_g_diffusers.quiet import HELD_BACK, SECOND_LORA, SHORT, brief_bars, hold_back_notes
 
 NOTES = [(name, words) for name, notes in HELD_BACK.items() for words in notes]
 
@@ -122,3 +124,14 @@ def test_the_old_name_of_dtype_means_the_same_and_says_nothing(capfd, recwarn):
     assert not [str(warning.message) for warning in recwarn if "torch_dtype" in str(warning.message)]
     with pytest.raises(ValueError, match="both `dtype` and `torch_dtype`"):
         KosmosGPipeline.from_pretrained(SPRITES, dtype=torch.float16, torch_dtype=torch.float16)
+
+
+def test_a_second_lora_next_to_the_first_is_not_warned_of(pipe, recwarn):
+    peft = pytest.importorskip("peft")
+    lora = copy.deepcopy(pipe.unet)
+    lora.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(lora))
+    for name in ("one", "two"):
+        pipe.load_lora_weights({f"unet.{key}": value for key, value in layers.items()}, adapter_name=name)
+    assert set(pipe.get_list_adapters()["unet"]) == {"one", "two"}
+    assert not [str(warning.message) for warning in recwarn if SECOND_LORA in str(warning.message)]

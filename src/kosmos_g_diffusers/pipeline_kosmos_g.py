@@ -780,7 +780,8 @@ class KosmosGPromptMixin:
         models = [_uncompiled(getattr(self, name, None)) for name in self._lora_loadable_modules]
         before = [set(getattr(model, "peft_config", ())) for model in models]
         try:
-            super().load_lora_weights(source, adapter_name, **kwargs)
+            with _brief_bars():
+                super().load_lora_weights(source, adapter_name, **kwargs)
         except (ImportError, MemoryError):
             raise
         except Exception as error:  # whatever a library raises for what a file holds

@@ -6,6 +6,7 @@ libraries comes through. KOSMOS_G_VERBOSITY=verbose, or `kosmos-g -v`, brings th
 
 import contextlib
 import logging
+import warnings
 
 from .environment import verbose
 
@@ -29,6 +30,8 @@ HELD_BACK = {
     ),
     "diffusers.pipelines.pipeline_utils": ("Cannot initialize model with low cpu memory usage",),
 }
+# of peft, when a second LoRA is loaded next to the first, as was asked for
+SECOND_LORA = "Already found a `peft_config` attribute in the model"
 SHORT = 1.0  # seconds that need no bar
 
 
@@ -52,7 +55,9 @@ def hold_back_notes():
 
 @contextlib.contextmanager
 def brief_bars():
-    """While models are loaded or saved: transformers' bars where that takes longer than SHORT, no bar of diffusers."""
+    """While models are loaded or saved: transformers' bars where that takes longer than SHORT, no bar of diffusers,
+    and no warning of a second LoRA.
+    """
     if verbose():
         yield
         return
@@ -66,7 +71,9 @@ def brief_bars():
     diffusers_logging.disable_progress_bar()
     hook = transformers_logging.set_tqdm_hook(later)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", SECOND_LORA)
+            yield
     finally:
         transformers_logging.set_tqdm_hook(hook)
         if shown:
