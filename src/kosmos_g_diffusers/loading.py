@@ -73,6 +73,8 @@ def load_pretrained(model_class, source, *, dtype=torch.float32, whole=True, **o
                 model, info = model_class.from_pretrained(source, **loading_info, **options)
                 missing = [*info["missing_keys"], *info.get("mismatched_keys", ())]
     except Exception as error:
+        if options.get("quantization_config") is not None and not isinstance(error, (OSError, ValueError)):
+            raise  # of the library that quantises, in its own words
         folder = Path(source) / (options.get("subfolder") or "")
         raise _explained(error, weight_files(*place), folder, model_class) from error
     paths = weight_files(*place)
@@ -97,6 +99,8 @@ def load_pipeline(load, source, **options):
         with brief_bars():
             loaded = load(source, **options)
     except Exception as error:
+        if options.get("quantization_config") is not None and not isinstance(error, (OSError, ValueError)):
+            raise  # of the library that quantises, in its own words
         part, model_class = _part_of(error)
         if not part and index.is_file() and not isinstance(error, OSError):
             part = "model_index.json"
