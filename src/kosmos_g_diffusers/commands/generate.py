@@ -222,7 +222,11 @@ def _read_loras(arguments, recorded=()):
     """Flags, over the LoRAs of --from -> what they change in the settings."""
     if "loras" not in arguments and "lora_scale" not in arguments:
         return {}
-    loras = [LoraInput(path) for path in arguments.get("loras", ())] or list(recorded)
+    loras = [LoraInput(path) for path in arguments.get("loras", ())]
+    if not loras:
+        loras = list(recorded)
+    elif len(loras) == len(recorded):  # the same ones at other places: their scales stay
+        loras = [replace(lora, scale=before.scale) for lora, before in zip(loras, recorded, strict=True)]
     values = _belonging(arguments.get("lora_scale", ()), loras, "--lora-scale", "--lora")
     for place, value in values.items():
         loras[place] = replace(loras[place], scale=value)
