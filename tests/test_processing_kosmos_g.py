@@ -772,7 +772,7 @@ def test_empty_batch_is_refused(processor, prompts):
         ("<i>", [[0]], "images of prompt 0 holds a list"),
         (["<i>", "x"], ["a.png", "b.png"], "list of lists for a batch of 2 prompts"),
         (["<i>", "x"], "a.png", "list of lists for a batch of 2 prompts"),
-        ("<i>", [b"bytes"], "Image 0 of prompt 0 is of type bytes"),
+        ("<i>", [{1, 2}], "Image 0 of prompt 0 is of type set"),
         (["x", "<i>"], [[], [None]], "Image 0 of prompt 1 is of type NoneType"),
     ],
 )

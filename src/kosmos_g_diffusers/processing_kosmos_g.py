@@ -6,18 +6,23 @@ Q latent queries an image (64), S image size (224). Images are RGB.
 This file is copied into saved model folders and stands alone: it needs transformers, diffusers, torch and Pillow only.
 """
 
+import base64
+import io
 import json
 import re
+import threading
+import zlib
 from copy import copy
 from difflib import SequenceMatcher
 from itertools import count
 from pathlib import Path
+from urllib.parse import unquote_to_bytes, urljoin
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
+import requests
 import torch
-from diffusers.utils import load_image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram, WordLevel
 from transformers import BatchFeature, PreTrainedTokenizerFast
@@ -47,6 +52,22 @@ IMAGE_WORD_PATTERN = re.compile(r"<[a-z][a-z0-9-]*>")
 BRACKETED = re.compile(r"(?:<|＜|&lt;)([^<>＜＞&\n]{1,64})(?:>|＞|&gt;)")
 SURROGATE = re.compile("[\ud800-\udfff]")
 OTHER_SYNTAX = frozenset({"lora", "lyco", "hypernet", "embedding", "segment"})
+# What an image may be given as, beside PIL images, arrays and tensors
+SOURCES = (str, Path, bytes, bytearray, memoryview)
+MOST_IMAGE_BYTES = 64 * 1024**2  # of a file that is fetched, or written as base64
+MOST_REDIRECTS = 5
+DOWNLOAD_SECONDS = 60  # a file in all
+SILENT_SECONDS = 10  # without a byte of it
+HELD_AS_XMP = ("xmp", "XML:com.adobe.xmp")
+TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}  # EXIF orientation -> what makes it upright
 RESERVED_WORDS = frozenset({IMAGE_MARK, "<s>", "<pad>", "<unk>", "<mask>", "<image>"})
 
 # What a small model may say of what it was trained on, in its tokenizer's settings
@@ -623,7 +644,7 @@ class KosmosGProcessor:
             if unknown:
                 words = ", ".join(self.tokenizer.image_words) or "none"
                 raise ValueError(
-                    f"{name.capitalize()} {index} uses {', '.join(unknown)}, which names no image word. Known words: {words}. "
+                    f"{name.capitalize()} {index} uses {_cut(', '.join(unknown))}, which names no image word. Known words: {words}. "
                     "Add it with add_image_word(word, image), or write the text without angle brackets."
                 )
         return PromptBatch(parsed)
@@ -709,7 +730,7 @@ def _as_image_list(images, name):
             if isinstance(image, (list, tuple)):
                 raise TypeError(f"images of {name} holds a list. Pass a flat list of images for one prompt.")
         return images
-    if isinstance(images, (str, Path, PIL.Image.Image)):
+    if isinstance(images, (*SOURCES, PIL.Image.Image)):
         return [images]
     raise TypeError(f"images of {name} is of type {type(images).__name__}. Pass a list, one image per '<i>'.")
 
@@ -737,59 +758,295 @@ def _read_content(part, name):
     if not isinstance(part, dict):
         return part
     kind = part.get("type")
-    if kind == "text" and isinstance(part.get("text"), str):
+    if kind in ("text", "input_text") and isinstance(part.get("text"), str):
         return part["text"]
-    sources = [part[key] for key in ("image", "url", "path") if part.get(key) is not None]
-    if kind == "image" and len(sources) == 1:
-        source = sources[0]
+    sources = [
+        (key, part[key])
+        for key in ("image", "image_url", "url", "path", "base64", "source")
+        if part.get(key) is not None
+    ]
+    if kind in ("image", "image_url", "input_image") and len(sources) == 1:
         # strings of a reading-order list are text, so a path or URL is opened here
-        return open_image(source, f"An image of {name}")
+        return _open_content(*sources[0], f"An image of {name}")
+    keys = ", ".join(sorted(map(str, part)))
     raise ValueError(
-        f"{name.capitalize()} holds a content part of type {kind!r} with the keys {sorted(map(str, part))}. Expected "
-        "{'type': 'text', 'text': ...} or {'type': 'image', 'image' or 'url' or 'path': ...}."
+        f"{name.capitalize()} holds a content part of type {_short(kind)} with the keys {_short(keys)}. Expected {{'type': 'text', "
+        "'text': ...}, {'type': 'image', 'image' or 'url' or 'path' or 'base64': ...} or {'type': 'image_url', 'image_url': ...}."
     )
 
 
-def open_image(image, name):
-    """Any accepted kind of image -> RGB PIL image, turned upright by its EXIF orientation.
+def _open_content(key, source, name):
+    """The image of a content part, under the key that chat APIs have for it, -> RGB PIL image."""
+    if key == "source" and isinstance(source, dict):  # {"type": "base64", "data": ...} or {"type": "url", "url": ...}
+        key, source = ("base64", source.get("data")) if "data" in source else ("url", source.get("url"))
+    elif key == "image_url" and isinstance(source, dict):
+        source = source.get("url")
+    if key != "base64":
+        return open_image(source, name)
+    if not isinstance(source, (str, bytes)):
+        raise TypeError(f"{name} is given as base64 of type {type(source).__name__}. Expected a string.")
+    try:
+        text = source if isinstance(source, str) else source.decode("ascii")
+        data = _decode_data_url(text) if _is_data_url(text) else _decode_base64(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is not base64 of an image: {_short(source)} ({_reason(error)}). Pass the bytes of an image file as base64."
+        ) from error
+    return open_image(data, name)
+
+
+# Images --------------------------------------------------------------------------------------------------------------
+
+
+def open_image(image, name, any_channels=False):
+    """Any accepted kind of image -> RGB PIL image, turned upright by its EXIF orientation; transparency lies over white.
 
     Args:
-        image: PIL image of any mode, path, URL, array (H, W, 3) or tensor (3, H, W); integers in [0, 255], floats in
-            [0, 1].
+        image: PIL image of any mode, path, URL (http, https or data), bytes of a file, open binary file, array (H, W, 3) or
+            tensor (3, H, W); integers in [0, 255], floats in [0, 1].
         name: what an error calls it.
+        any_channels: take arrays (H, W) and (H, W, 1 to 4), tensors (H, W) and (1 to 4, H, W) as well.
 
     Raises:
-        ValueError: it cannot be read, is empty, or has more pixels than Pillow's limit for decompression bombs.
+        ValueError: it cannot be read, is empty, has more pixels than Pillow's limit for decompression bombs, or more bytes,
+            fetched or written as base64, than `MOST_IMAGE_BYTES`.
         TypeError: it is of another type.
     """
+    image = read_image(image, name, any_channels)
+    try:
+        return _to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _undecodable(image, name, error) from error
+
+
+def read_image(image, name, any_channels=False):
+    """As `open_image`, but a PIL image of its own mode: transparency and 16 bits are kept. Raises the same."""
     if isinstance(image, (np.ndarray, torch.Tensor)):
-        return _from_array(image, name)
-    if isinstance(image, (str, Path)):
+        return _from_array(image, name, any_channels)
+    if isinstance(image, SOURCES) or hasattr(image, "read"):
+        source = image
         try:
-            image = load_image(str(image), convert_method=lambda opened: opened)
+            image = _open_source(source)
         except MemoryError:
             raise
         except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything
             raise ValueError(
-                f"{name} cannot be read from {str(image)!r} ({error}). Pass the path or URL of an image that opens."
+                f"{name} cannot be read from {_short(source)} ({_reason(error)}). Pass the path or URL of an image that opens."
             ) from error
     if not isinstance(image, PIL.Image.Image):
         raise TypeError(
-            f"{name} is of type {type(image).__name__}. Expected a PIL image, an array, a tensor, a path or a URL."
+            f"{name} is of type {type(image).__name__}. Expected a PIL image, an array, a tensor, a path, a URL or bytes."
         )
     if not image.width or not image.height:
         raise ValueError(f"{name} is {image.width} x {image.height} pixels. Pass one with at least a pixel.")
     _check_pixel_count(image.width, image.height, name)
     try:
         image.load()
-        return _to_rgb(PIL.ImageOps.exif_transpose(image))
+        return _turn_upright(image)
     except MemoryError:
         raise
     except Exception as error:  # as above
-        raise ValueError(
-            f"{name} (mode {image.mode}, {image.width} x {image.height}) cannot be decoded ({error}). "
-            "Pass an image that opens in RGB."
-        ) from error
+        raise _undecodable(image, name, error) from error
+
+
+def open_mask(mask, name):
+    """Any accepted kind of mask -> L PIL image, upright, light where it marks something.
+
+    Paint programs write white on black, any colour on transparent, or 0 and 1: where the transparency varies and nothing that
+    is visible is light, what was painted at all is marked; a mask without a value above 1 is made 255 times as light.
+
+    Args:
+        mask: what `open_image` takes with `any_channels`, boolean arrays and tensors too.
+        name: what an error calls it.
+
+    Raises:
+        ValueError, TypeError: as `open_image`; or all of it is black.
+    """
+    mask = read_image(mask, name, any_channels=True)
+    try:
+        light = _lightness(mask)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _undecodable(mask, name, error) from error
+    top = light.getextrema()[1]
+    if top == 0:
+        raise ValueError(f"{name} marks nothing: all of it is black. Paint white what is to be filled.")
+    return light.point(lambda value: 255 * value) if top == 1 else light
+
+
+def _lightness(mask):
+    if mask.mode in ("1", "L") and not mask.has_transparency_data:
+        return mask.convert("L")
+    if mask.mode.startswith("I") and mask.getextrema()[1] == 1:  # 0 and 1, of 65,535
+        return PIL.Image.fromarray(np.asarray(mask).astype(np.uint8))
+    if not mask.has_transparency_data or mask.mode.startswith("I"):
+        return _to_rgb(mask).convert("L")
+    mask = _to_rgba(mask)
+    alpha = mask.getchannel("A")
+    visible = PIL.Image.alpha_composite(PIL.Image.new("RGBA", mask.size, "black"), mask).convert("L")
+    is_opaque = alpha.getextrema()[0] == 255
+    return visible if is_opaque or visible.getextrema()[1] > 127 else alpha
+
+
+def _undecodable(image, name, error):
+    return ValueError(
+        f"{name} (mode {image.mode}, {image.width} x {image.height}) cannot be decoded ({_reason(error)}). "
+        "Pass an image that opens in RGB."
+    )
+
+
+def _short(value, length=100):
+    """What was given, in an error: never more than `length` characters of it."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"{len(value):,} bytes"
+    return repr(_cut(str(value), length))
+
+
+def _cut(text, length=100):
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _reason(error):
+    """One short line about an error, without what was given, which its text may repeat."""
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "it is not an image that Pillow knows"
+    if isinstance(error, requests.RequestException):
+        return f"no answer: {type(error).__name__}"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.strip().partition("\n")[0][:100] or type(error).__name__
+
+
+def _open_source(source):
+    """A path, URL, bytes or open file -> PIL image, not decoded yet."""
+    if hasattr(source, "read"):
+        source = source.read(MOST_IMAGE_BYTES + 1)
+        _check_bytes(len(source))
+    if not isinstance(source, (str, Path)):
+        image = PIL.Image.open(io.BytesIO(source))
+    elif _is_data_url(str(source)):
+        image = PIL.Image.open(io.BytesIO(_decode_data_url(source)))
+    elif str(source).lower().startswith(("http://", "https://")):
+        image = PIL.Image.open(io.BytesIO(_download(source)))
+    elif Path(source).is_file():
+        image = PIL.Image.open(source)
+    else:
+        raise ValueError("there is no such file, and a URL begins with http://, https:// or data:")
+    if image.format == "EPS":  # Pillow would have Ghostscript run it
+        raise ValueError("it is an EPS file, which is a program")
+    return image
+
+
+def _check_bytes(size):
+    if size > MOST_IMAGE_BYTES:
+        raise ValueError(f"it is larger than {MOST_IMAGE_BYTES // 1024**2} MB")
+
+
+def _is_data_url(text):
+    return text[:5].lower() == "data:"
+
+
+def _decode_data_url(url):
+    """data:[media type][;base64],... -> bytes."""
+    head, comma, body = url.partition(",")
+    _check_bytes(len(body) // 4 * 3)
+    if not comma:
+        raise ValueError("a data: URL has a comma before its data")
+    data = unquote_to_bytes(body)
+    return _decode_base64(data.decode("ascii")) if head.lower().endswith(";base64") else data
+
+
+def _decode_base64(text):
+    """Base64, in one line or many, with or without its padding -> bytes."""
+    _check_bytes(len(text) // 4 * 3)
+    text = "".join(text.split())
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+
+
+def _download(url):
+    """The body of an answer to an HTTP request -> bytes, within `MOST_IMAGE_BYTES` and `DOWNLOAD_SECONDS`."""
+    result = {}
+
+    def work():
+        try:
+            result["body"] = _fetch(url, lambda: "given up" in result)
+        except BaseException as error:
+            result["error"] = error
+
+    # a server may send a byte every few seconds, which no time-out of a socket ends
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(DOWNLOAD_SECONDS)
+    if worker.is_alive():
+        result["given up"] = True
+        raise ValueError(f"it did not arrive within {DOWNLOAD_SECONDS} seconds")
+    if "error" in result:
+        raise result["error"]
+    return result["body"]
+
+
+def _fetch(url, given_up):
+    for _ in range(MOST_REDIRECTS + 1):
+        # redirects are followed here: requests would read their bodies, whatever the size
+        options = {"stream": True, "allow_redirects": False, "timeout": SILENT_SECONDS}
+        with requests.get(url, headers={"Accept-Encoding": "gzip, deflate"}, **options) as response:
+            if response.is_redirect:
+                url = urljoin(url, response.headers["location"])
+                continue
+            if response.status_code != 200:
+                raise ValueError(f"the server answers {response.status_code} {response.reason or ''}".rstrip())
+            return _read_body(response, given_up)
+    raise ValueError(f"the server redirects more than {MOST_REDIRECTS} times")
+
+
+def _read_body(response, given_up):
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
+        raise ValueError(f"the server encodes it as {encoding[:20]!r}; expected gzip or deflate")
+    is_packed = encoding not in ("identity", "")
+    body, decoder = bytearray(), None
+    for chunk in response.raw.stream(2**16, decode_content=False):
+        if is_packed:  # not by urllib3, which unpacks whatever a chunk becomes
+            if decoder is None:
+                # gzip or zlib by their heads; what is called deflate may have none
+                is_bare = encoding == "deflate" and chunk[0] & 0x0F != zlib.DEFLATED
+                decoder = zlib.decompressobj(-zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32)
+            chunk = decoder.decompress(chunk, MOST_IMAGE_BYTES + 1 - len(body))
+        body += chunk
+        _check_bytes(len(body))
+        if given_up():
+            break
+    if decoder is not None and not decoder.eof:
+        raise ValueError("its end is missing")
+    return bytes(body)
+
+
+def _turn_upright(image):
+    """As PIL.ImageOps.exif_transpose, which refuses an image for its damaged EXIF."""
+    turn = TURNS.get(_orientation(image))
+    if turn is None:
+        return image.copy()
+    image = image.transpose(turn)
+    for key in ("exif", "Raw profile type exif", *HELD_AS_XMP):  # it is not to be turned again
+        image.info.pop(key, None)
+    return image
+
+
+def _orientation(image):
+    """Orientation of a decoded image by EXIF, else by XMP; 1, upright, where neither can be read."""
+    xmp = PIL.Image.Image()
+    xmp.info = {key: image.info[key] for key in HELD_AS_XMP if key in image.info}
+    for source in (image, xmp):
+        try:
+            value = source.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+            return int(value[0] if isinstance(value, tuple) else value)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: S112, BLE001  # damaged bytes make Pillow raise nearly anything
+            continue
+    return 1
 
 
 def crop_to_square(image, side, resample, size=None):
@@ -835,20 +1092,30 @@ def _to_rgb(image):
     if image.mode == "F":
         return _from_array(np.repeat(np.asarray(image)[..., None], 3, axis=-1), "The image")
     if image.has_transparency_data:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = _to_rgba(image)
         background = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(background, image)
     return image.convert("RGB")
 
 
-def _from_array(array, name):
+def _to_rgba(image):
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+
+
+def _from_array(array, name, any_channels=False):
     is_tensor = isinstance(array, torch.Tensor)
     if is_tensor:
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
-    layout = "(3, height, width)" if is_tensor else "(height, width, 3)"
-    if array.ndim != 3 or array.shape[0 if is_tensor else -1] != 3 or 0 in array.shape:
-        raise ValueError(f"{name} is an array of shape {tuple(array.shape)}. Expected {layout}, RGB.")
+    if any_channels and array.ndim == 2:
+        array = array[None] if is_tensor else array[..., None]
+    channels, known = ("1 to 4", (1, 2, 3, 4)) if any_channels else ("3", (3,))
+    layout = f"({channels}, height, width)" if is_tensor else f"(height, width, {channels})"
+    if array.ndim != 3 or array.shape[0 if is_tensor else -1] not in known or 0 in array.shape:
+        kind = "" if any_channels else ", RGB"
+        raise ValueError(f"{name} is an array of shape {tuple(array.shape)}. Expected {layout}{kind}.")
+    if array.dtype == bool:
+        array = array * np.uint8(255)
     floating = np.issubdtype(array.dtype, np.floating)
     top = 1.0 if floating else 255
     if not (array.min() >= 0 and array.max() <= top):  # also False for NaN
@@ -857,4 +1124,5 @@ def _from_array(array, name):
             "Expected floats in [0, 1] or integers in [0, 255]."
         )
     array = array.transpose(1, 2, 0) if is_tensor else array
-    return PIL.Image.fromarray((array * 255).round().astype(np.uint8) if floating else array.astype(np.uint8))
+    array = (array * 255).round().astype(np.uint8) if floating else array.astype(np.uint8)
+    return PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
