@@ -8,7 +8,8 @@ A call goes through these steps:
 
 1. `KosmosGPromptMixin.__call__` checks what the stock pipeline would not: `check_widths` the states of encoder, U-Net and
    ControlNets, `_check_dtypes` theirs, `_check_settings` numbers and keywords, `_check_controls` the control images.
-2. `get_processor().parse` reads the prompt in whatever form, once: counts, image words, images opened as RGB.
+2. `get_processor().parse` reads the prompt in whatever form, once: counts, image words, images opened as RGB. The same reader
+   opens images to be changed, control images and masks (`_open_images`).
 3. diffusers' `__call__` of the same task takes over, with the parsed prompt as its `prompt`.
 4. It calls our `encode_prompt`, which parses the negative prompt (`_parse_negative`) and checks ready embeddings
    (`_check_embeds`), then turns both prompts into ids, masks and pixels (`KosmosGProcessor`) and lets the text encoder check
@@ -35,6 +36,7 @@ import threading
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     StableDiffusionControlNetImg2ImgPipeline,
@@ -85,6 +87,9 @@ class KosmosGPromptMixin:
     - `negative_prompt`: one for all prompts or a list with one for each, any form that `prompt` has; without
       `negative_images` a `<i>` in it is plain text, as in the official code;
     - `negative_images`: what `images` is, for the negative prompt.
+
+    `image`, `control_image` and `mask_image` may also be what `images` takes, paths and URLs for instance. PIL images and
+    arrays are pictures whatever their channels; a tensor with the VAE's number of latent channels is latents.
 
     A small model that declares its world (`KosmosGTokenizer.world`) warns once a call of words, images and sizes outside it.
     """
@@ -148,6 +153,7 @@ class KosmosGPromptMixin:
             guides = given.get("guidance_scale", signature.parameters["guidance_scale"].default) > 1
             needs_negative = guides and negative_prompt_embeds is None
             self._check_embeds(prompt_embeds, negative_prompt_embeds, batch_size, needs_negative)
+        self._open_images(given)
         if getattr(self, "controlnet", None) is not None:
             name = "control_image" if "control_image" in call.signature.parameters else "image"
             self._check_controls(name, given)
@@ -369,8 +375,7 @@ class KosmosGPromptMixin:
             source = given.get("control_image")
             if source is None and "mask_image" not in given:
                 source = given.get("image")
-            images = [image for image in _split_images(source) if not _is_latents(image)]
-            size = next(filter(None, map(_size, images)), own)
+            size = next(filter(None, map(self._size_of, _split_images(source))), own)
             size = tuple(length // self.vae_scale_factor * self.vae_scale_factor for length in size)
         if size == own:
             return []
@@ -551,7 +556,7 @@ class KosmosGPromptMixin:
                 raise ValueError(
                     f"{len(images)} control images were given for {batch_size} prompts. Pass one for all, or one for each."
                 )
-            sizes += [_size(image) for image in images]
+            sizes += [self._size_of(image) for image in images]
         if None in sizes or not sizes or arguments.get("padding_mask_crop") is not None:
             return  # no images, which diffusers says; or it cuts them out of what it is given
         (height, width), multiple = sizes[0], self.vae_scale_factor
@@ -563,17 +568,49 @@ class KosmosGPromptMixin:
         expected = [("another", size) for size in sizes[1:]]
         asked = (arguments.get("height") or height, arguments.get("width") or width)
         expected.append(("height and width", asked))
-        if arguments.get("height") is None and name == "control_image":
-            for image in _split_images(arguments.get("image")):
-                if hasattr(image, "mode"):
-                    rounded = tuple(side // multiple * multiple for side in _size(image))
-                    expected.append(("an image to be changed", rounded))
+        for image in _split_images(arguments.get("image")) if name == "control_image" else ():
+            own = self._size_of(image)
+            # all but latents are resized to a size that is asked for
+            if own is not None and (arguments.get("height") is None or self._is_latents(image)):
+                rounded = tuple(side // multiple * multiple for side in own)
+                expected.append(("an image to be changed", rounded))
         for what, size in expected:
             if size != (height, width):
                 raise ValueError(
                     f"A control image of {width} x {height} pixels was given, and {what} of {size[1]} x {size[0]}. Make them of one "
                     "size."
                 )
+
+    # Images to be changed, control images, masks ---------------------------------------------------------------
+
+    def _open_images(self, given):
+        """Replace the images and masks among the arguments of a call by what diffusers reads right: RGB and L PIL images.
+
+        Floating-point arrays and tensors of RGB are exact and stay; tensors of latents too.
+        """
+        module = sys.modules[type(self.tokenizer).__module__]
+        if not hasattr(module, "open_mask"):  # without a tokenizer, or with one of another folder
+            return
+        for name in ("image", "control_image", "mask_image"):
+            if given.get(name) is not None:
+                read = _read_mask if name == "mask_image" else _read_picture
+                opened = _read_each(given[name], lambda one, read=read, name=name: read(module, one, name))
+                # diffusers takes the rows of a single array for a batch
+                given[name] = opened[None] if name != "mask_image" and _is_single(opened) else opened
+
+    def _is_latents(self, image):
+        """Whether a (C, H, W) tensor is a latent image, which diffusers takes for an image as well."""
+        channels = getattr(getattr(self.vae, "config", None), "latent_channels", 4)
+        return isinstance(image, torch.Tensor) and image.ndim > 2 and image.shape[-3] == channels
+
+    def _size_of(self, image):
+        """PIL image, array (H, W, C) or tensor (C, H, W) -> (H, W) in pixels, also of latents; None for anything else."""
+        if not hasattr(image, "shape"):
+            return (image.height, image.width) if hasattr(image, "height") else None
+        if not isinstance(image, torch.Tensor):
+            return tuple(image.shape[:2])
+        factor = self.vae_scale_factor if self._is_latents(image) else 1
+        return tuple(side * factor for side in image.shape[-2:])
 
     # Image words -----------------------------------------------------------------------------------------------
 
@@ -1186,16 +1223,52 @@ def _split_images(images):
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
-def _size(image):
-    """PIL image, array (H, W, C) or tensor (C, H, W) -> (H, W); None for anything else."""
-    if not hasattr(image, "shape"):
-        return (image.height, image.width) if hasattr(image, "height") else None
-    return tuple(image.shape[-2:] if isinstance(image, torch.Tensor) else image.shape[:2])
+def _is_single(images):
+    return isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 3
 
 
-def _is_latents(image):
-    """Whether a (C, H, W) tensor is a latent image, which diffusers takes for an image as well."""
-    return isinstance(image, torch.Tensor) and image.shape[0] > 3
+def _read_each(images, read):
+    return [_read_each(one, read) for one in images] if isinstance(images, (list, tuple)) else read(images)
+
+
+def _read_picture(module, image, name):
+    """An image, or an array or tensor of several, -> what diffusers reads right. `module` is that of the processor."""
+    if isinstance(image, torch.Tensor):
+        channels = image.shape[-3] if image.ndim in (3, 4) else 1
+        if image.ndim == 2:
+            image = image[None]
+        if channels in (1, 3) and not image.is_floating_point():
+            image = image / (1 if image.dtype == torch.bool else 255)
+        return image.expand(*image.shape[:-3], 3, -1, -1) if channels == 1 else image
+    if isinstance(image, np.ndarray):
+        if np.issubdtype(image.dtype, np.floating) and image.ndim in (3, 4) and image.shape[-1] == 3:
+            return image
+        if image.ndim == 4:
+            opened = [module.open_image(one, f"{name}=", any_channels=True) for one in image]
+            return np.stack([np.asarray(one, dtype=np.float32) / 255 for one in opened])
+    return module.open_image(image, f"{name}=", any_channels=True)
+
+
+def _read_mask(module, mask, name):
+    """The same for a mask; a list of masks for an array of several. ValueError for one that marks nothing."""
+    if isinstance(mask, np.ndarray) and (mask.ndim == 4 or (mask.ndim == 3 and mask.shape[-1] > 4)):
+        return [_read_mask(module, one, name) for one in mask]
+    if not isinstance(mask, torch.Tensor):
+        mask = module.open_mask(mask, f"{name}=")
+        top = mask.getextrema()[1] / 255
+    else:
+        if not mask.is_floating_point():
+            mask = mask / (255 if mask.numel() and mask.max() > 1 else 1)
+        top = mask.max().item() if mask.numel() else 0
+        if top == 0:
+            raise ValueError(
+                f"{name}= marks nothing: all of it is 0. Pass 1 where something is to be filled."
+            )
+    if top < 0.5:
+        logger.warning(
+            f"{name}= is dark all over: nothing is filled. Pass one that is white where something is."
+        )
+    return mask
 
 
 # LoRA files ---------------------------------------------------------------------------------------------------------

@@ -424,7 +424,7 @@ def check_image_word(word, known_words):
     """Raise a ValueError unless `word` is a well-formed name that is still free."""
     if not isinstance(word, str) or not IMAGE_WORD_PATTERN.fullmatch(word) or word in RESERVED_WORDS:
         raise ValueError(
-            f"{word!r} cannot name an image word. A name is lower-case letters, digits and hyphens in angle brackets, "
+            f"{_cut(repr(word))} cannot name an image word. A name is lower-case letters, digits and hyphens in angle brackets, "
             f"such as '<my-dog>', and none of {', '.join(sorted(RESERVED_WORDS))}."
         )
     if word in known_words:
@@ -777,7 +777,9 @@ def _read_content(part, name):
 
 def _open_content(key, source, name):
     """The image of a content part, under the key that chat APIs have for it, -> RGB PIL image."""
-    if key == "source" and isinstance(source, dict):  # {"type": "base64", "data": ...} or {"type": "url", "url": ...}
+    if key == "source" and isinstance(
+        source, dict
+    ):  # {"type": "base64", "data": ...} or {"type": "url", "url": ...}
         key, source = ("base64", source.get("data")) if "data" in source else ("url", source.get("url"))
     elif key == "image_url" and isinstance(source, dict):
         source = source.get("url")
@@ -996,7 +998,9 @@ def _fetch(url, given_up):
                 url = urljoin(url, response.headers["location"])
                 continue
             if response.status_code != 200:
-                raise ValueError(f"the server answers {response.status_code} {response.reason or ''}".rstrip())
+                raise ValueError(
+                    f"the server answers {response.status_code} {response.reason or ''}".rstrip()
+                )
             return _read_body(response, given_up)
     raise ValueError(f"the server redirects more than {MOST_REDIRECTS} times")
 
