@@ -589,8 +589,11 @@ class KosmosGPromptMixin:
         Floating-point arrays and tensors of RGB are exact and stay; tensors of latents too.
         """
         module = sys.modules[type(self.tokenizer).__module__]
-        if not hasattr(module, "open_mask"):  # without a tokenizer, or with one of another folder
-            return
+        if not hasattr(module, "open_mask"):  # without a tokenizer, or with an earlier one
+            try:
+                module = importlib.import_module(".processing_kosmos_g", __package__)
+            except ImportError:
+                return
         for name in ("image", "control_image", "mask_image"):
             if given.get(name) is not None:
                 read = _read_mask if name == "mask_image" else _read_picture

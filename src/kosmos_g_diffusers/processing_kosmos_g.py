@@ -990,18 +990,21 @@ def _download(url):
 
 
 def _fetch(url, given_up):
-    for _ in range(MOST_REDIRECTS + 1):
-        # redirects are followed here: requests would read their bodies, whatever the size
-        options = {"stream": True, "allow_redirects": False, "timeout": SILENT_SECONDS}
-        with requests.get(url, headers={"Accept-Encoding": "gzip, deflate"}, **options) as response:
-            if response.is_redirect:
-                url = urljoin(url, response.headers["location"])
-                continue
-            if response.status_code != 200:
-                raise ValueError(
-                    f"the server answers {response.status_code} {response.reason or ''}".rstrip()
-                )
-            return _read_body(response, given_up)
+    # below Session.get, which reads the body of a redirect, however long it is
+    with requests.Session() as session:
+        for _ in range(MOST_REDIRECTS + 1):
+            request = requests.Request("GET", url, headers={"Accept-Encoding": "gzip, deflate"})
+            request = session.prepare_request(request)
+            settings = session.merge_environment_settings(request.url, {}, True, None, None)
+            adapter = session.get_adapter(request.url)
+            with adapter.send(request, timeout=SILENT_SECONDS, **settings) as response:
+                if response.is_redirect:
+                    url = urljoin(url, response.headers["location"])
+                elif response.status_code != 200:
+                    reason = response.reason or ""
+                    raise ValueError(f"the server answers {response.status_code} {reason}".rstrip())
+                else:
+                    return _read_body(response, given_up)
     raise ValueError(f"the server redirects more than {MOST_REDIRECTS} times")
 
 

@@ -125,7 +125,7 @@ def read_control(field, store, kind, picture, strokes, ready, scale=1.0, start=0
         strokes = read_strokes(strokes, field)
         if strokes is not None:
             blank = PIL.Image.new("RGB", strokes.size, "white")
-            shown = blank if picture is None else open_image_file(picture, field).convert("RGB")
+            shown = blank if picture is None else open_image_file(picture, field)
             strokes = strokes.resize(shown.size)
             if is_masked:
                 mask = strokes.point(lambda value: 255 if value > 127 else 0)
@@ -156,7 +156,7 @@ def read_strokes(text, field):
         file = io.BytesIO(base64.b64decode(body, validate=True))
     except ValueError:
         raise FieldError(field, "The strokes did not arrive as a PNG. Paint them again.") from None
-    alpha = open_image_file(file, field).convert("RGBA").getchannel("A")
+    alpha = open_image_file(file, field, with_alpha=True).getchannel("A")
     return alpha if alpha.getbbox() else None
 
 

@@ -18,7 +18,7 @@ from diffusers.utils import logging
 from ..fields import check_value
 from ..files import first_line, written_atomically
 from ..loading import load_pretrained, load_single_file
-from ..processing_kosmos_g import open_image
+from ..processing_kosmos_g import open_image, open_mask, read_image
 from . import annotators
 from .table import CONTROLS, find_control
 
@@ -87,7 +87,7 @@ def control_image(
     Args:
         name: of CONTROLS.
         image: PIL image, path, URL, array or tensor, as for `open_image`.
-        mask: for inpaint; an image of the same size, white where something new belongs.
+        mask: for inpaint; an image of the same size, white where something new belongs, see `open_mask`.
         annotator: from `load_annotator(name)`; None loads it for this call, with `weights` and `device`.
         parameters: those of `CONTROLS[name].parameters`.
 
@@ -118,7 +118,7 @@ def control_image(
         raise ValueError(f"The control {name!r} takes no mask, and one was given.")
     image = open_image(image, f"The image of the control {name!r}")
     if mask is not None:
-        mask = open_image(mask, f"The mask of the control {name!r}")
+        mask = open_mask(mask, f"The mask of the control {name!r}")
         if mask.size != image.size:
             raise ValueError(
                 f"The mask of the control {name!r} is {_text(mask.size)} pixels, its image {_text(image.size)}. Pass a "
@@ -127,7 +127,12 @@ def control_image(
     height, width = control_size(image, height, width, short_side)
     image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
     if mask is not None:
-        return _with_holes(image, mask.convert("L").resize((width, height), PIL.Image.Resampling.NEAREST))
+        mask = mask.resize((width, height), PIL.Image.Resampling.NEAREST)
+        if mask.getextrema()[1] <= 127:
+            raise ValueError(
+                f"The mask of the control {name!r} has no hole: nothing in it is light. Paint white what is to be filled."
+            )
+        return _with_holes(image, mask)
     if control.annotator is None:
         return image
     if annotator is None:
@@ -183,22 +188,21 @@ def open_control(name, image):
         ValueError: an unknown name, an image that cannot be read, sides that are no multiples of 8, or no holes.
     """
     control = find_control(name)
-    upright = open_image(image, f"The control image for {name!r}")
+    upright = read_image(image, f"The control image for {name!r}")
     if upright.width % SIDE_MULTIPLE or upright.height % SIDE_MULTIPLE:
         raise ValueError(
             f"The control image for {name!r} is {_text(upright.size)} pixels; expected multiples of {SIDE_MULTIPLE}. Make it "
             f"with: kosmos-g control {name} IMAGE"
         )
     if not control.needs_mask:
-        return upright
-    with PIL.Image.open(image) as opened:
-        alpha = PIL.ImageOps.exif_transpose(opened.convert("RGBA")).getchannel("A")
-    if alpha.getextrema()[0] > 127:
+        return open_image(upright, f"The control image for {name!r}")
+    rgba = upright.convert("RGBA") if upright.has_transparency_data else None
+    if rgba is None or rgba.getchannel("A").getextrema()[0] > 127:
         raise ValueError(
             f"The control image for {name!r} has no transparent pixels, and those are what is filled. Make it with: "
             f"kosmos-g control {name} IMAGE --mask MASK"
         )
-    return _with_holes(opened.convert("RGB"), PIL.ImageOps.invert(alpha))
+    return _with_holes(rgba.convert("RGB"), PIL.ImageOps.invert(rgba.getchannel("A")))
 
 
 def control_preview(control):

@@ -13,11 +13,10 @@ from typing import Protocol
 
 import PIL.Image
 
-from ..processing_kosmos_g import open_image
+from ..processing_kosmos_g import MOST_IMAGE_BYTES, open_image
 
 # What Pillow decodes by itself: EPS, for one, would start Ghostscript on the file's program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-MOST_IMAGE_BYTES = 64 * 1024**2
 # An image takes 66 tokens of the prompt (64 states and two marks) and a token is about four characters of English.
 IMAGE_LENGTH = 264
 

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import PIL.Image
 from tqdm.auto import tqdm
 
 from ..files import first_line, hash_file, hash_folder, write_text
@@ -89,7 +88,7 @@ def score(folder, manifest, scorer, state):
         digests = {name: hash_file(file) for name, file in files.items()}
         if all(known.get(name, {}).get("sha256") == digest for name, digest in digests.items()):
             continue
-        images = [PIL.Image.open(files[task.id]).convert("RGB") for task in tasks]
+        images = [open_image(files[task.id], str(files[task.id])) for task in tasks]
         records = []
         for (name, digest), one in zip(digests.items(), scorer.score(tasks, images), strict=True):
             rounded = {metric: round(value, 6) for metric, value in one.items()}

@@ -19,6 +19,11 @@ def controlling():
     return _module("control.controls")
 
 
+def reading():
+    """The module `processing_kosmos_g`."""
+    return _module("processing_kosmos_g")
+
+
 def _module(name):
     with _importing:
         return import_module(f"..{name}", __package__)

@@ -72,13 +72,12 @@ class Service:
         def make(ticket):
             with at(field):
                 image = open_image_file(path, field)
-                if control.ready:
-                    return image
                 controls = controlling()
+                if control.ready:
+                    return controls.control_preview(controls.open_control(control.name, path))
                 size = {"height": height, "width": width, "short_side": self.models.short_side()}
                 controls.control_size(image, **size)  # says at once what does not fit
-                made = controls.control_image(control.name, image.convert("RGB"), **size)
-                return controls.control_preview(made)
+                return controls.control_preview(controls.control_image(control.name, image, **size))
 
         return await self.carry_out(self.annotating, make, field)
 

@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 
 import PIL.Image
-import PIL.ImageOps
 
 from ..files import hash_bytes, remove_partial_files, written_atomically
 from ..generation.settings import InputImage
 from ..provenance import UNMARKED
 from .errors import FieldError
+from .libraries import reading
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 20 * 2**20  # of a file
@@ -67,15 +67,19 @@ def image_file_size(path):
         return None
 
 
-def open_image_file(path, field):
-    """An image file, which is checked -> RGB or RGBA PIL image, upright; FieldError if it is cut short."""
+def open_image_file(path, field, with_alpha=False):
+    """An image file, which is checked -> PIL image, upright: RGB as `open_image` reads it, or RGBA as it is stored.
+
+    FieldError if it is cut short, or its values are none of an image.
+    """
     check_image_file(path, field)
     if hasattr(path, "seek"):
         path.seek(0)
     try:
         with PIL.Image.open(path, formats=FORMATS) as image:
-            upright = PIL.ImageOps.exif_transpose(image)
-            return upright.convert("RGBA" if "A" in upright.getbands() else "RGB")
+            if with_alpha:
+                return reading().read_image(image, "This image").convert("RGBA")
+            return reading().open_image(image, "This image")
     except (OSError, ValueError, SyntaxError) as error:
         raise FieldError(field, "This image is damaged: its file ends too early.") from error
 
