@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -18,8 +19,10 @@ from kosmos_g_diffusers.app.form import (
     restore_values,
 )
 from kosmos_g_diffusers.control.controls import CONTROLS
+from kosmos_g_diffusers.data.sample import decode_image
 from kosmos_g_diffusers.generation.png import write_png
 from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage, LoraInput
+from kosmos_g_diffusers.processing_kosmos_g import open_image
 from kosmos_g_diffusers.serving.errors import FieldError, at, clean
 from kosmos_g_diffusers.serving.job import Progress
 from kosmos_g_diffusers.serving.models import Models
@@ -290,6 +293,52 @@ def test_damaged_image_is_told(tmp_path):
     assert check_image_file(tmp_path / "cut.png") == "PNG"
     with pytest.raises(FieldError, match="damaged"):
         open_image_file(tmp_path / "cut.png", "pictures")
+
+
+def deep(width, height):
+    return PIL.Image.fromarray(np.linspace(0, 65535, width * height, dtype=np.uint16).reshape(height, width))
+
+
+def half_transparent():
+    image = PIL.Image.linear_gradient("L").resize((8, 8)).convert("RGB")
+    image.putalpha(PIL.Image.linear_gradient("L").resize((8, 8)).rotate(90))
+    return image
+
+
+def with_a_transparent_colour():
+    image = PIL.Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 200, 10, 10])
+    image.info["transparency"] = 1
+    return image
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "image, fmt, options",
+    [
+        (deep(8, 8), "PNG", {}),
+        (deep(8, 8), "TIFF", {}),
+        (half_transparent(), "PNG", {}),
+        (half_transparent().convert("LA"), "PNG", {}),
+        (with_a_transparent_colour(), "PNG", {}),
+        (PIL.Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", {}),
+        (PIL.Image.linear_gradient("L"), "JPEG", {"exif": b"Exif\0\0not a TIFF file"}),
+        (
+            PIL.Image.linear_gradient("L"),
+            "PNG",
+            {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"},
+        ),
+    ],
+    ids=["16 bit PNG", "16 bit TIFF", "RGBA", "LA", "P", "CMYK", "damaged EXIF", "EXIF cut short"],
+)
+def test_file_has_the_same_pixels_in_the_app_in_training_and_in_a_prompt(tmp_path, image, fmt, options):
+    path = tmp_path / "picture"
+    image.save(path, format=fmt, **options)
+    expected = open_image(path, "It")
+    for opened in (open_image_file(path, "pictures"), decode_image(path.read_bytes(), "0")):
+        assert opened.mode == "RGB" and opened.size == expected.size
+        assert opened.tobytes() == expected.tobytes()
+    assert len(set(expected.convert("L").tobytes())) > 1 or image.mode in ("P", "CMYK")  # not white
 
 
 def test_folders_give_the_names_that_are_offered(tmp_path):

@@ -260,6 +260,68 @@ def test_inpaint_needs_a_mask_of_the_size_of_the_picture_and_others_take_none(ph
         open_control("inpaint", tmp_path / "opaque.png")
 
 
+MARKED = np.zeros((16, 24), dtype=bool)
+MARKED[4:12, 8:20] = True
+
+
+def on_transparent(colour):
+    image = PIL.Image.new("RGBA", (24, 16), (255, 255, 255, 0))
+    image.paste((*colour, 255), mask=PIL.Image.fromarray(MARKED))
+    return image
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        PIL.Image.fromarray(MARKED),
+        PIL.Image.fromarray(MARKED.astype(np.uint8)),
+        on_transparent((255, 255, 255)),
+        on_transparent((0, 0, 0)),
+        MARKED,
+        MARKED.astype(np.uint8),
+        torch.from_numpy(MARKED)[None],
+    ],
+    ids=[
+        "1",
+        "0 and 1",
+        "white on transparent",
+        "black on transparent",
+        "bool",
+        "uint8 of 0 and 1",
+        "tensor",
+    ],
+)
+def test_mask_of_inpaint_is_read_as_it_is_meant(photo, mask):
+    control = control_image("inpaint", photo.resize((24, 16)), mask=mask)
+    assert ((control == -1).all(dim=1)[0].numpy() == MARKED).all()
+
+
+@pytest.mark.parametrize(
+    "mask", [PIL.Image.new("L", (24, 16)), PIL.Image.new("L", (24, 16), 100), PIL.Image.new("RGBA", (24, 16))]
+)
+def test_mask_without_a_hole_makes_no_control_image(photo, mask):
+    with pytest.raises(ValueError, match="mask of the control 'inpaint' (has no hole|marks nothing)"):
+        control_image("inpaint", photo.resize((24, 16)), mask=mask)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_holes_and_picture_are_turned_alike_by_exif(photo, tmp_path, orientation):
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> PIL.Image.Transpose
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    photo, mask = photo.resize((24, 16)), PIL.Image.fromarray(MARKED)
+    turned = [
+        image.transpose(turns[orientation]) if orientation in turns else image for image in (photo, mask)
+    ]
+    upright = control_image("inpaint", turned[0], mask=turned[1])
+    for name, image in (("photo", photo), ("mask", mask)):
+        image.save(tmp_path / f"{name}.png", exif=exif)
+    made = control_image("inpaint", tmp_path / "photo.png", mask=tmp_path / "mask.png")
+    assert torch.equal(made, upright)
+    control_preview(control_image("inpaint", photo, mask=mask)).save(tmp_path / "holes.png", exif=exif)
+    assert torch.equal(open_control("inpaint", tmp_path / "holes.png"), upright)
+
+
 # Annotators with weights -----------------------------------------------------------------------------------------
 
 

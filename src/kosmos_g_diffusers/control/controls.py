@@ -118,12 +118,13 @@ def control_image(
         raise ValueError(f"The control {name!r} takes no mask, and one was given.")
     image = open_image(image, f"The image of the control {name!r}")
     if mask is not None:
-        mask = open_mask(mask, f"The mask of the control {name!r}")
+        mask = read_image(mask, f"The mask of the control {name!r}", any_channels=True)
         if mask.size != image.size:
             raise ValueError(
                 f"The mask of the control {name!r} is {_text(mask.size)} pixels, its image {_text(image.size)}. Pass a "
                 "mask of the image's size."
             )
+        mask = open_mask(mask, f"The mask of the control {name!r}")
     height, width = control_size(image, height, width, short_side)
     image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
     if mask is not None:
