@@ -88,8 +88,8 @@ class KosmosGPromptMixin:
       `negative_images` a `<i>` in it is plain text, as in the official code;
     - `negative_images`: what `images` is, for the negative prompt.
 
-    `image`, `control_image` and `mask_image` may also be what `images` takes, paths and URLs for instance. PIL images and
-    arrays are pictures whatever their channels; a tensor with the VAE's number of latent channels is latents.
+    `image`, `control_image` and `mask_image` may also be what `images` takes, paths and URLs for instance. A PIL image or an
+    array is never latents, whatever its channels; a tensor with the VAE's number of latent channels is.
 
     A small model that declares its world (`KosmosGTokenizer.world`) warns once a call of words, images and sizes outside it.
     """

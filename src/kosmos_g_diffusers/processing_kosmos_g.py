@@ -973,7 +973,7 @@ def _download(url):
 
     def work():
         try:
-            result["body"] = _fetch(url, lambda: "given up" in result)
+            result["body"] = _fetch(url, lambda: "late" in result)
         except BaseException as error:
             result["error"] = error
 
@@ -982,14 +982,14 @@ def _download(url):
     worker.start()
     worker.join(DOWNLOAD_SECONDS)
     if worker.is_alive():
-        result["given up"] = True
+        result["late"] = True
         raise ValueError(f"it did not arrive within {DOWNLOAD_SECONDS} seconds")
     if "error" in result:
         raise result["error"]
     return result["body"]
 
 
-def _fetch(url, given_up):
+def _fetch(url, is_late):
     # below Session.get, which reads the body of a redirect, however long it is
     with requests.Session() as session:
         for _ in range(MOST_REDIRECTS + 1):
@@ -1004,11 +1004,11 @@ def _fetch(url, given_up):
                     reason = response.reason or ""
                     raise ValueError(f"the server answers {response.status_code} {reason}".rstrip())
                 else:
-                    return _read_body(response, given_up)
+                    return _read_body(response, is_late)
     raise ValueError(f"the server redirects more than {MOST_REDIRECTS} times")
 
 
-def _read_body(response, given_up):
+def _read_body(response, is_late):
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
         raise ValueError(f"the server encodes it as {encoding[:20]!r}; expected gzip or deflate")
@@ -1023,7 +1023,7 @@ def _read_body(response, given_up):
             chunk = decoder.decompress(chunk, MOST_IMAGE_BYTES + 1 - len(body))
         body += chunk
         _check_bytes(len(body))
-        if given_up():
+        if is_late():
             break
     if decoder is not None and not decoder.eof:
         raise ValueError("its end is missing")
