@@ -133,6 +133,27 @@ def default_dtype(device, half="float16"):
     return "float32" if str(device).partition(":")[0] == "cpu" else half
 
 
+def describe_devices():
+    """One line about the devices that torch sees: names, memory, and what this torch was built for."""
+    import torch
+
+    kind = default_device()
+    builds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    parts = [f"{name} {version}" for name, version in builds.items() if version]
+    if kind == "cpu":
+        return ", ".join(["cpu", torch.backends.cpu.get_cpu_capability(), *parts])
+    module = torch.get_device_module(kind)
+    if hasattr(module, "get_device_properties"):
+        for index in range(module.device_count()):
+            properties = module.get_device_properties(index)
+            parts.append(f"{kind}:{index} {properties.name}, {properties.total_memory / 2**30:.1f} GiB")
+            if hasattr(module, "mem_get_info"):
+                parts[-1] += f", {module.mem_get_info(index)[0] / 2**30:.1f} GiB of it free"
+    elif hasattr(module, "recommended_max_memory"):  # Apple's chips share the memory of the machine
+        parts.append(f"up to {module.recommended_max_memory() / 2**30:.1f} GiB")
+    return ", ".join([kind, *parts])
+
+
 def package_versions():
     """Versions of the packages that decide the pixels, by name of their modules."""
     import diffusers
