@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_DIST ?= .venv-dist
 PYTEST_FLAGS ?= -n 2
 # the models of the tests are so small that a second thread costs more than it brings
 PYTEST_ENV = OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest style bench docs clean
+.PHONY: help env demo test test-oldest style bench docs dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,8 +36,15 @@ bench: env  ## run the benchmarks
 docs: $(VENV)/.docs  ## build the documentation into site/; warnings and broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
+dist:  ## build what a release uploads to PyPI, into dist/
+	rm -rf dist
+	$(PYTHON) -m venv $(VENV_DIST)
+	$(VENV_DIST)/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	$(VENV_DIST)/bin/python -m build
+	$(VENV_DIST)/bin/python -m twine check --strict dist/*
+
 clean:  ## remove the environments and everything generated
-	rm -rf $(VENV) $(VENV_OLDEST) out site build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_DIST) out site build dist src/*.egg-info .pytest_cache .ruff_cache
 
 # Two steps: the package alone, which is all that the demo needs, then what the tests need, into the same environment. The
 # stamp of each comes last: an interrupted installation has none and is taken up again.

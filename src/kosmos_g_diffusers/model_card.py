@@ -75,7 +75,7 @@ pipe = DiffusionPipeline.from_pretrained("path/or/repo", trust_remote_code=True)
 image = pipe("<i> in the suit of <i>", images=["dog.png", "armour.png"]).images[0]
 ```
 
-With `pip install kosmos-g-diffusers`, `{type(pipeline).__name__}.from_pretrained("path/or/repo")` needs no remote code.
+With the package kosmos-g-diffusers installed, `{type(pipeline).__name__}.from_pretrained("path/or/repo")` needs no remote code.
 ControlNets, LoRAs and fine-tuned U-Nets made for Stable Diffusion 1.5 plug in as they do there.
 {"" if not words else f"{NEWLINE}Image words in this folder: {words}.{NEWLINE}"}
 ## What is inside
