@@ -11,12 +11,24 @@ class Settings:
 import argparse
 import math
 import types
-from dataclasses import MISSING, field, fields
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import MISSING, Field, field, fields
+from types import UnionType
+from typing import Any
 
 TYPE, CHOICE, RANGE = "type", "choice", "range"  # what may be wrong with a value
 
 
-def setting(default=MISSING, help="", *, low=-math.inf, high=math.inf, choices=(), metavar=None, **others):
+def setting(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: Iterable[Any] = (),
+    metavar: str | None = None,
+    **others: Any,
+) -> Any:
     """A field of a dataclass.
 
     Args:
@@ -32,13 +44,20 @@ def setting(default=MISSING, help="", *, low=-math.inf, high=math.inf, choices=(
     return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
 
-def is_of_type(value, kind):
+def is_of_type(value: object, kind: type | UnionType) -> bool:
     """Whether a value is of an annotated type; an int will do for a float, a bool for nothing but a bool."""
     accepted = kind | int if kind is float else kind
     return isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
 
 
-def find_problem(value, kind, low=-math.inf, high=math.inf, choices=(), **others):
+def find_problem(
+    value: object,
+    kind: type | UnionType,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: Collection[Any] = (),
+    **others: Any,
+) -> str | None:
     """TYPE, CHOICE or RANGE, whichever is wrong with a value first; None if nothing is. None is in any range."""
     if not is_of_type(value, kind):
         return TYPE
@@ -49,7 +68,15 @@ def find_problem(value, kind, low=-math.inf, high=math.inf, choices=(), **others
     return None
 
 
-def check_value(name, value, kind, low=-math.inf, high=math.inf, choices=(), **others):
+def check_value(
+    name: str,
+    value: object,
+    kind: type | UnionType,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: Collection[Any] = (),
+    **others: Any,
+) -> None:
     """TypeError or ValueError, which begins with `name`, if a value is not what was declared."""
     problem = find_problem(value, kind, low, high, choices)
     if problem == TYPE:
@@ -61,13 +88,18 @@ def check_value(name, value, kind, low=-math.inf, high=math.inf, choices=(), **o
         raise ValueError(f"{name} is {value}; expected a number from {low} to {high}.")
 
 
-def check(record):
+def check(record: Any) -> None:
     """TypeError or ValueError for the first field of a dataclass whose value is not what was declared."""
     for entry in fields(record):
         check_value(entry.name, getattr(record, entry.name), entry.type, **entry.metadata)
 
 
-def add_flags(parser, settings, leave_out=(), defaults=None):
+def add_flags(
+    parser: argparse._ActionsContainer,
+    settings: type | Iterable[Field[Any]],
+    leave_out: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Give an argparse parser a flag for each declared field of a dataclass; those not given are absent from its result.
 
     Args:
@@ -84,7 +116,15 @@ def add_flags(parser, settings, leave_out=(), defaults=None):
             add_flag(parser, entry.name, _without_none(entry.type), default, text, choices, metavar)
 
 
-def add_flag(parser, name, kind, default, text, choices=(), metavar=None):
+def add_flag(
+    parser: argparse._ActionsContainer,
+    name: str,
+    kind: Any,
+    default: Any,
+    text: str,
+    choices: Collection[Any] = (),
+    metavar: str | None = None,
+) -> None:
     """The flag `--name` of one setting of a type; its help is `text` and, unless that or zero says it, the default."""
     if default not in ("", (), 0, False, None, MISSING) and "(default:" not in text:
         text += f" (default: {default:g})" if kind is float else f" (default: {default})"

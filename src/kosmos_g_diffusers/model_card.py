@@ -1,10 +1,15 @@
 """The model card of a saved folder: what is in it, where it comes from, how to use it and what it is not for."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 MARKER = "<!-- written by kosmos_g_diffusers; a card without this line is left alone when the folder is saved again -->"
 NEWLINE = "\n"  # f-strings of older Pythons take no backslash
@@ -21,7 +26,13 @@ SOURCES = {  # of a model of the released size
 }
 
 
-def write_model_card(pipeline, folder, *, provenance=None, results=None):
+def write_model_card(
+    pipeline: "DiffusionPipeline",
+    folder: str | Path,
+    *,
+    provenance: Mapping[str, str] | None = None,
+    results: str | None = None,
+) -> None:
     """Write README.md into a saved folder.
 
     A card that is there already stays when a person wrote it, or when it was given provenance or results, and neither is
@@ -41,7 +52,9 @@ def write_model_card(pipeline, folder, *, provenance=None, results=None):
     ModelCard(model_card(pipeline, provenance=provenance, results=results)).save(path)
 
 
-def model_card(pipeline, *, provenance=None, results=None):
+def model_card(
+    pipeline: "DiffusionPipeline", *, provenance: Mapping[str, str] | None = None, results: str | None = None
+) -> str:
     """The text of the card, YAML header included; arguments as `write_model_card`."""
     unet = getattr(pipeline, "unet", None)
     full_size = unet is not None and tuple(unet.config.block_out_channels) == (320, 640, 1280, 1280)

@@ -13,7 +13,7 @@ WORDS = "a an and as by eating furniture hat in is made of on painting style sui
 WIDTH = 32
 
 
-def build_tiny_pipeline(seed=0):
+def build_tiny_pipeline(seed: int = 0) -> KosmosGPipeline:
     """Build a `KosmosGPipeline` that reads 32 px images and draws 64 px images, in float32 on the CPU.
 
     Args:
@@ -109,7 +109,9 @@ def _build_tokenizer():
     return KosmosGTokenizer.from_vocabulary(pieces, image_size=32, latent_query_num=4, model_max_length=256)
 
 
-def build_random_controlnet(unet, seed=0, vae_scale_factor=8):
+def build_random_controlnet(
+    unet: UNet2DConditionModel, seed: int = 0, vae_scale_factor: int = 8
+) -> ControlNetModel:
     """A ControlNet of random weights for a U-Net, to try things with; torch's random state is left as it was.
 
     Args:

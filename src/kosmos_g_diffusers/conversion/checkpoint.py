@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -36,7 +37,7 @@ def _empty_dict(*args):
 
 
 # Names in a pickle that are read as inert data. Only what fairseq writes belongs here.
-INERT_NAMES = {
+INERT_NAMES: dict[str, tuple[str, ...]] = {
     "argparse": ("Namespace",),
     "omegaconf.dictconfig": ("DictConfig",),
     "omegaconf.listconfig": ("ListConfig",),
@@ -62,7 +63,7 @@ def _stand_ins():
     return [type(name, (_Inert,), {"__module__": module}) for module, name in names] + [_empty_dict]
 
 
-STAND_INS = _stand_ins()
+STAND_INS: list[Any] = _stand_ins()
 
 
 @contextmanager
@@ -78,13 +79,13 @@ def _allow_only(allowed):
         add_safe_globals(before)
 
 
-def is_mapped(path):
+def is_mapped(path: Path) -> bool:
     """Whether `read_checkpoint` maps the file into memory, so that reading it again costs nothing."""
     with open(path, "rb") as file:
         return path.suffix == ".safetensors" or file.read(4) == b"PK\x03\x04"
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """Read the weights of a fairseq checkpoint (its entry `model`), or of a safetensors file with the same keys.
 
     Nothing that the file brings is executed. Files of torch's present format are mapped: a tensor is read from disk

@@ -1,6 +1,8 @@
 """The official code's random weights, for an AlignerNet or a whole model that starts from nothing."""
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,19 +14,25 @@ from transformers.models.kosmos2.modeling_kosmos2 import (
 )
 
 from ..modeling_aligner_n import AlignerNetN
-from ..modeling_kosmos_g import AlignerNet
+from ..modeling_kosmos_g import AlignerNet, KosmosGTextEncoderConfig
+
+Module = TypeVar("Module", bound=nn.Module)
 
 SCALED = ("fc1.", "fc2.", "out_proj.", "v_proj.")
 
 
-def build_fresh(module_class, config, seed=0):
+def build_fresh(
+    module_class: Callable[[KosmosGTextEncoderConfig], Module],
+    config: KosmosGTextEncoderConfig,
+    seed: int = 0,
+) -> Module:
     """AlignerNet or AlignerNetN of a KosmosGTextEncoderConfig with fresh weights; see `reset_weights`."""
     with torch.random.fork_rng(devices=[]):
         return reset_weights(module_class(config), seed)
 
 
 @torch.no_grad()
-def reset_weights(module, seed=0):
+def reset_weights(module: Module, seed: int = 0) -> Module:
     """Give a module fresh random weights, in place, as torchscale and fairseq do for the official model.
 
     Projections are Xavier-uniform; values, outputs and feed-forward layers are then scaled by the depth (Magneto,

@@ -2,6 +2,11 @@
 `KEY_MAP`, what is left behind and why in `IGNORED`, and a checkpoint must match the two exactly."""
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # Part of the folder -> {official name: our name}. `{i}` is a layer's number; a name that ends in a dot is a prefix.
 KEY_MAP = {
@@ -54,7 +59,9 @@ IGNORED = {
 }
 
 
-def match_keys(weights, expected):
+def match_keys(
+    weights: "Mapping[str, torch.Tensor]", expected: "Mapping[str, Mapping[str, torch.Tensor]]"
+) -> dict[str, dict[str, str]]:
     """Match every key of a checkpoint with exactly one weight of ours.
 
     Args:
@@ -102,7 +109,7 @@ def _pattern(name):
     return re.escape(name).replace(r"\{i\}", r"(\d+)") + ("" if name.endswith(".") or not name else "$")
 
 
-def official_name(ours, names):
+def official_name(ours: str, names: Mapping[str, str]) -> str:
     """What an official checkpoint calls our weight `ours`, by one part's names in `KEY_MAP`."""
     matches = [(official, re.match(_pattern(name), ours)) for official, name in names.items()]
     matches = [(official, match) for official, match in matches if match]
@@ -111,6 +118,6 @@ def official_name(ours, names):
     return official.replace("{i}", "".join(match.groups())) + ours[match.end() :]
 
 
-def shortened(keys, longest=8):
+def shortened(keys: Sequence[str], longest: int = 8) -> str:
     more = f" and {len(keys) - longest} more" if len(keys) > longest else ""
     return ", ".join(keys[:longest]) + more

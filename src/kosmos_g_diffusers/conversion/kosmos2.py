@@ -3,6 +3,7 @@
 import base64
 import copy
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
@@ -32,7 +33,15 @@ MLLM_FILES = ("config.json", "tokenizer.json", "sentencepiece.bpe.model")
 SPECIAL_NAMES = ("<s>", "<pad>", "</s>", "<unk>")
 
 
-def initialize(mllm, base, output, *, aligner_layers=12, dtype=None, seed=0):
+def initialize(
+    mllm: str | Path,
+    base: str | Path,
+    output: str | Path,
+    *,
+    aligner_layers: int = 12,
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+) -> Path:
     """Write a Kosmos-G pipeline folder from which `kosmos-g train align` and `train instruct` start.
 
     Its language model, resampler, vision tower and vocabulary are Kosmos-2's without the grounding tokens (whose ids are

@@ -25,7 +25,15 @@ from .keys import EMBEDDING, TIED, match_keys
 PIECE = 10**9  # bytes to read of a checkpoint before its memory is freed
 
 
-def convert_checkpoint(checkpoint, output, *, tokenizer, base, config=None, dtype=None):
+def convert_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    tokenizer: str | Path,
+    base: str | Path,
+    config: KosmosGTextEncoderConfig | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Path:
     """Write an official Kosmos-G checkpoint as a self-contained diffusers folder.
 
     The folder holds what `KosmosGPipeline.save_pretrained` writes and, for an alignment-stage checkpoint,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from ..files import first_line
 from ..loading import IncompleteWeights, load_pretrained
@@ -13,7 +13,7 @@ MODEL_FOLDER, TOKENIZER_FOLDER = "clip_text_encoder", "clip_tokenizer"
 VARIANT = "target"  # in the names of its files, which diffusers downloads with a pipeline otherwise, and none reads them
 
 
-def target_config(source):
+def target_config(source: str | Path) -> CLIPTextConfig:
     """CLIPTextConfig of the text encoder in `source`, without reading weights; see `load_target`."""
     subfolder, _ = _subfolders(source)
     try:
@@ -33,7 +33,9 @@ def target_config(source):
     return CLIPTextConfig.from_dict(values)
 
 
-def load_target(source, dtype=torch.float32):
+def load_target(
+    source: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[CLIPTextModel, PreTrainedTokenizerBase]:
     """Read the text encoder to imitate and its tokenizer.
 
     Args:
