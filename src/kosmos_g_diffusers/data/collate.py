@@ -7,12 +7,19 @@ Letters: B samples, L tokens of the longest, N images of the batch, S side of th
 H side of the images to draw, h side of their latents.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import PIL.Image
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from ..processing_kosmos_g import crop_to_square
-from .sample import BadSample, FilteredSample
+from ..processing_kosmos_g import KosmosGProcessor, crop_to_square
+from .sample import BadSample, FilteredSample, Sample
+
+Row = dict[str, Any]  # what `prepare` makes of a sample
+Batch = dict[str, torch.Tensor]
 
 IGNORED = -100  # torch's cross_entropy leaves such labels out
 MOST_ASPECT = 50
@@ -76,10 +83,12 @@ class PretrainCollate:
     `attention_mask` (B, L) bool; with images `image_token_mask` (B, L) bool and `pixel_values` (N, 3, S, S) float32.
     """
 
-    def __init__(self, processor, *, max_text_tokens=None):
+    prompts: _Prompts
+
+    def __init__(self, processor: KosmosGProcessor, *, max_text_tokens: int | None = None):
         self.prompts = _Prompts(processor, max_text_tokens)
 
-    def prepare(self, sample, generator):
+    def prepare(self, sample: Sample, generator: torch.Generator) -> Row:
         prompt = sample.prompt
         if sample.target is not None and prompt == (sample.caption,):
             prompt = (sample.target, sample.caption)
@@ -93,7 +102,7 @@ class PretrainCollate:
         ]
         return row
 
-    def __call__(self, rows):
+    def __call__(self, rows: Sequence[Row]) -> Batch:
         batch = self.prompts.pad(rows)
         batch["labels"] = torch.full(batch["input_ids"].shape, IGNORED)
         for number, row in enumerate(rows):
@@ -114,11 +123,21 @@ class AlignCollate:
     target's full length.
     """
 
-    def __init__(self, processor, target_tokenizer, *, max_text_tokens=85):
+    prompts: _Prompts
+
+    target_tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        processor: KosmosGProcessor,
+        target_tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_text_tokens: int | None = 85,
+    ):
         self.prompts = _Prompts(processor, max_text_tokens)
         self.target_tokenizer = target_tokenizer
 
-    def prepare(self, sample, generator):
+    def prepare(self, sample: Sample, generator: torch.Generator) -> Row:
         if not (sample.caption or "").strip():
             raise BadSample("caption", f"{sample.key} has no caption for the alignment stage to learn from")
         row = self.prompts.prepare(sample.key, (sample.caption,))
@@ -131,7 +150,7 @@ class AlignCollate:
             raise FilteredSample("length", message)
         return row
 
-    def __call__(self, rows):
+    def __call__(self, rows: Sequence[Row]) -> Batch:
         batch = self.prompts.pad(rows)
         batch["clip_input_ids"] = torch.tensor([row["clip_input_ids"] for row in rows])
         return batch
@@ -156,17 +175,25 @@ class InstructCollate:
     `drop_condition` (B,) bool.
     """
 
+    prompts: _Prompts
+
+    resolution: int
+    resize: bool
+    num_train_timesteps: int
+    condition_dropout: float
+    latent_shape: tuple[int, int, int]
+
     def __init__(
         self,
-        processor,
-        resolution=512,
+        processor: KosmosGProcessor,
+        resolution: int = 512,
         *,
-        num_train_timesteps=1000,
-        latent_channels=4,
-        vae_scale_factor=8,
-        condition_dropout=0.1,
-        max_text_tokens=128,
-        resize=True,
+        num_train_timesteps: int = 1000,
+        latent_channels: int = 4,
+        vae_scale_factor: int = 8,
+        condition_dropout: float = 0.1,
+        max_text_tokens: int | None = 128,
+        resize: bool = True,
     ):
         self.prompts = _Prompts(processor, max_text_tokens)
         if resolution < 1 or resolution % vae_scale_factor:
@@ -180,7 +207,7 @@ class InstructCollate:
         side = resolution // vae_scale_factor
         self.latent_shape = (latent_channels, side, side)
 
-    def prepare(self, sample, generator):
+    def prepare(self, sample: Sample, generator: torch.Generator) -> Row:
         if sample.target is None:
             raise BadSample("target", f"{sample.key} has no image to draw for the instruction stage")
         row = self.prompts.prepare(sample.key, sample.prompt)
@@ -191,7 +218,7 @@ class InstructCollate:
         row["drop_condition"] = torch.rand((), generator=generator) < self.condition_dropout
         return row
 
-    def __call__(self, rows):
+    def __call__(self, rows: Sequence[Row]) -> Batch:
         batch = self.prompts.pad(rows)
         for name in ("target_pixel_values", "latent_noise", "noise", "timesteps", "drop_condition"):
             batch[name] = torch.stack([row[name] for row in rows])
@@ -208,7 +235,7 @@ class InstructCollate:
         return preprocess_target(sample.target, self.resolution)
 
 
-def preprocess_target(image, resolution):
+def preprocess_target(image: PIL.Image.Image, resolution: int) -> torch.Tensor:
     """An RGB PIL image -> (3, H, H) float32 tensor in [-1, 1]: shorter side to H (bilinear, on the PIL image), centre crop.
 
     The numbers of torchvision's `Resize` and `CenterCrop` in the official loaders (openimage_loader.py:47-51).

@@ -1,9 +1,14 @@
 """Hugging Face `datasets` as a source of captions or edits."""
 
 from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 from .recipes import WORD_DROPOUT, caption_sample, check_caption, edit_sample
-from .sample import IMAGE_LENGTH, BadSample, decode_image
+from .sample import IMAGE_LENGTH, BadSample, Sample, decode_image
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 GROUP = 10_000  # rows that are shuffled together: an Arrow table has no files to shuffle
 
@@ -24,17 +29,23 @@ class HubDatasetSource:
         ValueError: no rows, or a column that is not there (those there are listed).
     """
 
+    dataset: "Dataset"
+    name: str
+    columns: dict[str, str | None]
+    word_dropout: float
+    groups: list[int]
+
     def __init__(
         self,
-        dataset,
+        dataset: "Dataset",
         *,
-        name,
-        caption="text",
-        image=None,
-        edit=None,
-        source=None,
-        input=None,
-        word_dropout=WORD_DROPOUT,
+        name: str,
+        caption: str | None = "text",
+        image: str | None = None,
+        edit: str | None = None,
+        source: str | None = None,
+        input: str | None = None,
+        word_dropout: float = WORD_DROPOUT,
     ):
         import datasets
 
@@ -68,8 +79,16 @@ class HubDatasetSource:
 
     @classmethod
     def load(
-        cls, name, *, split="train", config=None, revision=None, data_dir=None, data_files=None, **columns
-    ):
+        cls,
+        name: str,
+        *,
+        split: str = "train",
+        config: str | None = None,
+        revision: str | None = None,
+        data_dir: str | None = None,
+        data_files: str | None = None,
+        **columns: Any,
+    ) -> "HubDatasetSource":
         """Load by name from the Hub, or from a folder: one of `save_to_disk`, or one that `load_dataset` reads.
 
         Raises:
@@ -91,14 +110,14 @@ class HubDatasetSource:
             )
         return cls(dataset, name=name, **columns)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
-    def length(self, index):
+    def length(self, index: int) -> int:
         texts = [text for text in self._texts[int(index)].values() if isinstance(text, str)]
         return sum(map(len, texts)) + IMAGE_LENGTH * (self.columns["edit"] is not None)
 
-    def read(self, index, rng):
+    def read(self, index: int, rng: Random) -> Sample:
         key = f"{self.name}:{index}"
         try:
             row = self.dataset[int(index)]

@@ -6,20 +6,31 @@ Letters: B samples a process, P processes, G = B * P samples of the global batch
 import hashlib
 import random
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import count
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.utils.data
 
-from .sample import BadSample, FilteredSample
+from .sample import BadSample, FilteredSample, Sample, Source
+
+
+class Collate(Protocol):
+    """What turns samples of one source into a batch, see collate.py."""
+
+    def prepare(self, sample: Sample, generator: torch.Generator) -> dict[str, Any]: ...
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]: ...
+
 
 FILTERED = "filtered: "  # causes that begin so do not count as bad data
 SCHEDULE_BLOCK = 4096
 MOST_ATTEMPTS = 100
 
 
-class MixtureDataset(torch.utils.data.Dataset):
+class MixtureDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """`dataset[step]` is the batch of this process for micro-batch number `step`, 0, 1, ... without end.
 
     Read it with `DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=n)`; the batches do not
@@ -50,18 +61,28 @@ class MixtureDataset(torch.utils.data.Dataset):
         ValueError: no sources, an empty one, weights or collates that do not fit them, sizes below 1.
     """
 
+    sources: list[Source]
+    collates: list[Collate]
+    batch_size: int
+    weights: np.ndarray
+    seed: int
+    process_index: int
+    num_processes: int
+    bucket_window: int
+    orders: list["EndlessOrder"]
+
     def __init__(
         self,
-        sources,
-        collate,
+        sources: Iterable[Source],
+        collate: Collate | Sequence[Collate],
         *,
-        batch_size,
-        weights=None,
-        seed=0,
-        process_index=0,
-        num_processes=1,
-        bucket_window=1,
-        shuffle_window=65_536,
+        batch_size: int,
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+        bucket_window: int = 1,
+        shuffle_window: int = 65_536,
     ):
         self.sources = list(sources)
         self.collates = list(collate) if isinstance(collate, (list, tuple)) else [collate] * len(self.sources)
@@ -88,7 +109,7 @@ class MixtureDataset(torch.utils.data.Dataset):
         self._counts_before = [np.zeros(len(self.sources), dtype=np.int64)]
         self._bucket = Memo(self._sort_window, 2 * len(self.sources))
 
-    def __getitem__(self, step):
+    def __getitem__(self, step: int) -> dict[str, Any]:
         source, batch = self.locate(step)
         first = self.process_index * self.batch_size
         positions = self.positions(source, batch)[first : first + self.batch_size]
@@ -102,7 +123,7 @@ class MixtureDataset(torch.utils.data.Dataset):
         result["skipped_messages"] = list(zip(causes, [error.message for error in skipped], strict=True))
         return result
 
-    def locate(self, step):
+    def locate(self, step: int) -> tuple[int, int]:
         """(number of the source that batch `step` comes from, how many batches came from it before)."""
         block, rest = divmod(step, SCHEDULE_BLOCK)
         while len(self._counts_before) <= block:  # 4096 steps at a time: a few milliseconds for a long run
@@ -113,7 +134,7 @@ class MixtureDataset(torch.utils.data.Dataset):
         source = int(drawn[rest])
         return source, int(self._counts_before[block][source] + np.count_nonzero(drawn[:rest] == source))
 
-    def positions(self, source, batch):
+    def positions(self, source: int, batch: int) -> Sequence[int]:
         """Positions in a source's endless order that its global batch number `batch` holds: G integers."""
         size = self.batch_size * self.num_processes
         if self.bucket_window == 1:
@@ -160,7 +181,7 @@ class MixtureDataset(torch.utils.data.Dataset):
                 )
 
 
-def add_share(weights, share, count):
+def add_share(weights: Sequence[float], share: float, count: int) -> list[float]:
     """Weights with those of `count` more sources behind them, which together get `share` (0 to 1) of the batches."""
     return [*weights, *[share / (1 - share) * sum(weights) / count] * count]
 
@@ -189,7 +210,7 @@ def _check_weights(sources, weights):
 # The endless shuffled order of one source, computed from a position alone: nothing has to be remembered to resume. ------
 
 
-def stream_seed(*parts):
+def stream_seed(*parts: int | str) -> int:
     """A seed in [0, 2**63) that is well mixed even when the parts (ints and strings) differ by little."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -198,10 +219,14 @@ def stream_seed(*parts):
 class Memo:
     """The last few results of a function of hashable arguments. Dropped when pickled, so that workers start small."""
 
-    def __init__(self, function, size):
+    function: Callable[..., Any]
+    size: int
+    results: OrderedDict[Any, Any]
+
+    def __init__(self, function: Callable[..., Any], size: int):
         self.function, self.size, self.results = function, size, OrderedDict()
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments: Hashable) -> Any:
         if arguments in self.results:
             self.results.move_to_end(arguments)
             return self.results[arguments]
@@ -210,7 +235,7 @@ class Memo:
             self.results.popitem(last=False)
         return result
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"function": self.function, "size": self.size, "results": OrderedDict()}
 
 
@@ -227,7 +252,13 @@ class EndlessOrder:
         shuffle_window: samples; a window holds fewer than twice as many.
     """
 
-    def __init__(self, groups, seed, shuffle_window=65_536):
+    seed: int
+    shuffle_window: int
+    sizes: np.ndarray
+    starts: np.ndarray
+    total: int
+
+    def __init__(self, groups: Sequence[int], seed: int, shuffle_window: int = 65_536):
         self.seed, self.shuffle_window = seed, shuffle_window
         sizes = np.asarray(groups, dtype=np.int64)
         if sizes.max(initial=0) > shuffle_window:
@@ -238,7 +269,7 @@ class EndlessOrder:
         self._epoch = Memo(self._shuffle_groups, 2)
         self._window = Memo(self._shuffle_window, 4)
 
-    def __getitem__(self, position):
+    def __getitem__(self, position: int) -> int:
         epoch, rest = divmod(position, self.total)
         _, before, windows = self._epoch(epoch)
         window = int(windows[np.searchsorted(before, rest, side="right") - 1])

@@ -5,6 +5,11 @@ composition whose caption begins with an entity lost its words is kept; there it
 """
 
 import re
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+import PIL.Image
 
 from .sample import BadSample, Sample
 
@@ -18,7 +23,7 @@ COLOURS = frozenset(
 WORD_ENDS = frozenset(" ,.!?;:)]}")
 
 
-def check_caption(caption, key):
+def check_caption(caption: Any, key: str) -> str:
     """The caption without outer spaces. Raises BadSample when it is empty or not text."""
     if not isinstance(caption, str) or not caption.strip():
         kind = type(caption).__name__
@@ -27,13 +32,22 @@ def check_caption(caption, key):
     return caption.strip()
 
 
-def caption_sample(key, caption, target=None):
+def caption_sample(key: str, caption: Any, target: PIL.Image.Image | None = None) -> Sample:
     """A caption and the image that it describes."""
     caption = check_caption(caption, key)
     return Sample(key, (caption,), target, caption)
 
 
-def edit_sample(key, words, edit, source, target, caption, rng, word_dropout=WORD_DROPOUT):
+def edit_sample(
+    key: str,
+    words: str | None,
+    edit: Any,
+    source: PIL.Image.Image,
+    target: PIL.Image.Image,
+    caption: str | None,
+    rng: Random,
+    word_dropout: float = WORD_DROPOUT,
+) -> Sample:
     """`words` (what the source shows, dropped with probability `word_dropout`), the source image, the instruction."""
     edit = check_caption(edit, key)
     words = words.strip() if isinstance(words, str) and rng.random() >= word_dropout else ""
@@ -42,8 +56,15 @@ def edit_sample(key, words, edit, source, target, caption, rng, word_dropout=WOR
 
 
 def composition_sample(
-    key, caption, entities, image, target, rng, word_dropout=WORD_DROPOUT, background=BACKGROUND
-):
+    key: str,
+    caption: Any,
+    entities: Sequence[str],
+    image: Callable[[int, bool], PIL.Image.Image],
+    target: PIL.Image.Image | None,
+    rng: Random,
+    word_dropout: float = WORD_DROPOUT,
+    background: float = BACKGROUND,
+) -> Sample:
     """A caption in which each entity's words are followed by its image.
 
     Args:
@@ -59,7 +80,7 @@ def composition_sample(
     return Sample(key, tuple(prompt), target, caption)
 
 
-def interleave(caption, entities, keep_words=True):
+def interleave(caption: str, entities: Sequence[str], keep_words: bool = True) -> list[str | int]:
     """Put the number of each entity behind its words, or in their place: a list of strings and ints in reading order.
 
     An entity is left out when it is a colour, when it is not in the caption as a whole word, or when its words are part

@@ -46,11 +46,14 @@ class BadSample(Exception):
         message: what is wrong with which sample.
     """
 
-    def __init__(self, cause, message):
+    cause: str
+    message: str
+
+    def __init__(self, cause: str, message: str):
         super().__init__(cause, message)
         self.cause, self.message = cause, message
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.cause}: {self.message}"
 
 
@@ -79,7 +82,7 @@ class Source(Protocol):
         """Sample number `index`; every random choice within it is drawn from `rng`. Raises BadSample."""
 
 
-def decode_image(data, key):
+def decode_image(data: bytes, key: str) -> PIL.Image.Image:
     """Bytes of an image file -> RGB PIL image, upright.
 
     Args:
@@ -97,7 +100,7 @@ def decode_image(data, key):
         raise BadSample("image", f"{key} has an image that cannot be read ({error})") from error
 
 
-def decode_base64_image(text, key):
+def decode_base64_image(text: bytes, key: str) -> PIL.Image.Image:
     """As `decode_image`, from base64 text (bytes)."""
     if len(text) > MOST_IMAGE_BYTES // 3 * 4:
         raise BadSample("image", f"{key} has an image of {len(text):,} base64 characters, which is too many")

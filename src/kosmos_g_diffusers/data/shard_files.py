@@ -48,7 +48,16 @@ class ShardFiles:
         ValueError: no data found, or shards that shards.json names are missing (all are named).
     """
 
-    def __init__(self, where, *, cache_dir=None, cache_bytes=None):
+    where: str
+    cache_dir: Path
+    cache_bytes: int | None
+    remote: bool
+    urls: list[str]
+    names: list[str]
+
+    def __init__(
+        self, where: str | Path, *, cache_dir: str | Path | None = None, cache_bytes: int | None = None
+    ):
         self.where, self.cache_bytes = str(where), cache_bytes
         self.cache_dir = Path(default_cache_dir() if cache_dir is None else cache_dir)
         self.remote = URL.match(self.where) is not None
@@ -61,21 +70,21 @@ class ShardFiles:
             )
         self.names = [_short(url) for url in self.urls]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.urls)
 
-    def count(self):
+    def count(self) -> list[int]:
         """Number of samples of each shard. One that cannot be read and is not in shards.json counts as one sample."""
         missing = [number for number, url in enumerate(self.urls) if url not in self._samples]
         for number in tqdm(missing, f"{self.where}: counting", disable=len(missing) < 2, delay=SHORT):
             self._samples[self.urls[number]] = self._count(number)
         return [self._samples[url] for url in self.urls]
 
-    def index(self, number):
+    def index(self, number: int) -> "list[TarSample]":
         """The samples of a shard, see `index_tar`. Raises BadSample ("shard")."""
         return self._use(number, index_tar)
 
-    def read(self, number, offset, size):
+    def read(self, number: int, offset: int, size: int) -> bytes:
         """Bytes of a shard. Raises BadSample ("shard"; "image" when they are too many)."""
         name = self.names[number]
         if size > MOST_IMAGE_BYTES:
@@ -263,11 +272,11 @@ class TarSample:
     """Members of one sample: extension ("json", "target.jpg") -> (offset, size) of its bytes."""
 
     key: str
-    members: dict = field(default_factory=dict)
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
     problem: str | None = None
 
 
-def index_tar(path):
+def index_tar(path: str | Path) -> list[TarSample]:
     """The samples of a tar file: a list of `TarSample`, in the file's order, found by reading the headers alone.
 
     As WebDataset has it, a sample is a run of members whose names are alike up to the first dot of the last part.
@@ -314,7 +323,7 @@ def _add_member(samples, member, size):
     sample.members[extension] = (member.offset_data, member.size)
 
 
-def split_name(name):
+def split_name(name: str) -> tuple[str, str]:
     """ "a/b.c/0007.target.jpg" -> ("a/b.c/0007", "target.jpg")."""
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")

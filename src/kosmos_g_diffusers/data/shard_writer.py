@@ -4,13 +4,19 @@ import io
 import json
 import re
 import tarfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import PIL.Image
 
 from ..files import write_text, written_atomically
 from .recipes import check_caption
 from .shard_files import INDEX_NAME, index_tar
+
+Image = PIL.Image.Image
+Note = dict[str, Any] | None
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")  # no dot: it would begin the extension
 QUALITY = 95
@@ -37,7 +43,15 @@ class ShardWriter:
     the JSON and not read by training: where the image is from, its licence, what made the caption.
     """
 
-    def __init__(self, folder, prefix="part", samples_per_shard=1000, quality=QUALITY):
+    folder: Path
+    prefix: str
+    samples_per_shard: int
+    quality: int
+    written: int
+
+    def __init__(
+        self, folder: str | Path, prefix: str = "part", samples_per_shard: int = 1000, quality: int = QUALITY
+    ):
         _check_name("prefix", prefix)
         self.folder, self.prefix, self.quality = Path(folder), prefix, quality
         self.samples_per_shard = samples_per_shard
@@ -46,11 +60,19 @@ class ShardWriter:
         self._number = int(shards[-1].stem[-6:]) + 1 if shards else 0
         self._pending = []  # members of the samples of the shard to come
 
-    def write_caption(self, key, caption, target=None, note=None):
+    def write_caption(self, key: str, caption: str, target: Image | None = None, note: Note = None) -> None:
         """A caption and the image that it describes."""
         self._add(key, {"caption": check_caption(caption, key)}, {"target": target}, note)
 
-    def write_edit(self, key, edit, pairs, words=None, caption=None, note=None):
+    def write_edit(
+        self,
+        key: str,
+        edit: str,
+        pairs: Iterable[tuple[Image, Image]],
+        words: str | None = None,
+        caption: str | None = None,
+        note: Note = None,
+    ) -> None:
         """An edit instruction with (before, after) pairs of images.
 
         Args:
@@ -63,7 +85,14 @@ class ShardWriter:
             images |= {f"{number}.source": source, f"{number}.target": target}
         self._add(key, record, images, note)
 
-    def write_composition(self, key, caption, target, entities, note=None):
+    def write_composition(
+        self,
+        key: str,
+        caption: str,
+        target: Image,
+        entities: Sequence[tuple[str, Image | None, Image | None]],
+        note: Note = None,
+    ) -> None:
         """A captioned image and what it shows.
 
         Args:
@@ -75,7 +104,14 @@ class ShardWriter:
             images |= {f"{number}": whole, f"{number}.cutout": cutout}
         self._add(key, record, images, note)
 
-    def write_prompt(self, key, prompt, target=None, caption=None, note=None):
+    def write_prompt(
+        self,
+        key: str,
+        prompt: Iterable[str | Image],
+        target: Image | None = None,
+        caption: str | None = None,
+        note: Note = None,
+    ) -> None:
         """Any prompt of strings and PIL images in reading order, such as a stretch of a document with images."""
         parts, images = list(prompt), {}
         for place, part in enumerate(parts):
@@ -84,15 +120,20 @@ class ShardWriter:
                 images[str(len(images))] = part
         self._add(key, {"prompt": parts, "caption": caption}, images | {"target": target}, note)
 
-    def close(self):
+    def close(self) -> None:
         """Write the samples that do not fill a shard."""
         if self._pending:
             self._write_shard()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, error_type, error, traceback):
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if error_type is None:  # of a maker that failed, only full shards stay
             self.close()
 
@@ -127,7 +168,7 @@ class ShardWriter:
         self._pending = []
 
 
-def write_shard_index(folder):
+def write_shard_index(folder: str | Path) -> Path:
     """Count the samples of the shards in a folder and list them in its shards.json. Returns its path.
 
     Raises:

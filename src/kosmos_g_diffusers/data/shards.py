@@ -3,12 +3,17 @@
 import json
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, check_caption, composition_sample, edit_sample
 from .sample import IMAGE_LENGTH, BadSample, Sample, decode_image
-from .shard_files import ShardFiles
+from .shard_files import ShardFiles, TarSample
 
 MOST_RECORD_BYTES = 1024**2
 MOST_PARTS = 64  # images and texts of a prompt, pairs of an edit, entities of a composition
@@ -31,15 +36,21 @@ class ShardSource:
         ValueError: no data found, or shards missing that shards.json names.
     """
 
+    name: str
+    word_dropout: float
+    background: float
+    files: ShardFiles
+    groups: Sequence[int]
+
     def __init__(
         self,
-        where,
+        where: str | Path,
         *,
-        name=None,
-        word_dropout=WORD_DROPOUT,
-        background=BACKGROUND,
-        cache_dir=None,
-        cache_bytes=None,
+        name: str | None = None,
+        word_dropout: float = WORD_DROPOUT,
+        background: float = BACKGROUND,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
     ):
         self.name = name or "shards"
         self.word_dropout, self.background = word_dropout, background
@@ -50,13 +61,13 @@ class ShardSource:
             raise ValueError(f"No data found: the {len(self.files)} shards at {where} hold no samples.")
         self._indices = OrderedDict()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_indices": OrderedDict()}  # each worker finds its own
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def length(self, index):
+    def length(self, index: int) -> int:
         """From the names and sizes of the members: the JSON is little more than the text."""
         members = self._locate(index)[1].members
         images = len({name.partition(".")[0] for name in members if name[0].isdigit()})
@@ -65,7 +76,7 @@ class ShardSource:
         text = sum(size for name, (_, size) in members.items() if name in ("json", "txt"))
         return text + IMAGE_LENGTH * images
 
-    def read(self, index, rng):
+    def read(self, index: int, rng: Random) -> Sample:
         shard, sample = self._locate(index)
         members = Members(self.files, shard, sample)
         if sample.problem:
@@ -144,11 +155,16 @@ class ShardSource:
 class Members:
     """The members of one sample of a shard, by name."""
 
-    def __init__(self, files, shard, sample):
+    files: ShardFiles
+    shard: int
+    sample: TarSample
+    key: str
+
+    def __init__(self, files: ShardFiles, shard: int, sample: TarSample):
         self.files, self.shard, self.sample = files, shard, sample
         self.key = f"{files.names[shard]}:{sample.key}"
 
-    def record(self):
+    def record(self) -> dict[str, Any]:
         """What the JSON says, a dict; of shards without JSON, the text as a caption."""
         record, members = {}, self.sample.members
         if "json" in members:
@@ -165,22 +181,22 @@ class Members:
             record["caption"] = self._bytes("txt", MOST_RECORD_BYTES).decode("utf-8", errors="replace")
         return record
 
-    def has(self, name):
+    def has(self, name: str) -> bool:
         return self._find(name) is not None
 
-    def image(self, name):
+    def image(self, name: str) -> PIL.Image.Image:
         """The image NAME.jpg, NAME.png, ...; with the name "" the one that has none. Raises BadSample."""
         member = self._find(name)
         if member is None:
             raise BadSample("image", f"{self.key} has no image {name} ({'|'.join(IMAGE_ENDINGS)})")
         return decode_image(self._bytes(member), self.key)
 
-    def entity(self, number, whole):
+    def entity(self, number: int, whole: bool) -> PIL.Image.Image:
         """An entity's image with its background (`whole`) or cut out; the other one where only that is there."""
         first, second = (f"{number}", f"{number}.cutout") if whole else (f"{number}.cutout", f"{number}")
         return self.image(second if self.has(second) and not self.has(first) else first)
 
-    def target(self):
+    def target(self) -> PIL.Image.Image | None:
         """The image `target`, or the only one that has no name, as in shards made by img2dataset. None without."""
         return next((self.image(name) for name in ("target", "") if self.has(name)), None)
 

@@ -1,8 +1,13 @@
 """Keeps account of the samples that could not be used, and stops the run when they are too many."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from .mixture import FILTERED
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 EXAMPLES = 3  # messages kept for each cause
 LEAST_SEEN = 100  # samples before the share of bad ones means anything
@@ -21,17 +26,22 @@ class SkipCounter:
     `state_dict` and `load_state_dict` carry the counts over a resume.
     """
 
-    def __init__(self, limit=0.01):
+    limit: float
+    seen: int
+    counts: Counter[str]
+    examples: dict[str, list[str]]
+
+    def __init__(self, limit: float = 0.01):
         if not 0 <= limit <= 1:
             raise ValueError(f"A limit of {limit} was given. Expected a share of bad samples, 0 to 1.")
         self.limit = limit
         self.seen, self.counts, self.examples = 0, Counter(), {}
 
     @property
-    def bad(self):
+    def bad(self) -> int:
         return sum(number for cause, number in self.counts.items() if not cause.startswith(FILTERED))
 
-    def add(self, used, skipped, messages):
+    def add(self, used: int, skipped: Mapping[str, int], messages: Iterable[tuple[str, str]]) -> None:
         """Count what batches of `MixtureDataset` had to replace.
 
         Args:
@@ -55,7 +65,7 @@ class SkipCounter:
                 f"limit of {self.limit:.2%}.\n{self.summary()}\nFix the data, or raise the limit if this is expected."
             )
 
-    def summary(self):
+    def summary(self) -> str:
         """A line for each cause, the most frequent first, with examples; one line when nothing was skipped."""
         if not self.counts:
             return f"All {self.seen:,} samples read could be used."
@@ -65,10 +75,10 @@ class SkipCounter:
             lines.append(f"  {cause}: {number:,}, such as {examples}")
         return "\n".join(lines)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen, "counts": dict(self.counts), "examples": dict(self.examples)}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen, self.counts = state["seen"], Counter(state["counts"])
         self.examples = {cause: list(messages) for cause, messages in state["examples"].items()}
 
@@ -81,17 +91,20 @@ class GatheredSkips:
         accelerator: accelerate.Accelerator.
     """
 
-    def __init__(self, limit, accelerator):
+    counter: SkipCounter
+    accelerator: "Accelerator"
+
+    def __init__(self, limit: float, accelerator: "Accelerator"):
         self.counter, self.accelerator = SkipCounter(limit), accelerator
         self._used, self._skipped, self._messages = 0, Counter(), []
 
-    def note(self, batch):
+    def note(self, batch: Mapping[str, Any]) -> None:
         """Note what `batch` (of `MixtureDataset`) had to replace."""
         self._used += len(batch["keys"])
         self._skipped.update(batch["skipped"])
         self._messages += batch["skipped_messages"]
 
-    def count(self):
+    def count(self) -> None:
         """Add what was noted to the counter, on all processes alike. Raises TooManyBadSamples."""
         noted = [(self._used, self._skipped, self._messages)]
         self._used, self._skipped, self._messages = 0, Counter(), []

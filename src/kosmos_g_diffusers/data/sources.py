@@ -1,9 +1,11 @@
 """A line of text -> a source of training data, for configs and the command line."""
 
+from pathlib import Path
 from urllib.parse import parse_qsl
 
 from .hub_datasets import HubDatasetSource
 from .recipes import BACKGROUND, WORD_DROPOUT
+from .sample import Source
 from .shards import ShardSource
 from .tsv import LAYOUTS, TsvSource
 
@@ -19,8 +21,14 @@ DATASET_OPTIONS = "split config revision data_dir data_files image caption edit 
 
 
 def build_source(
-    spec, *, word_dropout=WORD_DROPOUT, background=BACKGROUND, min_side=0, cache_dir=None, cache_bytes=None
-):
+    spec: str,
+    *,
+    word_dropout: float = WORD_DROPOUT,
+    background: float = BACKGROUND,
+    min_side: int = 0,
+    cache_dir: str | Path | None = None,
+    cache_bytes: int | None = None,
+) -> Source:
     """The source that a line such as "tsv:captions:/data/laion/json/train.json" describes.
 
     Args:

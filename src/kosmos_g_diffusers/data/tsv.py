@@ -3,7 +3,9 @@
 import glob
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -11,7 +13,7 @@ from tqdm.auto import tqdm
 from ..files import cache_path, default_cache_dir, read_json, written_atomically
 from ..quiet import SHORT
 from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, composition_sample, edit_sample
-from .sample import IMAGE_LENGTH, BadSample, FilteredSample, decode_base64_image
+from .sample import IMAGE_LENGTH, BadSample, FilteredSample, Sample, decode_base64_image
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +45,25 @@ class TsvSource:
         ValueError: no data found, files of a manifest missing, or the first row of a file with the wrong columns.
     """
 
+    kind: str
+    name: str
+    word_dropout: float
+    background: float
+    min_side: int
+    files: list[Path]
+    offsets: list[np.ndarray]
+    groups: Sequence[int]
+
     def __init__(
         self,
-        kind,
-        where,
+        kind: str,
+        where: str | Path,
         *,
-        name=None,
-        word_dropout=WORD_DROPOUT,
-        background=BACKGROUND,
-        min_side=0,
-        cache_dir=None,
+        name: str | None = None,
+        word_dropout: float = WORD_DROPOUT,
+        background: float = BACKGROUND,
+        min_side: int = 0,
+        cache_dir: str | Path | None = None,
     ):
         if kind not in LAYOUTS:
             raise ValueError(f"TSV rows of kind {kind!r} were asked for. Known: {', '.join(LAYOUTS)}.")
@@ -69,10 +80,10 @@ class TsvSource:
         if not len(self):
             raise ValueError(f"No data found: the {len(self.files)} TSV files at {where} hold no rows.")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def length(self, index):
+    def length(self, index: int) -> int:
         columns = self._read_row(index, TEXT_BYTES)[0]
         if self.kind == "captions":
             return len(columns[1]) if len(columns) > 1 else 0
@@ -80,7 +91,7 @@ class TsvSource:
             return len(b"".join(columns[:2])) + IMAGE_LENGTH
         return len(columns[0]) + IMAGE_LENGTH * (columns[1].count(b",") + 1 if len(columns) > 1 else 0)
 
-    def read(self, index, rng):
+    def read(self, index: int, rng: Random) -> Sample:
         columns, file, line = self._read_row(index)
         key = f"{file.parent.name}/{file.name}:{line}"
         problem = self._column_problem(columns, file, line)
@@ -156,7 +167,7 @@ def _text(column, key):
         raise BadSample("row", f"{key} has text that is not UTF-8 ({error})") from error
 
 
-def line_offsets(path, cache_dir):
+def line_offsets(path: Path, cache_dir: str | Path) -> np.ndarray:
     """Where each line of a file begins, and the file's end: int64 array with one entry more than there are lines.
 
     Kept in `cache_dir` under the file's path, size and time of change.
@@ -192,7 +203,7 @@ def line_offsets(path, cache_dir):
     return offsets
 
 
-def find_tsv_files(where):
+def find_tsv_files(where: str | Path) -> list[Path]:
     """The TSV files that `where` names, in the order of the manifest or of their names.
 
     Args:
@@ -225,7 +236,7 @@ def find_tsv_files(where):
     return files
 
 
-def read_manifest(path):
+def read_manifest(path: Path) -> list[Path]:
     """The existing files that a train.json names, in its order. Raises ValueError as `find_tsv_files` does."""
     expected = 'Expected a list of {"source": ["0000.tsv", ...]}, as in the official train.json.'
     entries = read_json(path, expected)

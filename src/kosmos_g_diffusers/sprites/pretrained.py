@@ -2,6 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..generation.settings import GenerationSettings
 
 SPRITES = str(Path(__file__).parent / "model")  # trained by examples/sprites
 # images to try it with, of sprites that it was never shown: a yellow striped star, a red dotted heart
@@ -18,7 +22,7 @@ SPRITES_NOTE = (
 )
 
 
-def with_small_model(settings):
+def with_small_model(settings: "GenerationSettings") -> "GenerationSettings":
     """GenerationSettings with the small model and its ControlNet if they name no model. ValueError as `sprites_controlnet`."""
     if settings.model is not None:
         return settings
@@ -29,7 +33,7 @@ def with_small_model(settings):
     return replace(settings, model=SPRITES, controls=tuple(controls))
 
 
-def sprites_controlnet(name):
+def sprites_controlnet(name: str) -> str:
     """Folder of the small model's ControlNet for a kind of control. Raises ValueError if it has none for this kind."""
     if name != SPRITES_CONTROL:
         raise ValueError(

@@ -36,7 +36,7 @@ RADII = tuple(8.5 * 1.05**k for k in range(15))  # in pixels, of the outlines: S
 HALF_PERIOD = 3  # pixels from the middle of a stripe to the middle of a gap, about
 
 
-def read(image):
+def read(image: Image.Image | np.ndarray) -> Scene:
     """What an image shows: always the best guess, however odd the image is.
 
     Args:

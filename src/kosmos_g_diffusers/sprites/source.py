@@ -1,6 +1,9 @@
 """Sprites as training data: a sample's images follow from its number and are drawn when it is read."""
 
 from dataclasses import replace
+from random import Random
+
+from PIL import Image
 
 from ..data import IMAGE_LENGTH, Sample
 from ..processing_kosmos_g import CAPTION_PROMPT
@@ -9,6 +12,7 @@ from .world import (
     PATTERNS,
     SIZES,
     Scene,
+    Sprite,
     draw_colours_at_random,
     draw_scene_at_random,
     is_held_out,
@@ -48,21 +52,27 @@ class SpriteSource:
         entity_dropout: see "compositions".
     """
 
-    def __init__(self, kind, size=50_000, entity_dropout=0.5):
+    kind: str
+    size: int
+    entity_dropout: float
+    name: str
+    groups: list[int]
+
+    def __init__(self, kind: str, size: int = 50_000, entity_dropout: float = 0.5):
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}. Expected one of {', '.join(KINDS)}.")
         self.kind, self.size, self.entity_dropout = kind, size, entity_dropout
         self.name = f"sprites:{kind}"
         self.groups = [GROUP] * (size // GROUP) + [size % GROUP] * (size % GROUP > 0)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.size
 
-    def length(self, index):
+    def length(self, index: int) -> int:
         n_sprites = self._n_sprites(index)
         return n_sprites * (25 + IMAGE_LENGTH * (self.kind != "captions"))
 
-    def read(self, index, rng):
+    def read(self, index: int, rng: Random) -> Sample:
         key, fixed = f"{self.name}:{index}", make_rng(self.name, index, "pictures")
         if self.kind == "edits":
             return self._edit(key, fixed)
@@ -127,12 +137,12 @@ class SpriteSource:
         return Sample(key, prompt, render(after, fixed), after.caption)
 
 
-def draw_photo(sprite, rng):
+def draw_photo(sprite: Sprite, rng: Random) -> Image.Image:
     """An image of one sprite alone, on a background of its own: what stands for `<i>` in a prompt."""
     return render(Scene((sprite,), rng.choice(list(BACKGROUNDS))), rng)
 
 
-def leave_colours_out(scene, rng):
+def leave_colours_out(scene: Scene, rng: Random) -> str:
     """A caption such as "a small striped star and a moon"."""
     parts = []
     for sprite in scene.sprites:
@@ -141,7 +151,7 @@ def leave_colours_out(scene, rng):
     return " and ".join(parts)
 
 
-def shorten(scene, rng):
+def shorten(scene: Scene, rng: Random) -> str:
     """A caption that leaves some attributes out, as people write: "a striped star on a mint background"."""
     parts = []
     for sprite in scene.sprites:

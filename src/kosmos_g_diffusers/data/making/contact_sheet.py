@@ -19,7 +19,7 @@ THUMBNAIL = 160  # pixels of the longer side
 QUALITY = 80
 
 # everything is in the page, and nothing that a text in it says is loaded or run
-PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+PAGE: jinja2.Template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
 <!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>
@@ -49,7 +49,7 @@ pre { white-space: pre-wrap }
 """)
 
 
-def write_contact_sheet(where, path, samples=100):
+def write_contact_sheet(where: str | Path, path: str | Path, samples: int = 100) -> Path:
     """Write an HTML page that shows samples of shards, spread evenly over them. It needs no other file.
 
     Args:

@@ -4,9 +4,12 @@ import logging
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import PIL.Image
 import torch.utils.data
 
 from ...files import hash_bytes
@@ -28,19 +31,19 @@ class Input:
     name: str
 
     @property
-    def key(self):
+    def key(self) -> str:
         """Of the sample: what is plain in the name, and a hash of all of it. The same name gives the same key."""
         digest = hash_bytes(os.fsencode(self.name))[:16]
         plain = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(self.name).stem).strip("-")[:32]
         return f"{plain}-{digest}" if plain else digest
 
     @property
-    def source(self):
+    def source(self) -> str:
         """The name as text, for people."""
         return os.fsencode(self.name).decode("utf-8", errors="replace")
 
 
-def find_images(folder, leave_out=None):
+def find_images(folder: str | Path, leave_out: str | Path | None = None) -> list[Input]:
     """The image files in a folder and all below it, as a sorted list of `Input`, named by their path from there.
 
     A file counts by its ending; what it holds is looked at when it is read. Links to folders are not followed.
@@ -71,7 +74,7 @@ def find_images(folder, leave_out=None):
     return [Input(name) for name in sorted(found)]
 
 
-def read_image_file(path, key):
+def read_image_file(path: str | Path, key: str) -> PIL.Image.Image:
     """An image file -> RGB PIL image, upright. Raises BadSample ("image")."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
@@ -83,7 +86,7 @@ def read_image_file(path, key):
     return decode_image(data, key)
 
 
-def shrink(image, shorter_side):
+def shrink(image: PIL.Image.Image, shorter_side: int) -> PIL.Image.Image:
     """An image whose shorter side is at most `shorter_side` pixels; smaller ones are left as they are."""
     scale = shorter_side / min(image.size)
     if scale >= 1:
@@ -91,7 +94,7 @@ def shrink(image, shorter_side):
     return image.resize([max(shorter_side, round(side * scale)) for side in image.size])
 
 
-def read_ahead(dataset, batch_size, workers):
+def read_ahead(dataset: torch.utils.data.Dataset[Any], batch_size: int, workers: int) -> Iterator[list[Any]]:
     """Iterator of lists of up to `batch_size` items of a map-style dataset, in order, made by `workers` processes.
 
     The processes start here: before a model is loaded, which they would otherwise carry along.
