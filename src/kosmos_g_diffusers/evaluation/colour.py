@@ -16,10 +16,10 @@ SPREAD = 0.35  # of the weight over the image, in sides
 LIGHTNESS_STEP, COLOUR_STEP = 25.0, 16.0  # between bins; lightness is coarser, for it changes with the light
 LIGHTNESS_BINS, COLOUR_BINS = 5, 15  # 0 to 100, and -112 to 112: all of sRGB
 # IEC 61966-2-1, white point D65
-TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+TO_XYZ: np.ndarray = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
 
-def colour_histogram(image):
+def colour_histogram(image: PIL.Image.Image) -> np.ndarray:
     """Histogram of the colours of an image's subject, as a vector whose inner products compare.
 
     Args:
@@ -48,7 +48,7 @@ def _weigh_foreground(lab):
     return place * (1e-6 + nearest**2 / (nearest**2 + CONTRAST**2))
 
 
-def as_lab(pixels):
+def as_lab(pixels: np.ndarray) -> np.ndarray:
     """(..., 3) sRGB in [0, 255] -> (..., 3) CIELAB: lightness in [0, 100], two axes of colour around 0."""
     rgb = pixels / 255.0
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)

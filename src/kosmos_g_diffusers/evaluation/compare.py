@@ -1,8 +1,10 @@
 """Two runs of the same benchmark, image by image: paired differences with intervals, and their images side by side."""
 
 import json
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from ..files import check_output_folder, write_text
 from .images import check_complete
@@ -25,7 +27,7 @@ FILE_NAME = "compare.json"
 FACTS = ("model", "options", "settings")  # of a run, shown next to the other's
 
 
-def compare(folder_a, folder_b, output):
+def compare(folder_a: str | Path, folder_b: str | Path, output: str | Path) -> dict[str, Any]:
     """Write compare.json, compare.md, a plot and sheets; returns the comparison as a dict.
 
     Differences are B minus A, over the same prompts and input images: first the mean of each unit, then the mean over units,
@@ -78,7 +80,7 @@ def compare(folder_a, folder_b, output):
     return result
 
 
-def as_markdown(result, plots=(), sheets=()):
+def as_markdown(result: dict[str, Any], plots: Sequence[Path | str] = (), sheets: Sequence[str] = ()) -> str:
     facts = []
     for part in FACTS:
         for name in {**result["a"][part], **result["b"][part]}:
@@ -95,7 +97,7 @@ def as_markdown(result, plots=(), sheets=()):
     return "\n\n".join(lines) + "\n"
 
 
-def comparison_table(result):
+def comparison_table(result: dict[str, Any]) -> str:
     rows = []
     for name in table_metrics(result["metrics"]):
         entry = result["metrics"][name]

@@ -6,7 +6,9 @@ images, so that this pass, too, can be resumed and split over processes.
 
 import json
 import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -18,6 +20,11 @@ from tqdm.auto import tqdm
 from ..files import hash_bytes, hash_file, written_atomically
 from ..processing_kosmos_g import crop_to_square, open_image
 from .images import image_path
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from .manifest import Manifest
 
 SIZE = 256  # pixels, both sides of what is compared
 INSTALL = "pip install torchmetrics torch-fidelity torchvision"
@@ -32,18 +39,26 @@ class Fid:
         weights: file of the network's weights; None lets torch-fidelity download them.
     """
 
+    photographs: Sequence[str | Path]
+    weights: str | Path | None
+    counts: dict[str, int]
+    network: "Inception"
+    identity: dict[str, Any]
+
     name = "fid"
 
-    def __init__(self, photographs, weights=None):
+    def __init__(self, photographs: Sequence[str | Path], weights: str | Path | None = None):
         self.photographs, self.weights = photographs, weights
         self.counts = {"photographs": len(photographs)}
 
-    def load(self):
+    def load(self) -> None:
         """Load the weights, so that a mistake shows before hours of work."""
         self.network = load_inception(self.weights)
         self.identity = self.network.identity
 
-    def measure(self, folder, manifest, state, device):
+    def measure(
+        self, folder: str | Path, manifest: "Manifest", state: "PartialState", device: str
+    ) -> float | None:
         """The distance as a float, for which all processes compute features; None in all but the first."""
         self.network.to(device if state.num_processes == 1 else state.device)
         images = [image_path(folder, task) for task in manifest.tasks]
@@ -56,16 +71,19 @@ class Fid:
 class Inception(torch.nn.Module):
     """torchmetrics' network of the FID: (N, 3, H, W) uint8 -> (N, 2048), resized to 299 pixels in between."""
 
-    def __init__(self, network, identity):
+    network: torch.nn.Module
+    identity: dict[str, Any]
+
+    def __init__(self, network: torch.nn.Module, identity: dict[str, Any]):
         super().__init__()
         self.network, self.identity = network, identity
 
     @torch.no_grad()
-    def forward(self, pixels):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.network(pixels.to(next(self.network.parameters()).device))
 
 
-def load_inception(weights):
+def load_inception(weights: str | Path | None) -> Inception:
     """The network of the original FID, with the weights that torch-fidelity has converted.
 
     Args:
@@ -98,13 +116,18 @@ def load_inception(weights):
     return Inception(network, identity)
 
 
-def crop(image, size=SIZE):
+def crop(image: PIL.Image.Image, size: int = SIZE) -> torch.Tensor:
     """RGB PIL image -> (3, size, size) uint8: shorter side to `size` (Pillow averages over what it leaves out), then the middle."""
     pixels = np.array(crop_to_square(image, size, PIL.Image.Resampling.BILINEAR))
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def write_features(folder, paths, extractor, state):
+def write_features(
+    folder: str | Path,
+    paths: Sequence[str | Path],
+    extractor: Callable[[torch.Tensor], torch.Tensor],
+    state: "PartialState",
+) -> None:
     """Compute the features of images that are not in `folder` yet, each file by one process.
 
     Args:
@@ -131,7 +154,7 @@ def write_features(folder, paths, extractor, state):
             path.unlink()
 
 
-def read_features(folder):
+def read_features(folder: str | Path) -> Iterator[torch.Tensor]:
     """What `write_features` has written, file by file: tensors (n, D)."""
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -161,7 +184,7 @@ class _AsItIs(torch.nn.Module):
         return features
 
 
-def frechet_distance(real, generated):
+def frechet_distance(real: Iterable[torch.Tensor], generated: Iterable[torch.Tensor]) -> float:
     """Fréchet distance of two sets of features, taken for normal distributions (Heusel et al. 2017, eq. 6).
 
     Args:

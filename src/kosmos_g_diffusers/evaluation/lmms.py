@@ -4,6 +4,9 @@ lmms-eval finds it by the entry point `lmms_eval.models` of this package; nothin
 docs/understanding.md.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
@@ -11,7 +14,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from ..captioning import MAX_NEW_TOKENS, as_text, load_answerer
+from ..captioning import MAX_NEW_TOKENS, Answerer, as_text, load_answerer
 from ..environment import as_dtype, default_dtype
 from ..sprites.pretrained import SPRITES
 
@@ -33,7 +36,19 @@ class KosmosGForLmms(lmms):
         batch_size: 1, the only one there is.
     """
 
-    def __init__(self, pretrained=None, template=TEMPLATE, dtype=None, device=None, batch_size=1):
+    accelerator: Accelerator
+    device: torch.device
+    answer: Answerer
+    template: str
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        template: str = TEMPLATE,
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+    ):
         super().__init__()
         if int(batch_size) != 1:
             raise ValueError(f"batch_size={batch_size} was given. Kosmos-G answers one at a time: pass 1.")
@@ -48,7 +63,7 @@ class KosmosGForLmms(lmms):
         self.answer = load_answerer(pretrained or SPRITES, dtype, self.device)
         self.template = template
 
-    def generate_until(self, requests):
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answers of questions, as strings."""
         answers = []
         for request in tqdm(requests, desc="Kosmos-G answers", disable=self.rank != 0):
@@ -64,11 +79,11 @@ class KosmosGForLmms(lmms):
             answers.append(text)
         return answers
 
-    def loglikelihood(self, requests):
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         # lmms-eval 0.7.3 turns (loss, is greedy) into a string before it compares, so such tasks fail for every model
         raise NotImplementedError("Tasks that rate given answers are left out: take those that generate one.")
 
-    def generate_until_multi_round(self, requests):
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise NotImplementedError("Tasks of several rounds are left out: Kosmos-G learnt no dialogues.")
 
     def _read(self, context, doc_to_visual, doc_id, task, split):
@@ -79,7 +94,7 @@ class KosmosGForLmms(lmms):
         return arrange(self.template.replace("{}", context), images)
 
 
-def arrange(text, images):
+def arrange(text: str, images: Sequence[Any]) -> list[dict[str, Any]]:
     """Chat content: images where the text has `<image>`, or, if their numbers differ, in front of it."""
     stretches = text.split(IMAGE_TOKEN)
     if len(stretches) != len(images) + 1:

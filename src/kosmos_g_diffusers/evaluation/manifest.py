@@ -7,10 +7,10 @@ one manifest: whatever would mix images of two settings is refused.
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..files import first_line, hash_file, write_text
 
@@ -31,12 +31,12 @@ class Task:
     row: str  # prompt of the table by prompt, the same for all units
     prompt: str  # with a <i> for each input image
     text: str | None  # what the image should show, in words alone; None where nothing is compared with words
-    pictures: tuple  # input images, as paths from the data folder, one for each <i>
-    references: tuple  # for each subject a tuple of paths from the data folder
+    pictures: tuple[str, ...]  # input images, as paths from the data folder, one for each <i>
+    references: tuple[Any, ...]  # for each subject a tuple of paths from the data folder
     seed: int
-    truth: dict | None = None  # what a benchmark with a scorer of its own scores by
+    truth: dict[str, Any] | None = None  # what a benchmark with a scorer of its own scores by
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not TASK_ID.fullmatch(self.id):
             raise ValueError(f"{self.id!r} cannot name an image. Use letters, digits and any of + - _ . /")
         from ..processing_kosmos_g import IMAGE_MARK
@@ -72,21 +72,21 @@ class Manifest:
     """
 
     benchmark: str
-    options: dict
-    tasks: tuple = field(repr=False)
+    options: dict[str, Any]
+    tasks: tuple[Task, ...] = field(repr=False)
     data: str | None = None
-    model: dict = field(default_factory=dict)
-    settings: dict = field(default_factory=dict)
-    conditions: dict = field(default_factory=dict)
-    pictures: dict = field(default_factory=dict)
-    files: dict = field(default_factory=dict, repr=False)
-    scorers: tuple = ()
-    published: dict = field(default_factory=dict)
-    notes: tuple = ()
+    model: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    scorers: tuple[Any, ...] = ()
+    published: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     distance: Any = None
-    finish: Callable | None = None
+    finish: Callable[..., None] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         seen = set()
         for task in self.tasks:
             if task.id in seen:
@@ -94,20 +94,20 @@ class Manifest:
             seen.add(task.id)
 
     @property
-    def units(self):
+    def units(self) -> list[str]:
         return list(dict.fromkeys(task.unit for task in self.tasks))
 
-    def chunks(self, size):
+    def chunks(self, size: int) -> list[tuple[Task, ...]]:
         """Tasks in batches that are the same for every process and after every kill: their bits stay the same, too."""
         return [self.tasks[start : start + size] for start in range(0, len(self.tasks), size)]
 
-    def write(self, folder):
+    def write(self, folder: str | Path) -> None:
         header = {name: getattr(self, name) for name in SAVED}
         lines = [{"format": FORMAT, **header}, *(asdict(task) for task in self.tasks)]
         write_text(Path(folder) / FILE_NAME, "".join(json.dumps(line) + "\n" for line in lines))
 
     @classmethod
-    def read(cls, folder):
+    def read(cls, folder: str | Path) -> Self:
         """Read what `write` wrote.
 
         Raises:
@@ -131,7 +131,7 @@ class Manifest:
             advice = "Pass the --output of a kosmos-g evaluate of this version."
             raise ValueError(f"{path} cannot be used ({first_line(error)}). {advice}") from error
 
-    def check_same(self, other, n_images_left):
+    def check_same(self, other: "Manifest", n_images_left: int) -> None:
         """Raise a ValueError that names what differs, unless `other` may continue in the folder of this manifest."""
         parts = ["options", "model", "settings", "conditions", "pictures"]
         if n_images_left == 0:  # new scores and reports may be made elsewhere, with other versions
@@ -180,7 +180,7 @@ def _compare_tasks(found, asked):
     return [f"{len(different)} images differ, such as {name}, which {how}"]
 
 
-def derive_seed(base, *parts):
+def derive_seed(base: int, *parts: str | int) -> int:
     """A seed that belongs to `parts`, such as subject, prompt and index, whatever else is made in the same run.
 
     32 bits, since torch's generator on the CPU takes no more.
@@ -189,7 +189,7 @@ def derive_seed(base, *parts):
     return int.from_bytes(digest[:4], "big")
 
 
-def check_images(data, paths):
+def check_images(data: str | Path, paths: Iterable[str]) -> None:
     """ValueError that names all images which are not in the data folder."""
     missing = [path for path in sorted(set(paths)) if not (Path(data) / path).is_file()]
     if missing:
@@ -197,7 +197,7 @@ def check_images(data, paths):
         raise ValueError(f"{found}. Complete the data folder.")
 
 
-def hash_images(data, paths):
+def hash_images(data: str | Path, paths: Iterable[str]) -> dict[str, str]:
     """Path from `data` -> SHA-256. All are opened as well: one that is damaged must show before hours of work.
 
     Raises:

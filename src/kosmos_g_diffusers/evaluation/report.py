@@ -1,20 +1,25 @@
 """A finished run as report.json, report.md, plots and sheets. The same run gives the same files, byte for byte."""
 
 import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..files import write_text, written_atomically
 from .images import INSTALL, repeated_inputs
+from .manifest import Manifest, Task
 from .sheets import CONTROL, file_name, write_sheets
+
+Scores = Mapping[str, Mapping[str, float]]  # id of a task -> metric -> score
 
 RESAMPLES = 10_000  # of the bootstrap
 LEVEL = 0.95
 LEFT_OUT_OF_TABLES = ("_subject_", CONTROL)  # one subject of several: in report.json and the sheets
 
 
-def bootstrap(values, seed=0):
+def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
     """Interval of a mean over units, which are resampled: (low, high), or None for fewer than two.
 
     Args:
@@ -31,7 +36,7 @@ def bootstrap(values, seed=0):
     return round(float(low), 6), round(float(high), 6)
 
 
-def mean_by(tasks, scores, key):
+def mean_by(tasks: Iterable[Task], scores: Scores, key: Callable[[Task], Any]) -> dict[Any, dict[str, float]]:
     """key(task) -> metric -> mean over its images."""
     groups = {}
     for task in tasks:
@@ -43,7 +48,13 @@ def mean_by(tasks, scores, key):
     }
 
 
-def summarise(manifest, scores, scorers, n_words, distance=None):
+def summarise(
+    manifest: Manifest,
+    scores: Scores,
+    scorers: Sequence[dict[str, Any]],
+    n_words: int,
+    distance: float | None = None,
+) -> dict[str, Any]:
     """The report as a dict.
 
     Args:
@@ -84,7 +95,13 @@ def summarise(manifest, scores, scorers, n_words, distance=None):
     }
 
 
-def write_report(folder, manifest, scores, scorers, distance=None):
+def write_report(
+    folder: str | Path,
+    manifest: Manifest,
+    scores: Scores,
+    scorers: Sequence[dict[str, Any]],
+    distance: float | None = None,
+) -> dict[str, Any]:
     """Write report.json, report.md, plots/ and sheets/; returns the report, which is that of `summarise`.
 
     Raises:
@@ -100,17 +117,17 @@ def write_report(folder, manifest, scores, scorers, distance=None):
     return report
 
 
-def table_metrics(metrics):
+def table_metrics(metrics: Iterable[str]) -> list[str]:
     return [name for name in metrics if not any(part in name for part in LEFT_OUT_OF_TABLES)]
 
 
-def format_score(entry):
+def format_score(entry: Mapping[str, Any]) -> str:
     """0.694 (0.670 to 0.715)."""
     interval = entry["interval"]
     return f"{entry['mean']:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
 
 
-def table(head, rows):
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, *rows]
     lines = [f"| {' | '.join(map(_as_cell, line))} |" for line in lines]
     return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
@@ -122,7 +139,7 @@ def _as_cell(text):
     return f"`{text}`" if "<" in text else text
 
 
-def scores_table(report):
+def scores_table(report: dict[str, Any]) -> str:
     """Every metric with its interval, next to its control and the published numbers."""
     metrics, published = report["metrics"], report["published"]
     controls = {name.replace(CONTROL, "."): metrics[name] for name in metrics if CONTROL in name}
@@ -137,7 +154,9 @@ def scores_table(report):
     return table(["", f"this run ({LEVEL:.0%} interval)", *control, *published], rows)
 
 
-def as_markdown(report, plots, sheets, notes):
+def as_markdown(
+    report: dict[str, Any], plots: Sequence[str], sheets: Sequence[str], notes: Sequence[str]
+) -> str:
     options = [f"{name} {value}" for name, value in report["options"].items()]
     versions = report["conditions"]["versions"]
     facts = {
@@ -203,7 +222,7 @@ def _plot(folder, report, metric):
     return save_plot(figure, folder, metric)
 
 
-def draw_values(axis, values, interval):
+def draw_values(axis: Any, values: Mapping[str, float], interval: tuple[float, float] | None) -> None:
     """A dot for each name of `values`, sorted by value, over the interval of their mean (None if there is none)."""
     if interval:
         axis.axvspan(*interval, alpha=0.2, label=f"{LEVEL:.0%} interval of the mean")
@@ -213,7 +232,7 @@ def draw_values(axis, values, interval):
     axis.margins(y=0.5 / len(order))
 
 
-def load_matplotlib():
+def load_matplotlib() -> Any:
     """matplotlib's `Figure`, which needs no display.
 
     Raises:
@@ -226,7 +245,7 @@ def load_matplotlib():
     return Figure
 
 
-def save_plot(figure, folder, metric):
+def save_plot(figure: Any, folder: str | Path, metric: str) -> str:
     """Write a PNG without the date and version that would make every file another; its path from `folder`."""
     path = f"plots/{file_name(metric)}.png"
     with written_atomically(folder / path) as file:

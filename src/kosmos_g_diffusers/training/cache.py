@@ -14,9 +14,10 @@ Letters of the shapes: n entries of a batch (samples, or images), m of them that
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -26,6 +27,11 @@ from ..environment import as_dtype
 from .cache_store import KEEP_FREE, TensorStore, as_bytes, content_key, keys_as_tensor
 from .config import MIXED_PRECISIONS
 from .stages import AlignStage, InstructStage
+
+if TYPE_CHECKING:
+    from ..data import Sample
+    from ..data.mixture import Collate
+    from .stages import Stage
 
 FORMAT_VERSION = 1  # of the folders; raise it when the same work would be kept in another way
 # what the workers hand to `complete`, behind the name of a work
@@ -50,8 +56,8 @@ class FrozenWork:
     name: str
     inputs: tuple[str, ...]
     modules: nn.ModuleList
-    config: dict
-    compute: Callable
+    config: dict[str, Any]
+    compute: Callable[..., torch.Tensor]
 
 
 class FrozenCache:
@@ -75,7 +81,23 @@ class FrozenCache:
         ValueError: the stage has no frozen work that could be kept, or not the one asked for.
     """
 
-    def __init__(self, folder, stage, mixed_precision="no", *, dtype=None, only=None, keep_free=KEEP_FREE):
+    stage: "Stage"
+    precision: torch.dtype
+    works: list[FrozenWork]
+    stores: dict[str, TensorStore]
+    found: dict[str, int]
+    computed: dict[str, int]
+
+    def __init__(
+        self,
+        folder: str | Path,
+        stage: "Stage",
+        mixed_precision: str = "no",
+        *,
+        dtype: torch.dtype | None = None,
+        only: Collection[str] | None = None,
+        keep_free: int = KEEP_FREE,
+    ):
         if dtype is None:
             dtype = torch.float32 if mixed_precision == "no" else torch.float16
         self.stage, self.precision = stage, as_dtype(MIXED_PRECISIONS[mixed_precision])
@@ -96,7 +118,7 @@ class FrozenCache:
         self.computed = dict.fromkeys(self.stores, 0)
         stage.register_forward_pre_hook(lambda stage, inputs: (self.complete(*inputs),))
 
-    def attach(self, collate):
+    def attach(self, collate: "Collate") -> "CachedCollate":
         """A collate that brings what is kept; what its batches lack the stage computes before its forward pass, and keeps.
 
         Args:
@@ -106,7 +128,7 @@ class FrozenCache:
         return CachedCollate(collate, works)
 
     @torch.no_grad()
-    def complete(self, batch):
+    def complete(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of a `CachedCollate`, on the stage's device -> one that the stage reads; what was missing is kept."""
         batch = dict(batch)
         device = next(iter(batch.values())).device
@@ -123,12 +145,12 @@ class FrozenCache:
                     self.found[work.name] += len(values) - (0 if missing is None else len(missing))
         return batch
 
-    def flush(self):
+    def flush(self) -> None:
         """Write what is not yet on disk: call it when training ends."""
         for store in self.stores.values():
             store.flush()
 
-    def summary(self):
+    def summary(self) -> str:
         """What the cache was good for, in one line."""
         return "Frozen work: " + ", ".join(
             f"{name} {self.found[name]:,} found and {self.computed[name]:,} computed" for name in self.stores
@@ -163,13 +185,16 @@ class CachedCollate:
         works: list of (name, names of inputs, TensorStore).
     """
 
-    def __init__(self, collate, works):
+    collate: "Collate"
+    works: Sequence[tuple[str, tuple[str, ...], TensorStore]]
+
+    def __init__(self, collate: "Collate", works: Sequence[tuple[str, tuple[str, ...], TensorStore]]):
         self.collate, self.works = collate, works
 
-    def prepare(self, sample, generator):
+    def prepare(self, sample: "Sample", generator: torch.Generator) -> dict[str, Any]:
         return self.collate.prepare(sample, generator)
 
-    def __call__(self, rows):
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(rows)
         for name, inputs, store in self.works:
             given = {each: batch.pop(each) for each in inputs if each in batch}
@@ -186,7 +211,7 @@ class CachedCollate:
         return batch
 
 
-def find_frozen_work(stage):
+def find_frozen_work(stage: "Stage") -> list[FrozenWork]:
     """The works of a stage that give the same for the same input all through its training, as a list of FrozenWork."""
     encoder, works = stage.text_encoder, []
     vision = encoder.vision_model.model

@@ -11,9 +11,12 @@ import logging
 import secrets
 import shutil
 import zlib
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -28,7 +31,7 @@ ABANDONED = 3600
 logger = logging.getLogger(__name__)
 
 
-def content_key(*tensors):
+def content_key(*tensors: torch.Tensor | None) -> bytes:
     """16 bytes that follow from the dtype, shape and values of tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -37,12 +40,12 @@ def content_key(*tensors):
     return digest.digest()[:KEY_BYTES]
 
 
-def as_bytes(tensor):
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     """The values of a tensor as a flat array of bytes, also for dtypes that numpy does not know."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def keys_as_tensor(keys):
+def keys_as_tensor(keys: Iterable[bytes]) -> torch.Tensor:
     """A list of n keys as a tensor (n, 16) uint8."""
     return torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES)
 
@@ -60,7 +63,21 @@ class TensorStore:
         keep_free: bytes of the disk to leave for others, such as checkpoints; with less, nothing more is kept.
     """
 
-    def __init__(self, folder, dtype, *, shard_bytes=64 * 2**20, shard_entries=1024, keep_free=KEEP_FREE):
+    folder: Path
+    dtype: torch.dtype
+    shard_bytes: int
+    shard_entries: int
+    keep_free: int
+
+    def __init__(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype,
+        *,
+        shard_bytes: int = 64 * 2**20,
+        shard_entries: int = 1024,
+        keep_free: int = KEEP_FREE,
+    ):
         self.folder, self.dtype = Path(folder), dtype
         self.shard_bytes, self.shard_entries, self.keep_free = shard_bytes, shard_entries, keep_free
         self._places = {}  # key -> (name of its shard, row)
@@ -68,15 +85,15 @@ class TensorStore:
         self._pending = {}  # key -> value, of the shard to be written
         self._writes = True
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # the readers in other processes find it on disk
         return {**self.__dict__, "_pending": {}}
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Entries that this process knows of."""
         return len(self._places) + len(self._pending)
 
-    def read(self, keys):
+    def read(self, keys: Sequence[bytes]) -> tuple[torch.Tensor | None, list[int]]:
         """Values of keys, and what is missing.
 
         Args:
@@ -99,7 +116,7 @@ class TensorStore:
             values[position] = value
         return values, missing
 
-    def add(self, keys, values):
+    def add(self, keys: Sequence[bytes], values: torch.Tensor) -> None:
         """Keep values, (len(keys), ...) of any device. Those that are not finite in the store's dtype are left out."""
         if not self._writes:
             return
@@ -111,7 +128,7 @@ class TensorStore:
         if n_bytes >= self.shard_bytes or len(self._pending) >= self.shard_entries:
             self.flush()
 
-    def flush(self):
+    def flush(self) -> None:
         """Write what is not yet on disk. A full disk stops the keeping, not the training."""
         if not self._pending:
             return

@@ -13,14 +13,25 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..files import follow_umask, read_json, remove_partial_files
 from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+    from diffusers.training_utils import EMAModel
+
+    from ..data import SkipCounter
+    from .stages import Stage
 
 NAME = re.compile(r"checkpoint-(\d{8})")
 HIDDEN = ".checkpoint-*"  # what is being written or removed
@@ -32,7 +43,7 @@ TRAINED = "trained.safetensors"
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 
 
-def list_checkpoints(run):
+def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run folder, the oldest first."""
     run = Path(run)
     if not run.is_dir():
@@ -40,16 +51,16 @@ def list_checkpoints(run):
     return sorted(path for path in run.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
 
 
-def checkpoint_folder(run, step):
+def checkpoint_folder(run: str | Path, step: int) -> Path:
     return Path(run) / f"checkpoint-{step:08d}"
 
 
-def partial_folder(run, step):
+def partial_folder(run: str | Path, step: int) -> Path:
     """Where a checkpoint is written before it gets its name."""
     return Path(run) / f".checkpoint-{step:08d}.partial"
 
 
-def begin_run(config, state):
+def begin_run(config: "TrainConfig", state: "Accelerator | PartialState") -> None:
     """Make the run's folder, write its settings, and clear away what a run that was killed left half done.
 
     Args:
@@ -78,7 +89,7 @@ def begin_run(config, state):
     state.wait_for_everyone()
 
 
-def publish(partial, folder):
+def publish(partial: Path, folder: Path) -> None:
     """Give a finished checkpoint its name, when all of it is on the disk; one of the same name is replaced."""
     follow_umask(partial)
     for path in sorted(partial.rglob("*"), reverse=True):
@@ -90,21 +101,21 @@ def publish(partial, folder):
     _sync(folder.parent)
 
 
-def prune(run, keep):
+def prune(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints; 0 removes none."""
     for path in list_checkpoints(run)[:-keep] if keep else ():
         _remove(path)
 
 
-def write_progress(folder, progress):
+def write_progress(folder: str | Path, progress: Mapping[str, Any]) -> None:
     (Path(folder) / STATE / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
 
 
-def read_progress(folder):
+def read_progress(folder: str | Path) -> dict[str, Any]:
     return read_json(Path(folder) / STATE / PROGRESS, "Remove this checkpoint: the one before is used then.")
 
 
-def trained_parameters(module):
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The weights of a module that train, in its order."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -121,13 +132,29 @@ class Saver:
         save_model: called with (folder, state_dict) on the main process.
     """
 
-    def __init__(self, config, accelerator, wrapped, stage, ema, save_model):
+    config: "TrainConfig"
+    run: Path
+    accelerator: "Accelerator"
+    wrapped: nn.Module
+    stage: "Stage"
+    ema: "EMAModel | None"
+    save_model: Callable[[Path, dict[str, torch.Tensor]], None]
+
+    def __init__(
+        self,
+        config: "TrainConfig",
+        accelerator: "Accelerator",
+        wrapped: nn.Module,
+        stage: "Stage",
+        ema: "EMAModel | None",
+        save_model: Callable[[Path, dict[str, torch.Tensor]], None],
+    ):
         self.config, self.run, self.accelerator = config, Path(config.output), accelerator
         self.wrapped, self.stage, self.ema, self.save_model = wrapped, stage, ema, save_model
         self._keep_trained_weights_only()
 
     @contextmanager
-    def averaged_weights(self):
+    def averaged_weights(self) -> Iterator[None]:
         """Context in which the stage has the averaged weights, if there is an average; its own come back unchanged."""
         if self.ema is None:
             yield
@@ -140,7 +167,7 @@ class Saver:
         finally:
             self.ema.restore(parameters)
 
-    def save(self, step, skips):
+    def save(self, step: int, skips: "SkipCounter") -> None:
         """Write the checkpoint of a step atomically, and remove older ones.
 
         Raises:
@@ -171,7 +198,7 @@ class Saver:
             ) from error
         accelerator.wait_for_everyone()
 
-    def resume(self, skips):
+    def resume(self, skips: "SkipCounter") -> int:
         """Load the newest checkpoint, if there is one.
 
         Returns:
@@ -195,7 +222,7 @@ class Saver:
         skips.load_state_dict(progress["skips"])
         return progress["step"]
 
-    def last_good(self):
+    def last_good(self) -> str:
         """A sentence that names the newest checkpoint."""
         found = list_checkpoints(self.run)
         return f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."

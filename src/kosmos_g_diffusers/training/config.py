@@ -1,11 +1,14 @@
 """The settings of a training run: one flat dataclass. TOML files and the command line are read from its fields."""
 
+import argparse
 import json
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, Self
 
 from ..environment import as_dtype
 from ..fields import CHOICE, RANGE, add_flags, find_problem, is_of_type, setting
@@ -93,17 +96,17 @@ class TrainConfig:
     )
     tracker: str = setting("", "log there, too", choices=("", "tensorboard", "wandb"), fixed=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for entry in fields(self):
             object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """The torch dtype that `mixed_precision` names."""
         return as_dtype(MIXED_PRECISIONS[self.mixed_precision])
 
     @classmethod
-    def from_toml(cls, path, stage=None, **overrides):
+    def from_toml(cls, path: str | Path, stage: str | None = None, **overrides: Any) -> Self:
         """Settings of a TOML file, with `overrides` over them and the defaults of `stage` under them.
 
         Raises:
@@ -118,7 +121,9 @@ class TrainConfig:
         return cls.from_dict({**values, **overrides}, stage, str(path))
 
     @classmethod
-    def from_dict(cls, values, stage=None, source="The configuration"):
+    def from_dict(
+        cls, values: Mapping[str, Any], stage: str | None = None, source: str = "The configuration"
+    ) -> Self:
         """Settings of a dict over the defaults of `stage`; `source` begins the errors.
 
         Raises:
@@ -142,12 +147,12 @@ class TrainConfig:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{source}: {error}") from error
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write the settings as JSON, atomically."""
         write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; ValueError if it is something else."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -155,7 +160,7 @@ class TrainConfig:
             raise ValueError(f"{path} holds no settings of a run ({error}). Another program's?") from error
         return cls.from_dict(values, source=str(path))
 
-    def check_resumes(self, earlier, folder):
+    def check_resumes(self, earlier: "TrainConfig", folder: str | Path) -> None:
         """Raise ValueError if a run with the settings `earlier` in `folder` must not be resumed with these."""
         fixed = [entry.name for entry in fields(self) if entry.metadata.get("fixed", True)]
         pairs = [(name, getattr(earlier, name), getattr(self, name)) for name in fixed]
@@ -166,13 +171,13 @@ class TrainConfig:
                 "with, or give a new run another --output."
             )
 
-    def replace(self, **changes):
+    def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed."""
         return replace(self, **changes)
 
 
 # kosmos-g.md's table of the paper; what a stage does not name is the default above
-STAGE_DEFAULTS = {
+STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     "pretrain": {"lr": 2e-4, "steps": 300_000},
     "align": {"lr": 1e-3, "steps": 300_000, "batch_size": 56},
     "instruct": {"lr": 1e-3, "steps": 200_000, "batch_size": 16},
@@ -183,7 +188,7 @@ STAGE_DEFAULTS = {
 GROUPS = {"model": "model and data", "steps": "what is learned", "mixed_precision": "how it runs"}
 
 
-def add_arguments(parser, stage=None):
+def add_arguments(parser: argparse.ArgumentParser, stage: str | None = None) -> None:
     """Give an argparse parser a flag for each setting; those not given are absent from its result.
 
     Args:

@@ -2,8 +2,10 @@
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -12,8 +14,13 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from ..files import written_atomically
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def check_tracker(tracker):
+    from .config import TrainConfig
+
+
+def check_tracker(tracker: str) -> None:
     """ImportError if the tracker of this name is not installed; "" is none."""
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if tracker and not available[tracker]():  # accelerate would log nothing and say nothing
@@ -26,7 +33,13 @@ def check_tracker(tracker):
 class Log:
     """log.jsonl of the main process, without the lines of steps that a resumed run makes again; and the tracker."""
 
-    def __init__(self, config, step, accelerator):
+    path: Path
+    accelerator: "Accelerator"
+    samples: int
+    step: int
+    time: float
+
+    def __init__(self, config: "TrainConfig", step: int, accelerator: "Accelerator"):
         self.path, self.accelerator = Path(config.output) / "log.jsonl", accelerator
         self.samples = config.batch_size * config.accumulation * accelerator.num_processes
         self.step, self.time = step, time.perf_counter()
@@ -41,7 +54,9 @@ class Log:
             options = {"wandb": {"dir": config.output, "name": Path(config.output).name}}
             accelerator.init_trackers("kosmos-g", settings, options)
 
-    def write(self, step, losses, lr, grad_norm):
+    def write(
+        self, step: int, losses: Mapping[str, torch.Tensor], lr: float, grad_norm: torch.Tensor
+    ) -> dict[str, str]:
         """Log the means over processes; returns what the progress bar shows."""
         names = sorted(losses)
         means = self.accelerator.reduce(torch.stack([losses[name] for name in names]), "mean")
@@ -61,7 +76,7 @@ class Log:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         return {name: f"{value:.4f}" for name, value in losses.items()} | {"samples/s": f"{rate:.1f}"}
 
-    def show(self, step, path):
+    def show(self, step: int, path: Path) -> None:
         """Give an image to the tracker as well."""
         for tracker in self.accelerator.trackers:
             image = PIL.Image.open(path).convert("RGB")

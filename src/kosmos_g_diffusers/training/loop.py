@@ -8,8 +8,10 @@ import math
 import random
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +19,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.skips import GatheredSkips
 from .checkpoints import Saver, begin_run, list_checkpoints, trained_parameters
+from .config import TrainConfig
 from .log import Log, check_tracker
 from .stages import AlignStage
 
@@ -33,7 +37,16 @@ class TrainingStopped(RuntimeError):
     """A loss or gradient that is not finite; the message names the step, the samples and the last good checkpoint."""
 
 
-def train(config, stage, dataset, *, save_model=None, draw_samples=None, progress_bar=True, begun=False):
+def train(
+    config: TrainConfig,
+    stage: nn.Module,
+    dataset: torch.utils.data.Dataset[Any],
+    *,
+    save_model: Callable[[Path, dict[str, torch.Tensor]], None] | None = None,
+    draw_samples: Callable[[Any, Path], None] | None = None,
+    progress_bar: bool = True,
+    begun: bool = False,
+) -> Path:
     """Train a stage, or resume the run in `config.output`.
 
     SIGTERM and Ctrl-C do what they do elsewhere, end the program, but save a checkpoint first; after anything worse the
@@ -180,7 +193,7 @@ def train(config, stage, dataset, *, save_model=None, draw_samples=None, progres
     return checkpoint
 
 
-def agree_on_batches(batches, stage, accelerator):
+def agree_on_batches(batches: Sequence[dict[str, Any]], stage: nn.Module, accelerator: Accelerator) -> None:
     """Adjust a step's batches, in place, by what the other processes have.
 
     So together they learn what one learns from all their samples. Gradients are averaged over processes and over the

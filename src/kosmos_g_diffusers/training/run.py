@@ -1,5 +1,6 @@
 """From settings to a run: the models, the data, what its checkpoints hold, and the loop over them."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from ..conversion.initial_weights import build_fresh
 from ..conversion.target import MODEL_FOLDER, load_target
-from ..data import AlignCollate, InstructCollate, MixtureDataset, PretrainCollate, add_share, build_source
+from ..data import (
+    AlignCollate,
+    InstructCollate,
+    MixtureDataset,
+    PretrainCollate,
+    Source,
+    add_share,
+    build_source,
+)
 from ..loading import IncompleteWeights, load_pretrained
 from ..modeling_aligner_n import AlignerNetN
 from ..modeling_kosmos_g import AlignerNet, KosmosGTextEncoder
@@ -18,16 +27,27 @@ from ..quiet import brief_bars
 from . import adapters
 from .cache import FrozenCache
 from .checkpoints import begin_run, trained_parameters
-from .config import STAGES
+from .config import STAGES, TrainConfig
 from .loop import train
 from .model_folder import DECODER_FOLDER, complete, decoder_folder, load_scheduler, locate_model, save_decoder
 from .samples import SampleSheet
 from .stages import AlignStage, InstructStage, PretrainStage
 
-MAX_TEXT_TOKENS = {"pretrain": None, "align": 85, "instruct": 128}  # of the official loaders
+MAX_TEXT_TOKENS: dict[str, int | None] = {
+    "pretrain": None,
+    "align": 85,
+    "instruct": 128,
+}  # of the official loaders
 
 
-def run_stage(name, config, sources=None, *, progress_bar=True, announce=None):
+def run_stage(
+    name: str,
+    config: TrainConfig,
+    sources: Sequence[Source] | None = None,
+    *,
+    progress_bar: bool = True,
+    announce: Callable[[str], object] | None = None,
+) -> Path:
     """Train a stage of Kosmos-G, or resume the run in `config.output`.
 
     Args:
@@ -55,12 +75,12 @@ def run_stage(name, config, sources=None, *, progress_bar=True, announce=None):
             announce(run.cache.summary())
 
 
-def build_run(name, config, sources=None):
+def build_run(name: str, config: TrainConfig, sources: Sequence[Source] | None = None) -> "Run":
     """A `Run`, not yet trained; arguments and errors as `run_stage`. Its settings are written into `config.output`."""
     return Run(name, config, sources)
 
 
-def process_state():
+def process_state() -> PartialState:
     """accelerate's state of the processes, as `Accelerator` will set it up."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
@@ -76,7 +96,18 @@ class Run:
         notes: sentences about choices that were made, for a person.
     """
 
-    def __init__(self, name, config, sources=None):
+    config: TrainConfig
+    state: PartialState
+    notes: list[str]
+    folder: Path
+    text_encoder: KosmosGTextEncoder
+    processor: KosmosGProcessor
+    stage: PretrainStage | AlignStage | InstructStage
+    cache: FrozenCache | None
+    dataset: MixtureDataset
+    draw_samples: SampleSheet | None
+
+    def __init__(self, name: str, config: TrainConfig, sources: Sequence[Source] | None = None):
         self.config = config = _check_config(name, config)
         self.state, self.notes = process_state(), []
         self.folder = locate_model(config.model)
@@ -93,7 +124,7 @@ class Run:
         self.dataset = self._mix(sources, collate)
         self.draw_samples = self._build_sheet() if config.sample_every else None
 
-    def describe(self):
+    def describe(self) -> str:
         """What will be trained on what, in a few lines."""
         config, processes = self.config, self.state.num_processes
         samples = config.batch_size * config.accumulation * processes
@@ -109,7 +140,7 @@ class Run:
         ]
         return "\n".join([*lines, *self.notes])
 
-    def train(self, progress_bar=True):
+    def train(self, progress_bar: bool = True) -> Path:
         """Train it to the end; returns and raises as `run_stage`."""
         try:
             return train(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -9,6 +10,13 @@ from diffusers import DPMSolverMultistepScheduler
 from ..generation.grid import grid_of
 from ..pipeline_kosmos_g import KosmosGPipeline
 from ..provenance import save_image
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+
+    from ..modeling_kosmos_g import KosmosGTextEncoder
+    from ..processing_kosmos_g import KosmosGTokenizer
+    from .stages import Stage
 
 STEPS = 20  # of DPM-Solver, denoising steps
 GUIDANCE = 7.5
@@ -32,7 +40,28 @@ class SampleSheet:
         ValueError: no such file, no list of prompts, or an image that is not there.
     """
 
-    def __init__(self, path, *, tokenizer, unet, vae, scheduler, text_encoder, resolution, dtype, seed):
+    tokenizer: "KosmosGTokenizer"
+    unet: "UNet2DConditionModel"
+    vae: "AutoencoderKL"
+    scheduler: DPMSolverMultistepScheduler
+    resolution: int
+    dtype: torch.dtype
+    seed: int
+    prompts: list[str | list[Any]]
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        tokenizer: "KosmosGTokenizer",
+        unet: "UNet2DConditionModel",
+        vae: "AutoencoderKL",
+        scheduler: "SchedulerMixin",
+        text_encoder: "KosmosGTextEncoder",
+        resolution: int,
+        dtype: torch.dtype,
+        seed: int,
+    ):
         self.tokenizer, self.unet, self.vae = tokenizer, unet, vae
         self.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
         self.resolution, self.dtype, self.seed = resolution, dtype, seed
@@ -43,7 +72,7 @@ class SampleSheet:
             text_encoder.check_prompts(**inputs, name=f"sample prompt {number}")
 
     @torch.no_grad()
-    def __call__(self, stage, path):
+    def __call__(self, stage: "Stage", path: str | Path) -> None:
         """Write a sheet, an image for each prompt."""
         encoder, places = stage.text_encoder, (self.unet.device, self.vae.device)
         device = encoder.get_input_embeddings().weight.device
@@ -82,7 +111,7 @@ class SampleSheet:
         return pipe
 
 
-def read_prompts(path):
+def read_prompts(path: str | Path) -> list[str | list[Any]]:
     """Prompts of a JSON file, as the pipelines take them; see `SampleSheet`."""
     path = Path(path)
     try:

@@ -10,8 +10,10 @@ target text encoder, H, W and h, w sizes of target images and of their latents, 
 losses are computed and returned in float32.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers import DDPMScheduler
@@ -20,6 +22,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from ..modeling_aligner_n import AlignerNetN
+    from ..modeling_kosmos_g import KosmosGTextEncoder
+
+Batch = Mapping[str, Any]  # of tensors, see each stage's `forward`
 
 
 class Stage(nn.Module):
@@ -38,7 +49,17 @@ class Stage(nn.Module):
         ValueError: `train_vision` is none of these.
     """
 
-    def __init__(self, text_encoder, trained, train_vision, **frozen):
+    text_encoder: "KosmosGTextEncoder"
+    train_vision: str
+    frozen_models: tuple[nn.Module, ...]
+
+    def __init__(
+        self,
+        text_encoder: "KosmosGTextEncoder",
+        trained: Sequence[nn.Module],
+        train_vision: str,
+        **frozen: nn.Module,
+    ):
         super().__init__()
         vision = text_encoder.vision_model.model
         choices = {"none": [], "last": [vision.encoder.layers[-1], vision.post_layernorm], "all": [vision]}
@@ -57,20 +78,22 @@ class Stage(nn.Module):
         """The layers that FSDP shards one by one; accelerate looks for their names here."""
         return self.text_encoder._no_split_modules
 
-    def move_frozen(self, device=None, dtype=None):
+    def move_frozen(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the models that are held; half precision will do, as they do not change. Returns the stage."""
         for model in self.frozen_models:
             model.to(device=device, dtype=dtype)
         return self
 
-    def gradient_checkpointing_enable(self):
+    def gradient_checkpointing_enable(self) -> None:
         """Recompute layers in the backward pass instead of keeping what they computed (the U-Net's blocks, too)."""
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = True
                 module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
-    def save_pretrained(self, folder, state_dict=None):
+    def save_pretrained(
+        self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Write `folder/text_encoder`, as `KosmosGTextEncoder.from_pretrained` reads it.
 
         Args:
@@ -82,7 +105,7 @@ class Stage(nn.Module):
 
     # Parts of the encoder's forward pass -------------------------------------------------------------------------
 
-    def vision_states(self, pixel_values):
+    def vision_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, 3, S, S) pixels -> (N, T, W), the states that enter the last block of the vision tower.
 
         Unless train_vision is "all" these never change, so that a batch may bring them along as `vision_states`.
@@ -93,7 +116,7 @@ class Stage(nn.Module):
             states = layer(states, None)
         return states
 
-    def image_embeds(self, batch):
+    def image_embeds(self, batch: Batch) -> torch.Tensor | None:
         """Images of a batch -> (N, Q, D), as `KosmosGTextEncoder.get_image_features`; None if there are none."""
         encoder, states = self.text_encoder, batch.get("vision_states")
         if states is not None:
@@ -161,11 +184,11 @@ class PretrainStage(Stage):
         train_vision: see `Stage`.
     """
 
-    def __init__(self, text_encoder, train_vision="last"):
+    def __init__(self, text_encoder: "KosmosGTextEncoder", train_vision: str = "last"):
         trained = [text_encoder.language_model, text_encoder.image_to_text_projection]
         super().__init__(text_encoder, trained, train_vision)
 
-    def forward(self, batch):
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Losses of a batch.
 
         Args:
@@ -196,7 +219,14 @@ class AlignStage(Stage):
         ValueError: the target has another width or number of states than the encoder.
     """
 
-    def __init__(self, text_encoder, aligner_n, target_text_encoder):
+    aligner_n: "AlignerNetN"
+
+    def __init__(
+        self,
+        text_encoder: "KosmosGTextEncoder",
+        aligner_n: "AlignerNetN",
+        target_text_encoder: "CLIPTextModel",
+    ):
         config, target = text_encoder.config, target_text_encoder.config
         given = (config.num_queries, config.aligner_hidden_size)
         expected = (target.max_position_embeddings, target.hidden_size)
@@ -209,18 +239,22 @@ class AlignStage(Stage):
         super().__init__(text_encoder, [text_encoder.aligner], "none", target=target_text_encoder)
         self.aligner_n = aligner_n.requires_grad_(True)
 
-    def save_pretrained(self, folder, state_dict=None):
+    def save_pretrained(
+        self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """As `Stage.save_pretrained`, and `folder/aligner_n` for `AlignerNetN.from_pretrained`."""
         super().save_pretrained(folder, state_dict)
         self.aligner_n.save_pretrained(Path(folder) / "aligner_n", _weights_of("aligner_n", state_dict))
 
     @torch.no_grad()
-    def clip_embeds(self, clip_input_ids, clip_attention_mask=None):
+    def clip_embeds(
+        self, clip_input_ids: torch.Tensor, clip_attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(B, P) ids, and mask for targets that use one -> (B, P, A), the target's last states."""
         with _own_precision(clip_input_ids):
             return self.target(clip_input_ids, attention_mask=clip_attention_mask)[0].float()
 
-    def forward(self, batch):
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Losses of a batch.
 
         Args:
@@ -259,7 +293,18 @@ class InstructStage(Stage):
         ValueError: a U-Net that reads another condition or other latents, or predicts neither noise nor velocity.
     """
 
-    def __init__(self, text_encoder, unet, vae, scheduler, train_vision="last", words_weight=0.1):
+    noise_scheduler: DDPMScheduler
+    words_weight: float
+
+    def __init__(
+        self,
+        text_encoder: "KosmosGTextEncoder",
+        unet: "UNet2DConditionModel",
+        vae: "AutoencoderKL",
+        scheduler: "SchedulerMixin",
+        train_vision: str = "last",
+        words_weight: float = 0.1,
+    ):
         width, read = text_encoder.config.aligner_hidden_size, unet.config.cross_attention_dim
         if width != read:
             raise ValueError(
@@ -282,17 +327,17 @@ class InstructStage(Stage):
         self.noise_scheduler = DDPMScheduler.from_config(scheduler.config)
         self.words_weight = words_weight
 
-    def gradient_checkpointing_enable(self):
+    def gradient_checkpointing_enable(self) -> None:
         super().gradient_checkpointing_enable()
         self.unet.enable_gradient_checkpointing()
 
     @torch.no_grad()
-    def latent_parameters(self, target_pixel_values):
+    def latent_parameters(self, target_pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 8, h, w), mean and log-variance of the VAE's latents, float32."""
         with _own_precision(target_pixel_values):
             return self.vae.encode(target_pixel_values.to(self.vae.dtype)).latent_dist.parameters.float()
 
-    def forward(self, batch):
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Losses of a batch.
 
         Args:
@@ -345,7 +390,12 @@ class InstructStage(Stage):
 # Losses ----------------------------------------------------------------------------------------------------------
 
 
-def language_loss(hidden_states, embedding, labels, n_labels=None):
+def language_loss(
+    hidden_states: torch.Tensor,
+    embedding: torch.Tensor,
+    labels: torch.Tensor,
+    n_labels: torch.Tensor | float | None = None,
+) -> torch.Tensor:
     """Cross-entropy of the next token (stage 1, sec. 2.1 of the Kosmos-G paper).
 
     Only the states that predict something are multiplied with the vocabulary: logits of image slots and padding would
@@ -366,7 +416,12 @@ def language_loss(hidden_states, embedding, labels, n_labels=None):
     return total / (predicts.sum().clamp(min=1) if n_labels is None else n_labels)
 
 
-def align_losses(condition, clip_embeds, reconstruction, hidden_states):
+def align_losses(
+    condition: torch.Tensor,
+    clip_embeds: torch.Tensor,
+    reconstruction: torch.Tensor,
+    hidden_states: torch.Tensor,
+) -> dict[str, torch.Tensor]:
     """Distance to CLIP's states, and error of the inverse projection (stage 2, sec. 2.2; unilm/models/aligner.py:56, :66).
 
     Args:
@@ -386,7 +441,7 @@ def align_losses(condition, clip_embeds, reconstruction, hidden_states):
     }
 
 
-def denoising_loss(prediction, target):
+def denoising_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The U-Net's own loss (stage 3, sec. 2.3; diffusion.py:64-84 of the official code).
 
     Args:

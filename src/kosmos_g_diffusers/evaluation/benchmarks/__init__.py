@@ -7,9 +7,11 @@ add_arguments(parser)           the flags that others do not have
 plan(arguments)                 what is run, a `Manifest`
 """
 
+from types import ModuleType
+
 from . import coco, dreambench, dreambench_plus, multi, sprites
 
-BENCHMARKS = {
+BENCHMARKS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2].replace("_", "-"): module
     for module in (dreambench, coco, multi, dreambench_plus, sprites)
 }

@@ -6,8 +6,9 @@ eval/dreambench_prompts.py, the model reads `<i> in the jungle` and CLIP-T compa
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..manifest import Manifest, Task, derive_seed
 
@@ -26,7 +27,7 @@ EXAMPLES = """
   kosmos-g evaluate dreambench --data dreambooth/dataset --model ./kosmos-g --output runs/offline \\
       --scorer dino=./dino-vits16 --scorer clip=./clip-vit-base-patch32
 """
-SETTINGS = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
+SETTINGS: dict[str, Any] = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
 BATCH_SIZE = 4
 SCORERS = ("dino", "clip")  # of the paper
 PROTOCOLS = ("paper", "standard")
@@ -121,7 +122,7 @@ PUBLISHED = {
 NOTE = "The published numbers are of 30 subjects with 25 prompts and 4 images each; this run is of others."
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, metavar="FOLDER", help="the folder dataset of github.com/google/dreambooth")
     protocol = "score against the one image that the model was given (paper, the default) or all of the subject (standard)"
@@ -143,7 +144,7 @@ def _numbers(text):
         raise argparse.ArgumentTypeError(wrong) from None
 
 
-def plan(arguments):
+def plan(arguments: argparse.Namespace) -> Manifest:
     names = ("data", "protocol", "subjects", "prompts", "images_per_prompt", "seed")
     tasks = build_tasks(**{name: getattr(arguments, name) for name in names})
     return Manifest(
@@ -156,7 +157,7 @@ def plan(arguments):
     )
 
 
-def prompts_of(subject):
+def prompts_of(subject: str) -> list[tuple[str, str]]:
     """25 (prompt with `<i>`, words for CLIP-T) of a name of SUBJECTS."""
     word, _, live = SUBJECTS[subject]
     scenes = SCENES + (LIVE_SCENES if live else OBJECT_SCENES)
@@ -166,7 +167,14 @@ def prompts_of(subject):
     ]
 
 
-def build_tasks(data, protocol, subjects=None, prompts=None, images_per_prompt=IMAGES_PER_PROMPT, seed=0):
+def build_tasks(
+    data: str | Path,
+    protocol: str,
+    subjects: Sequence[str] | None = None,
+    prompts: Sequence[int] | None = None,
+    images_per_prompt: int = IMAGES_PER_PROMPT,
+    seed: int = 0,
+) -> tuple[Task, ...]:
     """The images of a run.
 
     Args:
@@ -215,7 +223,7 @@ def build_tasks(data, protocol, subjects=None, prompts=None, images_per_prompt=I
     return tuple(tasks)
 
 
-def list_images(data, folder):
+def list_images(data: str | Path, folder: str) -> tuple[str, ...]:
     """Paths from `data` of the images of a folder, in order of their names."""
     paths = (Path(data) / folder).iterdir()
     names = sorted(path.name for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)

@@ -14,6 +14,7 @@ Lists of the kind that UNO's evaluation uses, {"prompt": "a dog and a can in the
 well when the images lie in DreamBench's folders: "a dog" becomes `<i>`, and the prompt itself is the text.
 """
 
+import argparse
 from pathlib import Path
 
 from ...files import read_json
@@ -40,7 +41,7 @@ KEYS = {"prompt", "images", "text", "references"}
 UNO_KEYS = {"prompt", "image_paths", "image_tgt_path"}
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, metavar="FOLDER", help="images and prompts.json (docs/evaluation.md)")
     prompts = "another file of prompts (default: prompts.json of the data folder)"
@@ -48,12 +49,14 @@ def add_arguments(parser):
     add("--images-per-prompt", type=int, default=4, metavar="N", help="(default: 4)")
 
 
-def plan(arguments):
+def plan(arguments: argparse.Namespace) -> Manifest:
     tasks = build_tasks(arguments.data, arguments.prompts, arguments.images_per_prompt, arguments.seed)
     return Manifest(benchmark="multi", options={}, tasks=tasks, data=arguments.data)
 
 
-def build_tasks(data, prompts=None, images_per_prompt=4, seed=0):
+def build_tasks(
+    data: str | Path, prompts: str | Path | None = None, images_per_prompt: int = 4, seed: int = 0
+) -> tuple[Task, ...]:
     """The images of a run.
 
     Args:
