@@ -1,5 +1,16 @@
 """Answers in words: the multimodal language model alone, reading a prompt of words and images and continuing it."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Kosmos2ForConditionalGeneration
+
+    from .modeling_kosmos_g import KosmosGTextEncoder
+    from .processing_kosmos_g import ImageLike, KosmosGProcessor, KosmosGTokenizer, PromptLike
+
 MAX_NEW_TOKENS = 64
 
 
@@ -14,7 +25,12 @@ class Answerer:
         tokenizer: its `KosmosGTokenizer`.
     """
 
-    def __init__(self, text_encoder, tokenizer):
+    model: "Kosmos2ForConditionalGeneration"
+    tokenizer: "KosmosGTokenizer"
+    processor: "KosmosGProcessor"
+    forbidden: list[int]
+
+    def __init__(self, text_encoder: "KosmosGTextEncoder", tokenizer: "KosmosGTokenizer"):
         from .processing_kosmos_g import KosmosGProcessor
 
         self.model = text_encoder.to_causal_lm()
@@ -22,7 +38,14 @@ class Answerer:
         # nothing stands behind an image that the model would name: its slots would be empty
         self.forbidden = [tokenizer.image_token_id, tokenizer.end_of_image_token_id]
 
-    def __call__(self, prompt, images=None, *, max_new_tokens=MAX_NEW_TOKENS, **options):
+    def __call__(
+        self,
+        prompt: "PromptLike",
+        images: "Sequence[ImageLike] | None" = None,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        **options: Any,
+    ) -> str:
         """Continue one prompt until the model ends it.
 
         Args:
@@ -70,7 +93,7 @@ class Answerer:
         return inputs
 
 
-def load_answerer(model, dtype, device):
+def load_answerer(model: str | Path, dtype: "torch.dtype", device: "str | torch.device") -> Answerer:
     """The two parts of a saved pipeline that read; neither U-Net nor VAE is touched.
 
     Args:
@@ -98,7 +121,7 @@ def load_answerer(model, dtype, device):
     return Answerer(text_encoder.to(device).eval(), tokenizer)
 
 
-def as_text(text):
+def as_text(text: str) -> str:
     """A string in which nothing is a mark or an image word, for text from elsewhere.
 
     Its brackets become full-width ones, which no mark has; the tokenizer's Unicode rules make them plain again.

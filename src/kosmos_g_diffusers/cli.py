@@ -10,7 +10,20 @@ import select
 import sys
 from contextlib import contextmanager, suppress
 
-from .commands import app, caption, compare, control, convert, data, env, evaluate, generate, init, show, train
+from .commands import (
+    app,
+    caption,
+    compare,
+    control,
+    convert,
+    data,
+    env,
+    evaluate,
+    generate,
+    init,
+    show,
+    train,
+)
 from .environment import VERBOSITIES, VERBOSITY, __version__, verbose
 
 COMMANDS = (convert, init, generate, show, control, app, caption, data, train, evaluate, compare, env)

@@ -13,7 +13,7 @@ import math
 import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
-from types import UnionType
+from types import GenericAlias, UnionType
 from typing import Any
 
 TYPE, CHOICE, RANGE = "type", "choice", "range"  # what may be wrong with a value
@@ -44,9 +44,9 @@ def setting(
     return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
 
-def is_of_type(value: object, kind: type | UnionType) -> bool:
+def is_of_type(value: object, kind: type | UnionType | GenericAlias) -> bool:
     """Whether a value is of an annotated type; an int will do for a float, a bool for nothing but a bool."""
-    accepted = kind | int if kind is float else kind
+    accepted = kind.__origin__ if isinstance(kind, GenericAlias) else kind | int if kind is float else kind
     return isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
 
 

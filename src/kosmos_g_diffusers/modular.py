@@ -9,6 +9,7 @@ Letters of the shapes: B prompts; 77 and 768 are the released model's.
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.modular_pipelines import ModularPipelineBlocks
@@ -27,16 +28,16 @@ class KosmosGTextEncoderStep(ModularPipelineBlocks):
     """
 
     @property
-    def description(self):
+    def description(self) -> str:
         return "Turns prompts of words and images into the states that Stable Diffusion 1.5's U-Net reads"
 
     @property
-    def expected_components(self):
+    def expected_components(self) -> list[ComponentSpec]:
         encoder = ComponentSpec("text_encoder", KosmosGTextEncoder)
         return [encoder, ComponentSpec("tokenizer", KosmosGTokenizer)]
 
     @property
-    def inputs(self):
+    def inputs(self) -> list[InputParam]:
         return [
             InputParam(
                 "prompt",
@@ -67,14 +68,14 @@ class KosmosGTextEncoderStep(ModularPipelineBlocks):
         ]
 
     @property
-    def intermediate_outputs(self):
+    def intermediate_outputs(self) -> list[OutputParam]:
         return [
             OutputParam.template("prompt_embeds", note="(B, 77, 768)"),
             OutputParam.template("negative_prompt_embeds", note="(B, 77, 768), or None without guidance"),
         ]
 
     @torch.no_grad()
-    def __call__(self, components, state):
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         block_state = self.get_block_state(state)
         # the prompt mixin needs no other component
         encoder = KosmosGPipeline(
@@ -97,7 +98,7 @@ class KosmosGTextEncoderStep(ModularPipelineBlocks):
 
     # not save_pretrained, which calls this: diffusers takes the base class's name for modular_config.json from where
     # save_pretrained is defined
-    def save_config(self, save_directory, push_to_hub=False, **kwargs):
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As diffusers', but the folder gets the code as well, which diffusers leaves to the user to copy."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         for module in (Path(__file__).stem, *MODULES):

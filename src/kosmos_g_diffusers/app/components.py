@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -12,18 +13,18 @@ BOARD = """<div class="kg-board"><canvas></canvas>
 class OwnFiles:
     """Mixed into a component: its files are named from the output folder, where the server runs."""
 
-    def get_block_name(self):
+    def get_block_name(self) -> str:
         """gradio's frontend knows its own components alone: this is the one that the class derives from."""
         own = next(base for base in type(self).__mro__ if base.__module__.startswith("gradio."))
         return own.__name__.lower()
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path):
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
         if url_or_file_path is not None and "://" in str(url_or_file_path):
             raise gr.Error("Upload the image; addresses are not opened here.", print_exception=False)
         path = await super().async_move_resource_to_block_cache(url_or_file_path)
         return None if path is None else os.path.relpath(path)
 
-    def move_resource_to_block_cache(self, url_or_file_path):
+    def move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
         path = super().move_resource_to_block_cache(url_or_file_path)
         return None if path is None else os.path.relpath(path)
 
@@ -44,7 +45,7 @@ class Gallery(OwnFiles, gr.Gallery):
     pass
 
 
-def board(label, **options):
+def board(label: str, **options: Any) -> gr.HTML:
     """An image to paint on: gr.HTML whose property `image` is a data: URI, and its value the strokes, likewise.
 
     gr.ImageEditor draws with WebGL, which browsers without a graphics card do not have, and keeps every drawing that was

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..sprites.world import Scene, Sprite, make_rng, render
 
@@ -11,7 +12,7 @@ PHOTOS = Path(__file__).parent / "static" / "pictures"  # CC0; PROVENANCE.txt th
 @dataclass(frozen=True)
 class Example:
     prompt: str
-    images: tuple = ()  # (name of the file, PIL image or path of a file of this package) for each
+    images: tuple[Any, ...] = ()  # (name of the file, PIL image or path of a file of this package) for each
 
 
 def _sprite(colour, pattern, shape, background):
@@ -21,7 +22,7 @@ def _sprite(colour, pattern, shape, background):
     return f"{name}.png", render(scene, make_rng(name))
 
 
-def sprite_examples():
+def sprite_examples() -> tuple[Example, ...]:
     """The kinds of prompt that the small model was trained on, of sprites that it was never shown and never told of."""
     star = _sprite("yellow", "striped", "star", "lavender")
     heart = _sprite("red", "dotted", "heart", "grey")
@@ -34,7 +35,7 @@ def sprite_examples():
     )
 
 
-def photo_examples():
+def photo_examples() -> tuple[Example, ...]:
     """The official demo's kinds of prompt: a place, another look, a style, an attribute, two images."""
     cat, coffee = ((name, PHOTOS / name) for name in ("cat.jpg", "coffee.jpg"))
     return (

@@ -6,13 +6,19 @@ through itself, and has routes for recording, monitoring and editing apps. None 
 
 import json
 import re
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from ..serving.errors import FieldError
 from ..serving.store import IMAGES, MAX_BYTES, MAX_FILES, UPLOADS, WORDS_SUFFIX, check_image_file
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 ROUTES = re.compile(
     r"/(config/?|login/?|logout/?|theme\.css|favicon\.ico|robots\.txt|manifest\.json|assets/.+|static/.+|svelte/.+)?"
@@ -36,7 +42,10 @@ PAGE_HEADERS = [(b"referrer-policy", b"no-referrer"), (b"x-content-type-options"
 class Refused(Exception):
     """A request that is answered with `status` and a sentence."""
 
-    def __init__(self, status, message):
+    status: int
+    message: str
+
+    def __init__(self, status: int, message: str):
         super().__init__(message)
         self.status, self.message = status, message
 
@@ -44,10 +53,13 @@ class Refused(Exception):
 class Guard:
     """ASGI middleware. Args: app: what it stands before. folder: where relative file names begin."""
 
-    def __init__(self, app, folder="."):
+    app: Callable[..., Awaitable[None]]
+    folder: Path
+
+    def __init__(self, app: Callable[..., Awaitable[None]], folder: str | Path = "."):
         self.app, self.folder = app, Path(folder)
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"]

@@ -11,6 +11,7 @@ examples:
   kosmos-g app --model ./kosmos-g --host 0.0.0.0 --auth anna:a-long-password
 """
 
+import argparse
 import logging
 import os
 import sys
@@ -25,7 +26,7 @@ from ..serving.queue import CAPACITY
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     models = "Kosmos-G folder; repeat it to offer several (default: the small model that ships, of sprites)"
     add("--model", action="append", default=[], metavar="DIR", help=models)
@@ -44,7 +45,7 @@ def add_arguments(parser):
     add_mark_flags(add)
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     auth = read_auth(arguments.auth)
     check_output_folder(arguments.output)
     if auth is None and (arguments.share or arguments.host not in LOCAL_HOSTS):
@@ -77,7 +78,7 @@ def run(arguments):
         service.close()
 
 
-def read_auth(text):
+def read_auth(text: str | None) -> tuple[str, str] | None:
     """ "user:password" -> (user, password); None stays None. ValueError for anything else."""
     if text is None:
         return None

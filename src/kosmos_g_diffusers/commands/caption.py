@@ -10,6 +10,7 @@ examples:
   kosmos-g caption one.png two.png --prompt "<i> <i> Question: which is older? Answer:" --model ./kosmos-g
 """
 
+import argparse
 import sys
 
 from ..captioning import MAX_NEW_TOKENS
@@ -18,7 +19,7 @@ from ..files import check_output_file, write_text
 from ..sprites.pretrained import SPRITES, SPRITES_NOTE
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="path or URL")
     add("--prompt", metavar="TEXT", help="(default: one that asks for a caption)")
@@ -33,7 +34,7 @@ def add_arguments(parser):
     add("--device", help="cpu, cuda, mps, ... (default: an accelerator if there is one)")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     from ..captioning import load_answerer
     from ..processing_kosmos_g import CAPTION_PROMPT, IMAGE_MARK
 

@@ -8,14 +8,16 @@ examples:
   kosmos-g compare runs/guidance-7.5 runs/guidance-5 --output runs/guidance
 """
 
+import argparse
 
-def add_arguments(parser):
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_a", metavar="RUN_A", help="the --output of a kosmos-g evaluate")
     parser.add_argument("run_b", metavar="RUN_B", help="another")
     parser.add_argument("--output", default="comparison", metavar="FOLDER", help="(default: comparison)")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     from ..evaluation.compare import compare, comparison_table
 
     result = compare(arguments.run_a, arguments.run_b, arguments.output)

@@ -11,10 +11,12 @@ then, in Python:
   pipe("<i> in the suit of <i>", images=[dog, ironman]).images[0].save("out.png")
 """
 
+import argparse
+
 from ..environment import DTYPES, as_dtype
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FILE", help="official .pt file of either stage")
     add("--tokenizer", required=True, metavar="FILE", help="official sentencepiece.bpe.model")
@@ -24,7 +26,7 @@ def add_arguments(parser):
     add("--dtype", choices=DTYPES, help="of the weights written (default: as in the checkpoint)")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     from ..conversion import convert_checkpoint
 
     folder = convert_checkpoint(

@@ -15,6 +15,7 @@ examples:
   kosmos-g data sheet ./compositions --output look.html --samples 300
 """
 
+import argparse
 import os
 import signal
 import sys
@@ -27,7 +28,7 @@ from ..environment import DTYPES, as_dtype, check_device, default_device, defaul
 from ..fields import add_flags
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
     _add_compose(actions.add_parser("compose", help="images -> captions with things cut out"))
     _add_instructpix2pix(actions.add_parser("instructpix2pix", help="InstructPix2Pix -> shards of edits"))
@@ -75,7 +76,7 @@ def _add_output(parser):
     add("--sheet-samples", default=100, help="on the contact sheet (default: %(default)s)")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     from ..data.making import compose, instructpix2pix, write_contact_sheet
 
     if arguments.action == "sheet":

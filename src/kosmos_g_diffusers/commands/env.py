@@ -9,6 +9,7 @@ examples:
   kosmos-g env --model ./kosmos-g
 """
 
+import argparse
 import json
 import math
 import os
@@ -40,11 +41,11 @@ MOST_COMPONENTS = 20
 MOST_TEXT_BYTES = 2**20  # of an index, a card or a module
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FOLDER", help="folder (default: the small model that ships)")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.model or SPRITES)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {arguments.model!r}. Pass --model with a Kosmos-G folder.")

@@ -33,7 +33,7 @@ RESUMED = (
 )
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     for name, benchmark in BENCHMARKS.items():
         title = benchmark.TITLE
@@ -71,7 +71,7 @@ def _add_common(add, benchmark):
     add_mark_flags(add)
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     from ..evaluation.report import scores_table
     from ..evaluation.run import evaluate
 

@@ -9,10 +9,12 @@ examples:
   kosmos-g train align --help
 """
 
+import argparse
+
 from ..environment import DTYPES
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--mllm", required=True, metavar="MODEL", help="folder or Hub id of Kosmos-2")
     base = (
@@ -27,7 +29,7 @@ def add_arguments(parser):
     add("--seed", type=int, default=0, help="of the AlignerNet's weights (default: 0)")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     from ..conversion import initialize
 
     folder = initialize(

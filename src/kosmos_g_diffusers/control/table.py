@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Control:
     # "module.Class" of controlnet_aux, or a function of annotators.py; None is the image itself
     annotator: str | None = None
     weights: str | None = None  # Hub id of the annotator's weights; None: nothing to fetch
-    files: tuple = ()  # those it reads of that repo; () is all
-    parameters: dict = field(default_factory=dict)
-    arguments: dict = field(default_factory=dict)  # of every call of the annotator
+    files: tuple[str, ...] = ()  # those it reads of that repo; () is all
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)  # of every call of the annotator
     needs_mask: bool = False
 
 
@@ -36,7 +37,7 @@ SAFE = Parameter(False, "quantise the edges, which blurs out fine detail")
 
 # Annotators and defaults are those of the official demo (kosmos-g/controlnet/), where it has the control; its inpainting
 # ControlNet control_v11e_sd15_inpaint is not on the Hub.
-CONTROLS = {
+CONTROLS: dict[str, Control] = {
     "canny": Control(
         "hard edges",
         "lllyasviel/control_v11p_sd15_canny",
@@ -162,7 +163,7 @@ CONTROLS = {
 }
 
 
-def find_control(name):
+def find_control(name: str) -> Control:
     """The row of CONTROLS; ValueError lists the known names."""
     if name not in CONTROLS:
         raise ValueError(f"There is no control {name!r}. Known: {', '.join(CONTROLS)}.")

@@ -41,7 +41,7 @@ class ComposeSettings:
     caption_tokens: int = setting(32, "most tokens of a caption", low=1, high=1000)
     entity_tokens: int = setting(64, "most tokens of the language model's answer", low=1, high=10_000)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
 
 
@@ -57,11 +57,13 @@ class EditSettings:
     dataset: str | None = None  # Hub id or folder of a `datasets` data set
     split: str = "train"
     revision: str | None = None
-    columns: tuple = tuple(COLUMNS.items())  # (use, column) pairs of the data set, see COLUMNS
+    columns: tuple[tuple[str, str], ...] = tuple(
+        COLUMNS.items()
+    )  # (use, column) pairs of the data set, see COLUMNS
     # pixels of the shorter side, to which larger images are shrunk; as in the official preparation
     size: int = 512
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.folder is None) == (self.dataset is None):
             given = "neither" if self.folder is None else "both"
             raise ValueError(f"Of folder and dataset, {given} was given. Pass the one that holds the edits.")

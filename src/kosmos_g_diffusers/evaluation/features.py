@@ -12,7 +12,9 @@ Letters of the shapes: N images or texts, D width of the features, S side of the
 """
 
 import pickle
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -24,6 +26,8 @@ from ..loading import IncompleteWeights, load_pretrained
 from ..processing_kosmos_g import IMAGE_MEAN, IMAGE_STD, crop_to_square
 from .colour import colour_histogram
 from .scorers import SCORERS
+
+Compute = Callable[..., torch.Tensor]  # of a list of images, or of strings -> (N, D)
 
 logger = logging.get_logger(__name__)
 
@@ -45,20 +49,22 @@ class FeatureExtractor:
         texts: metric -> function of a list of strings, whose features are compared with those of the first of `images`.
     """
 
-    def __init__(self, name, images, texts=None):
+    name: str
+
+    def __init__(self, name: str, images: Mapping[str, Compute], texts: Mapping[str, Compute] | None = None):
         self.name = name
         self._images, self._texts = images, texts or {}
 
     @property
-    def metrics(self):
+    def metrics(self) -> tuple[str, ...]:
         """Names of the scores: those between images, then that between image and words."""
         return (*self._images, *self._texts)
 
     @property
-    def has_text(self):
+    def has_text(self) -> bool:
         return bool(self._texts)
 
-    def features(self, images):
+    def features(self, images: Sequence[PIL.Image.Image]) -> dict[str, torch.Tensor]:
         """Features of images.
 
         Returns:
@@ -66,7 +72,7 @@ class FeatureExtractor:
         """
         return {metric: compute(images) for metric, compute in self._images.items()}
 
-    def text_features(self, texts):
+    def text_features(self, texts: Sequence[str]) -> torch.Tensor:
         """(N, D) features of strings. Raises ValueError if the scorer reads no words."""
         if not self._texts:
             raise ValueError(f"The scorer {self.name!r} reads no words. Take --scorer clip.")
@@ -82,7 +88,9 @@ def _in_batches(prepare, compute, items):
     return torch.nn.functional.normalize(torch.cat(parts).float().cpu(), dim=-1)
 
 
-def load_extractor(name, source=None, device="cpu"):
+def load_extractor(
+    name: str, source: str | Path | None = None, device: str | torch.device = "cpu"
+) -> FeatureExtractor:
     """Load what makes the features of a scorer.
 
     Args:
@@ -234,4 +242,8 @@ def _colour_features(images):
     return torch.from_numpy(np.stack([colour_histogram(image) for image in images]))
 
 
-LOADERS = {"dino": _load_dino, "clip": _load_clip, "efficientnet": _load_efficientnet}
+LOADERS: dict[str, Callable[..., FeatureExtractor]] = {
+    "dino": _load_dino,
+    "clip": _load_clip,
+    "efficientnet": _load_efficientnet,
+}

@@ -2,15 +2,34 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
+import PIL.Image
 from tqdm.auto import tqdm
 
 from ..files import first_line, hash_file, hash_folder, write_text
 from ..processing_kosmos_g import open_image
 from .features import load_extractor
 from .images import image_path
+from .manifest import Manifest, Task
 from .scorers import SCORERS
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+class Scorer(Protocol):
+    """What scores images: `load` comes first, `identity` says what it was that scored."""
+
+    name: str
+    identity: dict[str, Any]
+
+    def load(self) -> None: ...
+
+    def score(self, tasks: Sequence[Task], images: Sequence[PIL.Image.Image]) -> list[dict[str, float]]: ...
+
 
 BATCH = 32  # images that a scorer sees at once
 
@@ -25,7 +44,13 @@ class FeatureScorer:
         data: folder of the references.
     """
 
-    def __init__(self, name, source, device, data):
+    name: str
+    source: str | None
+    device: str
+    data: str | Path
+    identity: dict[str, Any]
+
+    def __init__(self, name: str, source: str | None, device: str, data: str | Path):
         self.name, self.source, self.device, self.data = name, source, device, data
         self.identity = {"scorer": name, "source": source or SCORERS[name]}
         if source is not None and Path(source).exists():
@@ -33,12 +58,12 @@ class FeatureScorer:
             self.identity = {"scorer": name, "sha256": digest}
         self._extractor, self._references = None, {}
 
-    def load(self):
+    def load(self) -> None:
         """Load the weights, so that a mistake shows before hours of work."""
         if self._extractor is None:
             self._extractor = load_extractor(self.name, source=self.source, device=self.device)
 
-    def score(self, tasks, images):
+    def score(self, tasks: Sequence[Task], images: Sequence[PIL.Image.Image]) -> list[dict[str, float]]:
         """A dict of scores for each task: of several subjects their mean, each one's own, and the worst."""
         self.load()
         features, results = self._extractor.features(images), [{} for _ in tasks]
@@ -67,7 +92,7 @@ class FeatureScorer:
         return self._references[paths]
 
 
-def score(folder, manifest, scorer, state):
+def score(folder: str | Path, manifest: Manifest, scorer: Scorer, state: "PartialState") -> None:
     """Score all images of the manifest with `scorer`: `.name`, `.identity` (a dict) and `.score(tasks, images)`.
 
     Scores of images that have not changed since are kept.
@@ -103,7 +128,9 @@ def score(folder, manifest, scorer, state):
     state.wait_for_everyone()
 
 
-def read_scores(folder, manifest):
+def read_scores(
+    folder: str | Path, manifest: Manifest
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
     """Scores of every scorer that has seen all images as they are now.
 
     Returns:
@@ -123,7 +150,7 @@ def read_scores(folder, manifest):
     return scores, identities
 
 
-def has_scores(folder, name):
+def has_scores(folder: str | Path, name: str) -> bool:
     """Whether the scores of a scorer have been put together before; images may have changed since."""
     return _score_path(folder, name).exists()
 
@@ -132,7 +159,7 @@ def _score_path(folder, name):
     return Path(folder) / "scores" / f"{name}.jsonl"
 
 
-def write_records(path, identity, records):
+def write_records(path: Path, identity: dict[str, Any], records: dict[str, Any]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in [identity, *records]))
 
 

@@ -1,12 +1,13 @@
 """Images to be looked at: several as one, small ones enlarged."""
 
 import math
+from collections.abc import Sequence
 
 import PIL.Image
 from diffusers.utils import make_image_grid
 
 
-def grid_of(images):
+def grid_of(images: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
     """Images of one size -> one image, as square as can be; places left over are white."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)

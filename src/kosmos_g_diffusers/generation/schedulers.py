@@ -1,8 +1,13 @@
 """Schedulers by short name, for the command line and for settings that are stored with an image."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
 # name -> class of diffusers, and what must hold whatever scheduler the model carries: latents are never clipped, and
 # Stable Diffusion's PNDM has no Runge-Kutta steps at the start
-SCHEDULERS = {
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "dpm": ("DPMSolverMultistepScheduler", {}),  # the official demo's default
@@ -17,7 +22,7 @@ SCHEDULERS = {
 }
 
 
-def make_scheduler(name, config):
+def make_scheduler(name: str, config: "dict[str, Any]") -> "SchedulerMixin":
     """The scheduler `name` with the noise schedule of `config`, another one's configuration. ValueError for an unknown name."""
     if name not in SCHEDULERS:
         raise ValueError(f"There is no scheduler {name!r}. Known: {', '.join(SCHEDULERS)}.")

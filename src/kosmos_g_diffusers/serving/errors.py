@@ -4,23 +4,27 @@ import contextlib
 import logging
 import re
 import secrets
+from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
 
 # /home/me/model, C:\models\x, file:///a/b: a separator and at least two names, so that a Hub id (one slash) stays
-PATH = re.compile(r"(?:\w+:(?=/))?(?:[A-Za-z]:)?(?:[\\/]+[^\s'\"\\/:,;()<>\[\]]+){2,}[\\/]*")
+PATH: re.Pattern[str] = re.compile(r"(?:\w+:(?=/))?(?:[A-Za-z]:)?(?:[\\/]+[^\s'\"\\/:,;()<>\[\]]+){2,}[\\/]*")
 FLAG = re.compile(r"--([a-z][a-z-]*)")
 
 
 class FieldError(Exception):
     """Something that the user can fix, and the field where."""
 
-    def __init__(self, field, message):
+    field: str
+    message: str
+
+    def __init__(self, field: str, message: str):
         super().__init__(message)
         self.field, self.message = field, message
 
 
-def clean(text):
+def clean(text: str) -> str:
     """One line of text without paths of the server, and with the command line's flags as words."""
     text = PATH.sub("(a file of the server)", str(text))
     text = FLAG.sub(lambda match: match[1].replace("-", " "), text)
@@ -28,7 +32,7 @@ def clean(text):
 
 
 @contextlib.contextmanager
-def at(field):
+def at(field: str) -> Iterator[None]:
     """Whatever goes wrong inside belongs to `field`.
 
     What the library says of a mistake is shown as it is, without paths; anything else is a bug or a full disk: its text
@@ -45,7 +49,7 @@ def at(field):
         raise FieldError(field, unexpected(error)) from error
 
 
-def unexpected(error):
+def unexpected(error: BaseException) -> str:
     """Log an error that no one foresaw, and return what may be said of it."""
     number = secrets.token_hex(4)
     logger.error("error %s", number, exc_info=error)

@@ -1,7 +1,9 @@
 """Image words of a session: made of images, saved to a file and loaded from one. Each is kept as a file of its own."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
@@ -9,8 +11,14 @@ from .errors import FieldError, at
 from .session import MAX_WORDS
 from .store import MAX_BYTES, MAX_FILES, UPLOADS, WORDS_SUFFIX, open_image_file
 
+if TYPE_CHECKING:
+    from .service import Service
+    from .session import Session
 
-async def add_word(service, session, model, name, paths):
+
+async def add_word(
+    service: "Service", session: "Session", model: str, name: str, paths: Sequence[str]
+) -> str:
     """Make images a word of the session, for a model by its name; returns the word. Raises FieldError."""
     word = f"<{name.strip().strip('<>').lower()}>"
     if not paths:
@@ -32,7 +40,7 @@ async def add_word(service, session, model, name, paths):
     return word
 
 
-async def save_words(service, session, model):
+async def save_words(service: "Service", session: "Session", model: str) -> Path:
     """Path of a file with the session's words of a model. Raises FieldError."""
     words = session.words_of(model)
     if not words:
@@ -48,7 +56,7 @@ async def save_words(service, session, model):
     return await service.carry_out(service.worker, make, "words")
 
 
-async def load_words(service, session, model, path):
+async def load_words(service: "Service", session: "Session", model: str, path: str) -> list[str]:
     """Take the words of a file into the session; returns them. Raises FieldError."""
     with at("words"):
         if Path(path).stat().st_size > MAX_BYTES:
@@ -68,7 +76,7 @@ async def load_words(service, session, model, path):
     return names
 
 
-def read_words(path):
+def read_words(path: str | Path) -> list[str]:
     """Names of the words in a file. Raises OSError or SafetensorError."""
     with safe_open(path, framework="numpy") as file:  # names alone are read
         return sorted(file.keys())

@@ -4,6 +4,10 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+Job = Callable[["Ticket"], Any]
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +27,13 @@ class Cancelled(BaseException):
 class Ticket:
     """A run, from its entry into the queue to its end. Any thread may read it; `cancel` may be called at any time."""
 
-    def __init__(self, worker, job):
+    state: str
+    progress: Any
+    result: Any
+    error: BaseException | None
+    ended: threading.Event
+
+    def __init__(self, worker: "Worker", job: Job):
         self._worker, self._job = worker, job
         self._cancelled = threading.Event()
         self.state = "waiting"  # then "running", then "done", "failed" or "cancelled"
@@ -33,16 +43,16 @@ class Ticket:
         self.ended = threading.Event()
 
     @property
-    def place(self):
+    def place(self) -> int:
         """1 for the next run of those that wait; 0 for any that waits no longer."""
         return self._worker.place_of(self)
 
-    def cancel(self):
+    def cancel(self) -> None:
         """End the run: at once while it waits, and where it next calls `check` while it runs."""
         self._cancelled.set()
         self._worker.forget(self)
 
-    def check(self):
+    def check(self) -> None:
         """Raises Cancelled if the run was cancelled; the job calls it as often as it can stop."""
         if self._cancelled.is_set():
             raise Cancelled
@@ -72,7 +82,9 @@ class Worker:
         capacity: runs that may wait, besides the one that is running.
     """
 
-    def __init__(self, capacity, name="worker"):
+    capacity: int
+
+    def __init__(self, capacity: int, name: str = "worker"):
         self.capacity = capacity
         self._waiting = deque()
         self._durations = deque(maxlen=RECENT)
@@ -83,7 +95,7 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job):
+    def submit(self, job: Job) -> Ticket:
         """Put a job, a function of its ticket, at the end of the queue and return the ticket. Raises QueueFull."""
         with self._condition:
             # with nothing running, the first that waits is about to run
@@ -95,11 +107,11 @@ class Worker:
             self._condition.notify()
         return ticket
 
-    def place_of(self, ticket):
+    def place_of(self, ticket: Ticket) -> int:
         with self._condition:
             return self._waiting.index(ticket) + 1 if ticket in self._waiting else 0
 
-    def seconds_until(self, ticket):
+    def seconds_until(self, ticket: Ticket) -> float | None:
         """Estimate of how long a ticket has to wait, from the last runs; None without any."""
         with self._condition:
             if not self._durations or ticket not in self._waiting:
@@ -107,7 +119,7 @@ class Worker:
             before = self._waiting.index(ticket) + self._is_busy()
             return before * sum(self._durations) / len(self._durations)
 
-    def forget(self, ticket):
+    def forget(self, ticket: Ticket) -> None:
         with self._condition:
             if ticket not in self._waiting:
                 return
@@ -117,7 +129,7 @@ class Worker:
     def _is_busy(self):
         return self._running is not None and not self._running.ended.is_set()
 
-    def close(self):
+    def close(self) -> None:
         """Cancel every run and end the thread; one that loads a model is not waited for."""
         with self._condition:
             self._closed = True

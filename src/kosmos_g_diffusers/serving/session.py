@@ -1,7 +1,12 @@
 """What one user has: image words, what was made, and the run that is under way."""
 
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..generation.settings import InputImage
 
 MAX_WORDS = 20
 MAX_HISTORY = 200  # images; the files stay
@@ -11,30 +16,32 @@ MAX_HISTORY = 200  # images; the files stay
 class Session:
     """Kept by the page for as long as it is open. Starts empty; every user gets a copy of the first one."""
 
-    words: OrderedDict = field(default_factory=OrderedDict)  # name -> InputImage of its file
-    models: dict = field(default_factory=dict)  # name of a word -> name of the model that it was made with
-    history: list = field(default_factory=list)  # paths of images, the newest first
-    shown: list = field(default_factory=list)  # paths of the images of the last run
-    chosen: object = None  # path of the image whose settings are shown
+    words: OrderedDict[str, InputImage] = field(default_factory=OrderedDict)  # name -> InputImage of its file
+    models: dict[str, str] = field(
+        default_factory=dict
+    )  # name of a word -> name of the model that it was made with
+    history: list[Path] = field(default_factory=list)  # paths of images, the newest first
+    shown: list[Path] = field(default_factory=list)  # paths of the images of the last run
+    chosen: Path | None = None  # path of the image whose settings are shown
     ticket: object = None  # of the run under way, or of the last
     error: object = None  # FieldError of the last action, until the page has shown it
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
         return Session()  # what the page copies is the empty one
 
-    def remember(self, paths):
+    def remember(self, paths: Iterable[Path]) -> None:
         self.history[:0] = reversed(paths)
         del self.history[MAX_HISTORY:]
 
-    def words_of(self, model):
+    def words_of(self, model: str) -> dict[str, InputImage]:
         """Name -> InputImage of the words that were made with a model."""
         return {name: file for name, file in self.words.items() if self.models[name] == model}
 
-    def learn_words(self, words, model):
+    def learn_words(self, words: Mapping[str, InputImage], model: str) -> None:
         """Words of a model: name -> InputImage."""
         self.words.update(words)
         self.models.update(dict.fromkeys(words, model))
 
-    def forget_word(self, name):
+    def forget_word(self, name: str) -> None:
         self.words.pop(name, None)
         self.models.pop(name, None)

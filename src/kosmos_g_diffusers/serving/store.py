@@ -15,7 +15,9 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import PIL.Image
 
@@ -34,7 +36,7 @@ UPLOADS_KEPT = 86_400  # seconds; what a run used is among the inputs by then
 IMAGES, INPUTS, UPLOADS = "images", "inputs", "uploads"
 
 
-def check_image_file(path, field="pictures"):
+def check_image_file(path: str | Path | BinaryIO, field: str = "pictures") -> str:
     """Format of an image file, a path or an open file, not decoded. FieldError for an unknown format or one too large."""
     size = path.getbuffer().nbytes if hasattr(path, "getbuffer") else os.path.getsize(path)
     if size > MAX_BYTES:
@@ -58,7 +60,7 @@ def check_image_file(path, field="pictures"):
     return kind
 
 
-def image_file_size(path):
+def image_file_size(path: str | Path) -> tuple[int, int] | None:
     """(width, height) of an image file, without decoding it; None if it cannot be read."""
     try:
         with PIL.Image.open(path, formats=FORMATS) as image:
@@ -67,7 +69,7 @@ def image_file_size(path):
         return None
 
 
-def open_image_file(path, field, with_alpha=False):
+def open_image_file(path: str | Path | BinaryIO, field: str, with_alpha: bool = False) -> PIL.Image.Image:
     """An image file, which is checked -> PIL image, upright: RGB as `open_image` reads it, or RGBA as it is stored.
 
     FieldError if it is cut short, or its values are none of an image.
@@ -87,7 +89,9 @@ def open_image_file(path, field, with_alpha=False):
 class Store:
     """Files of the app in `folder`, which is made when it is not there."""
 
-    def __init__(self, folder):
+    folder: Path
+
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         for name in (IMAGES, INPUTS, UPLOADS):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -96,7 +100,7 @@ class Store:
             if time.time() - path.stat().st_mtime > UPLOADS_KEPT:
                 (shutil.rmtree if path.is_dir() else os.unlink)(path)
 
-    def put_example(self, name, image):
+    def put_example(self, name: str, image: str | Path | PIL.Image.Image) -> Path:
         """Write an image, a path or a PIL image, among the uploads, under a name that users see; returns its path."""
         path = self.folder / UPLOADS / "examples" / name
         with written_atomically(path) as file:
@@ -106,23 +110,23 @@ class Store:
                 file.write(Path(image).read_bytes())
         return path
 
-    def new_image_path(self):
+    def new_image_path(self) -> Path:
         """Path for an image that is about to be written."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(6)}.png"
         return self.folder / IMAGES / name
 
-    def keep_upload(self, path, field):
+    def keep_upload(self, path: str | Path, field: str) -> InputImage:
         """Keep an uploaded image; returns it as settings name it. Raises FieldError as `check_image_file` does."""
         suffix = f".{check_image_file(path, field).lower()}"
         return self._keep(Path(path).read_bytes(), suffix)
 
-    def keep_drawn(self, image):
+    def keep_drawn(self, image: PIL.Image.Image) -> InputImage:
         """The same for a PIL image that was made here."""
         file = io.BytesIO()
         image.save(file, format="PNG")
         return self._keep(file.getvalue(), ".png")
 
-    def keep_word(self, pipe, word):
+    def keep_word(self, pipe: Any, word: str) -> InputImage:
         """The same for an image word that a pipeline knows."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"word{WORDS_SUFFIX}"
@@ -137,11 +141,11 @@ class Store:
                 file.write(content)
         return InputImage(f"../{INPUTS}/{kept.name}", digest)
 
-    def find(self, file):
+    def find(self, file: InputImage) -> Path | None:
         """Path of an InputImage by its SHA-256, checked when it was made, and not by its path; None if it is not here."""
         return next((self.folder / INPUTS).glob(f"{file.sha256}.*"), None)
 
-    def find_all(self, files, field):
+    def find_all(self, files: Iterable[InputImage], field: str) -> list[Path]:
         """The same for several. Raises FieldError if one is not here."""
         found = [self.find(file) for file in files]
         if None in found:

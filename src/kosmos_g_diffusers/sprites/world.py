@@ -8,6 +8,12 @@ import math
 import random
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Colour = tuple[int, int, int]  # R, G, B from 0 to 255
 
 IMAGE_SIZE = 64  # pixels, height and width
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon")
@@ -48,10 +54,10 @@ class Sprite:
     size: str
 
     @property
-    def triple(self):
+    def triple(self) -> tuple[str, str, str]:
         return self.shape, self.colour, self.pattern
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"a {self.size} {self.colour} {self.pattern} {self.shape}"
 
 
@@ -59,16 +65,16 @@ class Sprite:
 class Scene:
     """One or two sprites, the first on the left, on a background out of BACKGROUNDS."""
 
-    sprites: tuple
+    sprites: tuple[Sprite, ...]
     background: str
 
     @property
-    def caption(self):
+    def caption(self) -> str:
         """Such as "a large red striped star and a small blue plain ring on a mint background"."""
         return f"{' and '.join(map(str, self.sprites))} on a {self.background} background"
 
 
-def is_held_out(sprite):
+def is_held_out(sprite: Sprite) -> bool:
     """Whether no training data may show or name the sprite's (shape, colour, pattern): 52 of the 256 triples.
 
     They are spread evenly: each shape keeps every colour and every pattern, and each colour every pattern.
@@ -77,17 +83,21 @@ def is_held_out(sprite):
     return (SHAPES.index(shape) + 2 * list(COLOURS).index(colour) + 3 * PATTERNS.index(pattern)) % 5 == 0
 
 
-TRIPLES = tuple(product(SHAPES, COLOURS, PATTERNS))
-HELD_OUT_TRIPLES = tuple(triple for triple in TRIPLES if is_held_out(Sprite(*triple, "large")))
-TRAINING_TRIPLES = tuple(triple for triple in TRIPLES if triple not in HELD_OUT_TRIPLES)
+TRIPLES: tuple[tuple[str, str, str], ...] = tuple(product(SHAPES, COLOURS, PATTERNS))
+HELD_OUT_TRIPLES: tuple[tuple[str, str, str], ...] = tuple(
+    triple for triple in TRIPLES if is_held_out(Sprite(*triple, "large"))
+)
+TRAINING_TRIPLES: tuple[tuple[str, str, str], ...] = tuple(
+    triple for triple in TRIPLES if triple not in HELD_OUT_TRIPLES
+)
 
 
-def draw_sprite_at_random(rng, held_out=False):
+def draw_sprite_at_random(rng: random.Random, held_out: bool = False) -> Sprite:
     """A `Sprite` of the training triples or of the held-out ones; rng is a random.Random."""
     return Sprite(*rng.choice(HELD_OUT_TRIPLES if held_out else TRAINING_TRIPLES), rng.choice(list(SIZES)))
 
 
-def draw_scene_at_random(rng, n_sprites=None, held_out=False):
+def draw_scene_at_random(rng: random.Random, n_sprites: int | None = None, held_out: bool = False) -> Scene:
     """A `Scene` of one or two sprites (drawn evenly unless n_sprites says), two of different shape or colour."""
     n_sprites = n_sprites or rng.choice((1, 2))
     sprites = [draw_sprite_at_random(rng, held_out) for _ in range(n_sprites)]
@@ -96,7 +106,7 @@ def draw_scene_at_random(rng, n_sprites=None, held_out=False):
     return Scene(tuple(sprites), rng.choice(list(BACKGROUNDS)))
 
 
-def recolour(sprite, rng):
+def recolour(sprite: Sprite, rng: random.Random) -> Sprite:
     """The sprite in another colour, a training triple if it was one, else a held-out one. ValueError if there is none."""
     others = other_colours(sprite)
     if not others:
@@ -104,13 +114,13 @@ def recolour(sprite, rng):
     return rng.choice(others)
 
 
-def other_colours(sprite):
+def other_colours(sprite: Sprite) -> list[Sprite]:
     """The sprite in every other colour that is a training triple, or held out, as the sprite itself is."""
     others = [replace(sprite, colour=colour) for colour in COLOURS if colour != sprite.colour]
     return [other for other in others if is_held_out(other) is is_held_out(sprite)]
 
 
-def draw_colours_at_random(scene, rng):
+def draw_colours_at_random(scene: Scene, rng: random.Random) -> tuple[tuple[Colour, ...], Colour]:
     """Colours for a scene, out of all there are: none makes a held-out triple of a sprite.
 
     Returns:
@@ -131,7 +141,9 @@ def draw_colours_at_random(scene, rng):
     return tuple(colours), ground
 
 
-def render(scene, rng, colours=None):
+def render(
+    scene: Scene, rng: random.Random, colours: tuple[tuple[Colour, ...], Colour] | None = None
+) -> "Image.Image":
     """Draw a scene; rng (a random.Random) places the sprites and varies their size a little.
 
     Args:
@@ -156,7 +168,9 @@ def render(scene, rng, colours=None):
     return image.reduce(SUPERSAMPLING)
 
 
-def paint_sprite(image, sprite, centre, radius, colour):
+def paint_sprite(
+    image: "Image.Image", sprite: Sprite, centre: tuple[float, float], radius: float, colour: Colour
+) -> None:
     """Draw a sprite in (R, G, B) onto an image of SUPERSAMPLING times its size; centre and radius in pixels of its own size."""
     from PIL import Image, ImageChops, ImageDraw
 
@@ -235,6 +249,6 @@ def _erode(mask, reach):
     return Image.fromarray(pixels)
 
 
-def make_rng(*parts):
+def make_rng(*parts: object) -> random.Random:
     """random.Random that depends on nothing but `parts`."""
     return random.Random("/".join(map(str, parts)))

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..environment import as_dtype
 from ..fields import CHOICE, RANGE, add_flags, find_problem, is_of_type, setting
 from ..files import write_text
+
+if TYPE_CHECKING:
+    import torch
 
 STAGES = ("pretrain", "align", "instruct")
 # accelerate's name -> name of the dtype that the forward pass computes in
@@ -101,7 +104,7 @@ class TrainConfig:
             object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """The torch dtype that `mixed_precision` names."""
         return as_dtype(MIXED_PRECISIONS[self.mixed_precision])
 

@@ -2,14 +2,18 @@
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import PIL.Image
 import torch.utils.data
 
 from ...files import read_json
 from ..hub_datasets import HubDatasetSource
 from ..sample import BadSample
+from ..settings import EditSettings
 from .inputs import Input, read_ahead, read_image_file, shrink
 from .output_folder import OutputFolder
 
@@ -18,15 +22,15 @@ MOST_PAIRS = 64  # of an edit; training reads no more
 
 
 def instructpix2pix(
-    output,
-    settings,
+    output: str | Path,
+    settings: EditSettings,
     *,
-    workers=2,
-    process_index=0,
-    num_processes=1,
-    samples_per_shard=1000,
-    sheet_samples=100,
-):
+    workers: int = 2,
+    process_index: int = 0,
+    num_processes: int = 1,
+    samples_per_shard: int = 1000,
+    sheet_samples: int = 100,
+) -> dict[str, Any]:
     """Write InstructPix2Pix as shards of edits, or continue to.
 
     Args:
@@ -63,22 +67,26 @@ class Edit:
     """An edit, as `ShardWriter.write_edit` takes it; `problems` say which of its pairs could not be read."""
 
     edit: str
-    pairs: list
+    pairs: list[tuple[PIL.Image.Image, PIL.Image.Image]]
     words: str | None
     caption: str | None
-    problems: tuple = ()
+    problems: tuple[str, ...] = ()
 
 
-class Edits(torch.utils.data.Dataset):
+class Edits(torch.utils.data.Dataset[tuple[Input, Edit | BadSample]]):
     """(input, `Edit`) of each input, images shrunk; (input, BadSample) where there is none."""
 
-    def __init__(self, edits, inputs, size):
+    edits: "EditFolder | EditDataset"
+    inputs: Sequence[Input]
+    size: int
+
+    def __init__(self, edits: "EditFolder | EditDataset", inputs: Sequence[Input], size: int):
         self.edits, self.inputs, self.size = edits, inputs, size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.inputs)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Input, Edit | BadSample]:
         item = self.inputs[index]
         try:
             edit = self.edits.read(item)
@@ -97,7 +105,11 @@ class EditFolder:
         ValueError: nothing is found, or seeds.json is not such a list.
     """
 
-    def __init__(self, folder):
+    folder: Path
+    seeds: dict[str, list[str]]
+    inputs: list[Input]
+
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"There is no folder {folder}. Pass the folder that holds seeds.json.")
@@ -109,7 +121,7 @@ class EditFolder:
             )
         self.inputs = [Input(name) for name in self.seeds]
 
-    def read(self, item):
+    def read(self, item: Input) -> Edit:
         """The `Edit` of an input. Raises BadSample."""
         place = self.folder / item.name
         try:
@@ -163,12 +175,15 @@ class EditDataset:
         ImportError, ValueError: as `HubDatasetSource` does.
     """
 
-    def __init__(self, settings):
+    rows: HubDatasetSource
+    inputs: list[Input]
+
+    def __init__(self, settings: EditSettings):
         which = {"split": settings.split, "revision": settings.revision}
         self.rows = HubDatasetSource.load(settings.dataset, **which, word_dropout=0, **dict(settings.columns))
         self.inputs = [Input(f"{settings.dataset}:{settings.split}:{row}") for row in range(len(self.rows))]
 
-    def read(self, item):
+    def read(self, item: Input) -> Edit:
         """The `Edit` of an input. Raises BadSample."""
         sample = self.rows.read(int(item.name.rpartition(":")[2]), random.Random(0))
         *words, before, edit = sample.prompt

@@ -5,9 +5,12 @@ ones) and all photographs of the annotations are the real ones. The official scr
 when it reads them again, but not when it has just made them.
 """
 
+import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ...captioning import as_text
 from ...files import hash_file
@@ -24,15 +27,15 @@ EXAMPLES = """
   kosmos-g evaluate coco --annotations captions_val2014.json --images val2014 --model ./kosmos-g --output runs/coco-offline \\
       --inception pt_inception-2015-12-05-6726825d.pth
 """
-SETTINGS = {"steps": 250, "guidance": 3.0, "scheduler": "ddim"}
+SETTINGS: dict[str, Any] = {"steps": 250, "guidance": 3.0, "scheduler": "ddim"}
 BATCH_SIZE = 8
-SCORERS = ()
+SCORERS: tuple[str, ...] = ()
 COUNT = 30_000
-PUBLISHED = {"Kosmos-G paper": {"fid": 10.99}}
+PUBLISHED: dict[str, dict[str, float]] = {"Kosmos-G paper": {"fid": 10.99}}
 FEW = 20  # names that an error spells out
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--annotations", required=True, metavar="FILE", help="captions_val2014.json of MS-COCO")
     add("--images", required=True, metavar="FOLDER", help="its photographs, val2014")
@@ -42,7 +45,7 @@ def add_arguments(parser):
     add("--inception", metavar="FILE", help=weights)
 
 
-def plan(arguments):
+def plan(arguments: argparse.Namespace) -> Manifest:
     from ..fid import SIZE, Fid
 
     names, captions = read_annotations(arguments.annotations)
@@ -65,7 +68,7 @@ def plan(arguments):
     )
 
 
-def read_annotations(path):
+def read_annotations(path: str | Path) -> tuple[list[str], list[dict[str, Any]]]:
     """Photographs and captions of a file of COCO's captions.
 
     Returns:
@@ -94,14 +97,14 @@ def read_annotations(path):
     return list(images.values()), annotations
 
 
-def draw_captions(annotations, count, seed):
+def draw_captions(annotations: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
     """`count` annotations, drawn as the official code draws them."""
     if not 2 <= count <= len(annotations):
         raise ValueError(f"{count} captions were asked for; expected 2 to {len(annotations)}, all there are.")
     return random.Random(seed).sample(annotations, count)
 
 
-def build_tasks(captions, seed):
+def build_tasks(captions: Sequence[dict[str, Any]], seed: int) -> tuple[Task, ...]:
     """A `Task` for each annotation."""
     return tuple(
         Task(

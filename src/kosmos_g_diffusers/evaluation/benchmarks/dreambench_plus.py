@@ -5,10 +5,12 @@ first line, then a prompt a line. Its judge is a hosted model, which this packag
 judge's own scripts read, and, with the judge's instructions, the requests themselves.
 """
 
+import argparse
 import json
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ...files import write_text
 from ...provenance import MARKED, UNMARKED, read_mark
@@ -24,12 +26,14 @@ EXAMPLES = """
   kosmos-g evaluate dreambench-plus --data dreambench_plus/data --model ./kosmos-g --output runs/plus \\
       --judge judge --judge-prompts dreambench_plus/dreambench_plus/prompts
 """
-SETTINGS = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
+SETTINGS: dict[str, Any] = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
 BATCH_SIZE = 4
 SCORERS = ("dino", "clip")
 IMAGES_PER_PROMPT = 1  # as its own scripts make
 JUDGE_SIZE = (512, 512)  # what its scripts show the judge
-ARTICLE = re.compile(r"(?<![^\W_])(a|an|the) \Z", re.IGNORECASE)  # as the last word, not the end of one
+ARTICLE: re.Pattern[str] = re.compile(
+    r"(?<![^\W_])(a|an|the) \Z", re.IGNORECASE
+)  # as the last word, not the end of one
 # kind of request -> files with the judge's instructions: what the user says, and what the judge is made to answer
 INSTRUCTIONS = {
     kind: (f"user_prompt_{kind}_full.txt", f"gpt_prompt_{kind}_full.txt")
@@ -37,7 +41,7 @@ INSTRUCTIONS = {
 }
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, metavar="FOLDER", help="data folder of DreamBench++: images/ and captions/")
     add("--judge", metavar="FOLDER", help="also write the images for the judge of DreamBench++ there")
@@ -46,7 +50,7 @@ def add_arguments(parser):
     add("--images-per-prompt", type=int, default=IMAGES_PER_PROMPT, metavar="N", help="(default: 1)")
 
 
-def plan(arguments):
+def plan(arguments: argparse.Namespace) -> Manifest:
     if arguments.judge_prompts and not arguments.judge:
         raise ValueError("--judge-prompts was given without --judge, the folder to write to. Pass both.")
     if arguments.judge_prompts:  # before hours of work
@@ -61,7 +65,9 @@ def plan(arguments):
     )
 
 
-def build_tasks(data, images_per_prompt=IMAGES_PER_PROMPT, seed=0):
+def build_tasks(
+    data: str | Path, images_per_prompt: int = IMAGES_PER_PROMPT, seed: int = 0
+) -> tuple[Task, ...]:
     """The images of a run. The input image takes the place of the subject's words, as Emu2's own runs of the benchmark do.
 
     `a kitten sitting on a cloud` with the subject `kitten` is read as `<i> sitting on a cloud`: the article goes with it.
@@ -116,7 +122,7 @@ def build_tasks(data, images_per_prompt=IMAGES_PER_PROMPT, seed=0):
     return tuple(tasks)
 
 
-def place_image(text, subject):
+def place_image(text: str, subject: str) -> str:
     """Words with the subject's name -> prompt with `<i>` in its place, or before everything."""
     from ...processing_kosmos_g import IMAGE_MARK
 
@@ -131,7 +137,9 @@ def _as_id(text):
     return "".join(letter if letter.isalnum() or letter in "_+-." else "-" for letter in text)
 
 
-def export(folder, data, output, instructions=None):
+def export(
+    folder: str | Path, data: str | Path, output: str | Path, instructions: str | Path | None = None
+) -> Any:
     """Write a finished run for DreamBench++'s judge.
 
     Args:
@@ -177,7 +185,7 @@ def export(folder, data, output, instructions=None):
         write_text(output / "requests.jsonl", "".join(json.dumps(request) + "\n" for request in requests))
 
 
-def read_instructions(folder):
+def read_instructions(folder: str | Path) -> dict[str, list[str]]:
     """Kind of request -> what the user says, and what the judge is made to answer.
 
     Raises:
