@@ -57,7 +57,7 @@ EXCEPTIONS = (
         r"pictures?",
         rf"{PACKAGE}/(app|serving)/.*",
         r"[\"`]pictures[\"`]|word-pictures|\bpictures?=|\bpictures? (or|is)\b|picture, (strokes|field)"
-        r"|kind, picture|^ +picture: path|pictures or|\(picture or",
+        r"|\bpictures?: (str|Sequence)|kind, picture|^ +picture: path|pictures or|\(picture or",
     ),
     (r"pictures?", r"examples/app_client\.py", r"pictures="),
     # folders of the package
