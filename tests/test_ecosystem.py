@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kosmos_g_diffusers import environment
+from kosmos_g_diffusers import environment, pipeline_kosmos_g, processing_kosmos_g
 
 ROOT = Path(__file__).parents[1]
 GITHUB = ROOT / ".github"
@@ -162,6 +162,11 @@ def test_package_data_are_there():
             assert list(folder.glob(pattern)), f"{package}: {pattern}"
 
 
+@pytest.mark.parametrize("name", ["ImageLike", "PromptLike", "PromptsLike", "ImagesLike"])
+def test_both_copied_modules_mean_the_same_by_a_prompt_and_its_images(name):
+    assert getattr(pipeline_kosmos_g, name) == getattr(processing_kosmos_g, name)
+
+
 @pytest.mark.slow
 def test_public_names_have_types():
     """At least 95% of the exported symbols have a known type, as pyright counts them."""
@@ -180,3 +185,47 @@ def test_public_names_have_types():
         symbol["name"] for symbol in found["symbols"] if symbol["isExported"] and not symbol["isTypeKnown"]
     ]
     assert found["completenessScore"] >= 0.95, "\n".join(unknown)
+
+
+USE = """
+import PIL.Image
+import torch
+from kosmos_g_diffusers import SPRITES, KosmosGPipeline
+from kosmos_g_diffusers.data import InstructCollate, MixtureDataset, Source, TsvSource
+from kosmos_g_diffusers.training import TrainConfig, load_adapter, run_stage
+
+dog = PIL.Image.open("dog.png")
+pipe = KosmosGPipeline.from_pretrained(SPRITES).to("cuda")
+pipe("<i> in the suit of <i>", images=[dog, "suit.png"], num_inference_steps=30).images[0]
+pipe([dog, "in the suit of", dog])
+pipe(["<i>", "a hat"], images=[[dog], None])
+pipe([{"type": "text", "text": "a"}, {"type": "image", "image": dog}])
+pipe.add_image_word("<my-dog>", [dog, torch.zeros(3, 64, 64)])
+pipe.blend([("a hat", 0.5), ([dog, "in the snow"], 0.4), ("<i>", 0.1, [dog])]).shape
+source: Source = TsvSource("captions", "train.json")
+MixtureDataset([source], InstructCollate(pipe.get_processor()), batch_size=2)[0]["keys"]
+run_stage("align", TrainConfig(steps=3), [source]).name
+load_adapter(pipe, "adapter")
+"""
+WRONG = """
+pipe(3)
+pipe.add_image_word(dog, "<my-dog>")
+run_stage("align", "config.toml")
+"""
+
+
+@pytest.mark.slow
+def test_types_take_what_users_write_and_nothing_else(tmp_path):
+    pytest.importorskip("pyright", reason="pip install 'pyright[nodejs]'")
+    (tmp_path / "use.py").write_text(USE + WRONG, encoding="utf-8")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    result = subprocess.run(
+        [sys.executable, "-m", "pyright", "--outputjson", "use.py"],
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT / "src")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(result.stdout)["generalDiagnostics"]
+    wrong = range(USE.count("\n") + 2, (USE + WRONG).count("\n") + 1)
+    assert sorted({problem["range"]["start"]["line"] + 1 for problem in found}) == list(wrong)

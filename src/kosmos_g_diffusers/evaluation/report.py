@@ -19,7 +19,7 @@ LEVEL = 0.95
 LEFT_OUT_OF_TABLES = ("_subject_", CONTROL)  # one subject of several: in report.json and the sheets
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
+def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float] | None:
     """Interval of a mean over units, which are resampled: (low, high), or None for fewer than two.
 
     Args:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -159,7 +159,7 @@ def _score_path(folder, name):
     return Path(folder) / "scores" / f"{name}.jsonl"
 
 
-def write_records(path: Path, identity: dict[str, Any], records: dict[str, Any]) -> None:
+def write_records(path: Path, identity: dict[str, Any], records: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in [identity, *records]))
 
 

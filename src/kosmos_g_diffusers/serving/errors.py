@@ -24,7 +24,7 @@ class FieldError(Exception):
         self.field, self.message = field, message
 
 
-def clean(text: str) -> str:
+def clean(text: object) -> str:
     """One line of text without paths of the server, and with the command line's flags as words."""
     text = PATH.sub("(a file of the server)", str(text))
     text = FLAG.sub(lambda match: match[1].replace("-", " "), text)
