@@ -8,7 +8,10 @@ import os
 import re
 import select
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
+from types import ModuleType
+from typing import Any, NoReturn
 
 from .commands import (
     app,
@@ -26,7 +29,20 @@ from .commands import (
 )
 from .environment import VERBOSITIES, VERBOSITY, __version__, verbose
 
-COMMANDS = (convert, init, generate, show, control, app, caption, data, train, evaluate, compare, env)
+COMMANDS: tuple[ModuleType, ...] = (
+    convert,
+    init,
+    generate,
+    show,
+    control,
+    app,
+    caption,
+    data,
+    train,
+    evaluate,
+    compare,
+    env,
+)
 EXPECTED = (
     ValueError,
     TypeError,
@@ -47,14 +63,14 @@ FOLDERS = ("DIR", "FOLDER", "RUN_A", "RUN_B")
 class Parser(argparse.ArgumentParser):
     """A parser whose subcommands, at any depth, know the flags that may stand before or after each of them."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         words = f"show what other libraries say as well, and tracebacks; as {VERBOSITY}={VERBOSITIES[-1]}"
         traceback = "show where an error came from, for a bug report"
         for names, text in ((("-v", "--verbose"), words), (("--traceback",), traceback)):
             self.add_argument(*names, action="store_true", default=argparse.SUPPRESS, help=text)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """As argparse's, but what it repeats of what was given is cut."""
         head, unknown, rest = message.partition("unrecognized arguments: ")
         if unknown:
@@ -68,7 +84,13 @@ class Parser(argparse.ArgumentParser):
 class PrintCompletion(argparse.Action):
     """A flag that prints the completion of a shell and ends."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         try:
             import shtab
         except ImportError:
@@ -81,7 +103,7 @@ class PrintCompletion(argparse.Action):
         parser.exit()
 
 
-def build_parser():
+def build_parser() -> Parser:
     parser = Parser(
         prog="kosmos-g",
         description="Kosmos-G for diffusers: images from prompts of words and images.",
@@ -106,7 +128,7 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run `kosmos-g`.
 
     Returns:

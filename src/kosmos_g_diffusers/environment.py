@@ -7,9 +7,14 @@ a package of ours names and modules that cost nothing before they are used.
 import os
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 __version__ = "0.1.0"
 
@@ -21,7 +26,7 @@ VERBOSITY = (
 VERBOSITIES = ("quiet", "verbose")
 
 
-def verbose():
+def verbose() -> bool:
     """Whether to show what other libraries say, and whole tracebacks: KOSMOS_G_VERBOSITY is "verbose", not "quiet" or unset.
 
     Raises:
@@ -33,7 +38,9 @@ def verbose():
     return value == "verbose"
 
 
-def lazy_names(package, modules):
+def lazy_names(
+    package: str, modules: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package whose names are imported when they are first used (PEP 562).
 
     Its modules, too, are there without an import of their own, as if the package had imported them.
@@ -68,18 +75,19 @@ class LazyModule(ModuleType):
     the middle of `import torch`.
     """
 
-    lock, running = threading.RLock(), set()  # modules whose code runs in the thread that holds the lock
+    lock: Any = threading.RLock()
+    running: set[str] = set()  # modules whose code runs in the thread that holds the lock
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name == "__all__" or not name.startswith("__"):
             self.run()
         return ModuleType.__getattribute__(self, name)
 
-    def __dir__(self):
+    def __dir__(self) -> list[str]:
         self.run()
         return ModuleType.__dir__(self)
 
-    def run(self):
+    def run(self) -> None:
         with LazyModule.lock:
             if type(self) is not LazyModule or self.__name__ in LazyModule.running:
                 return
@@ -91,28 +99,28 @@ class LazyModule(ModuleType):
                 LazyModule.running.remove(self.__name__)
 
 
-def lazy_module(name):
+def lazy_module(name: str) -> None:
     """Put a module into `sys.modules` without running its code, for those who look it up there and do not import it."""
     if name not in sys.modules:
         sys.modules[name] = module_from_spec(find_spec(name))
         sys.modules[name].__class__ = LazyModule
 
 
-def as_dtype(name):
+def as_dtype(name: str) -> "torch.dtype":
     """The torch dtype of a name of DTYPES."""
     import torch
 
     return getattr(torch, name)
 
 
-def default_device():
+def default_device() -> str:
     """The accelerator of this machine, or "cpu"."""
     import torch
 
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
-def check_device(device):
+def check_device(device: "str | torch.device") -> None:
     """ValueError if `device` names no device, or one that this machine does not have."""
     if str(device) == "cpu":
         return
@@ -128,12 +136,12 @@ def check_device(device):
         raise ValueError(f"The device {str(device)!r} is not there; {default_device()!r} is. Pass --device.")
 
 
-def default_dtype(device, half="float16"):
+def default_dtype(device: "str | torch.device", half: str = "float16") -> str:
     """The name of the dtype for a device: "float32" on any CPU, `half` on an accelerator."""
     return "float32" if str(device).partition(":")[0] == "cpu" else half
 
 
-def describe_devices():
+def describe_devices() -> str:
     """One line about the devices that torch sees: names, memory, and what this torch was built for."""
     import torch
 
@@ -154,7 +162,7 @@ def describe_devices():
     return ", ".join([kind, *parts])
 
 
-def package_versions():
+def package_versions() -> dict[str, str]:
     """Versions of the packages that decide the pixels, by name of their modules."""
     import diffusers
     import PIL

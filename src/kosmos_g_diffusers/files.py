@@ -9,8 +9,10 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 try:
     import fcntl
@@ -22,7 +24,7 @@ MOST_NAME_BYTES = 255  # of a file, on all common file systems
 
 
 @contextmanager
-def written_atomically(path):
+def written_atomically(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file to write to that becomes `path` when the block ends well, and otherwise leaves nothing.
 
     Until then it has a hidden name next to `path`, which `remove_partial_files` knows. Folders on the way are made.
@@ -82,18 +84,18 @@ def _lock(descriptor):
     return True
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8 atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path, content):
+def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file atomically."""
     with written_atomically(path) as file:
         file.write(content)
 
 
-def remove_partial_files(folder, name="*", older_than=0.0):
+def remove_partial_files(folder: str | Path, name: str = "*", older_than: float = 0.0) -> None:
     """Remove what a process that was killed has left of `written_atomically` in a folder; what is being written stays.
 
     Args:
@@ -113,7 +115,7 @@ def remove_partial_files(folder, name="*", older_than=0.0):
                     path.unlink(missing_ok=True)
 
 
-def follow_umask(folder):
+def follow_umask(folder: str | Path) -> None:
     """Give weights below a folder, which safetensors makes readable to their owner alone, the mode of other new files."""
     umask = os.umask(0)
     os.umask(umask)
@@ -123,7 +125,7 @@ def follow_umask(folder):
 
 
 @contextmanager
-def partial_folder(path):
+def partial_folder(path: str | Path) -> Any:
     """A hidden empty folder next to `path`, removed at the end; those that killed processes left for it are removed first."""
     prefix, suffix = f".{_start_of(path.name)}-", ".partial"
     for left in path.parent.glob(f"{glob.escape(prefix)}*{suffix}") if fcntl is not None else ():
@@ -146,7 +148,9 @@ def _open_folder(path):
         os.close(descriptor)
 
 
-def check_output_file(path, overwrite=True, suffix=None, why=""):
+def check_output_file(
+    path: str | Path, overwrite: bool = True, suffix: str | None = None, why: str = ""
+) -> Path:
     """The path of a file that is to be written, checked before any work; what a killed run has left of it is removed.
 
     Args:
@@ -178,7 +182,7 @@ def check_output_file(path, overwrite=True, suffix=None, why=""):
     return path
 
 
-def check_output_folder(path):
+def check_output_folder(path: str | Path) -> Path:
     """The path of a folder that is to be written, which may be there or can be made. ValueError as `check_output_file`."""
     text, path = str(path), Path(path)
     if not text:
@@ -217,7 +221,7 @@ def _check_writable(path, folder):
         ) from error
 
 
-def read_json(path, expected="Expected a JSON file."):
+def read_json(path: str | Path, expected: str = "Expected a JSON file.") -> Any:
     """Read a JSON file of at most `MOST_JSON_BYTES`; `expected` ends the errors.
 
     Raises:
@@ -235,18 +239,18 @@ def read_json(path, expected="Expected a JSON file."):
         raise ValueError(f"{path} is not JSON ({error}). {expected}") from error
 
 
-def hash_file(path):
+def hash_file(path: str | Path) -> str:
     """SHA-256 of a file, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_bytes(content):
+def hash_bytes(content: bytes) -> str:
     """SHA-256 of bytes, 64 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
-def hash_folder(folder, parts=(".",)):
+def hash_folder(folder: str | Path, parts: Iterable[str] = (".",)) -> str:
     """SHA-256 of the names and contents of all files in some subfolders, hidden ones left out."""
     digest = hashlib.sha256()
     for part in parts:
@@ -256,7 +260,7 @@ def hash_folder(folder, parts=(".",)):
     return digest.hexdigest()
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """The first line of what a library said, without its full stop; the error's class if it said nothing."""
     if isinstance(error, KeyError) and error.args:  # of which the text is the key alone
         return f"{str(error)[:100]} is missing"
@@ -266,12 +270,12 @@ def first_line(error):
 # What is worth keeping between runs: where the lines of large files begin, shards fetched from afar ------------------
 
 
-def default_cache_dir():
+def default_cache_dir() -> Path:
     """`kosmos-g` in the user's cache folder: $XDG_CACHE_HOME, or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kosmos-g"
 
 
-def cache_path(cache_dir, kind, *identity, suffix):
+def cache_path(cache_dir: str | Path, kind: str, *identity: str | int, suffix: str) -> Path:
     """Path in the cache for whatever `identity` (strings and ints) says; a hash, so that no name can lead outside."""
     name = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
     return Path(cache_dir) / kind / (name + suffix)

@@ -4,7 +4,9 @@ import math
 import re
 import traceback
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
@@ -14,6 +16,8 @@ from safetensors import safe_open
 
 from .files import first_line, read_json
 from .quiet import brief_bars
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of files with weights
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,13 +42,22 @@ HARMLESS = (
 class IncompleteWeights(ValueError):
     """Weights that are missing or have another shape; `names` are those, sorted."""
 
-    def __init__(self, names, file=None):
+    names: Sequence[str]
+
+    def __init__(self, names: Sequence[str], file: str | Path | None = None):
         place = "" if file is None else f"{file}: "
         super().__init__(f"{place}{len(names)} weights are missing or have another shape, such as {names[0]}")
         self.names = names
 
 
-def load_pretrained(model_class, source, *, dtype=torch.float32, whole=True, **options):
+def load_pretrained(
+    model_class: type[Model],
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    whole: bool = True,
+    **options: Any,
+) -> Model:
     """`model_class.from_pretrained` that refuses weights which are not those of the model.
 
     Args:
@@ -85,7 +98,7 @@ def load_pretrained(model_class, source, *, dtype=torch.float32, whole=True, **o
     return model
 
 
-def load_pipeline(load, source, **options):
+def load_pipeline(load: Callable[..., Model], source: str | Path, **options: Any) -> Model:
     """`from_pretrained` of a pipeline, `load`, that refuses what `load_pretrained` refuses, in every part it reads.
 
     Raises:
@@ -117,7 +130,7 @@ def load_pipeline(load, source, **options):
     return loaded
 
 
-def load_single_file(model_class, path, like=None, **options):
+def load_single_file(model_class: type[Model], path: str | Path, like: Any = None, **options: Any) -> Model:
     """`model_class.from_single_file` that refuses what `load_pretrained` refuses.
 
     Args:
@@ -136,7 +149,7 @@ def load_single_file(model_class, path, like=None, **options):
     return model
 
 
-def read_object(path, expected):
+def read_object(path: str | Path, expected: str) -> dict[str, Any]:
     """`files.read_json` for a file that must hold an object."""
     values = read_json(path, expected)
     if not isinstance(values, dict):
@@ -144,7 +157,7 @@ def read_object(path, expected):
     return values
 
 
-def empty_model(model_class, folder):
+def empty_model(model_class: type[Model], folder: str | Path) -> Model:
     """A model as the config.json of its folder describes it, on the meta device.
 
     Raises:
@@ -167,7 +180,7 @@ def empty_model(model_class, folder):
 # What files say of their weights, without reading them -----------------------------------------------------------------
 
 
-def weight_files(source, subfolder=None, variant=None):
+def weight_files(source: str | Path, subfolder: str | None = None, variant: str | None = None) -> list[Path]:
     """The files that a model was or will be loaded from, as diffusers and transformers choose them.
 
     Args:
@@ -202,7 +215,7 @@ def _file(source, subfolder, name):
     return Path(found) if isinstance(found, str) else None
 
 
-def declared_weights(paths):
+def declared_weights(paths: Iterable[str | Path]) -> dict[str, torch.Tensor]:
     """{name: empty tensor on the meta device} of files with weights, from their headers.
 
     Raises:
@@ -261,7 +274,7 @@ def _renamed(model_class, model, declared):
 # Checks ------------------------------------------------------------------------------------------------------------------
 
 
-def check_weights(model, paths, whole=True):
+def check_weights(model: torch.nn.Module, paths: Iterable[str | Path], whole: bool = True) -> None:
     """Compare a model that was loaded with what its files hold.
 
     Args:

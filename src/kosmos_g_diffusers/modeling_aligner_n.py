@@ -4,7 +4,9 @@ Letters of the shapes: B prompts, L tokens, K states of the condition (77), A th
 model (2048).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +14,9 @@ from torch import nn
 
 from .files import follow_umask
 from .modeling_kosmos_g import AlignerNet
+
+if TYPE_CHECKING:
+    from .modeling_kosmos_g import KosmosGTextEncoderConfig
 
 # not one of the names that diffusers downloads from the Hub with a pipeline, whatever folder they are in: none reads it
 FILE = "aligner_n.safetensors"
@@ -28,7 +33,15 @@ class AlignerNetN(nn.Module):
         config: KosmosGTextEncoderConfig of the encoder it belongs to.
     """
 
-    def __init__(self, config):
+    query_embeds: nn.Parameter
+    query_layers: nn.ModuleList
+    query_layer_norm: nn.LayerNorm
+    position_embedding: nn.Embedding
+    output_layers: nn.ModuleList
+    output_layer_norm: nn.LayerNorm
+    output_projection: nn.Linear
+
+    def __init__(self, config: "KosmosGTextEncoderConfig"):
         super().__init__()
         mirror = AlignerNet(config)
         width, eps = config.aligner_hidden_size, config.text_config.layer_norm_eps
@@ -41,7 +54,7 @@ class AlignerNetN(nn.Module):
         self.output_layer_norm = nn.LayerNorm(width, eps=eps)
         self.output_projection = nn.Linear(width, config.text_config.embed_dim)
 
-    def forward(self, condition, length):
+    def forward(self, condition: torch.Tensor, length: int) -> torch.Tensor:
         """(B, K, A) condition -> (B, length, D)."""
         states = self.query_embeds[:length].expand(len(condition), -1, -1)
         for layer in self.query_layers:
@@ -53,7 +66,7 @@ class AlignerNetN(nn.Module):
         return self.output_projection(self.output_layer_norm(states))
 
     @classmethod
-    def from_pretrained(cls, folder, config):
+    def from_pretrained(cls, folder: str | Path, config: "KosmosGTextEncoderConfig") -> "AlignerNetN":
         """Read what `save_pretrained` or the conversion of an alignment-stage checkpoint wrote, in float32.
 
         Raises:
@@ -75,7 +88,9 @@ class AlignerNetN(nn.Module):
             ) from error
         return model
 
-    def save_pretrained(self, folder, state_dict=None):
+    def save_pretrained(
+        self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Write `aligner_n.safetensors` into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

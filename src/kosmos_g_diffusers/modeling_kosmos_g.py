@@ -10,9 +10,10 @@ This file is copied into saved model folders and stands alone: it needs torch an
 """
 
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,6 +31,9 @@ from transformers.models.kosmos2.modeling_kosmos2 import (
 )
 from transformers.utils import ModelOutput
 
+if TYPE_CHECKING:
+    from transformers import Kosmos2ForConditionalGeneration
+
 # of a saved folder; raise it when an older package could no longer read a new folder rightly
 FORMAT_VERSION = 1
 
@@ -37,13 +41,15 @@ FORMAT_VERSION = 1
 class OfTextConfig:
     """An attribute of a configuration that is its `text_config`'s: read and set there, and written to no file twice."""
 
-    def __set_name__(self, owner, name):
+    name: str
+
+    def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, config, owner=None):
+    def __get__(self, config: Any, owner: type | None = None) -> Any:
         return self if config is None else getattr(config.text_config, self.name)
 
-    def __set__(self, config, value):
+    def __set__(self, config: Any, value: Any) -> None:
         setattr(config.text_config, self.name, value)
 
 
@@ -68,36 +74,39 @@ class KosmosGTextEncoderConfig(PreTrainedConfig):
     """
 
     model_type = "kosmos_g_text_encoder"
-    sub_configs = {"text_config": Kosmos2TextConfig, "vision_config": Kosmos2VisionConfig}
+    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {
+        "text_config": Kosmos2TextConfig,
+        "vision_config": Kosmos2VisionConfig,
+    }
     # names of CLIPTextConfig, for code that is written for it: of the states that the U-Net reads, and of the ids
-    attribute_map = {
+    attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "aligner_hidden_size",
         "num_hidden_layers": "aligner_layers",
         "num_attention_heads": "aligner_attention_heads",
         "intermediate_size": "aligner_ffn_dim",
     }
-    vocab_size = OfTextConfig()
-    max_position_embeddings = OfTextConfig()
-    bos_token_id = OfTextConfig()
-    eos_token_id = OfTextConfig()
-    pad_token_id = OfTextConfig()
+    vocab_size: ClassVar[OfTextConfig] = OfTextConfig()
+    max_position_embeddings: ClassVar[OfTextConfig] = OfTextConfig()
+    bos_token_id: ClassVar[OfTextConfig] = OfTextConfig()
+    eos_token_id: ClassVar[OfTextConfig] = OfTextConfig()
+    pad_token_id: ClassVar[OfTextConfig] = OfTextConfig()
 
     def __init__(
         self,
-        text_config=None,
-        vision_config=None,
-        latent_query_num=64,
-        aligner_hidden_size=768,
-        aligner_layers=12,
-        aligner_attention_heads=12,
-        aligner_ffn_dim=3072,
-        aligner_max_positions=32768,
-        num_queries=77,
-        image_token_id=64003,
-        end_of_image_token_id=64004,
-        image_words=(),
-        format_version=FORMAT_VERSION,
-        **kwargs,
+        text_config: Kosmos2TextConfig | dict[str, Any] | None = None,
+        vision_config: Kosmos2VisionConfig | dict[str, Any] | None = None,
+        latent_query_num: int = 64,
+        aligner_hidden_size: int = 768,
+        aligner_layers: int = 12,
+        aligner_attention_heads: int = 12,
+        aligner_ffn_dim: int = 3072,
+        aligner_max_positions: int = 32768,
+        num_queries: int = 77,
+        image_token_id: int = 64003,
+        end_of_image_token_id: int = 64004,
+        image_words: Iterable[tuple[str, int]] = (),
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
     ):
         if format_version != FORMAT_VERSION:
             raise ValueError(
@@ -120,7 +129,7 @@ class KosmosGTextEncoderConfig(PreTrainedConfig):
         self.num_queries = num_queries
         self.image_token_id = image_token_id
         self.end_of_image_token_id = end_of_image_token_id
-        self.image_words = [list(word) for word in image_words]
+        self.image_words: list[list[Any]] = [list(word) for word in image_words]
         self.format_version = format_version
         super().__init__(**kwargs)
 
@@ -148,7 +157,15 @@ class AlignerNet(nn.Module):
     of self-attention, cross-attention and feed-forward network. All layers are pre-norm with sub-layer norms.
     """
 
-    def __init__(self, config):
+    input_projection: nn.Linear
+    position_embedding: nn.Embedding
+    encoder_layers: nn.ModuleList
+    encoder_layer_norm: nn.LayerNorm
+    query_embeds: nn.Parameter
+    query_layers: nn.ModuleList
+    final_layer_norm: nn.LayerNorm
+
+    def __init__(self, config: KosmosGTextEncoderConfig):
         super().__init__()
         block_config = Kosmos2TextConfig(
             embed_dim=config.aligner_hidden_size,
@@ -176,7 +193,9 @@ class AlignerNet(nn.Module):
             if isinstance(module, KosmosTextAttention):
                 module.is_causal = False
 
-    def forward(self, language_hidden_states, attention_mask=None):
+    def forward(
+        self, language_hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """(B, L, D) states and (B, L) bool mask, False at padding, or None -> tuple of aligner_layers + 1 (B, K, A).
 
         The last of them goes through `final_layer_norm` to become the condition.
@@ -199,11 +218,13 @@ class AlignerNet(nn.Module):
 class ImageWord(nn.Module):
     """Frozen states of an image word, (n, Q, D) for its n images; called, so that the hooks of offloading fetch them."""
 
-    def __init__(self, states):
+    states: nn.Parameter
+
+    def __init__(self, states: torch.Tensor):
         super().__init__()
         self.states = nn.Parameter(states, requires_grad=False)
 
-    def forward(self):
+    def forward(self) -> torch.Tensor:
         return self.states.detach()  # loading makes every parameter trainable
 
 
@@ -215,11 +236,17 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
     call `.eval()` before drawing with it.
     """
 
-    config_class = KosmosGTextEncoderConfig
+    language_model: Kosmos2TextModel
+    vision_model: Kosmos2VisionModel
+    image_to_text_projection: Kosmos2ImageToTextProjection
+    aligner: AlignerNet
+    image_words: nn.ModuleList
+
+    config_class: type[KosmosGTextEncoderConfig] = KosmosGTextEncoderConfig
     main_input_name = "input_ids"
     _no_split_modules = ["Kosmos2VisionEncoderLayer", "Kosmos2TextBlock", "Kosmos2ImageToTextProjection"]
 
-    def __init__(self, config):
+    def __init__(self, config: KosmosGTextEncoderConfig):
         super().__init__(config)
         self.language_model = Kosmos2TextModel(config.text_config)
         self.vision_model = Kosmos2VisionModel(config.vision_config)
@@ -238,7 +265,13 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> "KosmosGTextEncoder":
         """As transformers', in the dtype of the file unless `dtype` says otherwise; ValueError if weights are missing.
 
         transformers would fill them with random numbers. A pipeline loaded without a dtype asks for None. diffusers then
@@ -255,9 +288,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    # diffusers asks for the names of its arguments
-    @wraps(Kosmos2PreTrainedModel.save_pretrained, assigned=())
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As transformers', which knows adapters of `add_adapter`. ValueError for layers that peft itself has wrapped.
 
         Their names are no format: a folder with them would load with random weights.
@@ -274,6 +305,9 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             for path in Path(save_directory).glob("*.safetensors"):
                 shutil.copymode(other, path)
 
+    # diffusers asks for the names of its arguments
+    save_pretrained.__wrapped__ = Kosmos2PreTrainedModel.save_pretrained
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -282,18 +316,20 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         elif isinstance(module, ImageWord):
             nn.init.zeros_(module.states)
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.model.embed_tokens = value
 
     @property
-    def text_model(self):
+    def text_model(self) -> AlignerNet:
         """Where diffusers' `clip_skip` looks for `final_layer_norm`."""
         return self.aligner
 
-    def get_image_features(self, pixel_values, **kwargs):
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor | BaseModelOutputWithPooling | tuple[Any, ...]:
         """Images -> their states in the language model's input space (sec. 2.1).
 
         Args:
@@ -328,7 +364,12 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         output = BaseModelOutputWithPooling(states, image_embeds, hidden_states)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
-    def get_language_hidden_states(self, input_ids, image_embeds=None, image_token_mask=None):
+    def get_language_hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        image_embeds: torch.Tensor | None = None,
+        image_token_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The language model's final states, after its last norm.
 
         Causal only: a padding mask would change the states at padded columns, which the alignment loss reads.
@@ -360,7 +401,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             states = layer(states, mask)
         return text.layer_norm(states)
 
-    def to_causal_lm(self):
+    def to_causal_lm(self) -> "Kosmos2ForConditionalGeneration":
         """The multimodal language model alone, which answers in words (sec. 2.1): transformers' own class for it.
 
         Its language model, vision tower and projection are those of this encoder, not copies: what changes here changes
@@ -393,19 +434,19 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         hidden_states = self.aligner(states, attention_mask)
         return self.aligner.final_layer_norm(hidden_states[-1]), hidden_states
 
-    def compile(self, **kwargs):
+    def compile(self, **kwargs: Any) -> None:
         """Compile the tensor functions with torch.compile; padding is still trimmed and input checked in eager mode."""
         self._compiled_encode = torch.compile(self._encode, **kwargs)
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        pixel_values=None,
-        image_token_mask=None,
-        output_hidden_states=None,
-        return_dict=None,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_token_mask: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> KosmosGTextEncoderOutput | tuple[Any, ...]:
         """Encode prompts.
 
         Args:
@@ -475,8 +516,13 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         return input_ids, slots, image_token_mask, attention_mask
 
     def check_prompts(
-        self, input_ids, attention_mask=None, pixel_values=None, image_token_mask=None, name="prompt"
-    ):
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_token_mask: torch.Tensor | None = None,
+        name: str = "prompt",
+    ) -> None:
         """Raise what `forward` would raise for this input, without running the model; errors call a prompt `name`."""
         if pixel_values is not None:
             self._check_pixel_values(pixel_values)
@@ -543,7 +589,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
 
     # Image words -----------------------------------------------------------------------------------------------
 
-    def add_image_word(self, word, image_embeds):
+    def add_image_word(self, word: str, image_embeds: torch.Tensor) -> None:
         """Keep the states of `word`, whose id is the next one behind the vocabulary and the words before it.
 
         Args:
@@ -558,7 +604,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
     @torch.no_grad()
     # or words would be tensors of that mode for ever, which nothing may change
     @torch.inference_mode(False)
-    def add_image_words(self, image_embeds):
+    def add_image_words(self, image_embeds: Mapping[str, torch.Tensor]) -> None:
         """As `add_image_word` for many, name -> (n, Q, D), in this order: all of them, or none when one is refused."""
         # weights that are offloaded layer by layer have no device of their own
         device, dtype = (None if self.device.type == "meta" else self.device), self.dtype
@@ -582,7 +628,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             )
         return states
 
-    def remove_image_word(self, word):
+    def remove_image_word(self, word: str) -> None:
         """Forget the states of `word`; the words behind it move up by one id. Raises ValueError if there is none."""
         names = [name for name, _ in self.config.image_words]
         if word not in names:

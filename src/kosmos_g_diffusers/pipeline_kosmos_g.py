@@ -33,20 +33,26 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
+import PIL.Image
 import torch
 from diffusers import (
+    DiffusionPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils import (
     USE_PEFT_BACKEND,
     convert_unet_state_dict_to_peft,
@@ -59,7 +65,14 @@ from diffusers.utils import (
 from huggingface_hub import create_repo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
+
+# as in processing_kosmos_g, which a saved folder keeps elsewhere
+ImageLike = PIL.Image.Image | np.ndarray | torch.Tensor | str | Path
+PromptPart = ImageLike | Mapping[str, Any]
+PromptLike = str | Sequence[PromptPart]
+PromptsLike = PromptLike | Sequence[PromptLike]
+ImagesLike = Sequence[ImageLike] | Sequence[Sequence[ImageLike] | None]
 
 logger = logging.get_logger(__name__)
 
@@ -96,7 +109,7 @@ class KosmosGPromptMixin:
 
     warns_outside_world = True  # set it to False on a pipeline that is to say nothing of it
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give `__call__` the stock pipeline's signature and our two keywords, for `help()` and whoever inspects it."""
         super().__init_subclass__(**kwargs)
         # for the classes below alone: what a user derives from them inherits as usual
@@ -123,7 +136,14 @@ class KosmosGPromptMixin:
         cls.__call__ = __call__
 
     @torch.no_grad()
-    def __call__(self, prompt=None, *args, images=None, negative_images=None, **kwargs):
+    def __call__(
+        self,
+        prompt: PromptsLike | None = None,
+        *args: Any,
+        images: ImagesLike | None = None,
+        negative_images: ImagesLike | None = None,
+        **kwargs: Any,
+    ) -> StableDiffusionPipelineOutput:
         """Generate: see the class for the prompt, and diffusers' pipeline of the same task for the rest."""
         self.check_widths()
         # by name, whichever of them came by position: each stock pipeline has an order of its own
@@ -167,18 +187,18 @@ class KosmosGPromptMixin:
 
     def encode_prompt(
         self,
-        prompt,
-        device=None,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=True,
-        negative_prompt=None,
-        prompt_embeds=None,
-        negative_prompt_embeds=None,
-        lora_scale=None,
-        clip_skip=None,
-        images=None,
-        negative_images=None,
-    ):
+        prompt: PromptsLike | None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: PromptsLike | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        images: ImagesLike | None = None,
+        negative_images: ImagesLike | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Encode prompts into the condition of the U-Net. Needs `text_encoder` and `tokenizer` alone.
 
         Args:
@@ -389,7 +409,7 @@ class KosmosGPromptMixin:
             return output.last_hidden_state
         return self.text_encoder.text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])
 
-    def get_processor(self):
+    def get_processor(self) -> Any:
         """The KosmosGProcessor of this tokenizer, with the sizes of this encoder.
 
         Raises:
@@ -421,7 +441,7 @@ class KosmosGPromptMixin:
         image_size = config.vision_config.image_size
         return module.KosmosGProcessor(self.tokenizer, image_size, config.latent_query_num)
 
-    def check_widths(self):
+    def check_widths(self) -> None:
         """Raise ValueError unless U-Net and ControlNets read states of the width that the encoder writes."""
         width = getattr(getattr(self.text_encoder, "config", None), "aligner_hidden_size", None)
         origin = "the text encoder gives"
@@ -618,12 +638,14 @@ class KosmosGPromptMixin:
     # Image words -----------------------------------------------------------------------------------------------
 
     @property
-    def image_words(self):
+    def image_words(self) -> list[str]:
         """Names of the image words, in the order they were added; none without a Kosmos-G tokenizer."""
         return getattr(self.tokenizer, "image_words", [])
 
     @torch.no_grad()
-    def add_image_word(self, word, image, strength=1.0):
+    def add_image_word(
+        self, word: str, image: ImageLike | Sequence[ImageLike], strength: float = 1.0
+    ) -> None:
         """Make an image a word: from now on `word` in a plain string means it, in every pipeline that shares the
         tokenizer and the text encoder, diffusers' own included.
 
@@ -649,14 +671,14 @@ class KosmosGPromptMixin:
         output = self.text_encoder(pixel_values=pixel_values.to(self._execution_device))
         self._register_image_words({word: output.image_embeds * strength})
 
-    def remove_image_word(self, word):
+    def remove_image_word(self, word: str) -> None:
         """Forget an image word. Raises ValueError if there is none of that name."""
         with _WORDS_LOCK:
             self.get_processor()  # checks that both know the same words, so that both can forget this one
             self.tokenizer.remove_image_word(word)
             self.text_encoder.remove_image_word(word)
 
-    def save_image_words(self, path, words=None):
+    def save_image_words(self, path: str | Path, words: Sequence[str] | None = None) -> None:
         """Write image words to a small safetensors file: name -> (images, Q, D), in the encoder's dtype.
 
         Args:
@@ -692,7 +714,7 @@ class KosmosGPromptMixin:
         finally:
             part.unlink(missing_ok=True)
 
-    def load_image_words(self, path):
+    def load_image_words(self, path: str | Path) -> None:
         """Add the image words of a file that `save_image_words` wrote; all of them, or none when one is refused.
 
         Raises:
@@ -738,7 +760,9 @@ class KosmosGPromptMixin:
     # Composition -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def blend(self, prompts):
+    def blend(
+        self, prompts: Iterable[tuple[PromptLike, float] | tuple[PromptLike, float, Sequence[ImageLike]]]
+    ) -> torch.Tensor:
         """Weighted mean of the conditions of several prompts: sum(w_i * c_i) / sum(w_i).
 
         Args:
@@ -775,7 +799,9 @@ class KosmosGPromptMixin:
         return torch.einsum("i,ikd->kd", weights, condition.to(dtype))[None].to(condition.dtype)
 
     @torch.no_grad()
-    def encode_with_clip(self, prompt, text_encoder, tokenizer):
+    def encode_with_clip(
+        self, prompt: str | list[str], text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+    ) -> torch.Tensor:
         """CLIP's own states of a text, for instance as `negative_prompt_embeds` next to a prompt of words and images.
 
         Args:
@@ -790,7 +816,12 @@ class KosmosGPromptMixin:
         )
         return stock.encode_prompt(prompt, self._execution_device, 1, False)[0]
 
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name=None, **kwargs):
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As diffusers', keywords included, for files of any spelling (see `lora_state_dict`).
 
         Layers for CLIP's text encoder are left out with one warning; those of Kosmos-G's own are loaded.
@@ -851,7 +882,12 @@ class KosmosGPromptMixin:
                 delete_adapter_layers(model, name)
 
     @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, return_lora_metadata=False, **kwargs):
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | Path | dict[str, torch.Tensor],
+        return_lora_metadata: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
         """As diffusers', but every spelling comes out as peft's, `unet.MODULE.lora_A.weight`, and is checked.
 
         Read are the spellings of peft (an adapter's name in the keys and `base_model.model.` included), of diffusers, of
@@ -904,7 +940,15 @@ class KosmosGPromptMixin:
         return (layers, alphas or None, metadata) if return_lora_metadata else (layers, alphas or None)
 
     @classmethod
-    def load_lora_into_unet(cls, state_dict, network_alphas, unet, metadata=None, _pipeline=None, **kwargs):
+    def load_lora_into_unet(
+        cls,
+        state_dict: dict[str, torch.Tensor],
+        network_alphas: dict[str, float] | None,
+        unet: UNet2DConditionModel,
+        metadata: dict[str, Any] | None = None,
+        _pipeline: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """As diffusers', after a check that the layers are those of this U-Net; otherwise ValueError."""
         unet = _uncompiled(unet)
         state_dict, alphas = _spell_as_peft(state_dict)
@@ -938,7 +982,14 @@ class KosmosGPromptMixin:
         super().load_lora_into_unet(layers, alphas or None, unet, **options)
 
     @classmethod
-    def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, metadata=None, **kwargs):
+    def load_lora_into_text_encoder(
+        cls,
+        state_dict: dict[str, torch.Tensor],
+        network_alphas: dict[str, float] | None,
+        text_encoder: Any,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As diffusers', for layers that fit Kosmos-G's text encoder; the others, made for CLIP's, are left out."""
         text_encoder = _uncompiled(text_encoder)
         layers = {key: value for key, value in state_dict.items() if key.startswith("text_encoder")}
@@ -984,7 +1035,7 @@ class KosmosGPromptMixin:
             fitting = {key.replace(peft, diffusers): value for key, value in fitting.items()}
         super().load_lora_into_text_encoder(fitting, None, text_encoder, metadata=metadata, **kwargs)
 
-    def load_textual_inversion(self, *args, **kwargs):
+    def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
         """Not possible: raises TypeError. Embeddings made for CLIP mean nothing to another text encoder."""
         raise TypeError(
             "Textual inversion embeddings are made for CLIP's text encoder and mean nothing to Kosmos-G's. Make an image "
@@ -994,7 +1045,7 @@ class KosmosGPromptMixin:
     # Saving and loading ----------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """As diffusers', but weights that are missing, foreign, integers or not finite are refused, and errors name the file.
 
         In the package alone: code that a saved folder brings loads as diffusers does.
@@ -1018,7 +1069,7 @@ class KosmosGPromptMixin:
         return config
 
     @classmethod
-    def load_config(cls, *args, **kwargs):
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """As diffusers', but the components' classes are the installed ones, not those of the folder's code."""
         config = super().load_config(*args, **kwargs)
         if not isinstance(config, dict):
@@ -1031,7 +1082,7 @@ class KosmosGPromptMixin:
                     config[name] = [module, *value[1:]]
         return config
 
-    def save_config(self, save_directory, *args, **kwargs):
+    def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As diffusers', but model_index.json names the code that the folder carries."""
         super().save_config(save_directory, *args, **kwargs)
         path = Path(save_directory) / self.config_name
@@ -1042,7 +1093,13 @@ class KosmosGPromptMixin:
         index["_class_name"] = [MODULES[2], self._own_class().__name__]
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def save_pretrained(self, save_directory, safe_serialization=True, push_to_hub=False, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Write a folder that carries its own code and model card and loads with diffusers alone:
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 
@@ -1070,7 +1127,7 @@ class KosmosGPromptMixin:
             upload["repo_id"] = upload["repo_id"] or Path(save_directory).name
             self._upload(save_directory, **upload)
 
-    def save_code(self, save_directory):
+    def save_code(self, save_directory: str | Path) -> None:
         """Put this file into a saved folder, whose components have copied theirs, and what loads from its root alone.
 
         Those are copies of the components' files, where transformers' Auto classes look for a component in a `subfolder`, and
@@ -1117,7 +1174,15 @@ class KosmosGPromptMixin:
         vars(pipeline).update(bare)
         return pipeline
 
-    def push_to_hub(self, repo_id, commit_message=None, private=None, token=None, create_pr=False, **kwargs):
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> str:
         """Save to a temporary folder, with model card and code, and upload that to `repo_id`; keywords as diffusers'."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
@@ -1137,7 +1202,7 @@ class KosmosGPromptMixin:
         return {**super()._get_signature_types(), "text_encoder": (PreTrainedModel,)}
 
     @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """A pipeline of this class with the components of another, shared and not copied.
 
         diffusers' own `from_pipe` casts what is shared to float32 unless told otherwise; this one leaves every
@@ -1148,7 +1213,7 @@ class KosmosGPromptMixin:
             kwargs["dtype"] = KEEP_DTYPES
         return super().from_pipe(pipeline, **kwargs)
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """As diffusers', where `from_pipe` ends; there the default is to cast nothing."""
         if kwargs.get("dtype") == KEEP_DTYPES:
             return self

@@ -12,10 +12,12 @@ import json
 import re
 import threading
 import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from difflib import SequenceMatcher
 from itertools import count
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote_to_bytes, urljoin
 
 import numpy as np
@@ -27,6 +29,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import Unigram, WordLevel
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+# what `open_image` takes; what a prompt is made of, chat content included; a prompt, or a batch of prompts
+ImageLike = PIL.Image.Image | np.ndarray | torch.Tensor | str | Path
+PromptPart = ImageLike | Mapping[str, Any]
+PromptLike = str | Sequence[PromptPart]
+PromptsLike = PromptLike | Sequence[PromptLike]
+# the images of a prompt, or of each of a batch
+ImagesLike = Sequence[ImageLike] | Sequence[Sequence[ImageLike] | None]
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +57,7 @@ EXTRA_SPECIAL_TOKENS = ("<mask>", "</doc>", "<image>", "</image>", "</chunk>", "
 PERIOD = re.compile(r"((.).{0,15}?)\1\2", re.DOTALL)
 SMALL_VOCABULARY = 8192
 
-IMAGE_WORD_PATTERN = re.compile(r"<[a-z][a-z0-9-]*>")
+IMAGE_WORD_PATTERN: re.Pattern[str] = re.compile(r"<[a-z][a-z0-9-]*>")
 # what people write for an image word: other letters, spaces, weights, full-width or escaped brackets
 BRACKETED = re.compile(r"(?:<|＜|&lt;)([^<>＜＞&\n]{1,64})(?:>|＞|&gt;)")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -71,7 +81,7 @@ TURNS = {
 RESERVED_WORDS = frozenset({IMAGE_MARK, "<s>", "<pad>", "<unk>", "<mask>", "<image>"})
 
 # What a small model may say of what it was trained on, in its tokenizer's settings
-WORLD = {"words": list, "most_images": int, "plain_background": bool}
+WORLD: dict[str, Any] = {"words": list, "most_images": int, "plain_background": bool}
 MOST_WORDS = 8  # unknown ones that a warning names
 BORDER = 2  # pixels at each side of an image: they tell its background
 SAME_COLOUR = (
@@ -95,10 +105,17 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
     words*: tokens such as `<my-dog>` with ids at or above the model's vocabulary; and of a small model its `world`.
     """
 
-    model_input_names = ["input_ids", "attention_mask"]
+    model_input_names: list[str] = ["input_ids", "attention_mask"]
 
     @classmethod
-    def from_sentencepiece(cls, path, *, image_size=224, latent_query_num=64, model_max_length=2048):
+    def from_sentencepiece(
+        cls,
+        path: str | Path,
+        *,
+        image_size: int = 224,
+        latent_query_num: int = 64,
+        model_max_length: int = 2048,
+    ) -> "KosmosGTokenizer":
         """Build from the official `sentencepiece.bpe.model` (despite its name a unigram model).
 
         Args:
@@ -144,8 +161,15 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_vocabulary(
-        cls, pieces, *, charsmap=None, image_size=224, latent_query_num=64, model_max_length=2048, world=None
-    ):
+        cls,
+        pieces: Iterable[tuple[str, float]],
+        *,
+        charsmap: bytes | None = None,
+        image_size: int = 224,
+        latent_query_num: int = 64,
+        model_max_length: int = 2048,
+        world: dict[str, Any] | None = None,
+    ) -> "KosmosGTokenizer":
         """Build a small tokenizer from unigram pieces of one's own, for instance for a model trained on few captions.
 
         Args:
@@ -195,7 +219,7 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
         return self.init_kwargs["latent_query_num"]
 
     @property
-    def world(self) -> dict | None:
+    def world(self) -> dict[str, Any] | None:
         """What a small model was trained on; None for one that does not say, such as the released Kosmos-G.
 
         `words`, a list: all others mean nothing to it, capitals count; `most_images` in a prompt; `plain_background`: whether
@@ -320,7 +344,7 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
         """Names of the image words, in the order of their ids."""
         return [token.content for _, token in sorted(self.added_tokens_decoder.items()) if not token.special]
 
-    def near_image_word(self, text):
+    def near_image_word(self, text: str) -> tuple[str, str] | None:
         """(what is written, the image word that is meant) of the first near miss of a known word in a text, or None.
 
         Near are `<Dog>`, `< dog >`, `<dog_2>`, `<my dog>`, `<dog:1.2>` and `<dogs>` where `<dog>` is known. All of them would
@@ -338,11 +362,11 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
                     return written, word
         return None
 
-    def add_image_word(self, word):
+    def add_image_word(self, word: str) -> None:
         """Make `word` one token, with the next free id at or above the model's vocabulary. Raises ValueError."""
         self.add_image_words([word])
 
-    def add_image_words(self, words):
+    def add_image_words(self, words: Iterable[str]) -> None:
         """As `add_image_word` for many, in this order: all of them, or none when one is refused."""
         known = set(self.image_words)
         for word in words:
@@ -350,7 +374,7 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
             known.add(word)
         self.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
 
-    def remove_image_word(self, word):
+    def remove_image_word(self, word: str) -> None:
         """Forget `word`; the words behind it move up by one id. Raises ValueError if there is no such word."""
         words = self.image_words
         if word not in words:
@@ -377,14 +401,18 @@ class FloatUnigram:
         vocabulary: list of (piece, score), the special pieces first.
     """
 
-    def __init__(self, vocabulary):
+    scores: dict[str, np.float32]
+    unknown: np.float32
+    longest: int
+
+    def __init__(self, vocabulary: Sequence[Sequence[Any]]):
         pieces, scores = zip(*vocabulary[len(SPECIAL_PIECES) :], strict=True)
         scores = np.array(scores, dtype=np.float32)
         self.scores = dict(zip(pieces, scores, strict=True))
         self.unknown = scores.min() - np.float32(10)  # kUnkPenalty
         self.longest = max(map(len, pieces))
 
-    def split(self, text):
+    def split(self, text: str) -> list[str]:
         """A text without spaces, "▁" in their place -> list of pieces; unknown letters in a row are one piece."""
         best, begins, known = [None] * (len(text) + 1), [0] * (len(text) + 1), [True] * (len(text) + 1)
         best[0] = np.float32(0)
@@ -411,7 +439,7 @@ class FloatUnigram:
 KosmosGTokenizer.register_for_auto_class("AutoTokenizer")
 
 
-def check_text(text, name):
+def check_text(text: str, name: str) -> None:
     """Raise a ValueError for a text with half a character, which no file and no tokenizer can hold."""
     if not text.isascii() and (found := SURROGATE.search(text)):
         raise ValueError(
@@ -420,7 +448,7 @@ def check_text(text, name):
         )
 
 
-def check_image_word(word, known_words):
+def check_image_word(word: str, known_words: Iterable[str]) -> None:
     """Raise a ValueError unless `word` is a well-formed name that is still free."""
     if not isinstance(word, str) or not IMAGE_WORD_PATTERN.fullmatch(word) or word in RESERVED_WORDS:
         raise ValueError(
@@ -443,23 +471,27 @@ def _is_near(parts, of_word):
     return SequenceMatcher(None, written, known, autojunk=False).ratio() >= 0.8
 
 
-class Prompt(list):
+class Prompt(list[str | PIL.Image.Image]):
     """One prompt in reading order: strings (text, never a path) and RGB PIL images. Made by `KosmosGProcessor.parse`."""
 
 
-class PromptBatch(list):
+class PromptBatch(list[Prompt]):
     """A list of `Prompt`, all of them checked by `KosmosGProcessor.parse`.
 
     Attributes:
         notes: phrases that a warning about these prompts is to say as well.
     """
 
-    def __init__(self, prompts=(), notes=()):
+    notes: Sequence[str]
+
+    def __init__(self, prompts: Iterable[Prompt] = (), notes: Sequence[str] = ()):
         super().__init__(prompts)
         self.notes = notes
 
 
-def outside_world(world, prompts, pixel_values=None):
+def outside_world(
+    world: Mapping[str, Any], prompts: Iterable[Prompt], pixel_values: torch.Tensor | None = None
+) -> list[str]:
     """What of some prompts a small model was not trained on.
 
     Args:
@@ -512,20 +544,33 @@ class KosmosGProcessor:
         latent_query_num: states an image takes in the prompt; None takes the tokenizer's.
     """
 
-    def __init__(self, tokenizer, image_size=None, latent_query_num=None):
+    tokenizer: KosmosGTokenizer
+    image_size: int
+    latent_query_num: int
+
+    def __init__(
+        self, tokenizer: KosmosGTokenizer, image_size: int | None = None, latent_query_num: int | None = None
+    ):
         self.tokenizer = tokenizer
         self.image_size = tokenizer.image_size if image_size is None else image_size
         self.latent_query_num = tokenizer.latent_query_num if latent_query_num is None else latent_query_num
 
     @classmethod
-    def from_pretrained(cls, folder, **kwargs):
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "KosmosGProcessor":
         """Read the tokenizer of `folder` (a path or Hub id; a pipeline's is in `subfolder="tokenizer"`)."""
         return cls(KosmosGTokenizer.from_pretrained(folder, **kwargs))
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
-    def __call__(self, prompts, images=None, return_tensors="pt", marks_are_text=False, name="prompt"):
+    def __call__(
+        self,
+        prompts: PromptsLike,
+        images: ImagesLike | None = None,
+        return_tensors: str = "pt",
+        marks_are_text: bool = False,
+        name: str = "prompt",
+    ) -> BatchFeature:
         """Tokenise a batch of prompts and prepare its images.
 
         The layout of a prompt is `<s>`, then its text and images in reading order; an image is `<image>`, Q
@@ -571,7 +616,7 @@ class KosmosGProcessor:
             data["pixel_values"] = torch.from_numpy(np.stack(pixels))
         return BatchFeature(data)
 
-    def preprocess(self, image):
+    def preprocess(self, image: ImageLike) -> np.ndarray:
         """An image of any accepted kind -> (3, S, S) float32 array, bit for bit as the official preprocessing.
 
         Shorter side to S (bicubic, on the PIL image), centre crop, [0, 1], CLIP's mean and deviation in float64.
@@ -582,7 +627,9 @@ class KosmosGProcessor:
         pixels = (pixels - np.reshape(IMAGE_MEAN, (3, 1, 1))) / np.reshape(IMAGE_STD, (3, 1, 1))
         return pixels.astype(np.float32)
 
-    def encode(self, prompt, name="prompt"):
+    def encode(
+        self, prompt: Sequence[str | PIL.Image.Image], name: str = "prompt"
+    ) -> tuple[list[int], list[bool], list[np.ndarray]]:
         """One prompt in reading order, strings and RGB PIL images, without a look for marks and image words.
 
         Returns:
@@ -615,7 +662,13 @@ class KosmosGProcessor:
 
     # Reading the forms a prompt may have -------------------------------------------------------------------------
 
-    def parse(self, prompts, images=None, marks_are_text=False, name="prompt"):
+    def parse(
+        self,
+        prompts: PromptsLike,
+        images: ImagesLike | None = None,
+        marks_are_text: bool = False,
+        name: str = "prompt",
+    ) -> PromptBatch:
         """Any form of prompt or batch -> list of `Prompt`, checked, its images opened and converted to RGB.
 
         Takes and raises what `__call__` does. What it returns is a value to be handed on: given to `__call__` or to this
@@ -800,7 +853,7 @@ def _open_content(key, source, name):
 # Images --------------------------------------------------------------------------------------------------------------
 
 
-def open_image(image, name, any_channels=False):
+def open_image(image: ImageLike, name: str, any_channels: bool = False) -> PIL.Image.Image:
     """Any accepted kind of image -> RGB PIL image, turned upright by its EXIF orientation; transparency lies over white.
 
     Args:
@@ -823,7 +876,7 @@ def open_image(image, name, any_channels=False):
         raise _undecodable(image, name, error) from error
 
 
-def read_image(image, name, any_channels=False):
+def read_image(image: ImageLike, name: str, any_channels: bool = False) -> PIL.Image.Image:
     """As `open_image`, but a PIL image of its own mode: transparency and 16 bits are kept. Raises the same."""
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _from_array(image, name, any_channels)
@@ -853,7 +906,7 @@ def read_image(image, name, any_channels=False):
         raise _undecodable(image, name, error) from error
 
 
-def open_mask(mask, name):
+def open_mask(mask: ImageLike, name: str) -> PIL.Image.Image:
     """Any accepted kind of mask -> L PIL image, upright, light where it marks something.
 
     Paint programs write white on black, any colour on transparent, or 0 and 1: where the transparency varies and nothing that
@@ -1056,7 +1109,9 @@ def _orientation(image):
     return 1
 
 
-def crop_to_square(image, side, resample, size=None):
+def crop_to_square(
+    image: PIL.Image.Image, side: int, resample: PIL.Image.Resampling, size: int | None = None
+) -> PIL.Image.Image:
     """A PIL image, its shorter side resized to `side`, then the centre: the sizes of torchvision's Resize and CenterCrop.
 
     Args:

@@ -10,18 +10,24 @@ C2PA manifest as well, which says the same and is signed (the extra `c2pa`).
 decodes no pixels, expands no entities and fetches nothing.
 """
 
+import argparse
 import contextlib
 import io
 import mmap
 import struct
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from .environment import __version__
 from .files import first_line, written_atomically
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 SOFTWARE = "kosmos-g-diffusers"
 TERMS = "http://cv.iptc.org/newscodes/digitalsourcetype/"
@@ -58,13 +64,21 @@ PACKET = """\
 # Writing ---------------------------------------------------------------------------------------------------------
 
 
-def xmp_packet(composite=False):
+def xmp_packet(composite: bool = False) -> str:
     """The XMP packet of a drawn image, as text; `composite`: parts or the look of another image are in it."""
     source_type = COMPOSITE if composite else DRAWN
     return PACKET.format(software=f"{SOFTWARE} {__version__}", source_type=source_type, **NAMESPACES)
 
 
-def save_image(image, path, *, composite=False, certificate=None, key=None, **options):
+def save_image(
+    image: "PIL.Image.Image",
+    path: str | Path,
+    *,
+    composite: bool = False,
+    certificate: str | Path | None = None,
+    key: str | Path | None = None,
+    **options: Any,
+) -> None:
     """Write an image that a model drew, marked as such, atomically. EXIF and XMP that it came with are left out.
 
     Args:
@@ -95,7 +109,7 @@ class Marker:
     certificate: str | None = None  # PEM file of a chain
     key: str | None = field(default=None, repr=False)  # PEM file
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("A signed manifest needs both a certificate and its key, and one was given.")
         if self.certificate is None:
@@ -106,7 +120,14 @@ class Marker:
 
         self.encode(PIL.Image.new("RGB", (8, 8)), "PNG")
 
-    def save(self, image, path, composite=False, text=None, **options):
+    def save(
+        self,
+        image: "PIL.Image.Image",
+        path: str | Path,
+        composite: bool = False,
+        text: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
         """Write a PIL image atomically, as `save_image` does; `text`: text chunks of a PNG, keyword -> ASCII text."""
         kind = FORMATS.get(Path(path).suffix.lower())
         if kind is None:
@@ -117,7 +138,14 @@ class Marker:
         with written_atomically(path) as file:
             file.write(content)
 
-    def encode(self, image, kind, composite=False, text=None, **options):
+    def encode(
+        self,
+        image: "PIL.Image.Image",
+        kind: str,
+        composite: bool = False,
+        text: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> bytes:
         """A PIL image as the bytes of a file, `kind` "PNG", "JPEG" or "WEBP"; the rest is as in `save`."""
         from PIL.PngImagePlugin import PngInfo
 
@@ -149,7 +177,7 @@ class Marker:
 MARKED, UNMARKED = Marker(), Marker(is_on=False)
 
 
-def add_flags(add):
+def add_flags(add: Callable[..., Any]) -> None:
     """Give a command that draws the flags of its marks; `add` is an argparse parser's `add_argument`."""
     text = "leave out the mark in each image that says that a model drew it"
     add("--no-mark", dest="mark", action="store_false", default=True, help=text)
@@ -158,7 +186,7 @@ def add_flags(add):
     add("--c2pa-key", metavar="FILE", default=None, help="PEM file of the certificate's private key")
 
 
-def read_flags(arguments):
+def read_flags(arguments: argparse.Namespace) -> Marker:
     """The `Marker` of a command's flags. Raises what that does."""
     return Marker(arguments.mark, arguments.c2pa_cert, arguments.c2pa_key)
 
@@ -178,7 +206,12 @@ class Signer:
         ValueError: a file is not there or holds something else, or the key belongs to another certificate.
     """
 
-    def __init__(self, certificate, key):
+    certificate: str | Path
+    chain: bytes
+    key: bytes
+    algorithm: Any
+
+    def __init__(self, certificate: str | Path, key: str | Path):
         _import_c2pa()
         from cryptography import x509
         from cryptography.hazmat.primitives import serialization
@@ -201,7 +234,7 @@ class Signer:
             )
         self.algorithm = _algorithm_of(private_key)
 
-    def sign(self, content, kind, source_type):
+    def sign(self, content: bytes, kind: str, source_type: str) -> bytes:
         """Bytes of an image file without a manifest -> with one; `source_type` is a term of the IPTC."""
         c2pa = _import_c2pa()
         software = {"name": SOFTWARE, "version": __version__}
@@ -221,7 +254,7 @@ class Signer:
         return signed.getvalue()
 
 
-C2PA_SETTINGS = {
+C2PA_SETTINGS: dict[str, Any] = {
     "builder": {"thumbnail": {"enabled": False}},
     "verify": {"verify_after_sign": True, "remote_manifest_fetch": False, "ocsp_fetch": False},
 }
@@ -271,7 +304,7 @@ class Mark:
     software: str | None
 
 
-def read_mark(path):
+def read_mark(path: str | Path) -> Mark | None:
     """The mark in a PNG, JPEG or WebP file, whoever made it; None if there is none.
 
     Raises:
@@ -313,7 +346,7 @@ def _property(description, name):
     return element.get(f"{{{NAMESPACES['rdf']}}}resource") or (element.text or "").strip() or None
 
 
-def read_info(path, formats, advice):
+def read_info(path: str | Path, formats: Any, advice: str) -> dict[Any, Any] | None:
     """What an image file says before its pixels, which are not decoded: Pillow's `info`; None if it is of no such format.
 
     Args:
@@ -358,7 +391,7 @@ def _find_late_packet(path):
         return stream.im_info.get("xmp") or stream.im_info.get(PNG_XMP)
 
 
-def describe_manifest(path):
+def describe_manifest(path: str | Path) -> str | None:
     """What the C2PA manifest of an image file says, in a line; None if there is none.
 
     Whether to believe the one who signed is another matter: no list of trusted certificates is asked.

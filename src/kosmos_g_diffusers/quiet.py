@@ -7,11 +7,12 @@ libraries comes through. KOSMOS_G_VERBOSITY=verbose, or `kosmos-g -v`, brings th
 import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 
 from .environment import verbose
 
 # name of a logger -> what its notes say
-HELD_BACK = {
+HELD_BACK: dict[str, tuple[str, ...]] = {
     # torchao is installed, and transformers imports it with itself: its kernels for accelerators that are not here
     "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
     "torchao.kernel.intmm": ("Detected no triton",),
@@ -45,7 +46,7 @@ class _HoldBack(logging.Filter):
         return not any(words in record.getMessage() for words in HELD_BACK[record.name])
 
 
-def hold_back_notes():
+def hold_back_notes() -> None:
     """Hold the notes back, from now on in this process. Imports none of the libraries; a second time does nothing."""
     for name in HELD_BACK:
         logger = logging.getLogger(name)
@@ -54,7 +55,7 @@ def hold_back_notes():
 
 
 @contextlib.contextmanager
-def brief_bars():
+def brief_bars() -> Iterator[None]:
     """While models are loaded or saved: transformers' bars where that takes longer than SHORT, no bar of diffusers,
     and no warning of a second LoRA.
     """

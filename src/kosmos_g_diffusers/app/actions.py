@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import inspect
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -12,7 +14,10 @@ from ..generation.png import read_settings
 from ..serving import image_words
 from ..serving.errors import FieldError, at
 from ..serving.job import finished_images
-from ..serving.store import data_uri, image_file_size, open_image_file
+from ..serving.models import Models
+from ..serving.service import Service
+from ..serving.session import Session
+from ..serving.store import Store, data_uri, image_file_size, open_image_file
 from ..sprites.pretrained import SPRITES_ONLY
 from ..sprites.world import IMAGE_SIZE
 from . import html as render
@@ -34,14 +39,19 @@ class Actions:
         message_names: fields that have a place for a message, in the order of the page.
     """
 
-    def __init__(self, service, message_names):
+    service: Service
+    message_names: Sequence[str]
+    models: Models
+    store: Store
+
+    def __init__(self, service: Service, message_names: Sequence[str]):
         self.service, self.message_names = service, message_names
         self.models, self.store = service.models, service.store
 
     # Errors ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def errors(self, session, field="run"):
+    def errors(self, session: Session, field: str = "run") -> Iterator[None]:
         """Give what goes wrong to the page by way of the session, and to a client of the API as its error."""
         session.error = None
         try:
@@ -52,7 +62,7 @@ class Actions:
             # no pop-up: the page shows it at the field
             raise gr.Error(f"{error.field}: {error.message}", visible=False, print_exception=False) from None
 
-    def show_error(self, session):
+    def show_error(self, session: Session) -> list[gr.HTML]:
         """Messages of all fields: that of the last action at its field, none elsewhere."""
         error, session.error = session.error, None
         if error is None:  # gradio itself refused a value
@@ -63,12 +73,12 @@ class Actions:
             for name in self.message_names
         ]
 
-    def clear_messages(self):
+    def clear_messages(self) -> list[gr.HTML]:
         return [gr.HTML("", visible=False)] * len(self.message_names)
 
     # Runs ------------------------------------------------------------------------------------------------------
 
-    def generating(self, names):
+    def generating(self, names: Sequence[str]) -> Callable[..., Any]:
         """The handler of a run, whose parameters are called as the fields are: gradio reads that from its signature."""
 
         async def generate(session, **values):
@@ -93,33 +103,33 @@ class Actions:
         generate.__signature__ = inspect.Signature(parameters)
         return generate
 
-    def gallery(self, paths):
+    def gallery(self, paths: Iterable[Path]) -> list[tuple[str, str]]:
         """Paths of images -> value of a gallery, with their seeds; a file that the user has deleted is left out."""
         kept = filter(Path.is_file, paths)
         return [(os.path.relpath(path), f"seed {read_settings(path).seed}") for path in kept]
 
-    def cancel(self, session):
+    def cancel(self, session: Session) -> str:
         """Cancel this session's run: at once if it waits, and at the end of the step if it is being drawn."""
         return "Cancelling." if self.service.cancel(session) else "Nothing is running."
 
-    def after_run(self, session):
+    def after_run(self, session: Session) -> tuple[list[tuple[str, str]], str]:
         """History, and the settings of the first image."""
         return self.gallery(session.history), self.details(session)
 
-    def after_failure(self, session):
+    def after_failure(self, session: Session) -> tuple[list[tuple[str, str]], str]:
         return self.gallery(session.history), ""
 
-    def details(self, session):
+    def details(self, session: Session) -> str:
         if session.chosen is None or not session.chosen.is_file():
             return ""
         return render.settings_table(read_settings(session.chosen), session.chosen)
 
     # Results -----------------------------------------------------------------------------------------------------
 
-    def choose(self, session, event: gr.SelectData):
+    def choose(self, session: Session, event: gr.SelectData) -> Any:
         return self._choose(session, session.shown, event.index)
 
-    def choose_from_history(self, session, event: gr.SelectData):
+    def choose_from_history(self, session: Session, event: gr.SelectData) -> Any:
         return self._choose(session, list(filter(Path.is_file, session.history)), event.index)
 
     def _choose(self, session, paths, index):
@@ -127,14 +137,14 @@ class Actions:
             session.chosen = paths[index]
         return self.details(session)
 
-    def use_as_input(self, session, paths):
+    def use_as_input(self, session: Session, paths: Sequence[str] | None) -> list[str]:
         """The images of the prompt, with the chosen one as the last."""
         with self.errors(session):
             if session.chosen is None:
                 raise FieldError("run", "There is no image yet. Run, then choose one.")
             return [*(paths or ()), os.path.relpath(session.chosen)]
 
-    def restore(self, session, path, names):
+    def restore(self, session: Session, path: str, names: Sequence[str]) -> list[Any]:
         """Values of the fields `names` from a PNG that was made here; a message; the words of the session."""
         with self.errors(session, "restore"):
             if path is None:
@@ -147,11 +157,11 @@ class Actions:
 
     # Controls, image words, the model --------------------------------------------------------------------------
 
-    def chosen(self, model):
+    def chosen(self, model: str | None) -> str:
         """The name of a model; that of the first for None."""
         return model or self.models.default
 
-    def previewing(self, slot):
+    def previewing(self, slot: int) -> Callable[..., Any]:
         """The handler of a slot of the controls panel."""
 
         async def preview_control(
@@ -172,7 +182,7 @@ class Actions:
 
         return preview_control
 
-    def board(self, path):
+    def board(self, path: str | None) -> gr.HTML:
         """The drawing board with an image on it."""
         uri = ""
         if path is not None:
@@ -182,20 +192,26 @@ class Actions:
                 uri = data_uri(opened, side=0)
         return gr.HTML("", image=uri)
 
-    async def add_word(self, session, model, name=None, pictures=None):
+    async def add_word(
+        self,
+        session: Session,
+        model: str | None,
+        name: str | None = None,
+        pictures: Sequence[str] | None = None,
+    ) -> gr.Dropdown:
         """Make images an image word of this session, to be used in prompts."""
         with self.errors(session, "words"):
             given = (self.chosen(model), name or "", pictures or ())
             word = await image_words.add_word(self.service, session, *given)
             return self.word_list(session, word)
 
-    async def save_words(self, session, model):
+    async def save_words(self, session: Session, model: str | None) -> str:
         """A file with all image words of this session."""
         with self.errors(session, "words"):
             path = await image_words.save_words(self.service, session, self.chosen(model))
             return os.path.relpath(path)
 
-    async def load_words(self, session, model, file=None):
+    async def load_words(self, session: Session, model: str | None, file: str | None = None) -> gr.Dropdown:
         """Take the image words of a file into this session."""
         with self.errors(session, "words"):
             if file is None:
@@ -203,32 +219,34 @@ class Actions:
             words = await image_words.load_words(self.service, session, self.chosen(model), file)
             return self.word_list(session, words[0])
 
-    def forget_word(self, session, word):
+    def forget_word(self, session: Session, word: str) -> gr.Dropdown:
         """Take an image word out of this session; returns one that is left, if there is any."""
         session.forget_word(word)
         return self.word_list(session)
 
-    def word_list(self, session, chosen=None):
+    def word_list(self, session: Session, chosen: str | None = None) -> gr.Dropdown:
         words = list(session.words)
         return gr.Dropdown(choices=words, value=chosen or (words[-1] if words else None))
 
-    def prompt_line(self, session, prompt, paths, model):
+    def prompt_line(
+        self, session: Session, prompt: str | None, paths: Sequence[str] | None, model: str | None
+    ) -> str:
         paths = paths or ()
         is_builtin = self.models.is_builtin(self.chosen(model))
         sizes = [image_file_size(path) for path in paths] if is_builtin else ()
         is_larger = any(size is not None and max(size) > IMAGE_SIZE for size in sizes)
         return render.prompt_line(prompt or "", paths, session.words, LARGE_NOTE if is_larger else "")
 
-    def preset(self, name, model):
+    def preset(self, name: str, model: str | None) -> list[Any]:
         """Values of a preset that suit a model."""
         return list(presets(self.models.is_small(self.chosen(model)))[name].values())
 
-    def example_groups(self, model):
+    def example_groups(self, model: str | None) -> list[gr.Row]:
         """Sprites for a small model, photos for any other."""
         is_small = self.models.is_small(model)
         return [gr.Row(visible=is_small is small) for small in (True, False)]
 
-    def model_state(self):
+    def model_state(self) -> tuple[str, gr.Timer]:
         """Whether the model is loaded; and a timer that asks again as long as it is not."""
         models = self.models
         note = BUILTIN_NOTE if models.is_builtin(models.default) else ""

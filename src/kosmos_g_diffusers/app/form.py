@@ -5,6 +5,8 @@ import contextlib
 import io
 import os
 import secrets
+from pathlib import Path
+from typing import Any
 
 import PIL.Image
 from safetensors import SafetensorError
@@ -16,14 +18,14 @@ from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN, ControlInput, 
 from ..serving.errors import FieldError, at
 from ..serving.image_words import read_words
 from ..serving.libraries import controlling
-from ..serving.models import NO_LORA, OWN
-from ..serving.session import MAX_WORDS
-from ..serving.store import MAX_FILES, check_image_file, open_image_file
+from ..serving.models import NO_LORA, OWN, Models
+from ..serving.session import MAX_WORDS, Session
+from ..serving.store import MAX_FILES, Store, check_image_file, open_image_file
 
 CONTROL_SLOTS = 3
 NO_CONTROL = "none"
 # fields of a slot, and what each starts with
-CONTROL_FIELDS = {"kind": NO_CONTROL, "picture": None, "strokes": "", "ready": False}
+CONTROL_FIELDS: dict[str, Any] = {"kind": NO_CONTROL, "picture": None, "strokes": "", "ready": False}
 CONTROL_FIELDS |= {"scale": 1.0, "start": 0.0, "end": 1.0}
 # what one run of the page may ask for; the command line has no such limits
 LIMITS = {
@@ -37,26 +39,32 @@ LIMITS = {
 }
 LABELS = {"num_images": "number of images", "steps": "number of steps", "lora_scale": "LoRA scale"}
 MAX_PROMPT = 4_000  # characters
-DEFAULTS = {"num_images": 1, "steps": 30, "guidance": 7.5, "scheduler": OWN, "lora_scale": 1.0}
+DEFAULTS: dict[str, Any] = {
+    "num_images": 1,
+    "steps": 30,
+    "guidance": 7.5,
+    "scheduler": OWN,
+    "lora_scale": 1.0,
+}
 # what the small model's scores were drawn with
-SMALL_FAST = {"steps": 12, "guidance": 5.0, "scheduler": "dpm"}
-PRESETS = {
+SMALL_FAST: dict[str, Any] = {"steps": 12, "guidance": 5.0, "scheduler": "dpm"}
+PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"steps": 15, "guidance": 6.0, "scheduler": "dpm"},
     "paper": {"steps": 100, "guidance": 7.5, "scheduler": "dpm"},  # DreamBench: 100 steps of DPM-Solver
 }
 
 
-def defaults(is_small):
+def defaults(is_small: bool) -> dict[str, Any]:
     """What the page starts with, for a small model or another."""
     return {**DEFAULTS, **SMALL_FAST} if is_small else DEFAULTS
 
 
-def presets(is_small):
+def presets(is_small: bool) -> dict[str, dict[str, Any]]:
     """Values of fields, by the name of a preset."""
     return {**PRESETS, "fast": SMALL_FAST} if is_small else PRESETS
 
 
-def read_values(values, session, models, store):
+def read_values(values: dict[str, Any], session: Session, models: Models, store: Store) -> GenerationSettings:
     """Values of the page by name -> GenerationSettings, whose model, U-Net and LoRA are names and not paths.
 
     The images are kept in the store.
@@ -105,7 +113,17 @@ def read_values(values, session, models, store):
         )
 
 
-def read_control(field, store, kind, picture, strokes, ready, scale=1.0, start=0.0, end=1.0):
+def read_control(
+    field: str,
+    store: Store,
+    kind: str,
+    picture: str | None,
+    strokes: str,
+    ready: bool,
+    scale: float = 1.0,
+    start: float = 0.0,
+    end: float = 1.0,
+) -> ControlInput | None:
     """Values of a slot of the controls panel -> ControlInput; None where no kind of control is chosen.
 
     The image is kept in the store, with what was painted on it.
@@ -145,7 +163,7 @@ def read_control(field, store, kind, picture, strokes, ready, scale=1.0, start=0
         return ControlInput(kind, kept, ready=bool(ready), **numbers)
 
 
-def read_strokes(text, field):
+def read_strokes(text: str, field: str) -> PIL.Image.Image | None:
     """PNG as a data: URI -> L image, light where something was painted; None for nothing. FieldError for anything else."""
     head, _, body = (text or "").partition(",")
     if not body:
@@ -160,7 +178,7 @@ def read_strokes(text, field):
     return alpha if alpha.getbbox() else None
 
 
-def count_line(prompt, n_images):
+def count_line(prompt: str, n_images: int) -> tuple[str, bool]:
     """What the prompt still needs, such as "2 <i>, 1 image: one image is missing"; and whether all is there."""
     n_marks = prompt.count(IMAGE_MARK)
     line = f"{n_marks} {IMAGE_MARK}, {n_images} {'image' if n_images == 1 else 'images'}"
@@ -217,7 +235,9 @@ def _choice(values, name, offered, own=None):
 # From a PNG that was dropped on the page to values again -----------------------------------------------------------
 
 
-def restore_values(path, session, models, store, has_controls):
+def restore_values(
+    path: str | Path, session: Session, models: Models, store: Store, has_controls: bool
+) -> tuple[dict[str, Any], list[str]]:
     """Values of the fields by name, from the settings in a PNG; the session learns its image words.
 
     Args:

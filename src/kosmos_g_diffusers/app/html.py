@@ -2,14 +2,18 @@
 
 import re
 import shlex
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
-from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN
+from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN, GenerationSettings
 from ..serving.errors import FieldError
 from ..serving.job import finished_images
+from ..serving.queue import Ticket
 from ..serving.store import data_uri, open_image_file
 from .form import count_line
 
@@ -17,7 +21,7 @@ THUMBNAIL = 64  # pixels
 
 
 @lru_cache(maxsize=256)
-def thumbnail(path):
+def thumbnail(path: str) -> str | None:
     """Small data: URI of an uploaded image, whose file never changes; None if it cannot be read."""
     try:
         image = open_image_file(path, "pictures")
@@ -27,7 +31,7 @@ def thumbnail(path):
     return data_uri(image, side=0)
 
 
-def prompt_line(prompt, paths, words=(), note=""):
+def prompt_line(prompt: str, paths: Sequence[str] | None, words: Iterable[str] = (), note: str = "") -> str:
     """The prompt with its images in their places, and below it what is missing, and a note about the images."""
     pieces, images, number = [], iter(paths), count(1)
     for text in re.split(f"({IMAGE_WORD_PATTERN.pattern})", prompt):
@@ -51,12 +55,12 @@ def _image(path, name):
     return Markup('<span class="kg-hole" title="{} {}">?</span>').format(name, problem)
 
 
-def message(text):
+def message(text: str) -> str:
     """An error or a note of a field; nothing for an empty text."""
     return Markup('<div class="kg-message" role="alert">{}</div>').format(text) if text else ""
 
 
-def model_state(state, problem, note):
+def model_state(state: str, problem: str | None, note: str) -> str:
     """One line about the model."""
     texts = {
         **dict.fromkeys(("waiting", "loading"), "The model is loading. You can write your prompt meanwhile."),
@@ -67,7 +71,7 @@ def model_state(state, problem, note):
     return Markup('<div class="kg-state" data-state="{}">{}</div>').format(state, text)
 
 
-def run_state(ticket, seconds_to_wait=None):
+def run_state(ticket: Ticket, seconds_to_wait: float | None = None) -> str:
     """How far a run is, with the image being drawn."""
     progress, done, bar = ticket.progress, len(finished_images(ticket)), ""
     if ticket.state == "waiting":
@@ -95,7 +99,7 @@ def _time(seconds):
     return f"{seconds} s" if seconds < 100 else f"{round(seconds / 60)} min"
 
 
-def described(settings):
+def described(settings: GenerationSettings) -> dict[str, Any]:
     """GenerationSettings as a dict for people and programs: no paths, nothing that was left alone."""
     entries = {
         "prompt": settings.prompt,
@@ -121,7 +125,7 @@ def described(settings):
     return {name: value for name, value in entries.items() if value is not None}
 
 
-def again_command(settings, path):
+def again_command(settings: GenerationSettings, path: str | Path) -> str:
     """The command that makes an image again, in the output folder; "..." is where the folders of the app's flags lie."""
     words = ["kosmos-g", "generate", "--from", path.as_posix()]
     for name in ("model", "unet", "lora"):  # the PNG has no more than their names
@@ -130,7 +134,7 @@ def again_command(settings, path):
     return shlex.join([*words, "--output", "again.png"])
 
 
-def settings_table(settings, path):
+def settings_table(settings: GenerationSettings, path: str | Path) -> str:
     """The settings of an image, and how to make it again from its path."""
     rows = []
     for name, value in {**described(settings), "again": again_command(settings, path)}.items():

@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -10,6 +11,7 @@ from starlette.middleware import Middleware
 from ..control.table import CONTROLS
 from ..generation.schedulers import SCHEDULERS
 from ..serving.models import NO_LORA, OWN
+from ..serving.service import Service
 from ..serving.session import Session
 from ..serving.store import IMAGES, MAX_BYTES, MAX_FILES, UPLOADS
 from ..sprites.pretrained import SPRITES_CONTROL
@@ -30,13 +32,49 @@ SPRITES_CONTROLS = (
     "`kosmos-g app --model` there are all kinds of `kosmos-g control --list`. Start and end are shares of the steps."
 )
 SHARED_SESSIONS = 500  # whose words and history are kept; gradio's own limit is 10,000
-QUICK = {"api_visibility": "private", "show_progress": "hidden", "queue": False}  # events of the page alone
+QUICK: dict[str, Any] = {
+    "api_visibility": "private",
+    "show_progress": "hidden",
+    "queue": False,
+}  # events of the page alone
 
 
 class Page:
     """gr.Blocks of a Service. Fields are components by the name that the API has for them."""
 
-    def __init__(self, service, controls=False):
+    session: gr.State
+    state: gr.HTML
+    prompt: gr.Textbox
+    prompt_line: gr.HTML
+    references: Files
+    run: gr.Button
+    cancel: gr.Button
+    presets: list[gr.Button]
+    example_groups: list[gr.Row]
+    word_name: gr.Textbox
+    word_images: Files
+    word_add: gr.Button
+    words: gr.Dropdown
+    word_forget: gr.Button
+    words_save: gr.Button
+    words_load: Upload
+    words_file: Files
+    progress: gr.HTML
+    images: Gallery
+    settings: gr.JSON
+    details: gr.HTML
+    use: gr.Button
+    restored: Files
+    history: Gallery
+
+    service: Service
+    blocks: gr.Blocks
+    fields: dict[str, Any]
+    messages: dict[str, gr.HTML]
+    previews: list[Any]
+    actions: Actions
+
+    def __init__(self, service: Service, controls: bool = False):
         self.service, self.fields, self.messages, self.previews = service, {}, {}, []
         title = {"title": "Kosmos-G", "analytics_enabled": False}
         with gr.Blocks(delete_cache=(3600, 86400), **title) as self.blocks:
@@ -276,7 +314,15 @@ class Page:
         return done
 
 
-def serve(service, controls=False, host="127.0.0.1", port=7860, share=False, auth=None, block=True):
+def serve(
+    service: Service,
+    controls: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    share: bool = False,
+    auth: tuple[str, str] | None = None,
+    block: bool = True,
+) -> gr.Blocks:
     """Start the page of a service, and then the service itself: the page answers before anything is loaded.
 
     The current folder must be the service's output folder: files are named from there.

@@ -11,13 +11,15 @@ examples:
   kosmos-g control inpaint photo.png --mask mask.png --output holes.png
 """
 
+import argparse
+
 from ..control.table import CONTROLS
 from ..environment import check_device
 from ..fields import add_flag
 from ..files import check_output_file
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="kind of control; --list shows them")
     add("image", nargs="?", metavar="IMAGE", help="file to make it of")
@@ -34,7 +36,7 @@ def add_arguments(parser):
         add_flag(parser, name, type(parameter.default), parameter.default, text)
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     if arguments.list:
         return print(_table())
     if arguments.image is None:  # nor perhaps the name before it

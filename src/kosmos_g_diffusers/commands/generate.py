@@ -44,7 +44,7 @@ CONTROL_FLAGS = {
 }
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     # a flag that was not given leaves the settings of --from alone
     parser.argument_default = argparse.SUPPRESS
     add = parser.add_argument
@@ -109,7 +109,7 @@ def _belonging(values, records, flag, owner):
     return {place: value for place, (_, value) in zip(places, values, strict=True)}
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     settings, images, control_images = _read(vars(arguments))
     if arguments.show:
         return print(as_text(settings))

@@ -8,14 +8,19 @@ examples:
   kosmos-g show out.png
 """
 
+import argparse
 import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..generation.settings import GenerationSettings
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="PNG, JPEG or WebP")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     from ..generation.png import NoSettings, read_settings
     from ..provenance import TERMS, describe_manifest, read_mark
 
@@ -33,7 +38,7 @@ def run(arguments):
     print("settings:", "none" if settings is None else as_text(settings))
 
 
-def as_text(settings):
+def as_text(settings: "GenerationSettings") -> str:
     """Settings as JSON; with everything beyond ASCII escaped if something in it could steer a terminal."""
     text = json.dumps(settings.as_record(), indent=2, ensure_ascii=False)
     if all(character.isprintable() or character == "\n" for character in text):

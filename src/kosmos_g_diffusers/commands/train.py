@@ -50,7 +50,7 @@ MERGE_DESCRIPTION = (
 )
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     stages = parser.add_subparsers(metavar="STAGE", required=True, dest="stage")
     for name, (title, description, data) in STAGES.items():
         stage = stages.add_parser(
@@ -93,7 +93,7 @@ def _add_merge(parser):
     add("--output", required=True, metavar="FOLDER", help="folder to write, which does not exist yet")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> None:
     if arguments.stage == MERGE:
         from ..training.model_folder import merge_into_folder
 

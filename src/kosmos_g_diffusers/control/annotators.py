@@ -12,6 +12,9 @@ import io
 import sys
 import types
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import PIL.Image
@@ -19,12 +22,14 @@ import torch
 
 from ..quiet import brief_bars
 
+Annotator = Callable[..., PIL.Image.Image]  # of an RGB PIL image and the annotator's keywords
+
 INSTALL = "pip install 'kosmos-g-diffusers[control]'"
 SIDE_MULTIPLE = 64  # controlnet_aux rounds both sides of what it looks at to this
 SIZES = ("detect_resolution", "image_resolution")  # its keywords for the shorter side
 
 
-def aux_module(name):
+def aux_module(name: str) -> ModuleType:
     """A module of controlnet_aux, without what `import controlnet_aux` does besides.
 
     The package imports every annotator at once: seconds, a dozen warnings, replaced entries in timm's registry, and none
@@ -78,7 +83,7 @@ def _detect(detector, image, resolution=None, sizes=SIZES, **arguments):
     return found.crop((0, 0, width, height))
 
 
-def load_detector(path, weights, device):
+def load_detector(path: str, weights: str | Path | None, device: str | torch.device) -> Annotator:
     """A detector of controlnet_aux, `path` as in "canny.CannyDetector"; weights None for one that has none."""
     module, _, class_name = path.partition(".")
     detector_class = getattr(aux_module(module), class_name)
@@ -89,12 +94,12 @@ def load_detector(path, weights, device):
     return functools.partial(_detect, detector.to(device))
 
 
-def load_lineart_standard(weights, device):
+def load_lineart_standard(weights: str | Path | None, device: str | torch.device) -> Annotator:
     detector = aux_module("lineart_standard").LineartStandardDetector()
     return functools.partial(_detect, detector, sizes=SIZES[:1])  # it takes no second one
 
 
-def load_shuffle(weights, device):
+def load_shuffle(weights: str | Path | None, device: str | torch.device) -> Annotator:
     """Content shuffle, with a seed."""
     detector = aux_module("shuffle").ContentShuffleDetector()
 
@@ -109,12 +114,12 @@ def load_shuffle(weights, device):
     return functools.partial(_detect, shuffle)
 
 
-def load_drawing(weights, device):
+def load_drawing(weights: str | Path | None, device: str | torch.device) -> Annotator:
     """White strokes on black from a drawing with dark strokes on white, at the threshold of ControlNet's own demo."""
     return lambda image: image.convert("L").point(lambda value: 255 if value < 127 else 0)
 
 
-def load_depth(weights, device):
+def load_depth(weights: str | Path | None, device: str | torch.device) -> Annotator:
     """Depth from 0, the farthest, to 255, the nearest."""
     from transformers import pipeline
 
@@ -123,7 +128,7 @@ def load_depth(weights, device):
 
 
 @brief_bars()
-def load_segmentation(weights, device):
+def load_segmentation(weights: str | Path | None, device: str | torch.device) -> Annotator:
     """Each pixel in the ADE20K colour of its class, by UPerNet."""
     from transformers import AutoImageProcessor, UperNetForSemanticSegmentation
 

@@ -7,6 +7,7 @@ import functools
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -18,9 +19,11 @@ from diffusers.utils import logging
 from ..fields import check_value
 from ..files import first_line, written_atomically
 from ..loading import load_pretrained, load_single_file
-from ..processing_kosmos_g import open_image, open_mask, read_image
+from ..processing_kosmos_g import ImageLike, open_image, open_mask, read_image
 from . import annotators
 from .table import CONTROLS, find_control
+
+ControlImage = PIL.Image.Image | torch.Tensor  # a tensor for inpaint, whose holes are -1
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +34,9 @@ MAX_SIDE_RATIO = 8  # a thinner image, scaled to a short side of 512, would have
 # Control images -------------------------------------------------------------------------------------------------
 
 
-def load_annotator(name, weights=None, device="cpu"):
+def load_annotator(
+    name: str, weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> annotators.Annotator | None:
     """Load what makes the control image `name`, for several calls of `control_image`.
 
     Args:
@@ -67,18 +72,18 @@ def load_annotator(name, weights=None, device="cpu"):
 
 
 def control_image(
-    name,
-    image,
+    name: str,
+    image: ImageLike,
     *,
-    mask=None,
-    height=None,
-    width=None,
-    short_side=None,
-    annotator=None,
-    weights=None,
-    device="cpu",
-    **parameters,
-):
+    mask: ImageLike | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    short_side: int | None = None,
+    annotator: annotators.Annotator | None = None,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    **parameters: Any,
+) -> ControlImage:
     """Make the control image `name` of an image.
 
     It has the image's own size, both sides rounded down to multiples of 8 as diffusers rounds, or the size that
@@ -146,7 +151,9 @@ def control_image(
     return result
 
 
-def control_size(image, height=None, width=None, short_side=None):
+def control_size(
+    image: PIL.Image.Image, height: int | None = None, width: int | None = None, short_side: int | None = None
+) -> tuple[int, int]:
     """Size for the control image of a PIL image -> (height, width), multiples of 8, of the image's shape.
 
     Args:
@@ -182,7 +189,7 @@ def control_size(image, height=None, width=None, short_side=None):
     return tuple(own if side is None else side for side, own in zip(given, fitting, strict=True))
 
 
-def open_control(name, image):
+def open_control(name: str, image: ImageLike) -> ControlImage:
     """A control image that is ready, as `control_image` returns it; for inpaint its transparent pixels are the holes.
 
     Raises:
@@ -206,7 +213,7 @@ def open_control(name, image):
     return _with_holes(rgba.convert("RGB"), PIL.ImageOps.invert(rgba.getchannel("A")))
 
 
-def control_preview(control):
+def control_preview(control: ControlImage) -> PIL.Image.Image:
     """What `control_image` returned -> PIL image to look at or to save as PNG; the holes of inpaint are transparent."""
     if isinstance(control, PIL.Image.Image):
         return control
@@ -215,7 +222,7 @@ def control_preview(control):
     return PIL.Image.fromarray((rgba * 255).round().byte().permute(1, 2, 0).numpy(), "RGBA")
 
 
-def save_control(control, path, overwrite=False):
+def save_control(control: ControlImage, path: str | Path, overwrite: bool = False) -> None:
     """Write what `control_image` returned as a PNG, atomically.
 
     Raises:
@@ -236,7 +243,7 @@ def _with_holes(image, mask):
 # ControlNets ----------------------------------------------------------------------------------------------------
 
 
-def load_controlnet(source, dtype=torch.float32):
+def load_controlnet(source: str | Path, dtype: torch.dtype = torch.float32) -> ControlNetModel:
     """Load the ControlNet of a control of the table, or of a folder, a .safetensors file or a Hub id.
 
     Raises:

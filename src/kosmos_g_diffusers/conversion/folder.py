@@ -1,8 +1,10 @@
 """Writes a Kosmos-G folder: the parts of a Stable Diffusion and new ones, one model in memory at a time, each read back."""
 
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -17,6 +19,8 @@ from ..environment import DTYPES, as_dtype
 from ..files import check_output_folder, first_line, follow_umask, partial_folder
 from ..loading import IncompleteWeights, empty_model, load_pretrained, read_object
 from ..model_card import write_model_card
+from ..modeling_kosmos_g import KosmosGTextEncoder
+from ..processing_kosmos_g import KosmosGTokenizer
 from ..quiet import brief_bars
 from .keys import shortened
 
@@ -37,7 +41,7 @@ OPTIONAL = ("safety_checker", "feature_extractor")
 # Arguments -----------------------------------------------------------------------------------------------------
 
 
-def check_dtype(dtype):
+def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """The torch dtype that `dtype`, one of them or a name, says; None for None."""
     given = as_dtype(dtype) if dtype in DTYPES else dtype
     if given not in (None, *map(as_dtype, DTYPES)):
@@ -45,7 +49,7 @@ def check_dtype(dtype):
     return given
 
 
-def check_output(output):
+def check_output(output: str | Path) -> Path:
     """Path of a folder to write. Raises ValueError unless it is empty or can be made."""
     output = Path(output)
     if output.is_dir() and not any(output.iterdir()):
@@ -56,7 +60,7 @@ def check_output(output):
     return check_output_folder(output)
 
 
-def locate(source, kind, content, files=None):
+def locate(source: str | Path, kind: str, content: str, files: Iterable[str] | None = None) -> Path:
     """Folder with the files of `source`, its own or a download of them.
 
     Args:
@@ -76,7 +80,7 @@ def locate(source, kind, content, files=None):
         ) from error
 
 
-def public_name(source):
+def public_name(source: str | Path) -> str:
     """A folder or Hub id as the output may name it: paths of this machine are private."""
     return Path(source).resolve().name if Path(source).exists() else str(source)
 
@@ -98,7 +102,11 @@ class Base:
         ValueError: the base cannot be found, lacks a part, or has a part that cannot be read.
     """
 
-    def __init__(self, source):
+    source: str | Path
+    name: str
+    parts: dict[str, Any]
+
+    def __init__(self, source: str | Path):
         self.source, self.name = source, public_name(source)
         files = [f"{name}/{file}" for name, file in BASE_CONFIGS.items()]
         folder = locate(source, "base", "Stable Diffusion 1.5 in diffusers' layout", files)
@@ -123,7 +131,7 @@ class Base:
             if name not in missing:
                 self.parts[name] = empty_model(model_class, folder / name)
 
-    def weights(self, name, dtype):
+    def weights(self, name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """name -> tensor of the model `name`. Raises ValueError if the base does not have all of them."""
         try:
             model = load_pretrained(type(self.parts[name]), self.source, subfolder=name, dtype=dtype)
@@ -137,7 +145,9 @@ class Base:
             ) from error
         return model.state_dict()
 
-    def build_pipeline(self, text_encoder, tokenizer):
+    def build_pipeline(
+        self, text_encoder: KosmosGTextEncoder, tokenizer: KosmosGTokenizer
+    ) -> pipeline_kosmos_g.KosmosGPipeline:
         """KosmosGPipeline of the base's parts and these two."""
         return pipeline_kosmos_g.KosmosGPipeline(
             text_encoder=text_encoder,
@@ -177,7 +187,7 @@ def _feature_extractor(path):
 
 
 @contextmanager
-def appearing_atomically(output):
+def appearing_atomically(output: Path) -> Iterator[Path]:
     """A hidden folder next to `output` that takes its name at the end; an exception or interruption leaves nothing."""
     place = output.resolve()
     above = next(folder for folder in place.parents if folder.is_dir())
@@ -190,7 +200,12 @@ def appearing_atomically(output):
         os.replace(hidden / top, above / top)
 
 
-def write_pipeline(folder, pipeline, weights, provenance):
+def write_pipeline(
+    folder: Path,
+    pipeline: pipeline_kosmos_g.KosmosGPipeline,
+    weights: Mapping[str, Callable[[], dict[str, torch.Tensor]]],
+    provenance: Mapping[str, str],
+) -> None:
     """Write what `KosmosGPipeline.save_pretrained` writes, with one model in memory at a time.
 
     Args:
@@ -209,7 +224,9 @@ def write_pipeline(folder, pipeline, weights, provenance):
     write_model_card(pipeline, folder, provenance=provenance)
 
 
-def write_model(model, folder, weights=None, **options):
+def write_model(
+    model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None, **options: Any
+) -> None:
     """Save a model and compare what was written with what was meant.
 
     Args:
@@ -234,7 +251,7 @@ def write_model(model, folder, weights=None, **options):
         model.to_empty(device="meta")
 
 
-def check_written(folder, weights):
+def check_written(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Read the weights back, one at a time, and compare them with what was meant."""
     left = set(weights)
     for path in folder.glob("*.safetensors"):
@@ -253,7 +270,7 @@ def check_written(folder, weights):
         raise RuntimeError(f"{len(left)} weights of {folder.name} were not written: {names}.")
 
 
-def same_bytes(given, expected):
+def same_bytes(given: torch.Tensor, expected: torch.Tensor) -> bool:
     """Equal in shape, dtype and every bit, so that NaN equals itself."""
     if given.shape != expected.shape or given.dtype != expected.dtype:
         return False

@@ -15,6 +15,7 @@ written does not depend on who writes it: not even by the rounding with which so
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
@@ -25,16 +26,19 @@ from ..generation.generate import download_model, load_pipeline
 from ..generation.png import read_settings, write_png
 from ..generation.settings import GenerationSettings, InputImage
 from ..processing_kosmos_g import IMAGE_MARK, open_image
-from ..provenance import MARKED
+from ..provenance import MARKED, Marker
 from ..sprites.pretrained import SPRITES, with_small_model
-from .manifest import FILE_NAME, Manifest
+from .manifest import FILE_NAME, Manifest, Task
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 COMPONENTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")  # what decides an image
 IN_IMAGES = ("steps", "guidance", "scheduler", "dtype")  # settings of a run that images carry unchanged
 INSTALL = "pip install 'kosmos-g-diffusers[eval]'"
 
 
-def join_processes(device):
+def join_processes(device: str | torch.device) -> "PartialState":
     """accelerate's `PartialState`: this process alone, or one of those that `accelerate launch` has started.
 
     Raises:
@@ -47,7 +51,7 @@ def join_processes(device):
     return PartialState(cpu=torch.device(device).type == "cpu")
 
 
-def gather(state, values):
+def gather(state: "PartialState", values: list[Any]) -> list[Any]:
     """Lists of all processes, joined."""
     if state.num_processes == 1:
         return values
@@ -56,7 +60,7 @@ def gather(state, values):
     return gather_object(values)
 
 
-def identify_model(model):
+def identify_model(model: str | Path | None) -> dict[str, Any]:
     """What tells a model from any other: its weights' SHA-256, or the revision on the Hub.
 
     Args:
@@ -85,7 +89,7 @@ def identify_model(model):
     return {"path": str(model), "sha256": hash_folder(model, COMPONENTS)}
 
 
-def open_folder(folder, manifest):
+def open_folder(folder: str | Path, manifest: Manifest) -> None:
     """Write the manifest into a new results folder, or check that the folder holds this very run.
 
     Raises:
@@ -104,11 +108,11 @@ def open_folder(folder, manifest):
     manifest.write(folder)
 
 
-def image_path(folder, task):
+def image_path(folder: str | Path, task: Task) -> Path:
     return Path(folder) / "images" / f"{task.id}.png"
 
 
-def check_complete(folder, manifest):
+def check_complete(folder: str | Path, manifest: Manifest) -> None:
     """ValueError if images of a run are still to be made."""
     missing = [task.id for task in manifest.tasks if not image_path(folder, task).exists()]
     if missing:
@@ -119,7 +123,14 @@ def check_complete(folder, manifest):
 # Images --------------------------------------------------------------------------------------------------------------
 
 
-def generate(folder, manifest, state, device, repair=False, marker=MARKED):
+def generate(
+    folder: str | Path,
+    manifest: Manifest,
+    state: "PartialState",
+    device: str,
+    repair: bool = False,
+    marker: Marker = MARKED,
+) -> int:
     """Make the images that are not there.
 
     Args:
@@ -162,7 +173,7 @@ def generate(folder, manifest, state, device, repair=False, marker=MARKED):
     return made
 
 
-def repeated_inputs(manifest):
+def repeated_inputs(manifest: Manifest) -> list[str]:
     """Input images that stand in several prompts: encoded once and for all, as image words."""
     prompts = {}
     for task in manifest.tasks:

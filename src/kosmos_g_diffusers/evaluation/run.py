@@ -1,22 +1,34 @@
 """A benchmark from its manifest to its report, in one or many processes, as often as it takes."""
 
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..environment import check_device, package_versions
 from ..files import check_output_folder, hash_bytes, write_bytes
 from ..generation.settings import GenerationSettings
-from ..provenance import MARKED
+from ..provenance import MARKED, Marker
 from .images import generate, identify_model, join_processes, open_folder
 from .manifest import OWN_PICTURES, Manifest, hash_images
 from .report import load_matplotlib, write_report
-from .scoring import has_scores, read_scores, score
+from .scoring import Scorer, has_scores, read_scores, score
 
 
 def evaluate(
-    manifest, output, scorers=(), *, model, settings, device, batch_size, repair=False, marker=MARKED
-):
+    manifest: Manifest,
+    output: str | Path,
+    scorers: Iterable[Scorer] = (),
+    *,
+    model: str | None,
+    settings: dict[str, Any],
+    device: str,
+    batch_size: int,
+    repair: bool = False,
+    marker: Marker = MARKED,
+) -> dict[str, Any] | None:
     """Make the images of a benchmark, score them and write the report; whatever is there already stays.
 
     Args:

@@ -3,21 +3,24 @@
 import base64
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2  # torch requires it: it is always there
 import PIL.Image
 
 from ..files import write_text
 from ..processing_kosmos_g import open_image
-from ..provenance import UNMARKED
+from ..provenance import UNMARKED, Marker
 from .images import image_path
+from .manifest import Manifest, Task
 
 LONGEST = 100  # images of a sheet; a longer one says how many are left out
 THUMBNAIL = 224  # pixels, longest side of an input image
 SMALL = 128  # pixels, longest side of what is shown enlarged
 CONTROL = ".shuffled."  # in the name of a metric that is the control of the one without it
-PAGE = jinja2.Environment(autoescape=True, trim_blocks=True).from_string("""\
+PAGE: jinja2.Template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string("""\
 <!doctype html><html lang='en'><meta charset='utf-8'><title>{{ title }}</title><style>
 body{font:15px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1100px;padding:0 1em;color:#222}
 h1{font-size:1.4em}table{border-collapse:collapse}td,th{padding:4px 8px;text-align:left;vertical-align:top}
@@ -48,7 +51,9 @@ img{max-width:100%;image-rendering:auto;display:block;background:#eee}figcaption
 """)
 
 
-def write_sheets(folder, manifest, scores):
+def write_sheets(
+    folder: str | Path, manifest: Manifest, scores: Mapping[str, Mapping[str, float]]
+) -> list[str]:
     """A sheet for each unit, or for each row where a unit is a single image, and an index of them.
 
     Returns:
@@ -73,12 +78,12 @@ def write_sheets(folder, manifest, scores):
     return [f"sheets/{path}" for _, path in links]
 
 
-def write_page(path, **content):
+def write_page(path: str | Path, **content: Any) -> None:
     """Write a page of title, index, notes, links (name, path) and parts, which have prompt, inputs and rows (title, figures)."""
     write_text(path, PAGE.render(content) + "\n")
 
 
-def group_tasks(manifest):
+def group_tasks(manifest: Manifest) -> dict[str, list[Task]]:
     """Name of a sheet -> its tasks."""
     by_row = len(manifest.units) == len(manifest.tasks)
     groups = {}
@@ -87,7 +92,7 @@ def group_tasks(manifest):
     return groups
 
 
-def group_by_prompt(tasks):
+def group_by_prompt(tasks: Iterable[Task]) -> list[list[Task]]:
     """Lists of tasks of one prompt with the same input images."""
     groups = {}
     for task in tasks:
@@ -95,11 +100,13 @@ def group_by_prompt(tasks):
     return list(groups.values())
 
 
-def file_name(name):
+def file_name(name: str) -> str:
     return re.sub(r"[^\w+.-]+", "-", name).strip("-.")[:80] or "sheet"
 
 
-def image_figures(page_folder, folder, tasks, scores):
+def image_figures(
+    page_folder: Path, folder: Path, tasks: Iterable[Task], scores: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
     """Images of a run with their scores; the page finds them relative to itself."""
     figures = []
     for task in tasks:
@@ -112,7 +119,7 @@ def image_figures(page_folder, folder, tasks, scores):
     return figures
 
 
-def input_figures(data, paths):
+def input_figures(data: str | Path | None, paths: Iterable[str]) -> list[dict[str, Any]]:
     """What a prompt shows, inside the page, which then needs no data folder."""
     figures = []
     for path in paths:
@@ -123,7 +130,7 @@ def input_figures(data, paths):
     return figures
 
 
-def as_data_url(image, kind, marker=UNMARKED):
+def as_data_url(image: PIL.Image.Image, kind: str, marker: Marker = UNMARKED) -> str:
     """A PIL image as text, encoded as "png" or "jpeg", with a `provenance.Marker` if a model drew it."""
     content = marker.encode(image, kind.upper())
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -1,29 +1,36 @@
 """From settings to images and files: what `kosmos-g generate` does once its flags are read, and `kosmos-g app`."""
 
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 
 from ..control.controls import control_image, load_controlnet, open_control
 from ..environment import as_dtype, check_device, package_versions
 from ..files import first_line
+from ..generation.settings import GenerationSettings
 from ..loading import load_pretrained, load_single_file
 from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
-from ..provenance import MARKED
+from ..provenance import MARKED, Marker
 from .grid import enlarge, grid_of
 from .png import read_kept, write_png
 from .schedulers import make_scheduler
+from .settings import LoraInput
+
+Pipeline = KosmosGPipeline | KosmosGControlNetPipeline
 
 LORA_NAME = "lora"  # of the adapter in the U-Net
 UNET_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt")  # of files; a Hub id has none of them
 
 
-def load_pipeline(settings):
+def load_pipeline(settings: GenerationSettings) -> Pipeline:
     """Load the model that the settings name, on their device, with their scheduler.
 
     Settings without a model mean the small one that ships: `sprites.pretrained.with_small_model` says where it is.
@@ -57,19 +64,19 @@ def load_pipeline(settings):
     return pipe
 
 
-def load_model(model, dtype):
+def load_model(model: str | Path, dtype: torch.dtype | str) -> KosmosGPipeline:
     """The pipeline of a folder or Hub id, on the CPU; `dtype` is torch's or its name."""
     dtype = as_dtype(dtype) if isinstance(dtype, str) else dtype
     # Kosmos-G folders never hold pickle files; refuse to load any
     return KosmosGPipeline.from_pretrained(model, use_safetensors=True, dtype=dtype)
 
 
-def download_model(model):
+def download_model(model: str) -> Path:
     """Fetch the pipeline of a Hub id, as `load_model` would; returns its folder in the cache, named after the revision."""
     return Path(KosmosGPipeline.download(model, use_safetensors=True))
 
 
-def load_unet(source, like):
+def load_unet(source: str | Path, like: UNet2DConditionModel) -> UNet2DConditionModel:
     """A U-Net that takes the place of a model's, in the same dtype.
 
     Args:
@@ -107,7 +114,7 @@ def load_unet(source, like):
         ) from error
 
 
-def add_loras(pipe, loras):
+def add_loras(pipe: Pipeline, loras: Sequence[LoraInput]) -> None:
     """Let LoRAs act on the U-Net of a pipeline, all at once; `loras` are LoraInputs. Raises as `add_lora`."""
     names = [LORA_NAME if index == 0 else f"{LORA_NAME}_{index}" for index in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
@@ -116,7 +123,7 @@ def add_loras(pipe, loras):
         pipe.set_adapters(names, [float(lora.scale) for lora in loras])
 
 
-def add_lora(pipe, source, scale, name=LORA_NAME):
+def add_lora(pipe: Pipeline, source: str | Path, scale: float, name: str = LORA_NAME) -> None:
     """Let a LoRA act on the U-Net of a pipeline, and no other.
 
     Args:
@@ -139,13 +146,15 @@ def add_lora(pipe, source, scale, name=LORA_NAME):
     pipe.set_adapters([name], [float(scale)])
 
 
-def with_controlnets(pipe, controlnets):
+def with_controlnets(pipe: Pipeline, controlnets: Sequence[ControlNetModel]) -> KosmosGControlNetPipeline:
     """The pipeline that draws under these ControlNets, with the components of `pipe`."""
     controlnet = controlnets if len(controlnets) > 1 else controlnets[0]
     return KosmosGControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
 
 
-def control_arguments(settings, paths, short_side):
+def control_arguments(
+    settings: GenerationSettings, paths: Sequence[str | Path], short_side: int
+) -> dict[str, Any]:
     """What a ControlNet pipeline is called with for the controls of the settings.
 
     The image gets the size that the settings ask for; else that of a control image that is ready; else the shape of the
@@ -190,7 +199,12 @@ def _size_of(image):
     return tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else (image.height, image.width)
 
 
-def generate_images(pipe, settings, reference_images, control_images=()):
+def generate_images(
+    pipe: Pipeline,
+    settings: GenerationSettings,
+    reference_images: Sequence[Any],
+    control_images: Sequence[str | Path] = (),
+) -> Iterator[tuple[PIL.Image.Image, GenerationSettings]]:
     """Make the images of a run, one after the other, and yield each with settings that make it alone.
 
     Args:
@@ -202,14 +216,16 @@ def generate_images(pipe, settings, reference_images, control_images=()):
     yield from draw_images(pipe, settings, arguments)
 
 
-def own_size(pipe):
+def own_size(pipe: Pipeline) -> tuple[int, int]:
     """(height, width) of what a pipeline draws unless it is told otherwise, in pixels."""
     size = pipe.unet.config.sample_size
     sides = (size, size) if isinstance(size, int) else size
     return tuple(side * pipe.vae_scale_factor for side in sides)
 
 
-def size_arguments(pipe, settings, control_images=()):
+def size_arguments(
+    pipe: Pipeline, settings: GenerationSettings, control_images: Sequence[str | Path] = ()
+) -> dict[str, Any]:
     """What a pipeline is called with for the size of an image and its controls, if there are any."""
     # diffusers ignores a height without a width, and the other way round
     height, width = own_size(pipe)
@@ -218,7 +234,9 @@ def size_arguments(pipe, settings, control_images=()):
     return {"height": settings.height or height, "width": settings.width or width}
 
 
-def prompt_arguments(pipe, settings, reference_images):
+def prompt_arguments(
+    pipe: Pipeline, settings: GenerationSettings, reference_images: Sequence[Any]
+) -> dict[str, Any]:
     """What a pipeline is called with for the prompts of the settings, encoded."""
     with torch.no_grad():
         prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(
@@ -230,7 +248,13 @@ def prompt_arguments(pipe, settings, reference_images):
     return {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
 
 
-def draw_images(pipe, settings, arguments, callback_on_step_end=None, indices=None):
+def draw_images(
+    pipe: Pipeline,
+    settings: GenerationSettings,
+    arguments: dict[str, Any],
+    callback_on_step_end: Callable[..., Any] | None = None,
+    indices: Sequence[int] | None = None,
+) -> Iterator[tuple[PIL.Image.Image, GenerationSettings]]:
     """Call a pipeline for each image of a run, and yield the image with settings that make it alone.
 
     Image k has a generator of its own, seeded with `settings.seed + k`, and a pipeline call of its own: in a batch
@@ -282,17 +306,17 @@ def _not_finite(seed, dtype):
 
 
 def generate_files(
-    pipe,
-    settings,
-    paths,
-    reference_images,
-    control_images=(),
+    pipe: Pipeline,
+    settings: GenerationSettings,
+    paths: Sequence[Path],
+    reference_images: Sequence[Any],
+    control_images: Sequence[str | Path] = (),
     *,
-    overwrite=False,
-    resume=False,
-    enlarged=1,
-    marker=MARKED,
-):
+    overwrite: bool = False,
+    resume: bool = False,
+    enlarged: int = 1,
+    marker: Marker = MARKED,
+) -> Iterator[Path]:
     """Make the images of a run and write them; yields each path once its file is complete.
 
     Args:

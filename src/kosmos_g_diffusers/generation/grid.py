@@ -15,6 +15,6 @@ def grid_of(images: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
     return make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows, columns)
 
 
-def enlarge(image, times):
+def enlarge(image: PIL.Image.Image, times: int) -> PIL.Image.Image:
     """A PIL image with sides so many times as long; its pixels become squares."""
     return image.resize((image.width * times, image.height * times), PIL.Image.Resampling.NEAREST)

@@ -6,13 +6,18 @@ rest.
 """
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files import check_output_file
-from ..provenance import MARKED, read_info
+from ..provenance import MARKED, Marker, read_info
 from .settings import FILES, GenerationSettings
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 PNG_KEY = "kosmos_g"
 # settings in which an image that is kept may differ from those of the run
@@ -23,7 +28,13 @@ class NoSettings(ValueError):
     """A file that carries no settings of kosmos-g."""
 
 
-def write_png(image, path, settings, overwrite=False, marker=MARKED):
+def write_png(
+    image: "PIL.Image.Image",
+    path: str | Path,
+    settings: GenerationSettings,
+    overwrite: bool = False,
+    marker: Marker = MARKED,
+) -> None:
     """Write a PIL image that a model drew with its settings and the mark of a `Marker`, atomically.
 
     Every drawn image of `kosmos-g generate`, the app and `kosmos-g evaluate` goes through here, enlarged copies and grids too.
@@ -37,7 +48,7 @@ def write_png(image, path, settings, overwrite=False, marker=MARKED):
     marker.save(image, path, settings.is_composite, {PNG_KEY: settings.to_json()})
 
 
-def read_settings(path):
+def read_settings(path: str | Path) -> GenerationSettings:
     """The settings in a PNG that `write_png` wrote.
 
     Raises:
@@ -66,7 +77,9 @@ def read_settings(path):
     return settings
 
 
-def output_paths(output, num_images, overwrite=True, enlarged=1):
+def output_paths(
+    output: str | Path, num_images: int, overwrite: bool = True, enlarged: int = 1
+) -> list[Path]:
     """Files of a run: `out.png` for one image; `out_0.png`, `out_1.png`, ... and the grid `out.png` for several.
 
     With `enlarged` above 1 `out_enlarged.png`, a copy of `out.png`, comes last.
@@ -92,7 +105,7 @@ def output_paths(output, num_images, overwrite=True, enlarged=1):
 # A run that is resumed -----------------------------------------------------------------------------------------------
 
 
-def find_seed(paths, num_images):
+def find_seed(paths: Sequence[Path], num_images: int) -> int | None:
     """The seed of a run, told by the first of its images that is there; None if there is none.
 
     Args:
@@ -109,7 +122,7 @@ def find_seed(paths, num_images):
     return None
 
 
-def read_kept(settings, paths):
+def read_kept(settings: GenerationSettings, paths: Sequence[Path]) -> dict[Path, GenerationSettings]:
     """The images of a run that are there, checked against its settings -> {path: RGB PIL image}.
 
     Args:

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Self
 
 from ..control.table import find_control
 from ..environment import DTYPES
@@ -19,8 +20,18 @@ DEVICE = re.compile(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,3})?")
 # as in processing_kosmos_g, which needs torch
 IMAGE_MARK = "<i>"
 IMAGE_WORD_PATTERN = re.compile(r"<[a-z][a-z0-9-]*>")
-SIDE = {"help": "multiple of 8 (default: the model's)", "low": 8, "high": 8192, "metavar": "PIXELS"}
-LORA_SCALE = {"help": "weight of the --lora before it (default: 1)", "low": -10, "high": 10, "metavar": "N"}
+SIDE: dict[str, Any] = {
+    "help": "multiple of 8 (default: the model's)",
+    "low": 8,
+    "high": 8192,
+    "metavar": "PIXELS",
+}
+LORA_SCALE: dict[str, Any] = {
+    "help": "weight of the --lora before it (default: 1)",
+    "low": -10,
+    "high": 10,
+    "metavar": "N",
+}
 PLACES = ("model", "unet", "lora")  # fields of GenerationSettings that hold a path or Hub id
 NEWER = (
     "loras",
@@ -35,7 +46,7 @@ class InputImage:
     path: str
     sha256: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_place("path of an input image", self.path)
         if (
             not isinstance(self.sha256, str)
@@ -45,13 +56,13 @@ class InputImage:
             raise ValueError(f"sha256 of {self.path!r} is not a SHA-256 of 64 lower-case hexadecimal digits.")
 
     @classmethod
-    def from_file(cls, path):
+    def from_file(cls, path: str | Path) -> Self:
         """Raises ValueError if there is no file at `path`."""
         if not Path(path).is_file():
             raise ValueError(f"There is no file at {str(path)!r}. Pass the path of one; download URLs first.")
         return cls(str(path), hash_file(path))
 
-    def find(self, folder, advice="Pass --image for each image of the prompt."):
+    def find(self, folder: str | Path, advice: str = "Pass --image for each image of the prompt.") -> Path:
         """The same file, looked for from the current folder and then from `folder`; `advice` ends the error.
 
         Raises:
@@ -83,7 +94,7 @@ class ControlInput:
     start: float = setting(0.0, "of the steps before it acts", metavar="SHARE")
     end: float = setting(1.0, "of the steps when it ends", metavar="SHARE")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
         if find_control(self.name).needs_mask and not self.ready:
             raise ValueError(
@@ -108,7 +119,7 @@ class LoraInput:
     path: str
     scale: float = setting(1.0, **LORA_SCALE)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_place("path of a LoRA", self.path)
         check_value("lora_scale", self.scale, float, **LORA_SCALE)
 
@@ -123,8 +134,8 @@ class GenerationSettings:
     """
 
     prompt: str
-    images: tuple = ()  # an InputImage for each `<i>`, in reading order
-    controls: tuple = ()  # a ControlInput for each ControlNet
+    images: tuple[InputImage, ...] = ()  # an InputImage for each `<i>`, in reading order
+    controls: tuple[ControlInput, ...] = ()  # a ControlInput for each ControlNet
     negative_prompt: str | None = None
     # None is the small model that ships
     model: str | None = setting(
@@ -137,8 +148,12 @@ class GenerationSettings:
         None, "file, folder or Hub id of a LoRA for the U-Net; repeat it", metavar="MODEL"
     )
     lora_scale: float = setting(1.0, **LORA_SCALE)
-    loras: tuple = ()  # a LoraInput for each, where there are two or more; `lora` is None then
-    image_words: tuple = ()  # an InputImage for each file of image words that the prompt uses
+    loras: tuple[
+        LoraInput, ...
+    ] = ()  # a LoraInput for each, where there are two or more; `lora` is None then
+    image_words: tuple[
+        InputImage, ...
+    ] = ()  # an InputImage for each file of image words that the prompt uses
     # image k of a run is made with seed + k
     seed: int = setting(0, "of the first image (default: drawn, and stored)", low=0, high=2**63 - 1)
     num_images: int = setting(1, "images to make", low=1, high=1000)
@@ -160,9 +175,9 @@ class GenerationSettings:
         "none", f"one of {', '.join(OFFLOADS)}; saves GPU memory", choices=OFFLOADS, metavar="NAME"
     )
     index: int | None = setting(None, low=0, high=999)  # place of an image in its run; None for a grid
-    versions: dict = setting(dict)  # package -> version it was made with, for information
+    versions: dict[str, str] = setting(dict)  # package -> version it was made with, for information
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for entry in fields(self):
             if isinstance(value := getattr(self, entry.name), str):
                 (_check_place if entry.name in PLACES else _check_text)(entry.name, value)
@@ -196,33 +211,33 @@ class GenerationSettings:
             raise TypeError("versions must hold at most 100 pairs of short strings: package and version.")
 
     @property
-    def is_composite(self):
+    def is_composite(self) -> bool:
         """Whether a control shows the image itself, to be kept or changed, and not edges or the like: image-to-image by ControlNet."""
         return any(find_control(control.name).annotator is None for control in self.controls)
 
     @property
-    def all_loras(self):
+    def all_loras(self) -> tuple[LoraInput, ...]:
         """A LoraInput for each LoRA, however many there are."""
         return self.loras or (() if self.lora is None else (LoraInput(self.lora, self.lora_scale),))
 
     @staticmethod
-    def lora_fields(loras):
+    def lora_fields(loras: tuple[LoraInput, ...]) -> dict[str, Any]:
         """What to replace in settings so that `all_loras` is `loras`, a tuple of LoraInput."""
         if len(loras) > 1:
             return {"lora": None, "lora_scale": 1.0, "loras": tuple(loras)}
         lora, scale = (loras[0].path, loras[0].scale) if loras else (None, 1.0)
         return {"lora": lora, "lora_scale": scale, "loras": ()}
 
-    def as_record(self):
+    def as_record(self) -> dict[str, Any]:
         """The settings as a dict, as far as `to_json` writes them."""
         return {name: value for name, value in asdict(self).items() if value or name not in NEWER}
 
-    def to_json(self):
+    def to_json(self) -> str:
         """One line of ASCII JSON."""
         return json.dumps({"format": FORMAT_VERSION, **self.as_record()}, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text):
+    def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote. TypeError or ValueError for anything else; nothing is guessed or left out."""
         try:
             record = json.loads(text)

@@ -2,12 +2,20 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..generation.png import write_png
-from ..provenance import MARKED
+from ..provenance import MARKED, Marker
 from .errors import at
 from .libraries import drawing
 from .store import data_uri, open_image_file
+
+if TYPE_CHECKING:
+    from ..generation.settings import GenerationSettings
+    from .models import Models
+    from .queue import Ticket
+    from .store import Store
 
 PREVIEWS = 10  # of an image, at most
 
@@ -19,13 +27,13 @@ class Progress:
     phase: str
     step: int = 0  # of the whole run
     steps: int = 0
-    images: tuple = ()  # paths of those that are written
+    images: tuple[Path, ...] = ()  # paths of those that are written
     num_images: int = 1
     seconds_left: float | None = None
     preview: str | None = None  # of the image being drawn, as a data: URI
 
 
-def finished_images(ticket):
+def finished_images(ticket: "Ticket") -> tuple[Path, ...]:
     """Paths of the images of a run that are written so far."""
     return ticket.progress.images if ticket.progress else ()
 
@@ -42,13 +50,24 @@ class Drawing:
         FieldError: a file that the settings name is not in the store.
     """
 
-    def __init__(self, models, store, settings, marker=MARKED):
+    marker: Marker
+
+    models: "Models"
+    store: "Store"
+    settings: "GenerationSettings"
+    reference_images: list[Path]
+    control_images: list[Path]
+    words: list[Path]
+
+    def __init__(
+        self, models: "Models", store: "Store", settings: "GenerationSettings", marker: Marker = MARKED
+    ):
         self.models, self.store, self.settings, self.marker = models, store, settings, marker
         self.reference_images = store.find_all(settings.images, "pictures")
         self.control_images = store.find_all([control.picture for control in settings.controls], "controls")
         self.words = store.find_all(settings.image_words, "words")
 
-    def __call__(self, ticket):
+    def __call__(self, ticket: "Ticket") -> None:
         settings, paths = self.settings, []
         ticket.progress = Progress("getting the model ready", num_images=settings.num_images)
         pipe = self.models.prepare(settings)

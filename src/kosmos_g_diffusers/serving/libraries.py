@@ -5,16 +5,17 @@ By one thread at a time: libraries whose modules import each other in circles br
 
 import threading
 from importlib import import_module
+from types import ModuleType
 
 _importing = threading.Lock()
 
 
-def drawing():
+def drawing() -> ModuleType:
     """The module `generation.generate`."""
     return _module("generation.generate")
 
 
-def controlling():
+def controlling() -> ModuleType:
     """The module `control.controls`."""
     return _module("control.controls")
 

@@ -6,7 +6,9 @@ A client chooses by name out of what was found in the given folders when the app
 import contextlib
 import logging
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..control.table import CONTROLS
 from ..environment import default_device, default_dtype
@@ -15,6 +17,11 @@ from ..generation.schedulers import make_scheduler
 from ..sprites.pretrained import SPRITES, SPRITES_CONTROL, with_small_model
 from .errors import FieldError, at
 from .libraries import controlling, drawing
+
+if TYPE_CHECKING:
+    from ..generation.settings import GenerationSettings
+    from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
+    from .preview import LatentPreview
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +45,23 @@ class Models:
         ValueError: a folder that is not there.
     """
 
-    def __init__(self, model_folders=(), lora_folder=None, unet_folder=None, device=None, dtype=None):
+    models: dict[str, Path | None]
+    loras: dict[str, Path | None]
+    unets: dict[str, Path | None]
+    default: str
+    state: str
+    problem: str | None
+    preview: "LatentPreview | None"
+    pipe: "KosmosGPipeline | None"
+
+    def __init__(
+        self,
+        model_folders: Sequence[str | Path] = (),
+        lora_folder: str | Path | None = None,
+        unet_folder: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ):
         self._device, self._dtype = device, dtype
         folders = [_folder(path, "model") for path in model_folders]
         for folder in folders:
@@ -59,21 +82,21 @@ class Models:
         self._controlnets = OrderedDict()  # kind of control -> ControlNet
 
     @property
-    def device(self):
+    def device(self) -> str:
         if self._device is None:
             drawing()  # torch, which knows
             self._device = default_device()
         return self._device
 
     @property
-    def dtype(self):
+    def dtype(self) -> str:
         return self._dtype or default_dtype(self.device)
 
-    def is_builtin(self, name):
+    def is_builtin(self, name: str) -> bool:
         """Whether this is the small model that needs no folder."""
         return self.models[name] is None
 
-    def is_small(self, name):
+    def is_small(self, name: str) -> bool:
         """Whether a model draws images so small that sprites suit it."""
         folder = self.models[name]
         if folder is None:
@@ -84,16 +107,16 @@ class Models:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def controls(self, name):
+    def controls(self, name: str) -> tuple[str, ...]:
         """Kinds of control that there are ControlNets for, with a model."""
         return (SPRITES_CONTROL,) if self.is_builtin(name) else tuple(CONTROLS)
 
-    def short_side(self):
+    def short_side(self) -> int:
         """Pixels of the shorter side of what the loaded model draws unless it is told otherwise."""
         pipe = self.pipe  # another thread may load a model meanwhile
         return 512 if pipe is None else min(drawing().own_size(pipe))
 
-    def load(self, name=None):
+    def load(self, name: str | None = None) -> None:
         """Load a model in the place of the loaded one; None is the first that is offered. After a FieldError none is loaded."""
         name = name or self.default
         if name == self._model:
@@ -121,7 +144,7 @@ class Models:
         self.pipe, self._model, self._unet, self._lora = pipe, name, OWN, NO_LORA
         self.state = "ready"
 
-    def prepare(self, settings):
+    def prepare(self, settings: "GenerationSettings") -> "KosmosGPipeline | KosmosGControlNetPipeline":
         """The pipeline that draws these settings, whose model, U-Net and LoRA are names of what is offered.
 
         Raises:
@@ -192,7 +215,7 @@ class Models:
         return found
 
     @contextlib.contextmanager
-    def image_words(self, model, paths=()):
+    def image_words(self, model: str, paths: Sequence[str | Path] = ()) -> "Iterator[KosmosGPipeline]":
         """The pipeline of a model, which knows the image words of files as long as the block lasts: no session shares them.
 
         Raises:

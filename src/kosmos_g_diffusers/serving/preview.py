@@ -1,7 +1,12 @@
 """What the latents of a step look like, without the VAE: three colours of each latent pixel, by a linear map."""
 
+from typing import TYPE_CHECKING
+
 import PIL.Image
 import torch
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 SAMPLES = 4  # latents that the map is fitted to
 SIDE = 16  # of them, in latent pixels; larger ones cost seconds of a Stable Diffusion VAE on a CPU
@@ -17,8 +22,10 @@ class LatentPreview:
         vae: AutoencoderKL, on any device.
     """
 
+    factors: torch.Tensor
+
     @torch.no_grad()
-    def __init__(self, vae):
+    def __init__(self, vae: "AutoencoderKL"):
         generator = torch.Generator("cpu").manual_seed(0)
         channels = vae.config.latent_channels
         coarse = torch.randn(SAMPLES, channels, SIDE // 4, SIDE // 4, generator=generator)
@@ -32,7 +39,7 @@ class LatentPreview:
         self.factors = torch.linalg.lstsq(features, colours.movedim(1, -1).reshape(-1, 3)).solution
 
     @torch.no_grad()
-    def __call__(self, latents):
+    def __call__(self, latents: torch.Tensor) -> PIL.Image.Image:
         """Latents (1, C, H, W) of any step -> RGB PIL image of W x H pixels."""
         latents = latents.float().cpu()
         # schedulers that count in sigmas give latents up to 14 times as wide as those that the map knows

@@ -2,13 +2,22 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
 
-from ..provenance import MARKED
+from ..provenance import MARKED, Marker
 from .errors import FieldError, at, unexpected
 from .job import Drawing, finished_images
 from .libraries import controlling
-from .queue import CAPACITY, QueueFull, Worker
-from .store import open_image_file
+from .queue import CAPACITY, Job, QueueFull, Ticket, Worker
+from .store import Store, open_image_file
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from ..generation.settings import ControlInput, GenerationSettings
+    from .models import Models
+    from .session import Session
 
 POLL = 0.1  # seconds between two looks at a run
 # seconds after which a look is told even if nothing has changed, or a closed page would go unnoticed
@@ -24,21 +33,27 @@ class Service:
         marker: a `provenance.Marker` of the images that are drawn.
     """
 
-    def __init__(self, models, store, capacity=CAPACITY, marker=MARKED):
+    marker: Marker
+    models: "Models"
+    store: Store
+    worker: Worker
+    annotating: Worker
+
+    def __init__(self, models: "Models", store: Store, capacity: int = CAPACITY, marker: Marker = MARKED):
         self.models, self.store, self.marker = models, store, marker
         self.worker = Worker(capacity, "drawing")
         self.annotating = Worker(capacity, "control images")  # on the CPU, while the other draws
 
-    def start(self):
+    def start(self) -> None:
         """Begin to load the default model; returns at once."""
         self.models.state = "loading"
         self.worker.submit(lambda ticket: self.models.load())
 
-    def close(self):
+    def close(self) -> None:
         self.worker.close()
         self.annotating.close()
 
-    async def draw(self, session, settings):
+    async def draw(self, session: "Session", settings: "GenerationSettings") -> AsyncIterator[Ticket]:
         """Yield the ticket of a run whenever there is news of it; the last time it has ended well or was cancelled.
 
         Args:
@@ -58,14 +73,16 @@ class Service:
         finally:
             ticket.cancel()  # when the page was closed in the middle; nothing happens when the run has ended
 
-    def cancel(self, session):
+    def cancel(self, session: "Session") -> bool:
         """Cancel the session's run; what it has finished stays. Returns whether there was one."""
         if session.ticket is None or session.ticket.ended.is_set():
             return False
         session.ticket.cancel()
         return True
 
-    async def control_image(self, field, control, height=None, width=None):
+    async def control_image(
+        self, field: str, control: "ControlInput", height: int | None = None, width: int | None = None
+    ) -> "PIL.Image.Image":
         """PIL image of what a ControlNet would read of a ControlInput. Raises FieldError for what the library's refuses."""
         (path,) = self.store.find_all([control.picture], field)
 
@@ -81,7 +98,7 @@ class Service:
 
         return await self.carry_out(self.annotating, make, field)
 
-    async def carry_out(self, worker, job, field):
+    async def carry_out(self, worker: Worker, job: Job, field: str) -> Any:
         """Wait for a job that has no progress to tell; returns its result. What goes wrong belongs to `field`."""
         ticket = _submit(worker, job, field)
         try:

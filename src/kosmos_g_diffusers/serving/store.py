@@ -23,7 +23,7 @@ import PIL.Image
 
 from ..files import hash_bytes, remove_partial_files, written_atomically
 from ..generation.settings import InputImage
-from ..provenance import UNMARKED
+from ..provenance import UNMARKED, Marker
 from .errors import FieldError
 from .libraries import reading
 
@@ -153,7 +153,9 @@ class Store:
         return found
 
 
-def data_uri(image, side=256, marker=UNMARKED, composite=False):
+def data_uri(
+    image: PIL.Image.Image, side: int = 256, marker: Marker = UNMARKED, composite: bool = False
+) -> str:
     """A PIL image as text that a page shows without asking the server for a file; the longer side at least `side`.
 
     marker, composite: of an image that a model drew.

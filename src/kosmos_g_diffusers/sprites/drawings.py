@@ -7,8 +7,13 @@ CANVAS pixels that is made smaller (LANCZOS) in the end, so that a drawing has t
 import colorsys
 import math
 from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING
 
 from .world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CANVAS = 960  # pixels, side on which is drawn
 PIXEL = CANVAS / IMAGE_SIZE  # of the finished drawing
@@ -33,11 +38,11 @@ class Drawing:
 
     kind: str
     shape: str
-    paint: tuple
+    paint: tuple[int, int, int]
     colour: str
 
 
-def draw_at_random(kind, rng):
+def draw_at_random(kind: str, rng: Random) -> "tuple[Drawing, Image.Image]":
     """A `Drawing` of a kind and its RGB image; rng is a random.Random."""
     from PIL import Image, ImageFilter  # not above: the command line names the kinds
 

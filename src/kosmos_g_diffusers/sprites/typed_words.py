@@ -1,6 +1,7 @@
 """Prompts as people type them, not as captions of the miniature world say them."""
 
 from dataclasses import dataclass
+from random import Random
 
 from .world import draw_scene_at_random
 
@@ -31,11 +32,11 @@ class Typed:
 
     kind: str
     prompt: str
-    sprites: tuple
+    sprites: tuple[tuple[str | None, ...], ...]
     background: str | None
 
 
-def type_at_random(kind, rng):
+def type_at_random(kind: str, rng: Random) -> Typed:
     """A `Typed` prompt of a kind, of held-out sprites; rng is a random.Random."""
     scene = draw_scene_at_random(rng, 2 if kind == "two shapes" else 1, held_out=True)
     sprites, background, prompt = scene.sprites, scene.background, scene.caption

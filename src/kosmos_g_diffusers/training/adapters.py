@@ -7,13 +7,20 @@ vision tower, the resampler, embeddings and norms stay as they are: states of im
 An adapter folder has peft's own format: adapter_config.json and adapter_model.safetensors.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from ..files import follow_umask
 from ..modeling_kosmos_g import KosmosGTextEncoder
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ..modeling_kosmos_g import KosmosGTextEncoder
 
 FOLDER = "adapter"  # in a checkpoint
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -22,7 +29,9 @@ PREFIX = "base_model.model."  # of peft's files
 LAYERS = r"(language_model|aligner)\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)|aligner\.input_projection"
 
 
-def add_adapter(text_encoder, rank, frozen_dtype=None, seed=0):
+def add_adapter(
+    text_encoder: "KosmosGTextEncoder", rank: int, frozen_dtype: torch.dtype | None = None, seed: int = 0
+) -> None:
     """Put a fresh adapter onto an encoder, in place; only it will train. At first it changes nothing.
 
     Args:
@@ -52,7 +61,11 @@ def add_adapter(text_encoder, rank, frozen_dtype=None, seed=0):
             parameter.data = parameter.data.float()
 
 
-def save_adapter(text_encoder, folder, state_dict=None):
+def save_adapter(
+    text_encoder: "KosmosGTextEncoder",
+    folder: str | Path,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write the adapter of an encoder into `folder`.
 
     Args:
@@ -74,7 +87,7 @@ def save_adapter(text_encoder, folder, state_dict=None):
     follow_umask(folder)
 
 
-def load_adapter(pipeline_or_encoder, folder):
+def load_adapter(pipeline_or_encoder: "DiffusionPipeline | KosmosGTextEncoder", folder: str | Path) -> None:
     """Put the adapter in `folder` onto a pipeline's text encoder, in place. It works at once; the weights stay as they are.
 
     `merge_adapter` makes it part of the weights, `remove_adapter` takes it off; before one of them the encoder cannot be
@@ -137,7 +150,7 @@ def find_adapter(folder):
     return folder
 
 
-def merge_adapter(pipeline_or_encoder):
+def merge_adapter(pipeline_or_encoder: "DiffusionPipeline | KosmosGTextEncoder") -> None:
     """Make the adapter part of the weights, in place: outputs stay the same to rounding, and it costs nothing more.
 
     Raises:
@@ -146,7 +159,7 @@ def merge_adapter(pipeline_or_encoder):
     _unload(pipeline_or_encoder, merge=True)
 
 
-def remove_adapter(pipeline_or_encoder):
+def remove_adapter(pipeline_or_encoder: "DiffusionPipeline | KosmosGTextEncoder") -> None:
     """Take the adapter off, in place: the encoder is exactly as before. Raises ValueError if it has none."""
     _unload(pipeline_or_encoder, merge=False)
 

@@ -6,13 +6,16 @@ And the folder that an adapter becomes part of.
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import diffusers
 import torch
 from diffusers import DDIMScheduler
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from .. import modeling_kosmos_g, pipeline_kosmos_g, processing_kosmos_g
 from ..conversion.folder import (
@@ -34,6 +37,11 @@ from ..quiet import brief_bars
 from . import adapters, checkpoints
 from .config import TrainConfig
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from .config import TrainConfig
+
 INDEX, CARD = "model_index.json", "README.md"
 # what draws, besides the text encoder and its tokenizer
 DECODER = ("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
@@ -44,7 +52,7 @@ CARD_HEADING, MERGED_HEADING = "## Trained further", "## Adapter"
 NO_CARD = "# Kosmos-G for diffusers"
 
 
-def locate_model(model):
+def locate_model(model: str | Path) -> Path:
     """The folder of a Kosmos-G pipeline, which may be a Hub id.
 
     Raises:
@@ -70,7 +78,7 @@ def locate_model(model):
     raise ValueError(f"{folder} holds no text_encoder/config.json. Pass what kosmos-g init or convert wrote.")
 
 
-def load_scheduler(folder):
+def load_scheduler(folder: Path) -> "SchedulerMixin":
     """The scheduler of a pipeline folder, of the class that model_index.json names."""
     index = _read_index(folder)
     _, name = index.get("scheduler", ("diffusers", DDIMScheduler.__name__))
@@ -78,7 +86,13 @@ def load_scheduler(folder):
 
 
 @brief_bars()
-def save_decoder(target, target_model, target_tokenizer, model_folder, run):
+def save_decoder(
+    target: str | Path,
+    target_model: CLIPTextModel,
+    target_tokenizer: PreTrainedTokenizerBase,
+    model_folder: Path,
+    run: str | Path,
+) -> None:
     """Write RUN/decoder: the text encoder that is imitated, and what draws with it, in the layout of a pipeline folder.
 
     Args:
@@ -110,13 +124,13 @@ def save_decoder(target, target_model, target_tokenizer, model_folder, run):
     partial.rename(folder)
 
 
-def decoder_folder(model_folder, run):
+def decoder_folder(model_folder: str | Path, run: str | Path) -> Path:
     """Where U-Net, VAE and scheduler of a run's checkpoints come from."""
     own = Path(run) / DECODER_FOLDER
     return own if (own / "unet").is_dir() else Path(model_folder)
 
 
-def complete(folder, sources, config):
+def complete(folder: Path, sources: Sequence[Path], config: "TrainConfig") -> None:
     """Fill a folder with what training does not write: hard links to the files of a pipeline folder, or copies.
 
     Args:

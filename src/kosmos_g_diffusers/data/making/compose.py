@@ -1,8 +1,11 @@
 """Compositions from images alone: caption, the things in it, each of them cut out (paper sec. 3, instruction data)."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import PIL.Image
 import torch
 import torch.utils.data
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -12,24 +15,24 @@ from ..sample import BadSample, FilteredSample
 from ..settings import CUTTING_SIDE, ComposeSettings
 from .cutouts import Segmenter, cut_out
 from .entities import EntityFinder, build_chat
-from .inputs import find_images, read_ahead, read_image_file, shrink
+from .inputs import Input, find_images, read_ahead, read_image_file, shrink
 from .output_folder import OutputFolder
 
 
 def compose(
-    images,
-    output,
-    settings=None,
+    images: str | Path,
+    output: str | Path,
+    settings: ComposeSettings | None = None,
     *,
-    device="cpu",
-    dtype=torch.float32,
-    batch_size=8,
-    workers=2,
-    process_index=0,
-    num_processes=1,
-    samples_per_shard=1000,
-    sheet_samples=100,
-):
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 8,
+    workers: int = 2,
+    process_index: int = 0,
+    num_processes: int = 1,
+    samples_per_shard: int = 1000,
+    sheet_samples: int = 100,
+) -> dict[str, Any]:
     """Make compositions of the images in a folder, or continue to.
 
     Args:
@@ -65,16 +68,20 @@ def compose(
     return folder.finish(sheet_samples)
 
 
-class SquareImages(torch.utils.data.Dataset):
+class SquareImages(torch.utils.data.Dataset[tuple[Input, PIL.Image.Image | BadSample]]):
     """(input, RGB PIL image) of each input: its centre, square; (input, BadSample) where there is none."""
 
-    def __init__(self, folder, inputs, min_side):
+    folder: Path
+    inputs: Sequence[Input]
+    min_side: int
+
+    def __init__(self, folder: str | Path, inputs: Sequence[Input], min_side: int):
         self.folder, self.inputs, self.min_side = Path(folder), inputs, min_side
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.inputs)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Input, PIL.Image.Image | BadSample]:
         item = self.inputs[index]
         try:
             image = read_image_file(self.folder / item.name, item.source)
@@ -93,9 +100,9 @@ class Composition:
     """Attributes: as `ShardWriter.write_composition` takes them; `areas` are shares of the image, of each entity."""
 
     caption: str
-    target: object
-    entities: list
-    areas: list
+    target: PIL.Image.Image
+    entities: list[tuple[str, PIL.Image.Image, PIL.Image.Image]]
+    areas: list[float]
 
 
 class Composer:
@@ -106,14 +113,26 @@ class Composer:
         device, dtype, batch_size: as in `compose`.
     """
 
-    def __init__(self, settings, *, device="cpu", dtype=torch.float32, batch_size=8):
+    settings: ComposeSettings
+    captioner: "Captioner"
+    entity_finder: EntityFinder
+    segmenter: Segmenter
+
+    def __init__(
+        self,
+        settings: ComposeSettings,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 8,
+    ):
         self.settings, where = settings, {"device": device, "dtype": dtype}
         self.captioner = Captioner(settings.model_caption, **where, max_new_tokens=settings.caption_tokens)
         limits = {"max_new_tokens": settings.entity_tokens, "max_entities": settings.max_entities}
         self.entity_finder = EntityFinder(settings.model_entities, **where, **limits)
         self.segmenter = Segmenter(settings.model_segment, **where, batch_size=batch_size)
 
-    def __call__(self, images):
+    def __call__(self, images: Sequence[PIL.Image.Image]) -> list[Composition | BadSample]:
         """For each square RGB PIL image a `Composition`, or the BadSample that says why there is none."""
         captions = self.captioner(images)
         spoken = [caption for caption in captions if caption]
@@ -151,14 +170,20 @@ class Captioner:
         OSError: the model cannot be loaded.
     """
 
+    processor: Any
+    model: Any
+    max_new_tokens: int
+
     @brief_bars()
-    def __init__(self, model, *, device, dtype, max_new_tokens=32):
+    def __init__(
+        self, model: str, *, device: str | torch.device, dtype: torch.dtype, max_new_tokens: int = 32
+    ):
         self.processor = AutoProcessor.from_pretrained(model)
         self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
         self.max_new_tokens = max_new_tokens
 
     @torch.no_grad()
-    def __call__(self, images):
+    def __call__(self, images: Sequence[PIL.Image.Image]) -> list[str]:
         """A caption, one line, for each of a list of RGB PIL images; the likeliest words, without chance."""
         inputs = self.processor(images=images, return_tensors="pt").to(self.model.device, self.model.dtype)
         ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)

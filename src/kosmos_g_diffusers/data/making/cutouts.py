@@ -3,6 +3,9 @@
 Letters: H, W height and width of an image; h, w of CLIPSeg's map.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import PIL.Image
 import torch
@@ -23,14 +26,20 @@ class Segmenter:
         OSError: the model cannot be loaded.
     """
 
+    processor: Any
+    model: CLIPSegForImageSegmentation
+    batch_size: int
+
     @brief_bars()
-    def __init__(self, model, *, device, dtype, batch_size=8):
+    def __init__(self, model: str, *, device: str | torch.device, dtype: torch.dtype, batch_size: int = 8):
         self.processor = AutoProcessor.from_pretrained(model)
         self.model = CLIPSegForImageSegmentation.from_pretrained(model, dtype=dtype).to(device).eval()
         self.batch_size = batch_size
 
     @torch.no_grad()
-    def __call__(self, images, names):
+    def __call__(
+        self, images: Sequence[PIL.Image.Image], names: Sequence[Sequence[str]]
+    ) -> list[list[np.ndarray]]:
         """Maps of logits, above 0 where the thing is more likely than not.
 
         Args:
@@ -58,7 +67,9 @@ class Segmenter:
         return maps
 
 
-def cut_out(image, logits, threshold=0.3, min_area=0.005):
+def cut_out(
+    image: PIL.Image.Image, logits: np.ndarray, threshold: float = 0.3, min_area: float = 0.005
+) -> tuple[PIL.Image.Image, PIL.Image.Image, float] | None:
     """The largest piece of an image where a map is above a threshold, as a square with and without what is around it.
 
     As the official preparation does: the map is brought to the image's size, grown by a hundredth of it, and of its

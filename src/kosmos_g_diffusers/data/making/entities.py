@@ -2,11 +2,16 @@
 
 import json
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, pipeline
 
 from ...quiet import brief_bars
 from ..recipes import interleave
+
+if TYPE_CHECKING:
+    import torch
 
 # what the official preparation asks for: foreground objects, nouns alone, no places, no adjectives, commas between;
 # manifests hold the question, and a run is resumed with the same one only: its words stay as they are
@@ -43,8 +48,20 @@ class EntityFinder:
         ValueError: it has no chat template.
     """
 
+    pipeline: Any
+    max_new_tokens: int
+    max_entities: int
+
     @brief_bars()
-    def __init__(self, model, *, device, dtype, max_new_tokens=64, max_entities=8):
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: "str | torch.device",
+        dtype: "torch.dtype",
+        max_new_tokens: int = 64,
+        max_entities: int = 8,
+    ):
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         if tokenizer.chat_template is None:
             raise ValueError(
@@ -56,12 +73,12 @@ class EntityFinder:
         self.pipeline = pipeline("text-generation", model=model, tokenizer=tokenizer, **where)
         self.max_new_tokens, self.max_entities = max_new_tokens, max_entities
 
-    def __call__(self, captions):
+    def __call__(self, captions: Sequence[str]) -> list[list[str]]:
         """For each caption a list of the entities in it, in reading order; empty if the answer names none."""
         pairs = zip(self.answers(captions), captions, strict=True)
         return [parse_entities(answer, caption)[: self.max_entities] for answer, caption in pairs]
 
-    def answers(self, captions):
+    def answers(self, captions: Sequence[str]) -> list[str]:
         """What the model says to each caption, as it stands; the likeliest words, without chance."""
         chats = [build_chat(caption) for caption in captions]
         outputs = self.pipeline(
@@ -76,7 +93,7 @@ class EntityFinder:
         return [output[0]["generated_text"] for output in outputs]
 
 
-def build_chat(caption):
+def build_chat(caption: str) -> list[dict[str, str]]:
     """The question, with examples as turns before it. All turns are user and assistant: some templates know no system."""
     chat = []
     for number, (text, answer) in enumerate((*EXAMPLES, (caption, None))):
@@ -87,7 +104,7 @@ def build_chat(caption):
     return chat
 
 
-def parse_entities(answer, caption):
+def parse_entities(answer: str, caption: str) -> list[str]:
     """The entities of an answer that training can use, in the order and spelling of the caption.
 
     The answer may be separated by commas, semicolons or lines, be a JSON list, have bullets, numbers, quotes, articles,

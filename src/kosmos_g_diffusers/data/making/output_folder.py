@@ -12,7 +12,11 @@ import logging
 import os
 import zlib
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import filelock
 from tqdm.auto import tqdm
@@ -23,6 +27,7 @@ from ..sample import BadSample
 from ..shard_files import index_tar
 from ..shard_writer import ShardWriter, write_shard_index
 from .contact_sheet import SHEET_NAME, write_contact_sheet
+from .inputs import Input
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +56,25 @@ class OutputFolder:
             writes the same share.
     """
 
-    def __init__(self, folder, command, settings, process_index=0, num_processes=1, samples_per_shard=1000):
+    folder: Path
+    command: str
+    settings: dict[str, Any]
+    process_index: int
+    num_processes: int
+    samples_per_shard: int
+    prefix: str
+    done: set[str]
+    writer: ShardWriter
+
+    def __init__(
+        self,
+        folder: str | Path,
+        command: str,
+        settings: Mapping[str, Any],
+        process_index: int = 0,
+        num_processes: int = 1,
+        samples_per_shard: int = 1000,
+    ):
         if not 0 <= process_index < num_processes:
             raise ValueError(
                 f"Process {process_index} of {num_processes} was given. Expected an index from 0 to {num_processes - 1}."
@@ -64,7 +87,7 @@ class OutputFolder:
         self.samples_per_shard = samples_per_shard
         self.prefix = f"part-{process_index:03d}"
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self.folder / f".{self.prefix}.lock")
         try:
@@ -88,7 +111,12 @@ class OutputFolder:
             self._skips.write(b"\n")
         return self
 
-    def __exit__(self, error_type, error, traceback):
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         try:
             # after an error too: every sample that was written is complete, and took time to make
             self.writer.close()
@@ -96,7 +124,7 @@ class OutputFolder:
             self._skips.close()
             self._lock.release()
 
-    def todo(self, inputs):
+    def todo(self, inputs: Iterable[Input]) -> list[Input]:
         """The inputs of this process that are not done yet, in order.
 
         A key's hash says which process an input belongs to, so that it does not depend on what else is there when each
@@ -109,19 +137,19 @@ class OutputFolder:
             logger.info("%s of %s are done", f"{len(ours) - len(todo):,}", f"{len(ours):,}")
         return todo
 
-    def skip(self, item, problem):
+    def skip(self, item: Input, problem: BadSample) -> None:
         """Note that nothing can be made of an input. It is not tried again."""
         line = {"key": item.key, "source": item.source, "cause": problem.cause, "message": problem.message}
         # backslashes for what is not ASCII: a message may hold what is not UTF-8
         self._skips.write(json.dumps(line).encode() + b"\n")
         self._skips.flush()
 
-    def progress(self, inputs):
+    def progress(self, inputs: Sequence[Input]) -> Any:
         """Progress bar over inputs, with the share of this process in its title."""
         share = f" {self.process_index + 1}/{self.num_processes}" if self.num_processes > 1 else ""
         return tqdm(total=len(inputs), desc=f"{self.command}{share}", unit="input")
 
-    def finish(self, sheet_samples):
+    def finish(self, sheet_samples: int) -> dict[str, Any]:
         """Write the list of shards, the contact sheet and the counts, of what all processes have made by now.
 
         Every process does so at its end: the last one's files stay, and they are complete.
@@ -213,7 +241,7 @@ class OutputFolder:
         return self._skips.read(1) != b"\n"
 
 
-def summarize(skipped):
+def summarize(skipped: Sequence[Mapping[str, str]]) -> str:
     """How many inputs were skipped, by cause, with examples: text for people."""
     if not skipped:
         return "No input was skipped."

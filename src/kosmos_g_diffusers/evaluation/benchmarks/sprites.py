@@ -4,8 +4,11 @@ Every prompt of KINDS shows or names (shape, colour, pattern) triples that no tr
 uses. Those of FOREIGN have none of these forms: drawings by another renderer, and words as people type them.
 """
 
+import argparse
 import io
+from collections.abc import Callable, Sequence
 from itertools import permutations
+from typing import TYPE_CHECKING, Any
 
 from ...sprites import drawings, typed_words
 from ...sprites.world import (
@@ -19,6 +22,9 @@ from ...sprites.world import (
     render,
 )
 from ..manifest import OWN_PICTURES, Manifest, Task, derive_seed
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 TITLE = "held-out sprites, read by rules"
 DESCRIPTION = """
@@ -35,7 +41,13 @@ EXAMPLES = """
   kosmos-g evaluate sprites --kind own-drawings --kind typed-words --output runs/sprites-of-others
   kosmos-g evaluate sprites --model runs/sprites-training/model --output runs/mine
 """
-SETTINGS = {"steps": 12, "guidance": 5.0, "scheduler": "dpm", "height": IMAGE_SIZE, "width": IMAGE_SIZE}
+SETTINGS: dict[str, Any] = {
+    "steps": 12,
+    "guidance": 5.0,
+    "scheduler": "dpm",
+    "height": IMAGE_SIZE,
+    "width": IMAGE_SIZE,
+}
 BATCH_SIZE = 50
 SCORERS = None  # it has one of its own
 KINDS = ("background", "pair", "text", "edit")
@@ -57,7 +69,7 @@ FOREIGN_NOTES = {
 }
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, kinds = parser.add_argument, (*KINDS, *FOREIGN)
     text = f"{', '.join(kinds)}; repeat it (default: the first {len(KINDS)})"
     add("--kind", action="append", dest="kinds", choices=kinds, metavar="KIND", help=text)
@@ -65,7 +77,7 @@ def add_arguments(parser):
     add("--count", type=int, metavar="N", help=f"prompts of each kind (default: {COUNT}, {others})")
 
 
-def plan(arguments):
+def plan(arguments: argparse.Namespace) -> Manifest:
     kinds = tuple(dict.fromkeys(arguments.kinds or KINDS))
     tasks, images = build_tasks(arguments.count, arguments.seed, kinds)
     counts = ", ".join(f"{kind} {sum(task.truth['kind'] == kind for task in tasks)}" for kind in kinds)
@@ -83,7 +95,9 @@ def plan(arguments):
     )
 
 
-def build_tasks(count=None, seed=0, kinds=KINDS):
+def build_tasks(
+    count: int = None, seed: int = 0, kinds: Sequence[str] = KINDS
+) -> tuple[tuple[Task, ...], dict[str, bytes]]:
     """Prompts of some kinds, and their input images.
 
     Args:
@@ -167,7 +181,7 @@ def _type(kind, number, seed):
     return typed.prompt, typed.prompt, [], {"row": f"{kind}: {variant}", **truth}
 
 
-DRAW = {DRAWINGS: _draw_foreign, TYPED: _type}
+DRAW: dict[str, Callable[..., Any]] = {DRAWINGS: _draw_foreign, TYPED: _type}
 
 
 def _shuffle(kind, truth, other):
@@ -194,12 +208,12 @@ class ReaderScorer:
     """
 
     name = "reader"
-    identity = {"scorer": "reader"}
+    identity: dict[str, Any] = {"scorer": "reader"}
 
-    def load(self):
+    def load(self) -> None:
         """Nothing to load: rules alone."""
 
-    def score(self, tasks, images):
+    def score(self, tasks: Sequence[Task], images: "Sequence[PIL.Image.Image]") -> list[dict[str, float]]:
         """A dict of scores for each task."""
         from ...sprites.reader import read
 
@@ -215,7 +229,7 @@ class ReaderScorer:
         return results
 
 
-def compare_with_truth(kind, scene, truth):
+def compare_with_truth(kind: str, scene: Scene, truth: dict[str, Any]) -> dict[str, bool]:
     """What of a truth a read `Scene` fulfils: attribute -> bool.
 
     One sprite must be there where one was asked for, else none of its attributes counts. Of a pair, each subject counts if some
