@@ -136,7 +136,7 @@ def load_adapter(pipeline_or_encoder: "DiffusionPipeline | KosmosGTextEncoder", 
     encoder.eval()
 
 
-def find_adapter(folder):
+def find_adapter(folder: str | Path) -> Path:
     """The folder of an adapter's files: `folder`, or the one in a checkpoint. ValueError if they are not there."""
     folder = Path(folder)
     if (folder / FOLDER / CONFIG).is_file():

@@ -159,7 +159,7 @@ def complete(folder: Path, sources: Sequence[Path], config: "TrainConfig") -> No
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def merge_into_folder(model, adapter, output):
+def merge_into_folder(model: str | Path, adapter: str | Path, output: str | Path) -> Path:
     """Write a pipeline folder with an adapter merged into its text encoder; everything else is copied.
 
     The sum is computed in float32 and kept in the dtype of the model's files.
