@@ -120,7 +120,7 @@ assert package.environment.default_dtype("cpu") == "float32"
 assert package.training.TrainConfig.__module__ == "kosmos_g_diffusers.training.config"
 assert not [name for name in HEAVY if name in sys.modules]
 assert package.KosmosGTokenizer.__module__ == "kosmos_g_diffusers.processing_kosmos_g"
-assert "diffusers" in sys.modules and "kosmos_g_diffusers.pipeline_kosmos_g" not in sys.modules
+assert "transformers" in sys.modules and "kosmos_g_diffusers.pipeline_kosmos_g" not in sys.modules
 assert package.control.controls.control_size
 assert package.pipeline_kosmos_g.KosmosGPipeline
 import kosmos_g_diffusers.data
