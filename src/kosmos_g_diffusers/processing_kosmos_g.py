@@ -3,7 +3,7 @@
 Letters of the shapes: B prompts in the batch, L tokens of the longest prompt, N images of the whole batch,
 Q latent queries an image (64), S image size (224). Images are RGB.
 
-This file is copied into saved model folders and stands alone: it needs transformers, diffusers, torch and Pillow only.
+This file is copied into saved model folders and stands alone: it needs transformers, torch, Pillow and requests only.
 """
 
 import base64
