@@ -151,7 +151,10 @@ class KosmosGPromptMixin:
         call = signature.bind_partial(prompt, *args, **kwargs)
         given = call.arguments
         self._check_settings(given, signature.parameters)
-        self._check_dtypes(draws=given.get("output_type") != "latent" or given.get("image") is not None)
+        # the VAE is not asked for latents out of noise
+        self._check_dtypes(
+            with_vae=given.get("output_type") != "latent" or "strength" in signature.parameters
+        )
         self._check_given(prompt, given.get("prompt_embeds"), images)
         # stock pipelines accept any list as prompt; encode_prompt below knows what is in it
         processor = self.get_processor() if prompt is not None or negative_images is not None else None
@@ -272,7 +275,7 @@ class KosmosGPromptMixin:
         if prompt is None and prompt_embeds is None:
             raise ValueError("Neither prompt nor prompt_embeds were given. Pass one of them.")
         if prompt is not None and prompt_embeds is not None:
-            shape = tuple(prompt_embeds.shape)
+            shape = tuple(getattr(prompt_embeds, "shape", ()))
             raise ValueError(f"Both prompt and prompt_embeds (shape {shape}) were given. Pass one of them.")
         if prompt is None and images is not None:
             raise ValueError("images were given without a prompt. They belong to one: encode it with them.")
@@ -459,20 +462,21 @@ class KosmosGPromptMixin:
                         f"Take a {name} made for the same Stable Diffusion (1.5 for the released Kosmos-G, width 768)."
                     )
 
-    def _check_dtypes(self, draws):
+    def _check_dtypes(self, with_vae):
         """Raise ValueError for parts of different dtypes, which would fail in the middle of the call."""
         controlnet = getattr(self, "controlnet", None)
         parts = {"text encoder": [self.text_encoder], "U-Net": [self.unet]}
         parts["ControlNet"] = getattr(controlnet, "nets", [controlnet])
-        parts["VAE"] = [self.vae] if draws else []
-        dtypes = {
-            name: model.dtype
+        parts["VAE"] = [self.vae] if with_vae else []
+        dtypes = [
+            (name, model.dtype)
             for name, models in parts.items()
             for model in models
             if model is not None and getattr(model, "hf_quantizer", None) is None
-        }
-        if len(set(dtypes.values())) > 1 and not torch.is_autocast_enabled(self._execution_device.type):
-            said = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
+        ]
+        is_mixed = len({dtype for _, dtype in dtypes}) > 1
+        if is_mixed and not torch.is_autocast_enabled(self._execution_device.type):
+            said = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes)
             raise ValueError(
                 f"The parts of the pipeline have different dtypes: {said}. Cast them to one, such as pipe.to(torch.float32)."
             )
