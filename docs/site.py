@@ -16,6 +16,7 @@ FIRST = (
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "benchmarks/README.md",
 )  # pages that mkdocs.yml names
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
