@@ -349,3 +349,21 @@ def test_conditions_that_are_not_finite_are_refused(pipe, no_model_runs):
         given = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds.clone()} | {name: nan(embeds)}
         with no_model_runs(pipe), pytest.raises(ValueError, match=f"^{name} .*NaN"):
             pipe(**given, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./nowhere", "a/b/c", "/nowhere/at/all", "x" * 5000])
+def test_what_is_neither_a_folder_nor_a_hub_id_is_told_without_asking_the_hub(source):
+    for load in (
+        lambda: KosmosGPipeline.from_pretrained(source),
+        lambda: load_pretrained(UNet2DConditionModel, source),
+    ):
+        with pytest.raises(
+            OSError, match="There is no folder '.*and a Hub id has the form owner/name"
+        ) as raised:
+            load()
+        assert len(str(raised.value)) < 300
+
+
+def test_hub_id_that_cannot_be_fetched_is_told_in_one_line():
+    with pytest.raises(OSError, match="'someone/else' is not a folder here, and it was not found in the Hub"):
+        KosmosGPipeline.from_pretrained("someone/else")

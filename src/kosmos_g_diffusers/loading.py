@@ -19,6 +19,7 @@ from .quiet import brief_bars
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of files with weights
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -76,6 +77,7 @@ def load_pretrained(
         OSError: the model cannot be found or fetched.
         ValueError: a file is damaged, or weights are foreign, integers or not finite.
     """
+    _check_source(source)
     place = (source, options.get("subfolder"), options.get("variant"))
     try:
         with brief_bars():
@@ -88,6 +90,8 @@ def load_pretrained(
     except Exception as error:
         if options.get("quantization_config") is not None and not isinstance(error, (OSError, ValueError)):
             raise  # of the library that quantises, in its own words
+        if isinstance(error, OSError) and not Path(source).exists():
+            raise _not_fetched(source, error) from error
         folder = Path(source) / (options.get("subfolder") or "")
         raise _explained(error, weight_files(*place), folder, model_class) from error
     paths = weight_files(*place)
@@ -104,6 +108,7 @@ def load_pipeline(load: Callable[..., Model], source: str | Path, **options: Any
     Raises:
         OSError, ValueError: the file or the part is named.
     """
+    _check_source(source)
     folder = Path(source)
     index = folder / "model_index.json"
     if index.is_file():
@@ -114,6 +119,8 @@ def load_pipeline(load: Callable[..., Model], source: str | Path, **options: Any
     except Exception as error:
         if options.get("quantization_config") is not None and not isinstance(error, (OSError, ValueError)):
             raise  # of the library that quantises, in its own words
+        if isinstance(error, OSError) and not folder.exists():
+            raise _not_fetched(source, error) from error
         part, model_class = _part_of(error)
         if not part and index.is_file() and not isinstance(error, OSError):
             part = "model_index.json"
@@ -358,6 +365,21 @@ def _part_of(error):
         if frame.f_code.co_name == "load_sub_model":
             return frame.f_locals.get("name"), frame.f_locals.get("class_obj")
     return None, None
+
+
+def _check_source(source):
+    """Raise OSError for what is neither a path that is there nor of the form of a Hub id: nothing need be asked for it."""
+    if not Path(source).exists() and not HUB_ID.fullmatch(str(source)):
+        raise OSError(
+            f"There is no folder {str(source)[:100]!r}, and a Hub id has the form owner/name. Pass one of them that is there."
+        )
+
+
+def _not_fetched(source, error):
+    return OSError(
+        f"{str(source)!r} is not a folder here, and it was not found in the Hub or its cache ({type(error).__name__}). Check its "
+        "name and the network, or pass a folder."
+    )
 
 
 def _explained(error, paths, folder=None, model_class=None, prefix=""):

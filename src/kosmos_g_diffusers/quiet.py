@@ -29,7 +29,12 @@ HELD_BACK: dict[str, tuple[str, ...]] = {
         "Cannot initialize model with low cpu memory usage",
         "that should be kept in float32: []",
     ),
-    "diffusers.pipelines.pipeline_utils": ("Cannot initialize model with low cpu memory usage",),
+    # without a network a copy in the cache is taken, and where there is none the error says so
+    "diffusers.pipelines.pipeline_utils": (
+        "Cannot initialize model with low cpu memory usage",
+        "Couldn't connect to the Hub",
+    ),
+    "huggingface_hub.utils._http": ("thrown while requesting", "Retrying in "),
 }
 # of peft, when a second LoRA is loaded next to the first, as was asked for
 SECOND_LORA = "Already found a `peft_config` attribute in the model"
