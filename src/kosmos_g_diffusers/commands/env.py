@@ -26,7 +26,7 @@ from ..environment import __version__
 from ..sprites.pretrained import SPRITES
 
 PACKAGE = "kosmos-g-diffusers"
-CORE = ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "pillow")
+CORE = ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "pillow", "requests")
 # not ours to require, and often what a problem depends on
 OTHERS = ("numpy", "tokenizers", "torchvision", "bitsandbytes", "xformers")
 VARIABLES = (

@@ -20,7 +20,7 @@ def controlling() -> ModuleType:
     return _module("control.controls")
 
 
-def reading():
+def reading() -> ModuleType:
     """The module `processing_kosmos_g`."""
     return _module("processing_kosmos_g")
 
