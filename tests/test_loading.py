@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
 from support.composing import name_in_a_single_file
@@ -17,6 +18,7 @@ from kosmos_g_diffusers.captioning import load_answerer
 from kosmos_g_diffusers.control.controls import load_controlnet
 from kosmos_g_diffusers.generation.generate import draw_images, load_unet, prompt_arguments, size_arguments
 from kosmos_g_diffusers.generation.settings import GenerationSettings
+from kosmos_g_diffusers.loading import load_pretrained
 
 FILES = {
     "text_encoder": "model.safetensors",

@@ -1,6 +1,7 @@
 """Models of diffusers and transformers, loaded so that every weight comes from the files and none is random."""
 
 import math
+import os
 import re
 import traceback
 import zipfile
@@ -369,7 +370,9 @@ def _part_of(error):
 
 def _check_source(source):
     """Raise OSError for what is neither a path that is there nor of the form of a Hub id: nothing need be asked for it."""
-    if not Path(source).exists() and not HUB_ID.fullmatch(str(source)):
+    if not os.path.exists(source) and not HUB_ID.fullmatch(
+        str(source)
+    ):  # unlike Path, of names too long as well
         raise OSError(
             f"There is no folder {str(source)[:100]!r}, and a Hub id has the form owner/name. Pass one of them that is there."
         )
