@@ -1322,7 +1322,10 @@ def _read_picture(module, image, name):
 
 
 def _read_mask(module, mask, name):
-    """The same for a mask; a list of masks for an array of several. ValueError for one that marks nothing."""
+    """The same for a mask; a list of masks for an array of several. ValueError for one that marks nothing.
+
+    A tensor, which a program made, may be 0 all over as in diffusers: a warning says that nothing is filled.
+    """
     if isinstance(mask, np.ndarray) and (mask.ndim == 4 or (mask.ndim == 3 and mask.shape[-1] > 4)):
         return [_read_mask(module, one, name) for one in mask]
     if not isinstance(mask, torch.Tensor):
@@ -1332,10 +1335,6 @@ def _read_mask(module, mask, name):
         if not mask.is_floating_point():
             mask = mask / (255 if mask.numel() and mask.max() > 1 else 1)
         top = mask.max().item() if mask.numel() else 0
-        if top == 0:
-            raise ValueError(
-                f"{name}= marks nothing: all of it is 0. Pass 1 where something is to be filled."
-            )
     if top < 0.5:
         logger.warning(
             f"{name}= is dark all over: nothing is filled. Pass one that is white where something is."
