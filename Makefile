@@ -16,7 +16,7 @@ help:  ## list the targets
 env: $(VENV)/.installed  ## make .venv with the package and everything that its tests need
 
 demo: $(VENV)/.core  ## write out/*.png, drawn by the small model that ships
-	$(VENV)/bin/python examples/demo.py
+	@$(VENV)/bin/python examples/demo.py
 
 test: env  ## lint, then run the test suite
 	$(VENV)/bin/ruff check .
