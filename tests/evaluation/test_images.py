@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from support.evaluating import (
     MINIATURE,
     assert_same_files,
@@ -238,6 +239,16 @@ def test_image_that_has_changed_is_another_run(data, copy, scorers, tmp_path):
     draw_image(99).save(changed / "can" / "01.jpg")
     with pytest.raises(ValueError, match="pictures.can/01.jpg"):
         run_evaluate("dreambench", "--data", changed, "--output", copy, *MINIATURE, *scorers)
+
+
+def test_image_that_is_not_finite_ends_the_run_and_is_not_written(run, tmp_path, monkeypatch):
+    def forward(self, sample, *args, **kwargs):
+        return (torch.full_like(sample, torch.nan),)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+    with pytest.raises(ValueError, match="The image of seed .* NaN or infinite"):
+        run(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("images/**/*.png"))
 
 
 def test_folder_of_something_else_is_refused(run, tmp_path):

@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import hash_folder, remove_partial_files
-from ..generation.generate import download_model, load_pipeline
+from ..generation.generate import download_model, finite_images, load_pipeline
 from ..generation.png import read_settings, write_png
 from ..generation.settings import GenerationSettings, InputImage
 from ..processing_kosmos_g import IMAGE_MARK, open_image
@@ -220,16 +220,18 @@ def _draw(pipe, manifest, tasks, words):
                 paths.append(path)
         prompts.append(prompt)
         input_images.append([open_image(Path(manifest.data) / path, path) for path in paths])
-    settings = manifest.settings
-    return pipe(
+    settings, seeds = manifest.settings, [task.seed for task in tasks]
+    pixels = pipe(
         prompts,
         images=input_images,
         height=settings["height"],
         width=settings["width"],
         num_inference_steps=settings["steps"],
         guidance_scale=settings["guidance"],
-        generator=[torch.Generator("cpu").manual_seed(task.seed) for task in tasks],
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        output_type="np",
     ).images
+    return finite_images(pipe, pixels, seeds)
 
 
 def _base_settings(manifest, device):

@@ -288,21 +288,29 @@ def draw_images(
             ).images
         finally:
             pipe.warns_outside_world = True
-        if not np.isfinite(pixels).all():  # they would become a black image
-            raise ValueError(_not_finite(seed, pipe.unet.dtype))
-        image = pipe.image_processor.numpy_to_pil(pixels)[0]
+        (image,) = finite_images(pipe, pixels, [seed])
         made = {"seed": seed, "num_images": 1, "index": index, "versions": package_versions(), **size}
         yield image, replace(settings, **made)
 
 
-def _not_finite(seed, dtype):
-    text = f"The image of seed {seed} has values that are NaN or infinite, and was not written."
-    if dtype == torch.float16:
-        return (
-            f"{text} float16 was too narrow for it: pass --dtype float32 or bfloat16, or in Python keep the VAE alone in float32 "
-            "(output_type='latent', then pipe.vae.float().decode)."
-        )
-    return f"{text} Try another scheduler, a guidance nearer to 7.5, or weights from elsewhere."
+def finite_images(pipe: Pipeline, pixels: np.ndarray, seeds: Sequence[int]) -> list[PIL.Image.Image]:
+    """Pixels (N, H, W, 3) that a pipeline drew -> PIL images, none of them made black by NaN.
+
+    Raises:
+        ValueError: the image of a seed has values that are NaN or infinite.
+    """
+    for seed, one in zip(seeds, pixels, strict=True):
+        if not np.isfinite(one).all():
+            text = f"The image of seed {seed} has values that are NaN or infinite, and was not written."
+            if pipe.unet.dtype == torch.float16:
+                raise ValueError(
+                    f"{text} float16 was too narrow for it: pass --dtype float32 or bfloat16, or in Python keep the VAE alone in "
+                    "float32 (output_type='latent', then pipe.vae.float().decode)."
+                )
+            raise ValueError(
+                f"{text} Try another scheduler, a guidance nearer to 7.5, or weights from elsewhere."
+            )
+    return pipe.image_processor.numpy_to_pil(pixels)
 
 
 def generate_files(
