@@ -338,29 +338,32 @@ class KosmosGPromptMixin:
         """Two parsed batches, or None for one, -> their conditions. Anew when another thread changed the image words."""
         if positive is None and negative is None:
             return None, None
+        tries = 0
         while True:
-            with _WORDS_LOCK:
-                words = self.text_encoder.config.image_words
-            try:
+            tries += 1
+            # whoever changes words all the time waits from the third try on
+            with _WORDS_LOCK if tries > 2 else nullcontext():
                 inputs = []
-                for name, batch in (("prompt", positive), ("negative prompt", negative)):
-                    inputs.append(None if batch is None else processor(batch, name=name))
-                    if batch is not None:  # both are checked before either is encoded
-                        self.text_encoder.check_prompts(**inputs[-1], name=name)
-                skips = clip_skip, None
-                encoded = [
-                    None if one is None else self._encode_inputs(one, device, skip)
-                    for one, skip in zip(inputs, skips, strict=True)
-                ]
-            except ValueError:
+                with _WORDS_LOCK:  # a tokenizer that is changed while it reads raises, too
+                    words = self.text_encoder.config.image_words
+                    for name, batch in (("prompt", positive), ("negative prompt", negative)):
+                        inputs.append(None if batch is None else processor(batch, name=name))
+                        if batch is not None:  # both are checked before either is encoded
+                            self.text_encoder.check_prompts(**inputs[-1], name=name)
+                try:
+                    encoded = [
+                        None if one is None else self._encode_inputs(one, device, skip)
+                        for one, skip in zip(inputs, (clip_skip, None), strict=True)
+                    ]
+                except ValueError:
+                    with _WORDS_LOCK:
+                        if words is self.text_encoder.config.image_words:
+                            raise
+                    continue
                 with _WORDS_LOCK:
                     if words is self.text_encoder.config.image_words:
-                        raise
-                continue
-            with _WORDS_LOCK:
-                if words is self.text_encoder.config.image_words:
-                    self._warn(self._notes(processor, (positive, negative), inputs))
-                    return encoded
+                        self._warn(self._notes(processor, (positive, negative), inputs))
+                        return encoded
 
     # What a small model was not trained on ---------------------------------------------------------------------
 
@@ -759,7 +762,12 @@ class KosmosGPromptMixin:
             for word in states:
                 check(word, known)
             self.text_encoder.add_image_words(states)
-            self.tokenizer.add_image_words(list(states))
+            try:
+                self.tokenizer.add_image_words(list(states))
+            except BaseException:  # a stock pipeline may read with the same tokenizer at this moment
+                for word in states:
+                    self.text_encoder.remove_image_word(word)
+                raise
 
     # Composition -----------------------------------------------------------------------------------------------
 
@@ -1121,7 +1129,7 @@ class KosmosGPromptMixin:
         with _brief_bars():
             super(__class__, self._without_adapters()).save_pretrained(save_directory, **kwargs)
         # safetensors makes files that only their owner reads; others have the mode that the umask asks for
-        for path in Path(save_directory).rglob("*.safetensors"):
+        for path in [*Path(save_directory).rglob("*.safetensors"), *Path(save_directory).rglob("*.py")]:
             shutil.copymode(Path(save_directory) / self.config_name, path)
         self.save_code(save_directory)
         model_card = _sibling("model_card")
