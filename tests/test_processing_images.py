@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from packaging.version import Version
 
 from kosmos_g_diffusers import processing_kosmos_g
 from kosmos_g_diffusers.data.sample import decode_image
@@ -78,7 +79,9 @@ def test_orientation_of_exif_that_is_cut_short_behind_it_counts(photo):
     assert equal(open_image(stored, "It"), photo.transpose(PIL.Image.Transpose.ROTATE_270))
 
 
-@pytest.mark.skipif(PIL.__version__ < "11.2", reason="Pillow reads XMP of WebP from 11.2 on")
+@pytest.mark.skipif(
+    Version(PIL.__version__) < Version("11.2"), reason="Pillow reads XMP of WebP from 11.2 on"
+)
 def test_orientation_is_that_of_xmp_where_exif_is_damaged(photo):
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
     stored = content(photo, "WEBP", lossless=True, exif=b"Exif\0\0nothing", xmp=xmp)
