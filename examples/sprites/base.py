@@ -42,8 +42,9 @@ CHANNELS = 4  # of the latents
 WORDS = (*SHAPES, *COLOURS, *PATTERNS, *SIZES, *BACKGROUNDS, "a", "an", "and", "on", "background", ",")
 WORLD = {
     "words": list(WORDS),
-    "most_images": 2,
+    "most_images": 4,
     "plain_background": True,
+    "ignores_case": True,
 }  # what the pipelines warn of leaving
 MAX_WORDS = 24
 TEXT_WIDTH = 128
@@ -212,10 +213,10 @@ class CaptionCollate:
 class DiffusionStage(nn.Module):
     """A small U-Net and the CLIP text encoder that it learns to listen to, trained together."""
 
-    def __init__(self, tokenizer, scheduler, unet=UNET):
+    def __init__(self, tokenizer, scheduler, unet=None, text_encoder=None):
         super().__init__()
         self.tokenizer, self.scheduler = tokenizer, scheduler
-        self.text_encoder = CLIPTextModel(
+        self.text_encoder = text_encoder or CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=TEXT_WIDTH,
@@ -229,7 +230,7 @@ class DiffusionStage(nn.Module):
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-        self.unet = UNet2DConditionModel(**unet)
+        self.unet = unet or UNet2DConditionModel(**UNET)
 
     def move_frozen(self, device=None, dtype=None):
         return self
@@ -285,12 +286,17 @@ def build_clip_tokenizer(words=WORDS):
 # Kosmos-G ---------------------------------------------------------------------------------------------------------
 
 
-def build_tokenizer(words=WORDS, world=WORLD):
+def build_tokenizer(words=WORDS, world=WORLD, lowercase=True):
     """A piece a word of the captions, and every printable character for what else people type; world as the class has it."""
     characters = ["▁", *string.digits, *string.ascii_letters, *string.punctuation]
     pieces = [(f"▁{word}", -2.0) for word in words] + [(character, -9.0) for character in characters]
     return KosmosGTokenizer.from_vocabulary(
-        pieces, image_size=IMAGE_SIZE, latent_query_num=QUERIES, model_max_length=MAX_TOKENS, world=world
+        pieces,
+        image_size=IMAGE_SIZE,
+        latent_query_num=QUERIES,
+        model_max_length=MAX_TOKENS,
+        world=world,
+        lowercase=lowercase,
     )
 
 
@@ -377,12 +383,12 @@ def load_vae(run):
     return AutoencoderKL.from_pretrained(newest(run / "vae") / "vae")
 
 
-def load_unet(run):
-    return UNet2DConditionModel.from_pretrained(newest(run / "diffusion") / "unet")
+def load_unet(run, phase="diffusion-wide"):
+    return UNet2DConditionModel.from_pretrained(newest(run / phase) / "unet", dtype=torch.float32)
 
 
-def load_clip(run):
-    return CLIPTextModel.from_pretrained(newest(run / "diffusion") / "text_encoder")
+def load_clip(run, phase="diffusion-wide"):
+    return CLIPTextModel.from_pretrained(newest(run / phase) / "text_encoder", dtype=torch.float32)
 
 
 def load_encoder(phase):

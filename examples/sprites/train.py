@@ -65,28 +65,55 @@ def train_diffusion(run):
     train(run / "diffusion", stage, [source], collate, **settings)
 
 
+def train_diffusion_wide(run):
+    """Continues with scenes of one to four sprites in any places, and captions that leave parts out."""
+    vae, source = load_vae(run), SpriteSource("captions", wide=True)
+    latents = encode_latents(vae, source, run / "latents-wide.safetensors")
+    tokenizer = build_clip_tokenizer()
+    stage = DiffusionStage(
+        tokenizer, build_scheduler(), load_unet(run, "diffusion"), load_clip(run, "diffusion")
+    )
+    collate = CaptionCollate(tokenizer, latents, vae.config.scaling_factor)
+    settings = {"steps": 4500, "batch_size": 64, "lr": 6e-4, "warmup_steps": 150, "ema_decay": 0.998}
+    train(run / "diffusion-wide", stage, [source], collate, **settings)
+
+
 def train_pretrain(run):
-    train_to_caption(run / "pretrain", build_text_encoder(build_tokenizer()), "pictures", 4000, 1.5e-3)
+    train_to_caption(
+        run / "pretrain",
+        build_text_encoder(build_tokenizer()),
+        [SpriteSource("pictures", 400_000)],
+        4000,
+        1.5e-3,
+    )
 
 
 def train_pretrain_varied(run):
     """Continues with captions that are harder to guess, which from the beginning teach shapes slowly."""
     encoder = load_encoder(run / "pretrain")
-    train_to_caption(run / "pretrain-varied", encoder, "varied pictures", 8000, 1.2e-3)
+    train_to_caption(
+        run / "pretrain-varied", encoder, [SpriteSource("varied pictures", 400_000)], 8000, 1.2e-3
+    )
 
 
-def train_to_caption(output, encoder, kind, steps, lr):
+def train_pretrain_wide(run):
+    """From the first model on: drawings as others make them, up to four sprites, and what `kosmos-g caption` asks."""
+    sources = [SpriteSource("varied pictures", 400_000, wide=True), SpriteSource("asked pictures", 400_000)]
+    train_to_caption(run / "pretrain-wide", load_encoder(run / "instruct-asked"), sources, 6000, 1e-3, [5, 1])
+
+
+def train_to_caption(output, encoder, sources, steps, lr, weights=None):
     stage, collate = (
         PretrainStage(encoder, train_vision="all"),
         PretrainCollate(KosmosGProcessor(build_tokenizer())),
     )
     settings = {"steps": steps, "batch_size": 64, "lr": lr, "warmup_steps": 200, "train_vision": "all"}
-    train(output, stage, [SpriteSource(kind, 400_000)], collate, **settings)
+    train(output, stage, sources, collate, weights, **settings)
 
 
 def train_align(run):
     encoder = load_encoder(run / "pretrain-varied")
-    stage = AlignStage(encoder, build_fresh(AlignerNetN, encoder.config, seed=1), load_clip(run))
+    stage = AlignStage(encoder, build_fresh(AlignerNetN, encoder.config, seed=1), load_clip(run, "diffusion"))
     collate = AlignCollate(KosmosGProcessor(build_tokenizer()), build_clip_tokenizer(), max_text_tokens=None)
     settings = {"steps": 900, "batch_size": 128, "lr": 1e-3, "warmup_steps": 100}
     train(run / "align", stage, [SpriteSource("captions")], collate, **settings)
@@ -151,11 +178,13 @@ def write_model(run, name="model", encoder_from="instruct-asked"):
 PHASES = {
     "vae": train_vae,
     "diffusion": train_diffusion,
+    "diffusion-wide": train_diffusion_wide,
     "pretrain": train_pretrain,
     "pretrain-varied": train_pretrain_varied,
     "align": train_align,
     "instruct": train_instruct,
     "instruct-asked": train_instruct_asked,
+    "pretrain-wide": train_pretrain_wide,
     "controlnet": train_controlnet,
     "model": write_model,
 }

@@ -81,7 +81,7 @@ TURNS = {
 RESERVED_WORDS = frozenset({IMAGE_MARK, "<s>", "<pad>", "<unk>", "<mask>", "<image>"})
 
 # What a small model may say of what it was trained on, in its tokenizer's settings
-WORLD: dict[str, Any] = {"words": list, "most_images": int, "plain_background": bool}
+WORLD: dict[str, Any] = {"words": list, "most_images": int, "plain_background": bool, "ignores_case": bool}
 MOST_WORDS = 8  # unknown ones that a warning names
 BORDER = 2  # pixels at each side of an image: they tell its background
 SAME_COLOUR = (
@@ -169,6 +169,7 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
         latent_query_num: int = 64,
         model_max_length: int = 2048,
         world: dict[str, Any] | None = None,
+        lowercase: bool = False,
     ) -> "KosmosGTokenizer":
         """Build a small tokenizer from unigram pieces of one's own, for instance for a model trained on few captions.
 
@@ -177,8 +178,11 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
             charsmap: bytes of a SentencePiece normalisation table; None takes NFKC.
             image_size, latent_query_num, model_max_length: as in `from_sentencepiece`.
             world: what the model is trained on, see the property; the pipelines warn of all else.
+            lowercase: whether capitals are read as small letters, as Stable Diffusion's own text encoder does.
         """
         rules = [normalizers.Precompiled(charsmap)] if charsmap else [normalizers.Nmt(), normalizers.NFKC()]
+        if lowercase:
+            rules.append(normalizers.Lowercase())
         tokenizer = cls._build(list(pieces), rules, image_size, latent_query_num, model_max_length)
         if world is not None:  # saved with the other settings
             tokenizer.init_kwargs["world"] = world
@@ -222,8 +226,8 @@ class KosmosGTokenizer(PreTrainedTokenizerFast):
     def world(self) -> dict[str, Any] | None:
         """What a small model was trained on; None for one that does not say, such as the released Kosmos-G.
 
-        `words`, a list: all others mean nothing to it, capitals count; `most_images` in a prompt; `plain_background`: whether
-        all its images have a background of one colour. What is left out is not limited.
+        `words`, a list: all others mean nothing to it, capitals count unless `ignores_case`; `most_images` in a prompt;
+        `plain_background`: whether all its images have a background of one colour. What is left out is not limited.
         """
         world = self.init_kwargs.get("world")
         if world is None:
@@ -507,7 +511,8 @@ def outside_world(
         text = " ".join(part for prompt in prompts for part in prompt if isinstance(part, str))
         found = dict.fromkeys(re.findall(r"\w+|[^\w\s]", IMAGE_WORD_PATTERN.sub(" ", text)))
         known = set(world["words"])
-        unknown = [repr(word) for word in found if word not in known]
+        fold = str.lower if world.get("ignores_case") else str
+        unknown = [repr(word) for word in found if fold(word) not in known]
         if unknown:
             more = f" and {len(unknown) - MOST_WORDS} more" if len(unknown) > MOST_WORDS else ""
             notes.append(f"the word{'s'[: len(unknown) > 1]} {', '.join(unknown[:MOST_WORDS])}{more}")

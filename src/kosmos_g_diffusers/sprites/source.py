@@ -7,6 +7,7 @@ from PIL import Image
 
 from ..data import IMAGE_LENGTH, Sample
 from ..processing_kosmos_g import CAPTION_PROMPT
+from .variety import draw_varied_photo, type_scene, with_article
 from .world import (
     BACKGROUNDS,
     PATTERNS,
@@ -17,8 +18,10 @@ from .world import (
     draw_scene_at_random,
     is_held_out,
     make_rng,
+    place_at_random,
     recolour,
     render,
+    render_at,
 )
 
 GROUP = 1_000  # samples; each of them is a file of other sources
@@ -32,6 +35,9 @@ CAPTIONS = {
     "asked pictures": (1.0, 0.0),
 }
 KINDS = (*CAPTIONS, "compositions", "edits")
+# of the wide sources: shares of scenes of one, two, three, four sprites, and of those of one and two that stand anywhere
+N_SPRITES = (0.26, 0.3, 0.22, 0.22)
+ANYWHERE = 0.45
 
 
 class SpriteSource:
@@ -50,19 +56,23 @@ class SpriteSource:
             "edits": an image, and a colour, pattern or size that the target has instead.
         size: samples. Their images are fixed, so that work on them can be kept; words are varied at every reading.
         entity_dropout: see "compositions".
+        wide: scenes of up to four sprites, in any places, and reference images and words as other people make them (`variety`).
+            Captions of images then go from left to right. "captions" are prompts as people type them, with the caption that
+            says the same beside them.
     """
 
     kind: str
     size: int
     entity_dropout: float
+    wide: bool
     name: str
     groups: list[int]
 
-    def __init__(self, kind: str, size: int = 50_000, entity_dropout: float = 0.5):
+    def __init__(self, kind: str, size: int = 50_000, entity_dropout: float = 0.5, wide: bool = False):
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}. Expected one of {', '.join(KINDS)}.")
-        self.kind, self.size, self.entity_dropout = kind, size, entity_dropout
-        self.name = f"sprites:{kind}"
+        self.kind, self.size, self.entity_dropout, self.wide = kind, size, entity_dropout, wide
+        self.name = f"sprites:{'wide ' * wide}{kind}"
         self.groups = [GROUP] * (size // GROUP) + [size % GROUP] * (size % GROUP > 0)
 
     def __len__(self) -> int:
@@ -77,11 +87,13 @@ class SpriteSource:
         if self.kind == "edits":
             return self._edit(key, fixed)
         scene = draw_scene_at_random(fixed, self._n_sprites(index))
+        if self.wide and self.kind in ("varied pictures", "captions"):
+            return self._read_wide(key, scene, fixed, rng)
         if self.kind == "varied pictures" and fixed.random() < ANY_COLOURS:
             image = render(scene, fixed, colours=draw_colours_at_random(scene, fixed))
             caption = leave_colours_out(scene, rng)
             return Sample(key, (image, caption), None, caption)
-        image = render(scene, fixed)
+        image = render(scene, fixed, anywhere=self.wide and fixed.random() < ANYWHERE)
         if self.kind in CAPTIONS:
             caption = self._caption(scene, rng)
             if self.kind == "captions":
@@ -91,8 +103,29 @@ class SpriteSource:
             return Sample(key, (image, caption), None, caption)
         return Sample(key, self._compose(scene, fixed, rng), image, scene.caption)
 
+    def _read_wide(self, key, scene, fixed, rng):
+        places = place_at_random(scene, fixed, anywhere=fixed.random() < ANYWHERE)
+        if self.kind == "captions":
+            typed, caption = type_scene(scene, rng)
+            return Sample(key, (typed,), render_at(scene, places), caption)
+        if len(scene.sprites) == 1 and fixed.random() < 0.75:
+            (sprite,) = scene.sprites
+            photo = draw_varied_photo(sprite, fixed)
+            kept = [word for word in (sprite.size, sprite.colour, sprite.pattern) if rng.random() < 0.5]
+            caption = with_article(" ".join([*kept, sprite.shape]))
+            return Sample(key, (photo, caption), None, caption)
+        order = sorted(range(len(places)), key=lambda index: places[index][0])
+        scene = replace(scene, sprites=tuple(scene.sprites[index] for index in order))
+        places = [places[index] for index in order]
+        colours = draw_colours_at_random(scene, fixed) if fixed.random() < 0.3 else None
+        caption = self._caption(scene, rng) if colours is None else leave_colours_out(scene, rng)
+        return Sample(key, (render_at(scene, places, colours), caption), None, caption)
+
     def _n_sprites(self, index):
-        return 1 if self.kind == "edits" else 1 + make_rng(self.name, index).randrange(2)
+        if self.kind == "edits":
+            return 1
+        rng = make_rng(self.name, index)
+        return rng.choices((1, 2, 3, 4), N_SPRITES)[0] if self.wide else 1 + rng.randrange(2)
 
     def _caption(self, scene, rng):
         whole, shortened = CAPTIONS[self.kind]
@@ -105,13 +138,19 @@ class SpriteSource:
 
     def _compose(self, scene, fixed, rng):
         """Prompt in reading order: images for sprites, then the background."""
-        photos = [draw_photo(sprite, fixed) for sprite in scene.sprites]
+        photos = [
+            draw_varied_photo(sprite, fixed)
+            if self.wide and fixed.random() < 0.5
+            else draw_photo(sprite, fixed)
+            for sprite in scene.sprites
+        ]
         prompt = []
-        # 0 and 1: that sprite has no image
-        in_words = rng.randrange(6) if len(scene.sprites) == 2 else None
+        # each of the first numbers: that sprite has no image
+        in_words = rng.randrange(3 * len(scene.sprites)) if len(scene.sprites) > 1 else None
+        between = "," if self.wide and rng.random() < 0.3 else "and"
         for index, sprite in enumerate(scene.sprites):
             if index:
-                prompt.append("and")
+                prompt.append("and" if index == len(scene.sprites) - 1 else between)
             words = index == in_words
             if words or rng.random() >= self.entity_dropout:
                 prompt.append(str(sprite))
@@ -157,7 +196,6 @@ def shorten(scene: Scene, rng: Random) -> str:
     for sprite in scene.sprites:
         names = [sprite.size, sprite.colour, sprite.pattern]
         kept = [name for name in names if rng.random() < 0.6]
-        words = " ".join([*kept, sprite.shape])
-        parts.append(("an " if words[0] in "aeiou" else "a ") + words)
+        parts.append(with_article(" ".join([*kept, sprite.shape])))
     text = " and ".join(parts)
     return text if rng.random() < 0.3 else f"{text} on a {scene.background} background"

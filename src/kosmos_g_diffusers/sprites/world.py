@@ -1,4 +1,4 @@
-"""The miniature world: images of one or two coloured sprites on a coloured background, and captions that say it all.
+"""The miniature world: images of one to four coloured sprites on a coloured background, and captions that say it all.
 
 Every image is drawn from a `Scene`, so what is true of it is known. A fifth of the (shape, colour, pattern) triples is
 held out: no training data shows or names them, and what a model makes of them tells whether it has learned to combine.
@@ -6,6 +6,7 @@ held out: no training data shows or names them, and what a model makes of them t
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
@@ -42,6 +43,11 @@ BACKGROUNDS = {
 INK = (20, 20, 20)
 CONTRAST = 70  # distance in RGB of colours that can be told apart
 SUPERSAMPLING = 4
+MOST_SPRITES = 4
+REACH = 1.05  # of a sprite from its centre, in radii
+MARGIN = 0.5  # pixels that a sprite keeps from the image's edges
+# pixels between sprites that stand anywhere: the rules that read images tell them apart so
+GAP_ACROSS, GAP_DOWN = 2.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,19 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two sprites, the first on the left, on a background out of BACKGROUNDS."""
+    """One to four sprites, of two that `render` places the first on the left, on a background out of BACKGROUNDS."""
 
     sprites: tuple[Sprite, ...]
     background: str
 
     @property
     def caption(self) -> str:
-        """Such as "a large red striped star and a small blue plain ring on a mint background"."""
-        return f"{' and '.join(map(str, self.sprites))} on a {self.background} background"
+        """Such as "a large red striped star and a small blue plain ring on a mint background".
+
+        Of four sprites it leaves the articles out: the small text encoder reads 22 words, and these are 22.
+        """
+        text = f"{' and '.join(map(str, self.sprites))} on a {self.background} background"
+        return text if len(self.sprites) < MOST_SPRITES else text.replace("a ", "", 1).replace(" a ", " ")
 
 
 def is_held_out(sprite: Sprite) -> bool:
@@ -98,11 +108,21 @@ def draw_sprite_at_random(rng: random.Random, held_out: bool = False) -> Sprite:
 
 
 def draw_scene_at_random(rng: random.Random, n_sprites: int | None = None, held_out: bool = False) -> Scene:
-    """A `Scene` of one or two sprites (drawn evenly unless n_sprites says), two of different shape or colour."""
+    """A `Scene` of one or two sprites (drawn evenly unless n_sprites says, up to four), no two of one shape and colour.
+
+    Of three and four, one at most is large: they have to find room.
+    """
     n_sprites = n_sprites or rng.choice((1, 2))
     sprites = [draw_sprite_at_random(rng, held_out) for _ in range(n_sprites)]
-    while n_sprites == 2 and sprites[0].triple[:2] == sprites[1].triple[:2]:
-        sprites[1] = draw_sprite_at_random(rng, held_out)
+    for index in range(1, n_sprites):
+        while sprites[index].triple[:2] in [sprite.triple[:2] for sprite in sprites[:index]]:
+            sprites[index] = draw_sprite_at_random(rng, held_out)
+    if n_sprites > 2:
+        large = rng.randrange(2 * n_sprites)  # in half of the scenes one of them may be
+        sprites = [
+            sprite if index == large else replace(sprite, size="small")
+            for index, sprite in enumerate(sprites)
+        ]
     return Scene(tuple(sprites), rng.choice(list(BACKGROUNDS)))
 
 
@@ -142,53 +162,141 @@ def draw_colours_at_random(scene: Scene, rng: random.Random) -> tuple[tuple[Colo
 
 
 def render(
-    scene: Scene, rng: random.Random, colours: tuple[tuple[Colour, ...], Colour] | None = None
+    scene: Scene,
+    rng: random.Random,
+    colours: tuple[tuple[Colour, ...], Colour] | None = None,
+    anywhere: bool = False,
 ) -> "Image.Image":
     """Draw a scene; rng (a random.Random) places the sprites and varies their size a little.
 
     Args:
         colours: of `draw_colours_at_random`, in place of those that the scene names.
+        anywhere: one sprite or two in any place, as three and four always are. Otherwise, and if two are large, one is near the
+            middle and two stand next to each other, the first on the left.
 
     Returns:
         RGB image of IMAGE_SIZE x IMAGE_SIZE pixels.
     """
-    from PIL import Image
+    return render_at(scene, place_at_random(scene, rng, anywhere), colours)
 
-    named = tuple(COLOURS[sprite.colour] for sprite in scene.sprites), BACKGROUNDS[scene.background]
-    paints, ground = colours or named
-    image = Image.new("RGB", (IMAGE_SIZE * SUPERSAMPLING,) * 2, ground)
-    half = IMAGE_SIZE / 2
+
+def place_at_random(
+    scene: Scene, rng: random.Random, anywhere: bool = False
+) -> list[tuple[float, float, float]]:
+    """(x, y, radius) of each sprite in pixels, as `render` places them: none hides a part of another."""
+    radii, centres, half = [], [], IMAGE_SIZE / 2
+    n_large = sum(sprite.size == "large" for sprite in scene.sprites)
+    if len(scene.sprites) > 2 or (anywhere and n_large < 2):
+        return _place_anywhere(
+            [SIZES[sprite.size] * rng.uniform(0.95, 1.02) for sprite in scene.sprites], rng
+        )
     for index, sprite in enumerate(scene.sprites):
         radius = SIZES[sprite.size] * rng.uniform(0.95, 1.02)
         # a sprite of two keeps to its half
         left, right = (0, IMAGE_SIZE) if len(scene.sprites) == 1 else (index * half, (index + 1) * half)
         reach = min(right - left - 2 * radius, 2 * JITTER) / 2
-        centre = (left + right) / 2 + rng.uniform(-reach, reach), half + rng.uniform(-JITTER, JITTER)
-        paint_sprite(image, sprite, centre, radius, paints[index])
+        radii.append(radius)
+        centres.append(((left + right) / 2 + rng.uniform(-reach, reach), half + rng.uniform(-JITTER, JITTER)))
+    return [(x, y, radius) for (x, y), radius in zip(centres, radii, strict=True)]
+
+
+def _place_anywhere(radii, rng):
+    """(x, y, radius) of sprites whose boxes keep GAP_ACROSS or GAP_DOWN from each other; the largest chooses first."""
+    order = sorted(range(len(radii)), key=lambda index: -radii[index])
+    while True:
+        places = {}
+        for index in order:
+            r, edge = radii[index], REACH * radii[index] + MARGIN
+            for _ in range(30):
+                x, y = (rng.uniform(edge, IMAGE_SIZE - edge) for _ in range(2))
+                if all(
+                    abs(x - u) >= REACH * (r + s) + GAP_ACROSS or abs(y - v) >= REACH * (r + s) + GAP_DOWN
+                    for u, v, s in places.values()
+                ):
+                    places[index] = (x, y, r)
+                    break
+            else:  # no room is left: from the beginning
+                break
+        else:
+            return [places[index] for index in range(len(radii))]
+
+
+def render_at(
+    scene: Scene,
+    places: Sequence[tuple[float, float, float]],
+    colours: tuple[tuple[Colour, ...], Colour] | None = None,
+) -> "Image.Image":
+    """As `render`, with the sprites in places of `place_at_random`."""
+    from PIL import Image
+
+    named = tuple(COLOURS[sprite.colour] for sprite in scene.sprites), BACKGROUNDS[scene.background]
+    paints, ground = colours or named
+    image = Image.new("RGB", (IMAGE_SIZE * SUPERSAMPLING,) * 2, ground)
+    for sprite, (x, y, radius), paint in zip(scene.sprites, places, paints, strict=True):
+        paint_sprite(image, sprite, (x, y), radius, paint)
     return image.reduce(SUPERSAMPLING)
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a shape is drawn, in radii where nothing else is said; the defaults are the world's own."""
+
+    turn: float = 0.0  # degrees, against the clock
+    width: float = 1.0  # over the height
+    star: tuple[int, float] = (5, 0.48)  # points, inner radius
+    hole: float = 0.42  # of a ring
+    moon: tuple[float, float, float] = (0.62, -0.3, 0.78)  # place and radius of what is cut out
+    arm: float = 0.36  # half the width of a cross's arms
+    square: float = 0.85
+    triangle: tuple[float, float] = (0.95, 0.85)  # above and below the centre
+    rim: float = 0.0  # pixels of a thin line around the shape, which is no border
+
+
 def paint_sprite(
-    image: "Image.Image", sprite: Sprite, centre: tuple[float, float], radius: float, colour: Colour
+    image: "Image.Image",
+    sprite: Sprite,
+    centre: tuple[float, float],
+    radius: float,
+    colour: Colour,
+    form: Form | None = None,
 ) -> None:
     """Draw a sprite in (R, G, B) onto an image of SUPERSAMPLING times its size; centre and radius in pixels of its own size."""
     from PIL import Image, ImageChops, ImageDraw
 
+    form = form or Form()
     scale = SUPERSAMPLING
-    side = math.ceil(2 * radius * scale) + 2
+    side = math.ceil(2 * radius * scale * (1.0 if form == Form() else 1.5)) + 2
     silhouette, hole = Image.new("L", (side, side)), Image.new("L", (side, side))
-    _draw_shape(ImageDraw.Draw(silhouette), ImageDraw.Draw(hole), sprite.shape, side / 2, radius * scale)
+    _draw_shape(
+        ImageDraw.Draw(silhouette), ImageDraw.Draw(hole), sprite.shape, side / 2, radius * scale, form
+    )
+    silhouette, hole = (_transform(mask, form) for mask in (silhouette, hole))
     ink = Image.new("L", (side, side))
     _draw_pattern(ImageDraw.Draw(ink), silhouette, sprite.pattern, scale)
     if sprite.pattern == "bordered":
         ink = ImageChops.subtract(silhouette, _erode(silhouette, round(2.0 * scale)))
+    elif form.rim:
+        ink = ImageChops.lighter(
+            ink, ImageChops.subtract(silhouette, _erode(silhouette, round(form.rim * scale)))
+        )
     body = Image.new("RGB", (side, side), colour)
     body.paste(INK, mask=ink)
     corner = tuple(round(coordinate * scale - side / 2) for coordinate in centre)
     image.paste(body, corner, ImageChops.subtract(silhouette, hole))
 
 
-def _draw_shape(draw, hole, shape, middle, radius):
+def _transform(mask, form):
+    from PIL import Image
+
+    if form.width != 1:
+        side, width = mask.width, round(mask.width * form.width)
+        narrow = mask.resize((width, side), Image.Resampling.BILINEAR)
+        mask = Image.new("L", (side, side))
+        mask.paste(narrow, ((side - width) // 2, 0))
+    return mask.rotate(form.turn, Image.Resampling.BILINEAR) if form.turn else mask
+
+
+def _draw_shape(draw, hole, shape, middle, radius, form):
     def box(x, y, reach):
         return [middle + x - reach, middle + y - reach, middle + x + reach, middle + y + reach]
 
@@ -196,20 +304,21 @@ def _draw_shape(draw, hole, shape, middle, radius):
     if shape in ("circle", "ring", "moon"):
         draw.ellipse(box(0, 0, radius), fill=255)
     if shape == "ring":
-        hole.ellipse(box(0, 0, 0.42 * radius), fill=255)
+        hole.ellipse(box(0, 0, form.hole * radius), fill=255)
     elif shape == "moon":
-        draw.ellipse(box(0.62 * radius, -0.3 * radius, 0.78 * radius), fill=0)
+        draw.ellipse(box(*(radius * length for length in form.moon)), fill=0)
     elif shape == "square":
-        draw.rectangle(box(0, 0, 0.85 * radius), fill=255)
+        draw.rectangle(box(0, 0, form.square * radius), fill=255)
     elif shape == "triangle":
-        top, bottom = middle - 0.95 * radius, middle + 0.85 * radius
+        top, bottom = middle - form.triangle[0] * radius, middle + form.triangle[1] * radius
         points = [(middle, top), (middle + radius, bottom), (middle - radius, bottom)]
     elif shape == "star":
-        for k in range(10):
-            angle, reach = 2 * math.pi * k / 10, radius * (1.05, 0.48)[k % 2]
+        n_points, inner = form.star
+        for k in range(2 * n_points):
+            angle, reach = 2 * math.pi * k / (2 * n_points), radius * (1.05, inner)[k % 2]
             points.append((middle + reach * math.sin(angle), middle - reach * math.cos(angle)))
     elif shape == "cross":
-        arm = 0.36 * radius
+        arm = form.arm * radius
         draw.rectangle([middle - radius, middle - arm, middle + radius, middle + arm], fill=255)
         draw.rectangle([middle - arm, middle - radius, middle + arm, middle + radius], fill=255)
     elif shape == "heart":
