@@ -28,7 +28,7 @@ from kosmos_g_diffusers import (
     KosmosGTokenizer,
 )
 from kosmos_g_diffusers.conversion.initial_weights import reset_weights
-from kosmos_g_diffusers.data import MixtureDataset, preprocess_target
+from kosmos_g_diffusers.data import AlignCollate, MixtureDataset, preprocess_target
 from kosmos_g_diffusers.files import written_atomically
 from kosmos_g_diffusers.sprites.source import SpriteSource
 from kosmos_g_diffusers.sprites.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, PATTERNS, SHAPES, SIZES
@@ -213,7 +213,7 @@ class CaptionCollate:
 class DiffusionStage(nn.Module):
     """A small U-Net and the CLIP text encoder that it learns to listen to, trained together."""
 
-    def __init__(self, tokenizer, scheduler, unet=None, text_encoder=None):
+    def __init__(self, tokenizer, scheduler, unet=UNET, text_encoder=None):
         super().__init__()
         self.tokenizer, self.scheduler = tokenizer, scheduler
         self.text_encoder = text_encoder or CLIPTextModel(
@@ -230,7 +230,7 @@ class DiffusionStage(nn.Module):
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-        self.unet = unet or UNet2DConditionModel(**UNET)
+        self.unet = unet if isinstance(unet, nn.Module) else UNet2DConditionModel(**unet)
 
     def move_frozen(self, device=None, dtype=None):
         return self
@@ -336,28 +336,36 @@ def build_text_encoder(tokenizer, seed=0):
         return reset_weights(KosmosGTextEncoder(config), seed)
 
 
-def build_instruct_mixture():
+def build_instruct_mixture(wide=False):
     """Sources and weights of stage 3, as `MixtureDataset` takes them."""
     sources = [
-        SpriteSource("compositions", entity_dropout=0.9),
+        SpriteSource("compositions", 200_000 if wide else 50_000, entity_dropout=0.9, wide=wide),
         SpriteSource("edits"),
-        SpriteSource("captions"),
+        SpriteSource("captions", wide=wide),
     ]
-    return {"sources": sources, "weights": [3, 3, 1]}
+    return {"sources": sources, "weights": [5, 2, 2] if wide else [3, 3, 1]}
 
 
-def build_pipeline(run, encoder, tokenizer):
-    """A Kosmos-G of an encoder and what the run has trained before."""
+def build_pipeline(run, encoder, tokenizer, unet="diffusion"):
+    """A Kosmos-G of an encoder and what the run has trained before; `unet` names the phase that its U-Net is of."""
     return KosmosGPipeline(
         vae=load_vae(run),
         text_encoder=encoder.eval(),
         tokenizer=tokenizer,
-        unet=load_unet(run),
+        unet=load_unet(run, unet),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+class TypedCollate(AlignCollate):
+    """As AlignCollate, where our encoder reads the prompt and the target encoder the caption."""
+
+    def prepare(self, sample, generator):
+        row = super().prepare(sample, generator)
+        return {**self.prompts.prepare(sample.key, sample.prompt), "clip_input_ids": row["clip_input_ids"]}
 
 
 # Training ---------------------------------------------------------------------------------------------------------
@@ -383,11 +391,11 @@ def load_vae(run):
     return AutoencoderKL.from_pretrained(newest(run / "vae") / "vae")
 
 
-def load_unet(run, phase="diffusion-wide"):
+def load_unet(run, phase="diffusion"):
     return UNet2DConditionModel.from_pretrained(newest(run / phase) / "unet", dtype=torch.float32)
 
 
-def load_clip(run, phase="diffusion-wide"):
+def load_clip(run, phase="diffusion"):
     return CLIPTextModel.from_pretrained(newest(run / phase) / "text_encoder", dtype=torch.float32)
 
 

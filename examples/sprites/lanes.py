@@ -11,10 +11,13 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 LANES = (
-    ("vae", "diffusion", "controlnet"),
-    ("pretrain", "pretrain-varied", "align", "instruct", "instruct-asked"),
+    ("vae", "diffusion", "diffusion-wide", "controlnet"),
+    (
+        *("pretrain", "pretrain-varied", "align", "instruct", "instruct-asked"),
+        *("pretrain-wide", "align-wide", "instruct-wide", "instruct-wide-asked"),
+    ),
 )
-NEEDS = {"align": "diffusion"}  # a phase of the other lane
+NEEDS = {"align": "diffusion", "align-wide": "diffusion-wide"}  # phases of the other lane
 
 
 def run_lanes(script, run, threads):

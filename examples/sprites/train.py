@@ -2,7 +2,8 @@
 
     python examples/sprites/train.py --output runs/sprites
 
-Two phases run side by side where they do not need each other. Phases that are done are skipped and one that was stopped
+A first model of scenes of one and two sprites, then, from its weights on, the wide one: scenes of one to four in any places, and
+drawings and words as other people make them. Two phases run side by side where they do not need each other. Phases that are done are skipped and one that was stopped
 continues from its last checkpoint, so the same command resumes. --only names phases to run, one after the other.
 """
 
@@ -11,7 +12,6 @@ import json
 import os
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from base import (
     CaptionCollate,
     DiffusionStage,
     ImageCollate,
+    TypedCollate,
     VaeStage,
     build_clip_tokenizer,
     build_instruct_mixture,
@@ -48,6 +49,8 @@ from kosmos_g_diffusers.sprites.source import SpriteSource
 from kosmos_g_diffusers.sprites.world import IMAGE_SIZE
 from kosmos_g_diffusers.training.stages import AlignStage, InstructStage, PretrainStage
 
+WIDE = "diffusion-wide"  # phase of the U-Net and the text encoder that ship
+
 
 def train_vae(run):
     source = SpriteSource("captions")
@@ -70,12 +73,10 @@ def train_diffusion_wide(run):
     vae, source = load_vae(run), SpriteSource("captions", wide=True)
     latents = encode_latents(vae, source, run / "latents-wide.safetensors")
     tokenizer = build_clip_tokenizer()
-    stage = DiffusionStage(
-        tokenizer, build_scheduler(), load_unet(run, "diffusion"), load_clip(run, "diffusion")
-    )
+    stage = DiffusionStage(tokenizer, build_scheduler(), load_unet(run), load_clip(run))
     collate = CaptionCollate(tokenizer, latents, vae.config.scaling_factor)
     settings = {"steps": 4500, "batch_size": 64, "lr": 6e-4, "warmup_steps": 150, "ema_decay": 0.998}
-    train(run / "diffusion-wide", stage, [source], collate, **settings)
+    train(run / WIDE, stage, [source], collate, **settings)
 
 
 def train_pretrain(run):
@@ -112,49 +113,82 @@ def train_to_caption(output, encoder, sources, steps, lr, weights=None):
 
 
 def train_align(run):
-    encoder = load_encoder(run / "pretrain-varied")
-    stage = AlignStage(encoder, build_fresh(AlignerNetN, encoder.config, seed=1), load_clip(run, "diffusion"))
     collate = AlignCollate(KosmosGProcessor(build_tokenizer()), build_clip_tokenizer(), max_text_tokens=None)
-    settings = {"steps": 900, "batch_size": 128, "lr": 1e-3, "warmup_steps": 100}
-    train(run / "align", stage, [SpriteSource("captions")], collate, **settings)
+    train_to_align(run / "align", load_encoder(run / "pretrain-varied"), load_clip(run), collate, 900)
 
 
-def train_instruct(run, name="instruct", start="align"):
+def train_align_wide(run):
+    """Words as people type them, to the conditions of the captions that say the same."""
+    collate = TypedCollate(KosmosGProcessor(build_tokenizer()), build_clip_tokenizer(), max_text_tokens=None)
+    train_to_align(
+        run / "align-wide",
+        load_encoder(run / "pretrain-wide"),
+        load_clip(run, WIDE),
+        collate,
+        1800,
+        wide=True,
+    )
+
+
+def train_to_align(output, encoder, clip, collate, steps, wide=False):
+    stage = AlignStage(encoder, build_fresh(AlignerNetN, encoder.config, seed=1), clip)
+    settings = {"steps": steps, "batch_size": 128, "lr": 1e-3, "warmup_steps": 100}
+    train(output, stage, [SpriteSource("captions", wide=wide)], collate, **settings)
+
+
+def train_instruct(run):
     # 5,000 steps to draw, and the rest so that it still speaks
-    train_to_draw(run, name, start, "varied pictures", 1 / 8, 0.1, steps=5700, lr=5e-4)
+    words = [SpriteSource("varied pictures", 400_000)]
+    train_to_draw(
+        run, "instruct", "align", "diffusion", build_instruct_mixture(), words, 1 / 8, 0.1, 5700, 5e-4
+    )
 
 
-def train_instruct_asked(run, name="instruct-asked", start="instruct"):
+def train_instruct_asked(run):
     """Continues with as many captions as drawings, which are now asked for as `kosmos-g caption` asks."""
-    train_to_draw(run, name, start, "asked pictures", 1 / 2, 0.3, steps=800, lr=3e-4)
+    words, mixture = [SpriteSource("asked pictures", 400_000)], build_instruct_mixture()
+    train_to_draw(run, "instruct-asked", "instruct", "diffusion", mixture, words, 1 / 2, 0.3, 800, 3e-4)
 
 
-def train_to_draw(run, name, start, words, words_share, words_weight, steps, lr):
+def train_instruct_wide(run):
+    words = [SpriteSource("varied pictures", 400_000, wide=True), SpriteSource("asked pictures", 400_000)]
+    mixture = build_instruct_mixture(wide=True)
+    train_to_draw(run, "instruct-wide", "align-wide", WIDE, mixture, words, 1 / 8, 0.1, 6000, 5e-4)
+
+
+def train_instruct_wide_asked(run):
+    words, mixture = [SpriteSource("asked pictures", 400_000)], build_instruct_mixture(wide=True)
+    train_to_draw(run, "instruct-wide-asked", "instruct-wide", WIDE, mixture, words, 1 / 2, 0.3, 900, 3e-4)
+
+
+def train_to_draw(run, name, start, unet, mixture, words, words_share, words_weight, steps, lr):
     encoder = load_encoder(run / start)
     stage = InstructStage(
-        encoder, load_unet(run), load_vae(run), build_scheduler(), words_weight=words_weight
+        encoder, load_unet(run, unet), load_vae(run), build_scheduler(), words_weight=words_weight
     )
-    processor, mixture = KosmosGProcessor(build_tokenizer()), build_instruct_mixture()
+    processor = KosmosGProcessor(build_tokenizer())
     drawn = InstructCollate(processor, IMAGE_SIZE, vae_scale_factor=4, max_text_tokens=None, resize=False)
-    sources = [*mixture["sources"], SpriteSource(words, 400_000)]
-    collates = [drawn] * len(mixture["sources"]) + [PretrainCollate(processor)]
-    weights = add_share(mixture["weights"], words_share, 1)
+    sources = [*mixture["sources"], *words]
+    collates = [drawn] * len(mixture["sources"]) + [PretrainCollate(processor)] * len(words)
+    weights = add_share(mixture["weights"], words_share, len(words))
     settings = {"steps": steps, "batch_size": 48, "lr": lr, "warmup_steps": 200, "ema_decay": 0.998}
     train(run / name, stage, sources, collates, weights, **settings)
 
 
 def train_controlnet(run):
-    vae, source = load_vae(run), SpriteSource("captions")
-    latents = encode_latents(vae, source, run / "latents.safetensors")
-    stage = ControlNetStage(load_unet(run), load_clip(run), build_scheduler())
+    vae, source = load_vae(run), SpriteSource("captions", wide=True)
+    latents = encode_latents(vae, source, run / "latents-wide.safetensors")
+    stage = ControlNetStage(load_unet(run, WIDE), load_clip(run, WIDE), build_scheduler())
     collate = EdgesCollate(latents, vae.config.scaling_factor)
-    settings = {"steps": 800, "batch_size": 48, "lr": 5e-4, "warmup_steps": 50}
+    settings = {"steps": 1000, "batch_size": 48, "lr": 5e-4, "warmup_steps": 50}
     train(run / "controlnet", stage, [source], collate, **settings)
 
 
-def write_model(run, name="model", encoder_from="instruct-asked"):
+def write_model(run, name="model", encoder_from="instruct-wide-asked"):
     """The folder that ships: a Kosmos-G pipeline in half precision, and its ControlNet."""
-    pipeline = build_pipeline(run, load_encoder(run / encoder_from), build_tokenizer()).to(torch.float16)
+    pipeline = build_pipeline(run, load_encoder(run / encoder_from), build_tokenizer(), WIDE).to(
+        torch.float16
+    )
     controlnet = ControlNetModel.from_pretrained(newest(run / "controlnet") / "controlnet")
     unfinished, folder = run / f".{name}.partial", run / name
     for path in (unfinished, folder):
@@ -185,18 +219,11 @@ PHASES = {
     "instruct": train_instruct,
     "instruct-asked": train_instruct_asked,
     "pretrain-wide": train_pretrain_wide,
+    "align-wide": train_align_wide,
+    "instruct-wide": train_instruct_wide,
+    "instruct-wide-asked": train_instruct_wide_asked,
     "controlnet": train_controlnet,
     "model": write_model,
-}
-CONTROLS = {  # what a stage is good for: models to be compared with the one that ships
-    "instruct-unaligned": partial(train_instruct, name="instruct-unaligned", start="pretrain-varied"),
-    "instruct-asked-unaligned": partial(
-        train_instruct_asked, name="instruct-asked-unaligned", start="instruct-unaligned"
-    ),
-    "model-stage-2-skipped": partial(
-        write_model, name="model-stage-2-skipped", encoder_from="instruct-asked-unaligned"
-    ),
-    "model-stage-3-skipped": partial(write_model, name="model-stage-3-skipped", encoder_from="align"),
 }
 
 
@@ -205,10 +232,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/sprites"))
-    parser.add_argument(
-        "--only", nargs="+", choices=[*PHASES, *CONTROLS], metavar="PHASE", help=f"{', '.join(PHASES)}; "
-        f"or, for controls, {', '.join(CONTROLS)}",
-    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=PHASES, metavar="PHASE", help=", ".join(PHASES))
     parser.add_argument("--threads", type=int, help="of a phase (default: the cores, shared by the phases)")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -222,7 +246,7 @@ def main():
     torch.manual_seed(0)
     for name in arguments.only or PHASES:
         print(f"== {name}", flush=True)
-        (PHASES | CONTROLS)[name](arguments.output)
+        PHASES[name](arguments.output)
 
 
 if __name__ == "__main__":

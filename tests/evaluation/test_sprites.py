@@ -73,6 +73,10 @@ def test_right_images_score_one_and_shuffled_ones_next_to_chance(bench):
     assert {len(values) for values in totals.values()} == {COUNT}
     for metric in ("background.all", "pair.both in order", "text.all", "edit.new colour and old shape"):
         assert means[metric] > 0.95
+    for metric in ("three.all", "four.all", *(f"pictures.{number}" for number in (1, 2, 3, 4))):
+        assert means[metric] > 0.95
+    assert max(means[f"pictures.shuffled.{number}"] for number in (1, 2, 3, 4)) < 0.15
+    assert means["pictures.2"] == means["pair.both"] and means["pictures.4"] == means["four.all"]
     # eight shapes and colours, four patterns
     for metric in ("background.shuffled.shape", "background.shuffled.colour", "edit.shuffled.old shape"):
         assert 0 < means[metric] < 0.3

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 TITLE = "held-out sprites, read by rules"
 DESCRIPTION = """
-For models of the miniature world, such as the small one that ships: 500 prompts of each of four kinds (new background, two input
-images, words alone, another colour), of sprites that no training has seen. Rules read shape, colour and pattern from the images
-that the model draws. The control compares these with the input images of other prompts. Needs no data and no network.
+For models of the miniature world, such as the small one that ships: 500 prompts of each of six kinds (new background; two, three
+and four input images; words alone; another colour), of sprites that no training has seen. Rules read shape, colour and pattern
+from the images that the model draws. The control compares these with the input images of other prompts. Needs no data and no
+network.
 
 Two more kinds are what users bring and no training had: --kind own-drawings, 60 drawings of the world's shapes by another renderer
 (other sizes, places, edges, colours), and --kind typed-words, 200 prompts as people type them.
@@ -50,7 +51,9 @@ SETTINGS: dict[str, Any] = {
 }
 BATCH_SIZE = 50
 SCORERS = None  # it has one of its own
-KINDS = ("background", "pair", "text", "edit")
+KINDS = ("background", "pair", "three", "four", "text", "edit")
+FIRST_KINDS = ("background", "pair", "text", "edit")  # all there were at first; runs of them keep their name
+SEVERAL = {"pair": 2, "three": 3, "four": 4}  # kinds of several input images
 COUNT = 500  # prompts of each of them
 DRAWINGS, TYPED = "own-drawings", "typed-words"
 FOREIGN = {DRAWINGS: 60, TYPED: 200}  # kinds with their numbers of prompts
@@ -83,7 +86,7 @@ def plan(arguments: argparse.Namespace) -> Manifest:
     counts = ", ".join(f"{kind} {sum(task.truth['kind'] == kind for task in tasks)}" for kind in kinds)
     # the kinds that were always there are named as they always were: their runs are resumed
     options = {"prompts": counts}
-    if kinds == KINDS:
+    if kinds in (KINDS, FIRST_KINDS):
         options = {"prompts of each kind": COUNT if arguments.count is None else arguments.count}
     return Manifest(
         benchmark="sprites",
@@ -147,7 +150,7 @@ def _draw(kind, number, seed):
     from ...sprites.source import draw_photo
 
     rng = make_rng("sprite bench", seed, kind, number)
-    scene = draw_scene_at_random(rng, 2 if kind == "pair" else 1, held_out=True)
+    scene = draw_scene_at_random(rng, SEVERAL.get(kind, 1), held_out=True)
     while kind == "edit" and not other_colours(scene.sprites[0]):
         scene = draw_scene_at_random(rng, 1, held_out=True)
     photos = [draw_photo(sprite, rng) for sprite in scene.sprites]
@@ -204,7 +207,8 @@ class ReaderScorer:
     """Scores of 0 and 1: what the reader sees, against what the prompt asked for.
 
     Metrics are `<kind>.<attribute>`, and `<kind>.shuffled.<attribute>` for the control: the same image compared with the
-    input images of another prompt of the kind. It shows what a model would get that never looks at them.
+    input images of another prompt of the kind. It shows what a model would get that never looks at them. `pictures.<n>` is the
+    share of prompts with n input images, on a new background, of which shape and colour of all were drawn and nothing else.
     """
 
     name = "reader"
@@ -222,9 +226,13 @@ class ReaderScorer:
             scene, kind, truth = read(image), task.truth["kind"], task.truth
             scores = {}
             for prefix, wanted in ((kind, truth), (f"{kind}.{CONTROL}", truth[CONTROL])):
-                if wanted is not None:
-                    seen = compare_with_truth(kind, scene, wanted)
-                    scores |= {f"{prefix}.{name}": float(value) for name, value in seen.items()}
+                if wanted is None:
+                    continue
+                seen = compare_with_truth(kind, scene, wanted)
+                scores |= {f"{prefix}.{name}": float(value) for name, value in seen.items()}
+                if kind in ("background", *SEVERAL):  # a line each number of input images
+                    prefix = prefix.replace(kind, "pictures")
+                    scores[f"{prefix}.{len(task.pictures)}"] = float(_are_all_there(scene, wanted))
             results.append(scores)
         return results
 
@@ -232,9 +240,9 @@ class ReaderScorer:
 def compare_with_truth(kind: str, scene: Scene, truth: dict[str, Any]) -> dict[str, bool]:
     """What of a truth a read `Scene` fulfils: attribute -> bool.
 
-    One sprite must be there where one was asked for, else none of its attributes counts. Of a pair, each subject counts if some
-    sprite has its shape and colour; both count if two sprites are there, one for each, in any order. Of typed words, what was
-    not named is right.
+    One sprite must be there where one was asked for, else none of its attributes counts. Of several, each subject counts if some
+    sprite has its shape and colour; both (all) count if as many sprites are there, one for each, in any order. Of typed words,
+    what was not named is right.
     """
     if kind == TYPED:
         return _compare_named(scene, truth)
@@ -250,6 +258,11 @@ def compare_with_truth(kind: str, scene: Scene, truth: dict[str, Any]) -> dict[s
             "both in order": seen == [first, second],
             "background": background,
         }
+    if kind in SEVERAL:
+        seen = [sprite.triple[:2] for sprite in scene.sprites]
+        names = ("first", "second", "third", "fourth")
+        found = {name: tuple(triple[:2]) in seen for name, triple in zip(names, wanted, strict=False)}
+        return {**found, "all": _are_all_there(scene, truth), "background": background}
     seen = scene.sprites[0].triple if len(scene.sprites) == 1 else (None, None, None)
     shape, colour, pattern = (found == asked for found, asked in zip(seen, wanted[0], strict=True))
     if kind == "edit":
@@ -264,6 +277,13 @@ def compare_with_truth(kind: str, scene: Scene, truth: dict[str, Any]) -> dict[s
         }
     found = {"shape": shape, "colour": colour, "pattern": pattern, "background": background}
     return {**found, "all": all(found.values())}
+
+
+def _are_all_there(scene, truth):
+    """Whether the sprites of a scene have the shapes and colours of a truth, in any order."""
+    return sorted(sprite.triple[:2] for sprite in scene.sprites) == sorted(
+        tuple(triple[:2]) for triple in truth["sprites"]
+    )
 
 
 def _compare_named(scene, truth):
