@@ -8,7 +8,7 @@ PYTEST_FLAGS ?= -n 2
 PYTEST_ENV = OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest style bench docs dist clean
+.PHONY: help env demo test test-oldest style bench figures docs dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ style: env  ## fix what ruff can fix
 
 bench: env  ## run the benchmarks
 	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(VENV)/bin/python $$benchmark; done
+
+figures: env  ## run what the documents quote of the small model, and write it into them
+	$(VENV)/bin/python docs/figures.py
 
 docs: $(VENV)/.docs  ## build the documentation into site/; warnings and broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
