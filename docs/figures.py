@@ -36,7 +36,7 @@ class Run:
 
     command: str
     read: Callable[[Path], dict[str, Any]]
-    pictures: dict[str, str] = field(default_factory=dict)  # document's picture -> file of the folder
+    images: dict[str, str] = field(default_factory=dict)  # document's image -> file of the folder
 
 
 def read_evaluation(folder):
@@ -144,8 +144,8 @@ def documents():
 
 
 def quoted():
-    """Run -> documents and pictures that hold something of it."""
-    found = {name: list(run.pictures) for name, run in RUNS.items()}
+    """Run -> documents and images that hold something of it."""
+    found = {name: list(run.images) for name, run in RUNS.items()}
     for path in documents():
         for mark in MARK.finditer(path.read_text(encoding="utf-8")):
             place = path.relative_to(ROOT).as_posix()
@@ -182,9 +182,9 @@ def write(name, figures, output):
         if after != before:
             path.write_text(after, encoding="utf-8")
             changed.append(path)
-    for picture, file in RUNS[name].pictures.items():
-        shutil.copyfile(output / name / file, ROOT / picture)
-        changed.append(ROOT / picture)
+    for image, file in RUNS[name].images.items():
+        shutil.copyfile(output / name / file, ROOT / image)
+        changed.append(ROOT / image)
     return changed
 
 

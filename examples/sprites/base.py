@@ -42,9 +42,8 @@ CHANNELS = 4  # of the latents
 WORDS = (*SHAPES, *COLOURS, *PATTERNS, *SIZES, *BACKGROUNDS, "a", "an", "and", "on", "background", ",")
 WORLD = {
     "words": list(WORDS),
-    "most_images": 4,
+    "most_images": 2,
     "plain_background": True,
-    "ignores_case": True,
 }  # what the pipelines warn of leaving
 MAX_WORDS = 24
 TEXT_WIDTH = 128

@@ -24,6 +24,8 @@ from kosmos_g_diffusers.sprites.world import (
     SHAPES,
     SIZES,
     TRAINING_TRIPLES,
+    Scene,
+    Sprite,
     draw_scene_at_random,
     draw_sprite_at_random,
     make_rng,
@@ -155,3 +157,11 @@ def test_small_model_reads_capitals_as_small_letters():
     plain, folded = (KosmosGTokenizer.from_vocabulary(pieces, lowercase=fold) for fold in (False, True))
     assert folded("A RED StaR").input_ids == plain("a red star").input_ids
     assert plain("RED").input_ids != plain("red").input_ids
+
+
+def test_sprites_that_have_no_room_are_refused():
+    scene = Scene(
+        tuple(Sprite("star", colour, "plain", "large") for colour in ("red", "blue", "green")), "mint"
+    )
+    with pytest.raises(ValueError, match="no room for 3 sprites .* let one at most be large"):
+        render(scene, random.Random(0))

@@ -33,8 +33,8 @@ SMALLEST_PATTERNED = 8.0
 SIZE_BOUND = math.sqrt(SIZES["small"] * SIZES["large"])  # between a small and a large sprite
 WHOLE = 0.45  # share of prompts that name all there is
 OPENINGS = (
-    "a photo of", "a picture of", "a sketch of", "an illustration of", "a photograph of", "a render of", "show me",
-    "draw me", "picture of", "please make", "i want", "there is", "this is",
+    "a photo of", "a sketch of", "an illustration of", "a photograph of", "a render of", "show me",
+    "draw me", "please make", "i want", "there is", "this is",
 )  # fmt: skip
 ENDINGS = (
     "masterpiece", "best quality", "8k", "hd", "detailed", "very detailed", "intricate", "sharp", "digital art",

@@ -176,6 +176,9 @@ def render(
 
     Returns:
         RGB image of IMAGE_SIZE x IMAGE_SIZE pixels.
+
+    Raises:
+        ValueError: there is no room for the sprites, such as three large ones.
     """
     return render_at(scene, place_at_random(scene, rng, anywhere), colours)
 
@@ -203,7 +206,7 @@ def place_at_random(
 def _place_anywhere(radii, rng):
     """(x, y, radius) of sprites whose boxes keep GAP_ACROSS or GAP_DOWN from each other; the largest chooses first."""
     order = sorted(range(len(radii)), key=lambda index: -radii[index])
-    while True:
+    for _ in range(1_000):
         places = {}
         for index in order:
             r, edge = radii[index], REACH * radii[index] + MARGIN
@@ -219,6 +222,10 @@ def _place_anywhere(radii, rng):
                 break
         else:
             return [places[index] for index in range(len(radii))]
+    raise ValueError(
+        f"There is no room for {len(radii)} sprites of {', '.join(f'{radius:.1f}' for radius in radii)} pixels of radius in "
+        f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels. Of three and four, let one at most be large."
+    )
 
 
 def render_at(
@@ -249,7 +256,7 @@ class Form:
     arm: float = 0.36  # half the width of a cross's arms
     square: float = 0.85
     triangle: tuple[float, float] = (0.95, 0.85)  # above and below the centre
-    rim: float = 0.0  # pixels of a thin line around the shape, which is no border
+    rim: float = 0.0  # pixels of a thin line around the shape, not a border
 
 
 def paint_sprite(

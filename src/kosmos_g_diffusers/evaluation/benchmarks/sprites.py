@@ -207,7 +207,7 @@ class ReaderScorer:
     """Scores of 0 and 1: what the reader sees, against what the prompt asked for.
 
     Metrics are `<kind>.<attribute>`, and `<kind>.shuffled.<attribute>` for the control: the same image compared with the
-    input images of another prompt of the kind. It shows what a model would get that never looks at them. `pictures.<n>` is the
+    input images of another prompt of the kind. It shows what a model would get that never looks at them. `images.<n>` is the
     share of prompts with n input images, on a new background, of which shape and colour of all were drawn and nothing else.
     """
 
@@ -231,7 +231,7 @@ class ReaderScorer:
                 seen = compare_with_truth(kind, scene, wanted)
                 scores |= {f"{prefix}.{name}": float(value) for name, value in seen.items()}
                 if kind in ("background", *SEVERAL):  # a line each number of input images
-                    prefix = prefix.replace(kind, "pictures")
+                    prefix = prefix.replace(kind, "images")
                     scores[f"{prefix}.{len(task.pictures)}"] = float(_are_all_there(scene, wanted))
             results.append(scores)
         return results
