@@ -218,7 +218,7 @@ def run(data, output, monkeypatch, network, *, count=4, steps=2, **options):
     monkeypatch.setattr(fid, "load_inception", lambda weights: network)
     settings = {**coco.SETTINGS, "steps": steps, "height": 32, "width": 32, "dtype": "float32", "seed": 0}
     options = {"model": None, "settings": settings, "device": "cpu", "batch_size": 3, **options}
-    asked = SimpleNamespace(**vars(data), count=count, seed=0, inception=None)
+    asked = SimpleNamespace(**vars(data), count=count, seed=0, inception=None, generated=None)
     return evaluate(coco.plan(asked), output, **options)
 
 

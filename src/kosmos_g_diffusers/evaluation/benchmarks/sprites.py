@@ -50,6 +50,7 @@ SETTINGS: dict[str, Any] = {
 }
 BATCH_SIZE = 50
 SCORERS = None  # it has one of its own
+LAYOUTS: tuple[()] = ()  # its prompts are drawn by the run itself
 KINDS = ("background", "pair", "text", "edit")
 COUNT = 500  # prompts of each of them
 DRAWINGS, TYPED = "own-drawings", "typed-words"
