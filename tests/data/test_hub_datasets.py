@@ -1,5 +1,6 @@
 """Hugging Face datasets as sources of captions, texts and edits."""
 
+import json
 import pickle
 import random
 import sys
@@ -132,6 +133,30 @@ def test_a_folder_of_images_is_read(tmp_path, monkeypatch):
     source = build_source(f"datasets:imagefolder?data_dir={folder}&image=image&caption=text")
     sample = source.read(0, random.Random(0))
     assert (sample.caption, shade(sample.target)) == ("a dog", 40)
+
+
+@pytest.mark.parametrize("name", ["text", "json"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_files_are_read_by_their_byte_order_mark(name, encoding, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = ["ein Hund für 3 €", "a cat"]
+    lines = texts if name == "text" else [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "data").write_bytes("".join(f"{line}\n" for line in lines).encode(encoding))
+    source = build_source(f"datasets:{name}?data_files={tmp_path / 'data'}")
+    if encoding == "cp1252":
+        with pytest.raises(BadSample, match="row: .*(not UTF-8|'utf-8' codec)"):
+            source.read(0, random.Random(0))
+    else:
+        assert source.read(0, random.Random(0)).caption == texts[0]
+    if (name, encoding) != ("json", "cp1252"):
+        assert source.read(1, random.Random(0)).caption == texts[1]
+
+
+def test_files_of_several_encodings_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes("a dog\n".encode("utf-16"))
+    (tmp_path / "b.txt").write_bytes(b"a cat\n")
+    with pytest.raises(ValueError, match="in several encodings: utf-16-le, utf-8. Save all as UTF-8"):
+        build_source(f"datasets:text?data_files={tmp_path}/*.txt")
 
 
 def test_unknown_options_of_a_line_are_named():

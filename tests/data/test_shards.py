@@ -550,3 +550,66 @@ def test_a_line_of_text_builds_a_source(one_of_each, tmp_path):
     shards = build_source(f"shards:{one_of_each}", word_dropout=1, cache_dir=tmp_path / "cache")
     assert isinstance(shards, ShardSource)
     assert read(shards, 1).prompt[-1] == "make it snow" and len(read(shards, 1).prompt) == 2
+
+
+# Text as editors write it ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("ending", ["txt", "json"])
+def test_byte_order_marks_tell_the_encoding_and_are_left_out(tmp_path, source, encoding, ending):
+    text = "ein Hund für 3 €"
+    content = text if ending == "txt" else json.dumps({"caption": text}, ensure_ascii=False)
+    image = ("a.jpg", encode(make_image(10), "JPEG"))
+    write_tar(tmp_path / "0.tar", [(f"a.{ending}", content.encode(encoding)), image])
+    assert read(source(tmp_path), 0).prompt == (text,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("café".encode("cp1252"), "not UTF-8 .*Save it as UTF-8"),
+        ("a dog".encode("utf-16-le"), "NUL characters, such as UTF-16"),
+        (b"\xff\xfea", "not UTF-16-LE"),
+        (b"\xef\xbb\xbf \n", "empty caption"),
+    ],
+)
+def test_text_in_another_encoding_is_counted(tmp_path, source, content, message):
+    write_tar(tmp_path / "0.tar", [("a.txt", content), ("a.jpg", encode(make_image(10), "JPEG"))])
+    with pytest.raises(BadSample, match=message) as caught:
+        read(source(tmp_path), 0)
+    assert caught.value.cause == ("caption" if "empty" in message else "row")
+
+
+def test_every_text_of_a_record_is_cleaned(tmp_path, source):
+    image, mark = encode(make_image(10), "JPEG"), "\ufeff"
+    edit = {"edit": f"{mark}make it snow", "input": f"{mark}a garden", "caption": "a garden in snow"}
+    prompt = {"prompt": [f"{mark}a ", {"image": "0"}, "in snow"]}
+    write_tar(
+        tmp_path / "0.tar",
+        [
+            *(("a.json", record(**edit)), ("a.0.source.jpg", image), ("a.0.target.jpg", image)),
+            *(("b.json", record(**prompt)), ("b.0.jpg", image)),
+            ("c.json", b'{"caption": "a \\ud83d dog"}'),
+        ],
+    )
+    shards = source(tmp_path, word_dropout=0)
+    assert [part for part in read(shards, 0).prompt if isinstance(part, str)] == ["a garden", "make it snow"]
+    assert [part for part in read(shards, 1).prompt if isinstance(part, str)] == ["a ", "in snow"]
+    with pytest.raises(BadSample, match="half a character"):
+        read(shards, 2)
+
+
+def test_names_that_are_not_utf8_are_printable_in_keys_and_messages(tmp_path, source):
+    members = [("caf\udce9\n.txt", b"a dog"), ("na\udcefve.txt", b"")]
+    with tarfile.open(tmp_path / "0.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    shards = source(tmp_path)
+    assert read(shards, 0).key.endswith(r"0.tar:caf\udce9\n")
+    with pytest.raises(BadSample) as caught:
+        read(shards, 1)
+    for text in (read(shards, 0).key, str(caught.value), caught.value.message):
+        assert text.isprintable() and text.encode("utf-8")

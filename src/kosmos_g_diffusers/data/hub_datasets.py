@@ -1,15 +1,18 @@
 """Hugging Face `datasets` as a source of captions or edits."""
 
+import glob
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from .recipes import WORD_DROPOUT, caption_sample, check_caption, edit_sample
-from .sample import IMAGE_LENGTH, BadSample, Sample, decode_image
+from .sample import IMAGE_LENGTH, BadSample, Sample, decode_image, find_encoding
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+TEXT_FORMATS = ("text", "json", "csv")  # names of datasets' own readers
+REPLACED = "\ufffd"  # what they make of bytes in another encoding
 GROUP = 10_000  # rows that are shuffled together: an Arrow table has no files to shuffle
 
 
@@ -106,7 +109,13 @@ class HubDatasetSource:
             dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
         else:
             dataset = datasets.load_dataset(
-                name, config, split=split, revision=revision, data_dir=data_dir, data_files=data_files
+                name,
+                config,
+                split=split,
+                revision=revision,
+                data_dir=data_dir,
+                data_files=data_files,
+                **_encoding_options(name, data_files),
             )
         return cls(dataset, name=name, **columns)
 
@@ -124,6 +133,9 @@ class HubDatasetSource:
         except Exception as error:  # whatever Arrow or a file of the dataset raises costs this row
             raise BadSample("row", f"{key} cannot be read ({error})") from error
         values = {use: row[column] for use, column in self.columns.items() if column is not None}
+        texts = (values.get(use) for use in ("caption", "edit", "input"))
+        if self.name in TEXT_FORMATS and any(REPLACED in text for text in texts if isinstance(text, str)):
+            raise BadSample("row", f"{key} has text that is not UTF-8. Save it as UTF-8")
         target = self._image(values["image"], key) if "image" in values else None
         if "edit" not in values:
             return caption_sample(key, values.get("caption"), target)
@@ -143,3 +155,21 @@ class HubDatasetSource:
             except (OSError, TypeError, KeyError) as error:
                 raise BadSample("image", f"{key} has an image that cannot be read ({error})") from error
         return decode_image(data, key)
+
+
+def _encoding_options(name, data_files):
+    """How datasets' own readers decode local files: by their byte order mark, and bad bytes do not end the run."""
+    if name not in TEXT_FORMATS or data_files is None:
+        return {}
+    encodings = set()
+    for path in glob.glob(data_files, recursive=True):
+        with open(path, "rb") as file:
+            encodings.add(find_encoding(file.read(4))[0])
+    if len(encodings) > 1:
+        raise ValueError(
+            f"The files {data_files} are in several encodings: {', '.join(sorted(encodings))}. Save all as UTF-8."
+        )
+    options = {} if name == "json" else {"encoding_errors": "replace"}
+    if encodings - {"utf-8"}:
+        options["encoding"] = encodings.pop().rpartition("-")[0]  # Python leaves the mark out by these names
+    return options

@@ -11,7 +11,7 @@ from typing import Any
 
 import PIL.Image
 
-from .sample import BadSample, Sample
+from .sample import BadSample, Sample, clean_text
 
 WORD_DROPOUT = 0.5  # probability that the words next to the images are left out, --random-drop-caption-prob
 BACKGROUND = 0.5  # probability that an entity is shown with its background
@@ -25,11 +25,12 @@ WORD_ENDS = frozenset(" ,.!?;:)]}")
 
 def check_caption(caption: Any, key: str) -> str:
     """The caption without outer spaces. Raises BadSample when it is empty or not text."""
-    if not isinstance(caption, str) or not caption.strip():
-        kind = type(caption).__name__
-        given = "an empty caption" if kind == "str" else f"a caption of type {kind}"
-        raise BadSample("caption", f"{key} has {given}")
-    return caption.strip()
+    if not isinstance(caption, str):
+        raise BadSample("caption", f"{key} has a caption of type {type(caption).__name__}")
+    caption = clean_text(caption.strip(), key).strip()
+    if not caption:
+        raise BadSample("caption", f"{key} has an empty caption")
+    return caption
 
 
 def caption_sample(key: str, caption: Any, target: PIL.Image.Image | None = None) -> Sample:
@@ -50,7 +51,7 @@ def edit_sample(
 ) -> Sample:
     """`words` (what the source shows, dropped with probability `word_dropout`), the source image, the instruction."""
     edit = check_caption(edit, key)
-    words = words.strip() if isinstance(words, str) and rng.random() >= word_dropout else ""
+    words = clean_text(words.strip(), key) if isinstance(words, str) and rng.random() >= word_dropout else ""
     prompt = (words, source, edit) if words else (source, edit)
     return Sample(key, prompt, target, caption or None)
 

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 
 from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, check_caption, composition_sample, edit_sample
-from .sample import IMAGE_LENGTH, BadSample, Sample, decode_image
+from .sample import IMAGE_LENGTH, BadSample, Sample, clean_text, decode_image, decode_text
 from .shard_files import ShardFiles, TarSample
 
 MOST_RECORD_BYTES = 1024**2
@@ -104,7 +104,7 @@ class ShardSource:
             raise BadSample("row", f"{members.key}: prompt is not a list of 1 to {MOST_PARTS} parts")
         for part in parts:
             if isinstance(part, str):
-                prompt.append(part)
+                prompt.append(clean_text(part, members.key))
             elif isinstance(part, dict) and IMAGE_NAME.fullmatch(str(part.get("image"))):
                 prompt.append(members.image(str(part["image"])))
             else:
@@ -178,7 +178,7 @@ class Members:
             endings = ", ".join(sorted(members)[:8])
             raise BadSample("row", f"{self.key} has neither .json nor .txt, only {endings}")
         if record.get("caption") is None and "txt" in members:
-            record["caption"] = self._bytes("txt", MOST_RECORD_BYTES).decode("utf-8", errors="replace")
+            record["caption"] = decode_text(self._bytes("txt", MOST_RECORD_BYTES), self.key)
         return record
 
     def has(self, name: str) -> bool:

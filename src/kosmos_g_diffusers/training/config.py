@@ -116,7 +116,7 @@ class TrainConfig:
             ValueError: no such file, not TOML, a table in it, or a key that is not a setting (named, with its neighbours).
         """
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError as error:
             raise ValueError(f"There is no configuration file at {str(path)!r}.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -101,7 +101,7 @@ def read_annotations(path: str | Path) -> tuple[list[str], list[dict[str, Any]]]
     if not path.is_file():
         raise ValueError(f"There are no annotations at {str(path)!r}. Pass captions_val2014.json of COCO.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         images = {image["id"]: image["file_name"] for image in content["images"]}
         annotations = content["annotations"]
         for annotation in annotations:

@@ -115,7 +115,7 @@ def build_tasks(
         raise ValueError(f"{str(data)!r} lacks {what}. Pass the data folder of DreamBench++.")
     texts = {}
     for name in images:
-        lines = [line.strip() for line in captions[name].read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in captions[name].read_text(encoding="utf-8-sig").splitlines()]
         texts[name] = [line for line in lines if line]
     empty = [str(captions[name]) for name, lines in texts.items() if len(lines) < 2]
     if empty:

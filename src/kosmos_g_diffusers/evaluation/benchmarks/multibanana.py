@@ -94,7 +94,7 @@ def build_tasks(data: str | Path, kinds: list[str] | None = None, seed: int = 0)
         }
         wrong += [f"{kind}/{number}_prompt.txt" for number in images if number not in prompts]
         for number, path in prompts.items():
-            text = path.read_text(encoding="utf-8", errors="replace").strip()
+            text = path.read_text(encoding="utf-8-sig", errors="replace").strip()
             if number not in images or not text:
                 wrong.append(f"{kind}/{number}_prompt.txt (empty)" if not text else f"{kind}/{number}_0.jpg")
                 continue
