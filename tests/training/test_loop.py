@@ -26,6 +26,7 @@ from support.training_runs import (  # noqa: F401  a fixture
 )
 
 from kosmos_g_diffusers.data import TooManyBadSamples
+from kosmos_g_diffusers.data.sample import FilteredSample
 from kosmos_g_diffusers.training import checkpoints
 from kosmos_g_diffusers.training.loop import TrainingStopped, train
 
@@ -392,6 +393,27 @@ def test_counts_of_bad_samples_are_resumed(tmp_path, capsys):
         train(parts, ToyStage(), data, progress_bar=False)
     train(parts, ToyStage(), dataset(parts, source=ToySource(bad=range(10))), progress_bar=False)
     assert capsys.readouterr().out == summary
+
+
+class PickySource(ToySource):
+    """A source of captions, of which all but ten are too long."""
+
+    def read(self, index, rng):
+        if index >= 10:
+            raise FilteredSample("length", f"toy:{index} has 190 tokens of text, more than 85")
+        return super().read(index, rng)
+
+
+def test_a_run_that_learns_from_ten_samples_says_so_while_it_runs(tmp_path, capsys):
+    config = settings(tmp_path, steps=15)
+    train(config, ToyStage(), dataset(config, source=PickySource(size=200)), progress_bar=False)
+    out, err = capsys.readouterr()
+    (warning,) = (line for line in err.splitlines() if "Warning" in line)
+    assert "of the first 1," in warning and ", 10 different ones. " in warning and "has 190 tokens" in warning
+    log = read_log(tmp_path)
+    counts = [line["left_out"]["filtered: length"] for line in log]
+    assert counts == sorted(counts) and counts[-1] > 1000
+    assert f"{counts[-1]:,} of {counts[-1] + 60:,} samples read could not be used" in out
 
 
 # Next to the training -------------------------------------------------------------------------------------------

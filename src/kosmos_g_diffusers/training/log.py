@@ -55,9 +55,18 @@ class Log:
             accelerator.init_trackers("kosmos-g", settings, options)
 
     def write(
-        self, step: int, losses: Mapping[str, torch.Tensor], lr: float, grad_norm: torch.Tensor
+        self,
+        step: int,
+        losses: Mapping[str, torch.Tensor],
+        lr: float,
+        grad_norm: torch.Tensor,
+        left_out: Mapping[str, int],
     ) -> dict[str, str]:
-        """Log the means over processes; returns what the progress bar shows."""
+        """Log the means over processes; returns what the progress bar shows.
+
+        Args:
+            left_out: cause -> number of samples that were left out up to here.
+        """
         names = sorted(losses)
         means = self.accelerator.reduce(torch.stack([losses[name] for name in names]), "mean")
         losses = dict(zip(names, means.tolist(), strict=True))
@@ -70,10 +79,11 @@ class Log:
             "grad_norm": float(grad_norm or 0),
             "samples_per_second": round(rate, 3),
         }
-        self.accelerator.log(values, step=step)
+        self.accelerator.log({**values, "left_out": sum(left_out.values())}, step=step)
         if self.accelerator.is_main_process:
+            line = {"step": step, **values, **({"left_out": dict(left_out)} if left_out else {})}
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps(line) + "\n")
         return {name: f"{value:.4f}" for name, value in losses.items()} | {"samples/s": f"{rate:.1f}"}
 
     def show(self, step: int, path: Path) -> None:

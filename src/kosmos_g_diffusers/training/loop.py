@@ -164,9 +164,11 @@ def train(
             signalled = stop.agreed(accelerator)
             saving = step % config.save_every == 0 or step == config.steps or signalled
             if step % config.log_every == 0 or saving:
-                skips.count()
+                for warning in skips.count():
+                    _say(warning, accelerator)
             if step % config.log_every == 0 or step == config.steps:
-                bar.set_postfix(log.write(step, sums, lr=schedule.get_last_lr()[0], grad_norm=grad_norm))
+                rate, left_out = schedule.get_last_lr()[0], skips.counter.counts
+                bar.set_postfix(log.write(step, sums, lr=rate, grad_norm=grad_norm, left_out=left_out))
             if saving:
                 saver.save(step, skips.counter)
             if draw_samples and config.sample_every and step % config.sample_every == 0:
@@ -291,6 +293,12 @@ def _check_sharding(config, accelerator):
                 f"{name} is {getattr(config, name)}, which needs the weights whole, and "
                 f"{accelerator.distributed_type.value} shards them. Set it to 0, or run without sharding."
             )
+
+
+def _say(text, accelerator):
+    """A line on stderr that leaves the progress bar whole."""
+    if accelerator.is_main_process:
+        tqdm.write(text, file=sys.stderr)
 
 
 def _check_finite(value, name, step, keys, saver):
