@@ -249,6 +249,24 @@ def test_the_index_lists_every_shard_and_is_believed(tmp_path, source, monkeypat
         assert source(where).groups == [2, 1, 2, 1]
 
 
+def test_samples_that_the_index_leaves_out_are_warned_of_once(tmp_path, source, caplog):
+    for number in range(2):
+        with ShardWriter(tmp_path / "shards", prefix=f"p{number}", samples_per_shard=20) as writer:
+            for key in range(20):
+                writer.write_caption(f"{key:03}", "a dog", make_image(10))
+    listed = [{"url": f"p{number}-000000.tar", "nsamples": 5} for number in range(2)]
+    write_text(tmp_path / "shards" / "shards.json", json.dumps({"shardlist": listed}))
+    shards = source(tmp_path / "shards")
+    assert len(shards) == 10
+    for index in range(10):
+        read(shards, index)
+    (record,) = caplog.records
+    assert (
+        "p0-000000.tar holds 20 samples, and shards.json says 5: the others are never read"
+        in record.getMessage()
+    )
+
+
 def test_writing_nothing_to_list_or_a_bad_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no .tar files"):
         write_shard_index(tmp_path)

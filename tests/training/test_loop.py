@@ -1,5 +1,6 @@
 # ruff: noqa: F811  fixtures are imported, and used by the names of arguments
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -40,6 +41,7 @@ class DyingDataset(torch.utils.data.Dataset):
 
     def __init__(self, batches, dies_at):
         self.batches, self.dies_at = batches, dies_at
+        self.describe_sources = batches.describe_sources
 
     def __getitem__(self, number):
         if number == self.dies_at:
@@ -364,6 +366,57 @@ def test_other_number_of_processes_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
     with pytest.raises(ValueError, match="begun on 2 processes; this one has 1"):
         run(settings(tmp_path))
+
+
+class SizedSource(ToySource):
+    """Of several files."""
+
+    def __len__(self):
+        return sum(self.groups)
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [([30, 31], "toy had 60 samples and has 61"), ([25, 35], "toy has its 60 samples in other files")],
+)
+def test_data_that_changed_is_refused(tmp_path, groups, words):
+    """Else the same seed would order it anew, and a run would read some samples twice and others never."""
+
+    def train_on(groups):
+        config, source = settings(tmp_path), SizedSource()
+        source.groups = groups
+        return train(config, ToyStage(), dataset(config, source=source), progress_bar=False)
+
+    train_on([30, 30])
+    with pytest.raises(
+        ValueError, match=f"has changed since .*checkpoint-00000008 was written: {words}.*pass it as --model"
+    ):
+        train_on(groups)
+    assert train_on([30, 30]).name == "checkpoint-00000008"
+
+
+def test_data_elsewhere_is_taken_when_it_is_said_to_be_the_same(tmp_path):
+    first = settings(tmp_path, data=("shards:/old",))
+    with pytest.raises(Stopped):
+        train(first, ToyStage(), DyingDataset(dataset(first), 4), progress_bar=False)
+    moved = settings(tmp_path, data=("shards:/new",))
+    with pytest.raises(ValueError, match="data .was .*shards:/old"):
+        run(moved)
+    moved = settings(tmp_path, data=("shards:/new",), data_moved=True)
+    with pytest.raises(Stopped):
+        train(moved, ToyStage(), DyingDataset(dataset(moved), 6), progress_bar=False)
+    whole = run(settings(tmp_path / "whole"))
+    assert same(weights(run(moved)), weights(whole))
+    with pytest.raises(ValueError, match="has changed since"):
+        train(moved, ToyStage(), dataset(moved, source=ToySource(size=51)), progress_bar=False)
+    path = tmp_path / "checkpoint-00000008" / "training_state" / "progress.json"
+    progress = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in progress.items() if name != "sources"}))
+    with pytest.raises(
+        ValueError, match="does not say how many samples its data had.*leave out --data-moved"
+    ):
+        run(moved)
+    assert run(settings(tmp_path, data=("shards:/new",))).name == "checkpoint-00000008"  # as before
 
 
 def test_too_many_bad_samples_stop_the_run_with_counts(tmp_path):

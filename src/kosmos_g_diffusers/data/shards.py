@@ -1,6 +1,7 @@
 """WebDataset tar shards as a source of samples. Their layout is in docs/data.md; shard_writer.py makes them."""
 
 import json
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ import PIL.Image
 
 from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, check_caption, composition_sample, edit_sample
 from .sample import IMAGE_LENGTH, BadSample, Sample, clean_text, decode_image, decode_text
-from .shard_files import ShardFiles, TarSample
+from .shard_files import INDEX_NAME, ShardFiles, TarSample
+
+logger = logging.getLogger(__name__)
 
 MOST_RECORD_BYTES = 1024**2
 MOST_PARTS = 64  # images and texts of a prompt, pairs of an edit, entities of a composition
@@ -59,7 +62,7 @@ class ShardSource:
         self._ends = np.cumsum(self.groups)
         if not len(self):
             raise ValueError(f"No data found: the {len(self.files)} shards at {where} hold no samples.")
-        self._indices = OrderedDict()
+        self._indices, self._warns = OrderedDict(), True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_indices": OrderedDict()}  # each worker finds its own
@@ -134,6 +137,16 @@ class ShardSource:
             raise BadSample("shard", f"{name} holds {len(samples)} samples, and should hold {count}")
         return number, samples[row]
 
+    def _check_count(self, number):
+        """Say once that shards hold more than shards.json says: the rest of them is never read."""
+        found, said = self._indices[number], self.groups[number]
+        if self._warns and not isinstance(found, BadSample) and len(found) > said:
+            self._warns = False
+            logger.warning(
+                "%s holds %d samples, and %s says %d: the others are never read. List the shards anew (write_shard_index).",
+                *(self.files.names[number], len(found), INDEX_NAME, said),
+            )
+
     def _index(self, number):
         """The samples of a shard; raises the same BadSample again for a shard that cannot be read."""
         if number in self._indices:
@@ -143,6 +156,7 @@ class ShardSource:
                 self._indices[number] = self.files.index(number)
             except BadSample as error:
                 self._indices[number] = error
+            self._check_count(number)
             kept = sum(self.groups[shard] for shard in self._indices)
             while kept > INDEXED_SAMPLES and len(self._indices) > 1:
                 kept -= self.groups[self._indices.popitem(last=False)[0]]

@@ -59,6 +59,7 @@ class TrainConfig:
     min_side: int = setting(0, "leave out captioned images of TSV rows with a smaller side, in pixels", low=0)
     entity_dropout: float = setting(0.5, "probability that an entity's words are dropped", low=0, high=1)
     background_probability: float = setting(0.5, "probability of a cut-out with background", low=0, high=1)
+    data_moved: bool = setting(False, "the same data lies elsewhere than when the run was begun", fixed=False)
     max_bad_samples: float = setting(0.01, "largest share of unreadable samples", fixed=False, low=0, high=1)
     bucket_window: int = setting(8, "batches whose samples are sorted by length together; 1 is off", low=1)
     workers: int = setting(2, "processes that decode images", fixed=False, low=0)
@@ -165,7 +166,14 @@ class TrainConfig:
 
     def check_resumes(self, earlier: "TrainConfig", folder: str | Path) -> None:
         """Raise ValueError if a run with the settings `earlier` in `folder` must not be resumed with these."""
-        fixed = [entry.name for entry in fields(self) if entry.metadata.get("fixed", True)]
+        moved = (
+            ("data", "words") if self.data_moved else ()
+        )  # the checkpoint says how many samples there were
+        fixed = [
+            entry.name
+            for entry in fields(self)
+            if entry.metadata.get("fixed", True) and entry.name not in moved
+        ]
         pairs = [(name, getattr(earlier, name), getattr(self, name)) for name in fixed]
         changed = [f"{name} (was {old!r}, now {new!r})" for name, old, new in pairs if old != new]
         if changed:

@@ -67,8 +67,8 @@ def train(
         Path of the last checkpoint.
 
     Raises:
-        ValueError: the run in the folder was begun with other settings or on another number of processes; settings that
-            do not work together.
+        ValueError: the run in the folder was begun with other settings, with other data or on another number of processes;
+            settings that do not work together.
         ImportError: the tracker is not installed.
         TrainingStopped: a loss or gradient that is not finite.
         TooManyBadSamples: more unreadable samples than `config.max_bad_samples`.
@@ -110,7 +110,10 @@ def train(
         weights = trained_parameters(wrapped)
         ema = EMAModel(weights, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
         accelerator.register_for_checkpointing(ema)
-    saver = Saver(config, accelerator, wrapped, stage, ema, save_model or stage.save_pretrained)
+    describe_sources = getattr(dataset, "describe_sources", lambda: None)
+    saver = Saver(
+        config, accelerator, wrapped, stage, ema, save_model or stage.save_pretrained, describe_sources()
+    )
     skips = GatheredSkips(config.max_bad_samples, accelerator)
     step = saver.resume(skips.counter)
     log = Log(config, step, accelerator)
