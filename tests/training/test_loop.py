@@ -352,6 +352,24 @@ def test_run_of_other_settings_is_refused(tmp_path):
     run(settings(tmp_path, log_every=2))  # what is not learned may change
 
 
+def test_a_finished_run_of_a_constant_schedule_continues_for_more_steps(tmp_path):
+    whole = run(settings(tmp_path / "whole", lr_schedule="constant", ema_decay=0.9))
+    run(settings(tmp_path / "parts", lr_schedule="constant", ema_decay=0.9, steps=3))
+    longer = run(settings(tmp_path / "parts", lr_schedule="constant", ema_decay=0.9))
+    assert same(weights(longer), weights(whole))
+    assert [line["step"] for line in read_log(tmp_path / "parts")] == list(range(1, 9))
+    with pytest.raises(ValueError, match=r"steps \(was 8, now 3\). Continue with the settings"):
+        run(settings(tmp_path / "parts", lr_schedule="constant", ema_decay=0.9, steps=3))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_other_runs_say_how_to_train_on(tmp_path, schedule):
+    run(settings(tmp_path, lr_schedule=schedule))
+    words = rf"steps \(was 8, now 20\). With the {schedule} schedule .* begin a new run .*checkpoint-... as --model"
+    with pytest.raises(ValueError, match=words):
+        run(settings(tmp_path, lr_schedule=schedule, steps=20))
+
+
 def test_folder_that_is_not_a_run_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("dear")
     with pytest.raises(ValueError, match="is not a run"):

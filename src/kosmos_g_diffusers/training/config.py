@@ -65,7 +65,9 @@ class TrainConfig:
     workers: int = setting(2, "processes that decode images", fixed=False, low=0)
     cache: str = setting("", "keeps the work of frozen models (default: none)", fixed=False, metavar="FOLDER")
 
-    steps: int = setting(300_000, "optimizer steps", low=1)
+    steps: int = setting(
+        300_000, "optimizer steps; more of them continue a run of a constant schedule", low=1
+    )
     batch_size: int = setting(16, "samples of a process and forward pass", low=1)
     accumulation: int = setting(1, "forward passes of an optimizer step", low=1)
     lr: float = setting(1e-3, "peak learning rate", low=0)
@@ -175,12 +177,21 @@ class TrainConfig:
             if entry.metadata.get("fixed", True) and entry.name not in moved
         ]
         pairs = [(name, getattr(earlier, name), getattr(self, name)) for name in fixed]
-        changed = [f"{name} (was {old!r}, now {new!r})" for name, old, new in pairs if old != new]
-        if changed:
-            raise ValueError(
-                f"The run in {folder} has other settings: {', '.join(changed)}. Continue with the settings it was begun "
-                "with, or give a new run another --output."
+        changed = {name: (old, new) for name, old, new in pairs if old != new}
+        constant = earlier.lr_schedule == self.lr_schedule == "constant"
+        if constant and self.steps > earlier.steps:  # the rate of no step depends on how many follow
+            changed.pop("steps", None)
+        if not changed:
+            return
+        text = ", ".join(f"{name} (was {old!r}, now {new!r})" for name, (old, new) in changed.items())
+        advice = "Continue with the settings it was begun with, or give a new run another --output."
+        if list(changed) == ["steps"] and not constant:
+            advice = (
+                f"With the {earlier.lr_schedule} schedule the learning rate of every step depends on them. To train on, begin a "
+                f"new run from its last checkpoint: pass {folder}/checkpoint-... as --model, with another --output. Only with "
+                "--lr-schedule constant can a run be made longer."
             )
+        raise ValueError(f"The run in {folder} has other settings: {text}. {advice}")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed."""
