@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from support.training_runs import (  # noqa: F401  a fixture
@@ -29,6 +31,7 @@ from support.training_runs import (  # noqa: F401  a fixture
 from kosmos_g_diffusers.data import TooManyBadSamples
 from kosmos_g_diffusers.data.sample import FilteredSample
 from kosmos_g_diffusers.training import checkpoints
+from kosmos_g_diffusers.training.log import Log
 from kosmos_g_diffusers.training.loop import TrainingStopped, train
 
 
@@ -298,6 +301,65 @@ def test_gradient_that_is_not_finite_stops(tmp_path):
 
 def _save_on_a_full_disk(folder, state):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def overflows(monkeypatch):
+    """Function that makes the optimizer pass over some steps, as float16's scaler does when gradients overflow."""
+
+    def overflow(numbers):
+        made = []
+
+        def step(self, closure=None):
+            made.append(len(made) + 1)
+            if made[-1] not in numbers:
+                self.optimizer.step(closure)
+
+        monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+        monkeypatch.setattr(
+            AcceleratedOptimizer, "step_was_skipped", property(lambda self: made[-1] in numbers)
+        )
+
+    return overflow
+
+
+def test_steps_that_are_passed_over_are_counted_and_change_nothing(tmp_path, overflows, capsys):
+    overflows({1, 2, 5})
+    checkpoint = run(settings(tmp_path, ema_decay=0.9))
+    assert "3 of 8 steps were passed over: their gradients overflowed float16" in capsys.readouterr().err
+    log = read_log(tmp_path)
+    assert [line.get("passed_over", 0) for line in log] == [1, 2, 2, 2, 3, 3, 3, 3]
+    assert log[0]["lr"] == log[1]["lr"] == 0 and log[3]["lr"] == log[4]["lr"]
+    states = checkpoint / "training_state"
+    average = next(path for path in states.iterdir() if path.name.startswith("custom_checkpoint_1"))
+    assert torch.load(average, weights_only=True)["optimization_step"] == 5
+    # a part of the run that is resumed counts on
+    overflows({1})
+    run(settings(tmp_path / "parts", lr_schedule="constant", steps=3))
+    overflows({2})
+    run(settings(tmp_path / "parts", lr_schedule="constant"))
+    assert read_log(tmp_path / "parts")[-1]["passed_over"] == 2
+
+
+def test_fifty_steps_in_a_row_that_are_passed_over_stop_the_run(tmp_path, overflows):
+    overflows(set(range(5, 200)) - {30})
+    words = "50 steps in a row were passed over, up to step 80: .* last good checkpoint is .*00000078. .*--mixed-precision bf16"
+    with pytest.raises(TrainingStopped, match=words):
+        run(settings(tmp_path, steps=200))
+
+
+def test_log_is_json_whatever_the_numbers(tmp_path):
+    log = Log(settings(tmp_path), 0, Accelerator(cpu=True))
+    losses = {"square": torch.tensor(float("nan"))}
+    log.write(3, losses, 0.1, torch.tensor(float("inf")), {"row": 2}, 1)
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    values = json.loads(line, parse_constant=refuse)
+    assert (values["square"], values["grad_norm"], values["lr"]) == (None, None, 0.1)
+    assert (values["left_out"], values["passed_over"]) == ({"row": 2}, 1)
 
 
 def test_full_disk_leaves_the_last_good_checkpoint(tmp_path):

@@ -132,6 +132,8 @@ class Saver:
         ema: diffusers' EMAModel over the trained weights, or None.
         save_model: called with (folder, state_dict) on the main process.
         sources: of `MixtureDataset.describe_sources`; None is of other data, whose changes nobody sees.
+
+    `passed_over` counts the run's steps whose gradients overflowed float16.
     """
 
     config: "TrainConfig"
@@ -142,6 +144,7 @@ class Saver:
     ema: "EMAModel | None"
     save_model: Callable[[Path, dict[str, torch.Tensor]], None]
     sources: list[dict[str, Any]] | None
+    passed_over: int
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class Saver:
         save_model: Callable[[Path, dict[str, torch.Tensor]], None],
         sources: list[dict[str, Any]] | None = None,
     ):
-        self.sources = sources
+        self.sources, self.passed_over = sources, 0
         self.config, self.run, self.accelerator = config, Path(config.output), accelerator
         self.wrapped, self.stage, self.ema, self.save_model = wrapped, stage, ema, save_model
         self._keep_trained_weights_only()
@@ -192,7 +195,7 @@ class Saver:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 progress = {"step": step, "skips": skips.state_dict(), "processes": accelerator.num_processes}
-                progress["sources"] = self.sources
+                progress |= {"sources": self.sources, "passed_over": self.passed_over}
                 write_progress(partial, progress)
                 publish(partial, checkpoint_folder(self.run, step))
                 prune(self.run, self.config.keep_checkpoints)
@@ -227,6 +230,7 @@ class Saver:
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # it is read to the CPU
         skips.load_state_dict(progress["skips"])
+        self.passed_over = progress.get("passed_over", 0)
         return progress["step"]
 
     def _check_sources(self, earlier, checkpoint):

@@ -1,6 +1,7 @@
 """What a run says while it trains: log.jsonl, the progress bar's numbers, and a tracker such as tensorboard."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -61,11 +62,13 @@ class Log:
         lr: float,
         grad_norm: torch.Tensor,
         left_out: Mapping[str, int],
+        passed_over: int = 0,
     ) -> dict[str, str]:
         """Log the means over processes; returns what the progress bar shows.
 
         Args:
             left_out: cause -> number of samples that were left out up to here.
+            passed_over: steps up to here whose gradients overflowed float16.
         """
         names = sorted(losses)
         means = self.accelerator.reduce(torch.stack([losses[name] for name in names]), "mean")
@@ -81,9 +84,12 @@ class Log:
         }
         self.accelerator.log({**values, "left_out": sum(left_out.values())}, step=step)
         if self.accelerator.is_main_process:
-            line = {"step": step, **values, **({"left_out": dict(left_out)} if left_out else {})}
+            # JSON knows no number that is not finite
+            line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            line |= {"left_out": dict(left_out)} if left_out else {}
+            line |= {"passed_over": passed_over} if passed_over else {}
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
         return {name: f"{value:.4f}" for name, value in losses.items()} | {"samples/s": f"{rate:.1f}"}
 
     def show(self, step: int, path: Path) -> None:

@@ -30,11 +30,16 @@ from .config import TrainConfig
 from .log import Log, check_tracker
 from .stages import AlignStage
 
+MOST_PASSED_OVER = 50  # steps in a row: by then float16's scale is 2**-50 of what it was
+OVERFLOW = "their gradients overflowed float16, and nothing was learnt from them."
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class TrainingStopped(RuntimeError):
-    """A loss or gradient that is not finite; the message names the step, the samples and the last good checkpoint."""
+    """A loss or gradient that is not finite, or steps that float16 passes over one after the other.
+
+    The message names the step, the samples and the last good checkpoint.
+    """
 
 
 def train(
@@ -70,7 +75,7 @@ def train(
         ValueError: the run in the folder was begun with other settings, with other data or on another number of processes;
             settings that do not work together.
         ImportError: the tracker is not installed.
-        TrainingStopped: a loss or gradient that is not finite.
+        TrainingStopped: a loss or gradient that is not finite, or 50 steps in a row that float16 passes over.
         TooManyBadSamples: more unreadable samples than `config.max_bad_samples`.
         OSError: a checkpoint cannot be written; the last good one stays.
         SystemExit, KeyboardInterrupt: after SIGTERM (with the code 143) and Ctrl-C, when a checkpoint is saved.
@@ -130,6 +135,7 @@ def train(
     device, hide = accelerator.device, not (progress_bar and accelerator.is_main_process)
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=hide, dynamic_ncols=True)
     with bar, closing(_read(loader)) as batches, _StopSignal() as stop:
+        in_a_row = 0  # steps that were passed over
         while step < config.steps:
             passes, keys = [], []
             for _ in range(config.accumulation):
@@ -158,11 +164,16 @@ def train(
                 _check_finite(torch.as_tensor(grad_norm), "gradient norm", step + 1, keys, saver)
             optimizer.step()
             optimizer.zero_grad()
-            if not optimizer.step_was_skipped:
-                schedule.step()
-            if ema is not None:
-                ema.step(trained_parameters(wrapped))
             step += 1
+            if optimizer.step_was_skipped:
+                in_a_row += 1
+                saver.passed_over += 1
+                _check_passed_over(in_a_row, step, saver)
+            else:
+                in_a_row = 0
+                schedule.step()
+                if ema is not None:
+                    ema.step(trained_parameters(wrapped))
             bar.update()
             signalled = stop.agreed(accelerator)
             saving = step % config.save_every == 0 or step == config.steps or signalled
@@ -170,8 +181,9 @@ def train(
                 for warning in skips.count():
                     _say(warning, accelerator)
             if step % config.log_every == 0 or step == config.steps:
-                rate, left_out = schedule.get_last_lr()[0], skips.counter.counts
-                bar.set_postfix(log.write(step, sums, lr=rate, grad_norm=grad_norm, left_out=left_out))
+                numbers = {"lr": schedule.get_last_lr()[0], "grad_norm": grad_norm}
+                counts = {"left_out": skips.counter.counts, "passed_over": saver.passed_over}
+                bar.set_postfix(log.write(step, sums, **numbers, **counts))
             if saving:
                 saver.save(step, skips.counter)
             if draw_samples and config.sample_every and step % config.sample_every == 0:
@@ -185,6 +197,8 @@ def train(
                 break
     if skips.counter.counts:
         accelerator.print(skips.counter.summary())
+    if saver.passed_over:
+        _say(f"{saver.passed_over:,} of {step:,} steps were passed over: {OVERFLOW}", accelerator)
     for tracker in accelerator.trackers:  # end_training would also leave the process group
         tracker.finish()
     checkpoint = list_checkpoints(run)[-1]
@@ -298,6 +312,15 @@ def _check_sharding(config, accelerator):
             )
 
 
+def _check_passed_over(in_a_row, step, saver):
+    """Raise TrainingStopped on all processes, which pass over the same steps."""
+    if in_a_row == MOST_PASSED_OVER:
+        raise TrainingStopped(
+            f"{in_a_row} steps in a row were passed over, up to step {step:,}: {OVERFLOW} {saver.last_good()} Begin a new run with "
+            "--mixed-precision bf16 or no, or with a smaller --lr."
+        )
+
+
 def _say(text, accelerator):
     """A line on stderr that leaves the progress bar whole."""
     if accelerator.is_main_process:
@@ -312,7 +335,7 @@ def _check_finite(value, name, step, keys, saver):
     keys = gather_object(keys)
     raise TrainingStopped(
         f"The {name} of step {step:,} is {value.item()}, made of the samples {', '.join(keys)}. {saver.last_good()} "
-        "Look at these samples, or resume with a smaller lr or without half precision."
+        "Look at these samples, or begin a new run with a smaller lr or without half precision."
     )
 
 
