@@ -204,7 +204,7 @@ def copy_generated(folder: str | Path, manifest: Manifest, state: "PartialState"
         if form == "PNG":
             write_bytes(path, source.read_bytes())
         else:
-            marker_of(source).save(open_image(source, str(source)), path)
+            marker_of(source).save(open_image(source, str(source), in_srgb=False), path)
     state.wait_for_everyone()
 
 

@@ -186,9 +186,12 @@ def export(
     for task in manifest.tasks:
         name = f"{task.truth['collection']}/{task.truth['number']}_{task.truth['index']}"
         drawn = marker_of(image_path(folder, task))
-        images = {
-            "src_image": (open_image(Path(data) / task.pictures[0], task.pictures[0]), UNMARKED),
-            "tgt_image": (open_image(image_path(folder, task), task.id), drawn),
+        images = {  # without their colour profiles, as its scripts read and write them
+            "src_image": (
+                open_image(Path(data) / task.pictures[0], task.pictures[0], in_srgb=False),
+                UNMARKED,
+            ),
+            "tgt_image": (open_image(image_path(folder, task), task.id, in_srgb=False), drawn),
         }
         for kind, (image, marker) in images.items():
             path = output / kind / f"{name}.jpg"
