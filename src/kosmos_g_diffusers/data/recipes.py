@@ -20,6 +20,8 @@ BACKGROUND = 0.5  # probability that an entity is shown with its background
 COLOURS = frozenset(
     "yellow blue red green white black brown grey gray purple pink orange cyan silver gold golden".split()
 )
+# of an image in a text, as OmniGen's data has it: <img><|image_1|></img>
+OMNIGEN_MARK: re.Pattern[str] = re.compile(r"(?:<img>\s*)?<\|image_([1-9][0-9]?)\|>(?:\s*</img>)?")
 WORD_ENDS = frozenset(" ,.!?;:)]}")
 
 
@@ -30,6 +32,10 @@ def check_caption(caption: Any, key: str) -> str:
     caption = clean_text(caption.strip(), key).strip()
     if not caption:
         raise BadSample("caption", f"{key} has an empty caption")
+    if mark := OMNIGEN_MARK.search(caption):
+        raise BadSample(
+            "row", f"{key} has the mark {mark[0]} of an image in its text: it is a prompt, not a caption"
+        )
     return caption
 
 
@@ -54,6 +60,37 @@ def edit_sample(
     words = clean_text(words.strip(), key) if isinstance(words, str) and rng.random() >= word_dropout else ""
     prompt = (words, source, edit) if words else (source, edit)
     return Sample(key, prompt, target, caption or None)
+
+
+def prompt_sample(
+    key: str,
+    words: Any,
+    images: Sequence[PIL.Image.Image],
+    target: PIL.Image.Image | None,
+    caption: str | None,
+    reads_marks: bool = True,
+) -> Sample:
+    """Words with images where their `OMNIGEN_MARK` is; images without a mark come first, in order.
+
+    Args:
+        words: text; with `reads_marks`, the mark of image 1 is <img><|image_1|></img>.
+        images: RGB PIL images.
+    """
+    if not isinstance(words, str):
+        raise BadSample("caption", f"{key} has a prompt of type {type(words).__name__}")
+    words, parts, start, marked = clean_text(words, key), [], 0, set()
+    for mark in OMNIGEN_MARK.finditer(words) if reads_marks else ():
+        number = int(mark[1]) - 1
+        if number >= len(images):
+            raise BadSample("row", f"{key} has the mark {mark[0]}, and {len(images)} images")
+        parts += [words[start : mark.start()], images[number]]
+        start = mark.end()
+        marked.add(number)
+    first = [image for number, image in enumerate(images) if number not in marked]
+    prompt = [part for part in [*first, *parts, words[start:]] if not isinstance(part, str) or part.strip()]
+    if not prompt:
+        raise BadSample("caption", f"{key} has an empty prompt")
+    return Sample(key, tuple(prompt), target, caption)
 
 
 def composition_sample(

@@ -15,9 +15,11 @@ FORMS = """Known forms:
   tsv:compositions:PATH   rows of captions with tags and cut-outs
   shards:PATH_OR_URL      WebDataset shards: part-{000..099}.tar, *.tar, a folder, a shards.json, or a URL
   datasets:NAME?image=COLUMN&caption=COLUMN   Hugging Face datasets, from the Hub or a folder; also split=, config=,
-                          revision=, data_dir=, data_files=, and for edits edit=, source=, input= (columns)
+                          revision=, data_dir=, data_files=; for edits edit=, source=, input= (columns), for prompts prompt=,
+                          images=, marks=omnigen|none; score=COLUMN&min_score=N
 docs/data.md describes them."""
 DATASET_OPTIONS = "split config revision data_dir data_files image caption edit source input".split()
+DATASET_OPTIONS += "prompt images marks score min_score".split()
 
 
 def build_source(
@@ -53,6 +55,10 @@ def build_source(
     if form == "datasets" and rest:
         name, _, query = rest.partition("?")
         options = dict(parse_qsl(query, keep_blank_values=True))
+        if "token" in options:
+            raise ValueError(
+                f"{spec.partition('token=')[0]}... has a token, and lines are stored with runs. Set HF_TOKEN instead, or log in with hf auth login."
+            )
         unknown = sorted(set(options) - set(DATASET_OPTIONS))
         if unknown:
             raise ValueError(
