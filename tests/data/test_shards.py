@@ -1,6 +1,7 @@
 """WebDataset shards: what the writer writes, webdataset and our source read; damaged, hostile and remote shards."""
 
 import functools
+import hashlib
 import http.server
 import io
 import json
@@ -14,6 +15,7 @@ import threading
 import numpy as np
 import PIL.Image
 import pytest
+import requests
 
 from kosmos_g_diffusers.data import (
     BadSample,
@@ -513,6 +515,125 @@ def test_shards_come_over_http(tmp_path, source, remote):
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
+
+
+@pytest.fixture
+def server(remote):
+    """The folder of `remote` behind HTTP: its URL, and the requests that came."""
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset opens http URLs with curl")
+    folder, received = remote[0], []
+
+    class Handler(QuietHandler):
+        def send_head(self):
+            received.append((self.command, self.path))
+            return super().send_head()
+
+        def end_headers(self):
+            path = folder / self.path.strip("/").partition("?")[0]
+            if path.is_file():
+                self.send_header("ETag", hashlib.md5(path.read_bytes()).hexdigest())
+            super().end_headers()
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", received
+        server.shutdown()
+
+
+def rewrite(folder, shade, lists=True):
+    """Write the first shard anew, as long as before."""
+    (folder / "part-000000.tar").unlink()
+    with ShardWriter(folder / "new", samples_per_shard=2) as writer:
+        for number in range(2):
+            writer.write_caption(f"{number}", f"cat {number}", make_image(shade))
+    shutil.move(folder / "new" / "part-000000.tar", folder / "part-000000.tar")
+    shutil.rmtree(folder / "new")
+    if lists:
+        write_shard_index(folder)
+
+
+def test_a_page_that_comes_in_place_of_a_shard_is_not_kept(tmp_path, source, remote, server):
+    folder, (url, _) = remote[0], server
+    content = (folder / "part-000000.tar").read_bytes()
+    (folder / "part-000000.tar").write_text("<!DOCTYPE html><title>Please log in</title>" * 50)
+    shards = source(f"{url}/shards.json")
+    message = rf"{url}/part-000000.tar is not an uncompressed tar file: it begins with b'<!DOCTYPE html>"
+    assert_bad(shards, 0, "shard", message)
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+    (folder / "part-000000.tar").write_bytes(content)  # logged in, the same run reads it
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    (folder / "part-000001.tar").write_bytes(b"")
+    assert_bad(shards, 2, "shard", "part-000001.tar is not an uncompressed tar file: it begins with b''")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_shard_that_is_written_anew_is_fetched_anew_by_the_next_run(
+    tmp_path, source, remote, server, listed
+):
+    folder, (url, received) = remote[0], server
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    before = len(received)
+    again = source(f"{url}/shards.json")
+    assert [read(again, index).caption for index in (0, 1, 0)] == ["dog 0", "dog 1", "dog 0"]
+    assert received[before:].count(("GET", "/part-000000.tar")) == 0  # it is asked for once, and not sent
+    assert received[before:].count(("HEAD", "/part-000000.tar")) == 1
+    others = pickle.loads(pickle.dumps(again))  # a worker of the same run
+    before = len(received)
+    assert read(others, 1).caption == "dog 1" and len(received) == before
+    rewrite(folder, shade=40, lists=listed)
+    assert read(again, 0).caption == "dog 0"  # a run that has begun keeps its data
+    assert read(source(f"{url}/shards.json"), 0).caption == "cat 0"
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 1
+
+
+def test_copies_are_kept_while_the_server_does_not_answer(source, remote, server, monkeypatch):
+    url, _ = server
+    index = f"{url}/part-000000.tar"
+    assert read(source(index), 0).caption == "dog 0"
+
+    def silent(*args, **kwargs):
+        raise requests.ConnectionError("no answer")
+
+    monkeypatch.setattr(requests, "head", silent)
+    assert read(source(index), 1).caption == "dog 1"
+
+
+def test_a_list_that_contradicts_a_copy_has_it_fetched_once(tmp_path, source, remote):
+    """By any protocol: of a file nothing but shards.json says that it has changed."""
+    folder, url = remote
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    rewrite(folder, shade=240)
+    with ShardWriter(folder, prefix="extra", samples_per_shard=2) as writer:
+        writer.write_caption("0", "a bird", make_image(10))
+    path = folder / "part-000000.tar"
+    path.write_bytes(path.read_bytes() + bytes(10240))  # of another length
+    write_shard_index(folder)
+    shards = source(f"{url}/shards.json")
+    assert [read(shards, index).caption for index in (0, 1)] == ["a bird", "cat 0"]
+    # a list that is wrong for good has it fetched no second time
+    listed = json.loads((folder / "shards.json").read_text())
+    for shard in listed["shardlist"]:
+        shard["filesize"] = 7
+    write_text(folder / "shards.json", json.dumps(listed))
+    first = source(f"{url}/shards.json")
+    read(first, 2)
+    copies = {file: file.stat().st_ino for file in (tmp_path / "cache").rglob("*.tar")}
+    read(source(f"{url}/shards.json"), 2)
+    assert {file: file.stat().st_ino for file in (tmp_path / "cache").rglob("*.tar")} == copies
+
+
+def test_copies_of_earlier_versions_are_taken_over(tmp_path, source, remote, server):
+    url, received = server
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    (facts,) = (path for path in (tmp_path / "cache").rglob("*.json") if path.parent.name == "shards")
+    facts.unlink()
+    before = len(received)
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    assert ("GET", "/part-000000.tar") not in received[before:] and facts.exists()
+    facts.write_text("[")
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
 
 
 def test_a_command_that_fails_leaves_no_shard_behind(tmp_path, source, remote):

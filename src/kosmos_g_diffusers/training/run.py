@@ -114,7 +114,7 @@ class Run:
             reached = config.lr * (config.steps - 1) / config.warmup_steps
             self.notes.append(
                 f"Note: the warm-up of {config.warmup_steps:,} steps is longer than the run of {config.steps:,}: the learning rate "
-                f"ends at {reached:.1e} and never reaches {config.lr:.1e}. Pass --warmup-steps, such as {config.steps // 10}."
+                f"ends at {reached:.1e} and never reaches {config.lr:.1e}. Pass --warmup-steps, such as {max(1, config.steps // 10)}."
             )
         self.folder = locate_model(config.model)
         sources = _build_sources(config, config.data) if sources is None else list(sources)
