@@ -597,3 +597,59 @@ def test_tracker_that_is_not_installed(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install wandb"):
         run(settings(tmp_path, tracker="wandb"))
     assert not list(tmp_path.iterdir())
+
+
+# Workers that bring nothing ---------------------------------------------------------------------------------------------
+
+
+class StuckSource(ToySource):
+    """A source that hangs after some samples, as one on a file system that has gone does."""
+
+    def __init__(self, samples, folder):
+        super().__init__()
+        self.samples, self.read_samples, self.folder = samples, 0, folder
+
+    def read(self, index, rng):
+        self.read_samples += 1
+        if self.read_samples > self.samples:
+            (self.folder / "stuck").touch()
+            time.sleep(600)
+        return super().read(index, rng)
+
+
+def _train_on_stuck_data(config, samples, folder):
+    train(config, ToyStage(), dataset(config, source=StuckSource(samples, folder)), progress_bar=False)
+
+
+def test_signal_is_obeyed_while_no_data_comes(tmp_path, capfd):
+    config = settings(tmp_path / "run", steps=8, save_every=1000, workers=1)
+    child = FORK.Process(target=_train_on_stuck_data, args=(config, 12, tmp_path))
+    child.start()
+    while not (tmp_path / "stuck").exists() or len(read_log_lines(config)) < 3:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(60)
+    assert child.exitcode == 128 + signal.SIGTERM
+    (stopped,) = checkpoints.list_checkpoints(config.output)
+    assert checkpoints.read_progress(stopped)["step"] == 3
+    assert "Stopped by SIGTERM at step 3 of 8, saved in" in capfd.readouterr().err
+    whole = run(settings(tmp_path / "whole", steps=8, save_every=1000))
+    assert same(weights(whole), weights(run(config)))
+
+
+def read_log_lines(config):
+    path = Path(config.output) / "log.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_shared_memory_that_is_full_ends_the_run_with_advice(tmp_path, monkeypatch):
+    def share(self):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)  # in the worker, a copy of this process
+    words = r"^A batch of 0.0 MiB found no place: workers pass .* docker run --shm-size 1g .* fewer --workers; 0 needs none\.$"
+    with pytest.raises(ValueError, match=words):
+        run(settings(tmp_path, workers=1))
+    run(settings(tmp_path, workers=0))

@@ -6,10 +6,11 @@ batch of a number (see data/mixture.py). accelerate brings precision, processes,
 
 import math
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.skips import GatheredSkips
-from .checkpoints import Saver, begin_run, list_checkpoints, trained_parameters
+from .checkpoints import Saver, begin_run, checkpoint_folder, list_checkpoints, trained_parameters
 from .config import TrainConfig
 from .log import Log, check_tracker
 from .stages import AlignStage
 
+SHARED_MEMORY = "/dev/shm"
 MOST_PASSED_OVER = 50  # steps in a row: by then float16's scale is 2**-50 of what it was
 OVERFLOW = "their gradients overflowed float16, and nothing was learnt from them."
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -123,7 +125,7 @@ def train(
     step = saver.resume(skips.counter)
     log = Log(config, step, accelerator)
     loader = DataLoader(
-        dataset,
+        _SharedBatches(dataset),
         batch_size=None,
         sampler=range(step * config.accumulation, config.steps * config.accumulation),
         num_workers=config.workers,
@@ -136,10 +138,18 @@ def train(
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=hide, dynamic_ncols=True)
     with bar, closing(_read(loader)) as batches, _StopSignal() as stop:
         in_a_row = 0  # steps that were passed over
+        # where others wait for this process's gradients, it cannot leave before the step is done
+        alone = config.workers > 0 and accelerator.num_processes == 1
         while step < config.steps:
+            try:
+                with stop.waiting(alone):
+                    fetched = [next(batches) for _ in range(config.accumulation)]
+            except _StoppedWaiting:
+                if not checkpoint_folder(run, step).exists():
+                    saver.save(step, skips.counter)
+                break
             passes, keys = [], []
-            for _ in range(config.accumulation):
-                batch = next(batches)
+            for batch in fetched:
                 keys += batch["keys"]
                 skips.note(batch)
                 tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
@@ -245,6 +255,10 @@ def agree_on_batches(batches: Sequence[dict[str, Any]], stage: nn.Module, accele
                     batch[name] = F.pad(batch[name], columns, value=False)
 
 
+class _StoppedWaiting(BaseException):
+    """A signal came while the run waited for data; no `except Exception` on the way may take it."""
+
+
 class _StopSignal:
     """SIGTERM and Ctrl-C, remembered until the step is done; a second Ctrl-C stops at once.
 
@@ -252,7 +266,7 @@ class _StopSignal:
     """
 
     def __enter__(self):
-        self.signal, self.before = 0, {}
+        self.signal, self.before, self.waits = 0, {}, False
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self.before[number] = signal.signal(number, self._receive)
@@ -263,6 +277,20 @@ class _StopSignal:
     def _receive(self, number, frame):
         self.signal = int(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.waits:
+            self.waits = False
+            raise _StoppedWaiting
+
+    @contextmanager
+    def waiting(self, is_interruptible):
+        """Context of waiting for data, between two steps: a signal ends it, however long it would take."""
+        try:
+            self.waits = is_interruptible
+            if is_interruptible and self.signal:
+                raise _StoppedWaiting
+            yield
+        finally:
+            self.waits = False
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -349,9 +377,54 @@ def _read(loader):
         if message.startswith("Caught ValueError in DataLoader worker"):  # a traceback of the worker follows
             message = message.rpartition("\nValueError: ")[2].strip()
         raise ValueError(message) from error
+    except RuntimeError as error:
+        if "Bus error" in str(error):  # on systems that give memory out before it is there
+            raise ValueError(f"A worker was ended by the system: {_describe_shared_memory()}") from error
+        raise
     finally:
         # it does so by itself once nothing holds it, but the traceback of an error does
         getattr(batches, "_shutdown_workers", lambda: None)()
+        for worker in getattr(batches, "_workers", ()):
+            if worker.is_alive():  # it hangs, and ignores the signal that asked it to end
+                worker.kill()
+
+
+class _SharedBatches(torch.utils.data.Dataset):
+    """A dataset whose workers put batches into shared memory themselves.
+
+    Where their queue does it, an error is printed, the batch is lost, and the run waits for it for ever.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, number):
+        batch = self.dataset[number]
+        if torch.utils.data.get_worker_info() is None:
+            return batch
+        try:
+            return {
+                name: value.share_memory_() if torch.is_tensor(value) else value
+                for name, value in batch.items()
+            }
+        except RuntimeError as error:
+            if "shared memory" not in str(error) and "No space" not in str(error):
+                raise
+            size = sum(value.nbytes for value in batch.values() if torch.is_tensor(value))
+            raise ValueError(
+                f"A batch of {size / 2**20:.1f} MiB found no place: {_describe_shared_memory()}"
+            ) from error
+
+
+def _describe_shared_memory():
+    room = ""
+    with suppress(OSError):  # of systems that have it elsewhere
+        total, _, free = shutil.disk_usage(SHARED_MEMORY)
+        room = f" ({total / 2**20:.0f} MiB, {free / 2**20:.1f} free)"
+    return (
+        f"workers pass batches through shared memory{room}, two for each worker. Give it more: docker run --shm-size 1g or "
+        "--ipc=host. Or pass fewer --workers; 0 needs none."
+    )
 
 
 def _leave_signals_to_main(worker):
