@@ -6,7 +6,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import first_line
-from .recipes import WORD_DROPOUT, caption_sample, check_caption, edit_sample, prompt_sample
+from .recipes import WORD_DROPOUT, draw_text, sample_of_uses
 from .sample import (
     IMAGE_LENGTH,
     BadSample,
@@ -191,22 +191,18 @@ class HubDatasetSource:
         row = self._row(self.dataset, index)
         values = {use: self._value(row, column) for use, column in self.columns.items() if column is not None}
         self._check_score(values.get("score"), key)
-        for use in self._text_uses:
-            values[use] = _draw_text(values[use], rng)
-            if self.name in TEXT_FORMATS and isinstance(values[use], str) and REPLACED in values[use]:
-                raise BadSample("row", f"{key} has text that is not UTF-8. Save it as UTF-8")
+        texts = {use: draw_text(values[use], rng) for use in self._text_uses}
+        if self.name in TEXT_FORMATS and any(
+            REPLACED in text for text in texts.values() if isinstance(text, str)
+        ):
+            raise BadSample("row", f"{key} has text that is not UTF-8. Save it as UTF-8")
         target = self._image(values["image"], key) if "image" in values else None
-        if "edit" not in values and "prompt" not in values:
-            return caption_sample(key, values.get("caption"), target)
-        caption = values.get("caption")
-        caption = check_caption(caption, key) if caption is not None else None
-        if "prompt" in values:
-            images = [
-                image for column in self.images for image in self._list_images(self._value(row, column), key)
-            ]
-            return prompt_sample(key, values["prompt"], images, target, caption, self.marks == "omnigen")
-        source, words, edit = self._image(values["source"], key), values.get("input"), values["edit"]
-        return edit_sample(key, words, edit, source, target, caption, rng, self.word_dropout)
+        source = self._image(values["source"], key) if "source" in values else None
+        images = [
+            image for column in self.images for image in self._list_images(self._value(row, column), key)
+        ]
+        options = {"reads_marks": self.marks == "omnigen", "word_dropout": self.word_dropout}
+        return sample_of_uses(key, texts, target, rng, source, images, **options)
 
     def _row(self, dataset, index):
         try:
@@ -337,14 +333,6 @@ def _as_score(name, score, min_score):
         return None if min_score is None else float(min_score)
     except ValueError as error:
         raise ValueError(f"The dataset {name} was given min_score={min_score}. Expected a number.") from error
-
-
-def _draw_text(value, rng):
-    """A text; of a list of them, one that is drawn."""
-    if not isinstance(value, list):
-        return value
-    texts = [text for text in value if isinstance(text, str) and text.strip()]
-    return rng.choice(texts) if texts else None
 
 
 def _root_of(name, data_dir, data_files):

@@ -93,6 +93,42 @@ def prompt_sample(
     return Sample(key, tuple(prompt), target, caption)
 
 
+def sample_of_uses(
+    key: str,
+    texts: dict[str, Any],
+    target: PIL.Image.Image | None,
+    rng: Random,
+    source: PIL.Image.Image | None = None,
+    images: Sequence[PIL.Image.Image] = (),
+    *,
+    reads_marks: bool = True,
+    word_dropout: float = WORD_DROPOUT,
+) -> Sample:
+    """What a line's uses give: a prompt, an edit or a caption, by the texts that are there.
+
+    Args:
+        texts: use ("caption", "edit", "input", "prompt") -> text; of a list of texts one is drawn.
+        source: RGB PIL image before an edit.
+        images: RGB PIL images of a prompt.
+    """
+    texts = {use: draw_text(text, rng) for use, text in texts.items()}
+    if "edit" not in texts and "prompt" not in texts:
+        return caption_sample(key, texts.get("caption"), target)
+    caption = texts.get("caption")
+    caption = check_caption(caption, key) if caption is not None else None
+    if "prompt" in texts:
+        return prompt_sample(key, texts["prompt"], images, target, caption, reads_marks)
+    return edit_sample(key, texts.get("input"), texts["edit"], source, target, caption, rng, word_dropout)
+
+
+def draw_text(value: Any, rng: Random) -> Any:
+    """A text; of a list of them, one that is drawn, or None if there is none."""
+    if not isinstance(value, list):
+        return value
+    texts = [text for text in value if isinstance(text, str) and text.strip()]
+    return rng.choice(texts) if texts else None
+
+
 def composition_sample(
     key: str,
     caption: Any,

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, check_caption, composition_sample, edit_sample
+from ..files import first_line
+from .recipes import (
+    BACKGROUND,
+    WORD_DROPOUT,
+    caption_sample,
+    check_caption,
+    composition_sample,
+    edit_sample,
+    sample_of_uses,
+)
 from .sample import IMAGE_LENGTH, BadSample, Sample, clean_text, decode_image, decode_text
 from .shard_files import INDEX_NAME, ShardFiles, TarSample
 
@@ -22,6 +31,7 @@ MOST_RECORD_BYTES = 1024**2
 MOST_PARTS = 64  # images and texts of a prompt, pairs of an edit, entities of a composition
 INDEXED_SAMPLES = 262_144  # of the shards whose index is kept; a shuffle window has to fit
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+TEXTS = ("caption", "edit", "input", "prompt")  # uses of a line
 IMAGE_NAME = re.compile(r"[0-9]{1,3}(\.[a-z]+)?")
 
 
@@ -34,6 +44,8 @@ class ShardSource:
         word_dropout, background: as in `TsvSource`.
         cache_dir: folder for fetched shards and for counts.
         cache_bytes: fetched shards beyond it are deleted, the longest unused first; None keeps all.
+        uses: of shards with other names: use -> member, such as {"source": "original_image.jpg", "image": "edited_image.jpg",
+            "edit": "edit_prompt.txt"}, or a field of a JSON member, "json.edit". `images` are members with commas between them.
 
     Raises:
         ValueError: no data found, or shards missing that shards.json names.
@@ -42,6 +54,7 @@ class ShardSource:
     name: str
     word_dropout: float
     background: float
+    uses: dict[str, str]
     files: ShardFiles
     groups: Sequence[int]
 
@@ -54,7 +67,9 @@ class ShardSource:
         background: float = BACKGROUND,
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
+        uses: dict[str, str] | None = None,
     ):
+        self.uses = {use: name.removeprefix(".") for use, name in (uses or {}).items()}
         self.name = name or "shards"
         self.word_dropout, self.background = word_dropout, background
         self.files = ShardFiles(where, cache_dir=cache_dir, cache_bytes=cache_bytes)
@@ -73,6 +88,10 @@ class ShardSource:
     def length(self, index: int) -> int:
         """From the names and sizes of the members: the JSON is little more than the text."""
         members = self._locate(index)[1].members
+        if self.uses:
+            texts = {name.lower() for use, name in self.uses.items() if use in TEXTS}
+            text = sum(members.get(name, members.get(name.partition(".")[0], (0, 0)))[1] for name in texts)
+            return text + IMAGE_LENGTH * (("source" in self.uses) + len(_split(self.uses.get("images", ""))))
         images = len({name.partition(".")[0] for name in members if name[0].isdigit()})
         if any(name.startswith("0.source.") for name in members):
             images = 1  # of several pairs, one is drawn
@@ -84,6 +103,8 @@ class ShardSource:
         members = Members(self.files, shard, sample)
         if sample.problem:
             raise BadSample("shard", f"{members.key} {sample.problem}")
+        if self.uses:
+            return self._read_uses(members, rng)
         record = members.record()
         if "prompt" in record:
             return self._read_prompt(record, members)
@@ -92,6 +113,15 @@ class ShardSource:
         if "entities" in record:
             return self._read_composition(record, members, rng)
         return caption_sample(members.key, record.get("caption"), members.target())
+
+    def _read_uses(self, members, rng):
+        texts = {use: members.text(self.uses[use]) for use in TEXTS if self.uses.get(use)}
+        target, source = (
+            members.member_image(self.uses[use]) if self.uses.get(use) else None
+            for use in ("image", "source")
+        )
+        images = [members.member_image(name) for name in _split(self.uses.get("images", ""))]
+        return sample_of_uses(members.key, texts, target, rng, source, images, word_dropout=self.word_dropout)
 
     def _read_composition(self, record, members, rng):
         key, caption, entities = members.key, record.get("caption"), record["entities"]
@@ -166,6 +196,10 @@ class ShardSource:
         return found
 
 
+def _split(names):
+    return [name.removeprefix(".") for name in names.split(",") if name]
+
+
 class Members:
     """The members of one sample of a shard, by name."""
 
@@ -194,6 +228,33 @@ class Members:
         if record.get("caption") is None and "txt" in members:
             record["caption"] = decode_text(self._bytes("txt", MOST_RECORD_BYTES), self.key)
         return record
+
+    def text(self, name: str) -> Any:
+        """A text member, or of "json.a.b" the field b of a of a JSON member. Raises BadSample."""
+        member, _, field = name.partition(".")
+        if name.lower() in self.sample.members:
+            return decode_text(self._bytes(name.lower(), MOST_RECORD_BYTES), self.key)
+        if not field or member not in self.sample.members:
+            raise BadSample(
+                "row", f"{self.key} has no .{name}, only {', '.join(sorted(self.sample.members)[:8])}"
+            )
+        try:
+            value = json.loads(self._bytes(member, MOST_RECORD_BYTES))
+            for part in field.split("."):
+                value = value[part]
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise BadSample(
+                "row", f"{self.key} has no field {field} in its .{member} ({first_line(error)})"
+            ) from error
+        return value
+
+    def member_image(self, name: str) -> PIL.Image.Image:
+        """The image of a member's whole name. Raises BadSample."""
+        if name.lower() not in self.sample.members:
+            raise BadSample(
+                "image", f"{self.key} has no .{name}, only {', '.join(sorted(self.sample.members)[:8])}"
+            )
+        return decode_image(self._bytes(name.lower()), self.key)
 
     def has(self, name: str) -> bool:
         return self._find(name) is not None
