@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 
 from kosmos_g_diffusers import SPRITES, conversion, environment
 from kosmos_g_diffusers.cli import COMMANDS, build_parser, main
+from kosmos_g_diffusers.commands import env
 from kosmos_g_diffusers.generation import generate as generation
 from kosmos_g_diffusers.generation.png import read_settings, write_png
 from kosmos_g_diffusers.generation.schedulers import SCHEDULERS, make_scheduler
@@ -577,3 +579,20 @@ def test_help_of_each_command_has_examples(module, capsys):
 def test_package_runs_as_a_module():
     command = [sys.executable, "-m", "kosmos_g_diffusers", "--version"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("kosmos-g ")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_the_output_cannot_encode_is_escaped(encoding, monkeypatch, tmp_path):
+    """A path in another script, and one whose bytes are not UTF-8."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    path = tmp_path / "画像-\udcff.png"
+    monkeypatch.setattr(env, "run", lambda arguments: print(path))
+    with monkeypatch.context() as patch:
+        for name, stream in streams.items():
+            patch.setattr(sys, name, stream)
+        assert main(["env"]) == 0
+        assert main(["show", str(path)]) == 2
+    for stream in streams.values():
+        stream.flush()
+        text = stream.buffer.getvalue().decode(encoding)
+        assert ("画像" if encoding == "utf-8" else r"\u753b\u50cf") in text and r"\udcff.png" in text

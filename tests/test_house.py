@@ -123,12 +123,15 @@ def test_rooms_floors_arrows_and_lines_are_few():
     # two rooms came with the marks of generated images and with what other libraries print; the modules that the command
     # line reads without torch stand apart from those that work; types and the checks of strangers' files are lines;
     # forms and words of others, with which the small model is trained, are a file
+    # line reads without torch stand apart from those that work; types and the checks of strangers' files are lines; images of
+    # other models are found in one module, each benchmark is one; data of every form and encoding is lines
     assert len(graph) <= 27
     assert max(floor_of(room, graph) for room in graph) <= 10
     assert sum(map(len, graph.values())) <= 98
     assert sum(path.parent == SOURCE for path in FILES) <= 17
-    assert len(FILES) <= 127
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 23_150
+    assert len(FILES) <= 130
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 25_000
+>>>>>>> others
 
 
 def test_modules_import_each_other_in_one_direction():

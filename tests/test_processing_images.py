@@ -5,11 +5,13 @@ import gzip
 import http.server
 import io
 import itertools
+import struct
 import threading
 import zlib
 
 import numpy as np
 import PIL.Image
+import PIL.ImageCms
 import pytest
 import torch
 from packaging.version import Version
@@ -428,3 +430,116 @@ EMPTY = {
 def test_mask_that_marks_nothing_is_refused(mask):
     with pytest.raises(ValueError, match="The mask marks nothing"):
         open_mask(mask, "The mask")
+
+
+# Colour profiles -------------------------------------------------------------------------------------------------------
+
+SRGB_TO_XYZ = np.array(
+    [[0.4360, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]]
+)  # white of D50
+DISPLAY_P3_TO_XYZ = np.array([[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
+EXCHANGED_TO_XYZ = SRGB_TO_XYZ[:, [1, 2, 0]]
+GAMMA = 2.2
+
+
+def make_profile(to_xyz, space=b"RGB "):
+    """An ICC profile of primaries (columns of a matrix) and a gamma; of a grey one the matrix is not used."""
+
+    def fixed(*values):
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(GAMMA * 256)) + bytes(2)
+    tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1.0, 0.8249)}
+    tags[b"desc"] = b"desc" + bytes(4) + struct.pack(">I", 2) + b"a\0" + bytes(78)
+    tags[b"cprt"] = b"text" + bytes(4) + b"a\0\0\0"
+    if space == b"GRAY":
+        tags[b"kTRC"] = curve
+    else:
+        for letter, column in zip("rgb", np.asarray(to_xyz).T, strict=True):
+            tags[f"{letter}XYZ".encode()] = b"XYZ " + bytes(4) + fixed(*column)
+            tags[f"{letter}TRC".encode()] = curve
+    place, table, body = 132 + 12 * len(tags), b"", b""
+    for name, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += name + struct.pack(">II", place + len(body), len(content))
+        body += content
+    head = struct.pack(">I4sI4s4s4s", place + len(body), b"lcms", 0x02100000, b"mntr", space, b"XYZ ")
+    head += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1.0, 0.8249) + bytes(48)
+    return head + struct.pack(">I", len(tags)) + table + body
+
+
+def expected_srgb(pixels, to_xyz):
+    """What the colours of a profile are in sRGB, computed from its matrix: uint8 as levels in floats."""
+    xyz = (np.asarray(pixels, dtype=float) / 255) ** GAMMA @ np.asarray(to_xyz).T
+    linear = np.clip(xyz @ np.linalg.inv(SRGB_TO_XYZ).T, 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.fixture
+def colours():
+    """(8, 64, 3) uint8, none near black, where gamma and sRGB's curve differ most."""
+    return np.random.default_rng(0).integers(40, 256, (8, 64, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("to_xyz", [DISPLAY_P3_TO_XYZ, EXCHANGED_TO_XYZ], ids=["Display P3", "exchanged"])
+@pytest.mark.parametrize("fmt", ["PNG", "WEBP", "TIFF"])
+def test_image_is_converted_to_srgb_by_its_profile(colours, to_xyz, fmt, tmp_path):
+    path = tmp_path / f"a.{fmt.lower()}"
+    options = {"lossless": True} if fmt == "WEBP" else {}
+    PIL.Image.fromarray(colours).save(path, icc_profile=make_profile(to_xyz), **options)
+    image = open_image(path, "it")
+    assert np.abs(np.asarray(image) - expected_srgb(colours, to_xyz)).max() <= 2
+    assert image.mode == "RGB" and "icc_profile" not in image.info
+    assert np.array_equal(open_image(image, "it"), image)  # once
+    assert np.array_equal(open_image(path, "it", in_srgb=False), colours)
+
+
+def test_transparency_palettes_and_greys_have_profiles_too(colours):
+    exchanged = {"icc_profile": make_profile(EXCHANGED_TO_XYZ)}
+    opaque = PIL.Image.fromarray(colours)
+    opaque.info = dict(exchanged)
+    half = opaque.copy()
+    half.putalpha(128)
+    over_white = expected_srgb(colours, EXCHANGED_TO_XYZ) * 128 / 255 + 127
+    assert np.abs(np.asarray(open_image(half, "it")) - over_white).max() <= 3
+    palette = opaque.quantize(16)
+    palette.info = dict(exchanged)
+    plain = np.asarray(palette.convert("RGB"))
+    assert np.abs(np.asarray(open_image(palette, "it")) - expected_srgb(plain, EXCHANGED_TO_XYZ)).max() <= 2
+    grey = PIL.Image.fromarray(colours[..., 0])
+    grey.info = {"icc_profile": make_profile(None, b"GRAY")}
+    wanted = expected_srgb(np.repeat(colours[..., :1], 3, -1), SRGB_TO_XYZ)
+    assert np.abs(np.asarray(open_image(grey, "it")) - wanted).max() <= 2
+
+
+def test_photo_of_four_inks_is_read_by_its_profile_where_it_can_be(colours):
+    inks = PIL.Image.fromarray(colours).convert("CMYK")
+    inks.info = {"icc_profile": make_profile(SRGB_TO_XYZ)}  # of other colours than the image's
+    assert np.array_equal(open_image(inks, "it"), inks.convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes(),
+        b"",
+        b"no profile",
+        make_profile(DISPLAY_P3_TO_XYZ)[:200],
+        make_profile(None, b"GRAY"),
+        make_profile(DISPLAY_P3_TO_XYZ) + bytes(5 * 1024**2),
+        "text",
+        PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("LAB")).tobytes(),
+    ],
+    ids=["sRGB", "empty", "broken", "cut off", "grey", "huge", "text", "Lab"],
+)
+def test_image_with_a_profile_of_srgb_or_that_cannot_be_used_stays_as_it_is(colours, profile):
+    image = PIL.Image.fromarray(colours)
+    image.info["icc_profile"] = profile
+    assert np.array_equal(open_image(image, "it"), colours)
+
+
+def test_training_images_are_converted(colours):
+    file = io.BytesIO()
+    PIL.Image.fromarray(colours).save(file, "PNG", icc_profile=make_profile(DISPLAY_P3_TO_XYZ))
+    pixels = np.asarray(decode_image(file.getvalue(), "it"))
+    assert np.abs(pixels - expected_srgb(colours, DISPLAY_P3_TO_XYZ)).max() <= 2

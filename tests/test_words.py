@@ -35,9 +35,9 @@ RETIRED = {
 }
 
 # What keeps its spelling: (word, files, what a line may say). Formats of saved files, names of the app's endpoints and of
-# what they take, seeds, and the GPT judge of DreamBench++, which is called so there.
+# what they take, seeds, and the judges of other benchmarks, which are called so there.
 EXCEPTIONS = (
-    (r"judge[sd]?", r"dreambench_plus\.py|docs/evaluation\.md", r".*"),
+    (r"judge[sd]?", r"(dreambench_plus|multibanana|omnicontext)\.py|docs/evaluation\.md", r".*"),
     # PNG settings
     (
         r"pictures?",
@@ -49,7 +49,7 @@ EXCEPTIONS = (
         r"pictures?",
         rf"{PACKAGE}/evaluation/.*|docs/sprites/report\.md",
         r"pictures=pictures,|\| counted .*|\.pictures|pictures[=:]|\"pictures|<picture-|\"no picture\"|task\[\"pictures\"\]|conditions and pictures\.|= pictures\b"
-        r"|=pictures\b|\| counted .*|pictures=pictures,|^ +pictures = ",
+        r"|=pictures\b|\| counted .*|pictures=pictures,|^ +pictures = |image\|picture\|photo",
     ),
     (r"pictures?", r"examples/sprites/show_run\.py", r"(task|tasks\[0\])\.pictures"),
     # parameters, fields of errors and elements of the app

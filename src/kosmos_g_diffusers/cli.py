@@ -135,6 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for a mistake that the message explains; 1 for an error that nobody expects; 130 after Ctrl-C;
         141 where whoever read the output has gone, as in `kosmos-g ... | head -1`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # none, closed, or one of another kind
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a path or name that it cannot write must not end a run
     try:
         return _run(build_parser().parse_args(argv))
     finally:

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from difflib import SequenceMatcher
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,14 @@ MOST_IMAGE_BYTES = 64 * 1024**2  # of a file that is fetched, or written as base
 MOST_REDIRECTS = 5
 DOWNLOAD_SECONDS = 60  # a file in all
 SILENT_SECONDS = 10  # without a byte of it
+MOST_PROFILE_BYTES = 4 * 1024**2  # of an image's colour profile
+SAME_LEVELS = 2  # of 255: a profile that changes no colour by more is sRGB's
+# mode of an image -> that of the colours which its profile describes
+PROFILED_MODES = {
+    **dict.fromkeys(("RGB", "RGBA", "RGBa", "RGBX", "P", "PA"), "RGB"),
+    **dict.fromkeys(("L", "LA", "La"), "L"),
+    "CMYK": "CMYK",
+}
 HELD_AS_XMP = ("xmp", "XML:com.adobe.xmp")
 TURNS = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -858,7 +867,9 @@ def _open_content(key, source, name):
 # Images --------------------------------------------------------------------------------------------------------------
 
 
-def open_image(image: ImageLike, name: str, any_channels: bool = False) -> PIL.Image.Image:
+def open_image(
+    image: ImageLike, name: str, any_channels: bool = False, in_srgb: bool = True
+) -> PIL.Image.Image:
     """Any accepted kind of image -> RGB PIL image, turned upright by its EXIF orientation; transparency lies over white.
 
     Args:
@@ -866,6 +877,7 @@ def open_image(image: ImageLike, name: str, any_channels: bool = False) -> PIL.I
             tensor (3, H, W); integers in [0, 255], floats in [0, 1].
         name: what an error calls it.
         any_channels: take arrays (H, W) and (H, W, 1 to 4), tensors (H, W) and (1 to 4, H, W) as well.
+        in_srgb: convert to sRGB by the colour profile that the image carries, where that is of other colours and can be used.
 
     Raises:
         ValueError: it cannot be read, is empty, has more pixels than Pillow's limit for decompression bombs, or more bytes,
@@ -874,7 +886,7 @@ def open_image(image: ImageLike, name: str, any_channels: bool = False) -> PIL.I
     """
     image = read_image(image, name, any_channels)
     try:
-        return _to_rgb(image)
+        return _to_rgb(_to_srgb(image) if in_srgb else image)
     except MemoryError:
         raise
     except Exception as error:
@@ -1163,6 +1175,50 @@ def _to_rgb(image):
         background = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(background, image)
     return image.convert("RGB")
+
+
+def _to_srgb(image):
+    """A PIL image in the colours of sRGB, by its own profile; itself where that is missing, broken or sRGB's."""
+    profile, mode = image.info.get("icc_profile"), PROFILED_MODES.get(image.mode)
+    if mode is None or not isinstance(profile, bytes) or not 0 < len(profile) <= MOST_PROFILE_BYTES:
+        return image
+    transform = _transform_to_srgb(profile, mode)
+    if transform is None:
+        return image
+    alpha = _to_rgba(image).getchannel("A") if image.has_transparency_data else None
+    colours = image if alpha is None else _to_rgba(image)
+    colours = transform.apply(colours.convert(mode))
+    if alpha is not None:
+        colours.putalpha(alpha)
+    colours.info.pop("icc_profile", None)
+    return colours
+
+
+@lru_cache(maxsize=8)
+def _transform_to_srgb(profile, mode):
+    """Bytes of an ICC profile -> Pillow's transform to sRGB; None where it cannot be used or would change next to nothing."""
+    try:
+        from PIL import ImageCms
+
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+        if mode == "CMYK":
+            return transform
+        levels = np.arange(0, 256, 15, dtype=np.uint8)
+        grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+        samples = PIL.Image.fromarray(grid if mode == "RGB" else levels[None])
+        change = np.subtract(transform.apply(samples), samples.convert("RGB"), dtype=int)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001  # of a build without it, or of a profile by anybody
+        return None
+    return transform if np.abs(change).max() > SAME_LEVELS else None
 
 
 def _to_rgba(image):

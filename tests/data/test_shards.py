@@ -1,6 +1,7 @@
 """WebDataset shards: what the writer writes, webdataset and our source read; damaged, hostile and remote shards."""
 
 import functools
+import hashlib
 import http.server
 import io
 import json
@@ -14,6 +15,7 @@ import threading
 import numpy as np
 import PIL.Image
 import pytest
+import requests
 
 from kosmos_g_diffusers.data import (
     BadSample,
@@ -247,6 +249,24 @@ def test_the_index_lists_every_shard_and_is_believed(tmp_path, source, monkeypat
         if "{" in str(where):
             pytest.importorskip("webdataset")
         assert source(where).groups == [2, 1, 2, 1]
+
+
+def test_samples_that_the_index_leaves_out_are_warned_of_once(tmp_path, source, caplog):
+    for number in range(2):
+        with ShardWriter(tmp_path / "shards", prefix=f"p{number}", samples_per_shard=20) as writer:
+            for key in range(20):
+                writer.write_caption(f"{key:03}", "a dog", make_image(10))
+    listed = [{"url": f"p{number}-000000.tar", "nsamples": 5} for number in range(2)]
+    write_text(tmp_path / "shards" / "shards.json", json.dumps({"shardlist": listed}))
+    shards = source(tmp_path / "shards")
+    assert len(shards) == 10
+    for index in range(10):
+        read(shards, index)
+    (record,) = caplog.records
+    assert (
+        "p0-000000.tar holds 20 samples, and shards.json says 5: the others are never read"
+        in record.getMessage()
+    )
 
 
 def test_writing_nothing_to_list_or_a_bad_name_is_refused(tmp_path):
@@ -497,6 +517,125 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.fixture
+def server(remote):
+    """The folder of `remote` behind HTTP: its URL, and the requests that came."""
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset opens http URLs with curl")
+    folder, received = remote[0], []
+
+    class Handler(QuietHandler):
+        def send_head(self):
+            received.append((self.command, self.path))
+            return super().send_head()
+
+        def end_headers(self):
+            path = folder / self.path.strip("/").partition("?")[0]
+            if path.is_file():
+                self.send_header("ETag", hashlib.md5(path.read_bytes()).hexdigest())
+            super().end_headers()
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", received
+        server.shutdown()
+
+
+def rewrite(folder, shade, lists=True):
+    """Write the first shard anew, as long as before."""
+    (folder / "part-000000.tar").unlink()
+    with ShardWriter(folder / "new", samples_per_shard=2) as writer:
+        for number in range(2):
+            writer.write_caption(f"{number}", f"cat {number}", make_image(shade))
+    shutil.move(folder / "new" / "part-000000.tar", folder / "part-000000.tar")
+    shutil.rmtree(folder / "new")
+    if lists:
+        write_shard_index(folder)
+
+
+def test_a_page_that_comes_in_place_of_a_shard_is_not_kept(tmp_path, source, remote, server):
+    folder, (url, _) = remote[0], server
+    content = (folder / "part-000000.tar").read_bytes()
+    (folder / "part-000000.tar").write_text("<!DOCTYPE html><title>Please log in</title>" * 50)
+    shards = source(f"{url}/shards.json")
+    message = rf"{url}/part-000000.tar is not an uncompressed tar file: it begins with b'<!DOCTYPE html>"
+    assert_bad(shards, 0, "shard", message)
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+    (folder / "part-000000.tar").write_bytes(content)  # logged in, the same run reads it
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    (folder / "part-000001.tar").write_bytes(b"")
+    assert_bad(shards, 2, "shard", "part-000001.tar is not an uncompressed tar file: it begins with b''")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_shard_that_is_written_anew_is_fetched_anew_by_the_next_run(
+    tmp_path, source, remote, server, listed
+):
+    folder, (url, received) = remote[0], server
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    before = len(received)
+    again = source(f"{url}/shards.json")
+    assert [read(again, index).caption for index in (0, 1, 0)] == ["dog 0", "dog 1", "dog 0"]
+    assert received[before:].count(("GET", "/part-000000.tar")) == 0  # it is asked for once, and not sent
+    assert received[before:].count(("HEAD", "/part-000000.tar")) == 1
+    others = pickle.loads(pickle.dumps(again))  # a worker of the same run
+    before = len(received)
+    assert read(others, 1).caption == "dog 1" and len(received) == before
+    rewrite(folder, shade=40, lists=listed)
+    assert read(again, 0).caption == "dog 0"  # a run that has begun keeps its data
+    assert read(source(f"{url}/shards.json"), 0).caption == "cat 0"
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 1
+
+
+def test_copies_are_kept_while_the_server_does_not_answer(source, remote, server, monkeypatch):
+    url, _ = server
+    index = f"{url}/part-000000.tar"
+    assert read(source(index), 0).caption == "dog 0"
+
+    def silent(*args, **kwargs):
+        raise requests.ConnectionError("no answer")
+
+    monkeypatch.setattr(requests, "head", silent)
+    assert read(source(index), 1).caption == "dog 1"
+
+
+def test_a_list_that_contradicts_a_copy_has_it_fetched_once(tmp_path, source, remote):
+    """By any protocol: of a file nothing but shards.json says that it has changed."""
+    folder, url = remote
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    rewrite(folder, shade=240)
+    with ShardWriter(folder, prefix="extra", samples_per_shard=2) as writer:
+        writer.write_caption("0", "a bird", make_image(10))
+    path = folder / "part-000000.tar"
+    path.write_bytes(path.read_bytes() + bytes(10240))  # of another length
+    write_shard_index(folder)
+    shards = source(f"{url}/shards.json")
+    assert [read(shards, index).caption for index in (0, 1)] == ["a bird", "cat 0"]
+    # a list that is wrong for good has it fetched no second time
+    listed = json.loads((folder / "shards.json").read_text())
+    for shard in listed["shardlist"]:
+        shard["filesize"] = 7
+    write_text(folder / "shards.json", json.dumps(listed))
+    first = source(f"{url}/shards.json")
+    read(first, 2)
+    copies = {file: file.stat().st_ino for file in (tmp_path / "cache").rglob("*.tar")}
+    read(source(f"{url}/shards.json"), 2)
+    assert {file: file.stat().st_ino for file in (tmp_path / "cache").rglob("*.tar")} == copies
+
+
+def test_copies_of_earlier_versions_are_taken_over(tmp_path, source, remote, server):
+    url, received = server
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    (facts,) = (path for path in (tmp_path / "cache").rglob("*.json") if path.parent.name == "shards")
+    facts.unlink()
+    before = len(received)
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+    assert ("GET", "/part-000000.tar") not in received[before:] and facts.exists()
+    facts.write_text("[")
+    assert read(source(f"{url}/shards.json"), 0).caption == "dog 0"
+
+
 def test_a_command_that_fails_leaves_no_shard_behind(tmp_path, source, remote):
     folder, _ = remote
     shards = source(f"pipe:cat '{folder}/part-000000.tar'; exit 3")
@@ -550,3 +689,66 @@ def test_a_line_of_text_builds_a_source(one_of_each, tmp_path):
     shards = build_source(f"shards:{one_of_each}", word_dropout=1, cache_dir=tmp_path / "cache")
     assert isinstance(shards, ShardSource)
     assert read(shards, 1).prompt[-1] == "make it snow" and len(read(shards, 1).prompt) == 2
+
+
+# Text as editors write it ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("ending", ["txt", "json"])
+def test_byte_order_marks_tell_the_encoding_and_are_left_out(tmp_path, source, encoding, ending):
+    text = "ein Hund für 3 €"
+    content = text if ending == "txt" else json.dumps({"caption": text}, ensure_ascii=False)
+    image = ("a.jpg", encode(make_image(10), "JPEG"))
+    write_tar(tmp_path / "0.tar", [(f"a.{ending}", content.encode(encoding)), image])
+    assert read(source(tmp_path), 0).prompt == (text,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("café".encode("cp1252"), "not UTF-8 .*Save it as UTF-8"),
+        ("a dog".encode("utf-16-le"), "NUL characters, such as UTF-16"),
+        (b"\xff\xfea", "not UTF-16-LE"),
+        (b"\xef\xbb\xbf \n", "empty caption"),
+    ],
+)
+def test_text_in_another_encoding_is_counted(tmp_path, source, content, message):
+    write_tar(tmp_path / "0.tar", [("a.txt", content), ("a.jpg", encode(make_image(10), "JPEG"))])
+    with pytest.raises(BadSample, match=message) as caught:
+        read(source(tmp_path), 0)
+    assert caught.value.cause == ("caption" if "empty" in message else "row")
+
+
+def test_every_text_of_a_record_is_cleaned(tmp_path, source):
+    image, mark = encode(make_image(10), "JPEG"), "\ufeff"
+    edit = {"edit": f"{mark}make it snow", "input": f"{mark}a garden", "caption": "a garden in snow"}
+    prompt = {"prompt": [f"{mark}a ", {"image": "0"}, "in snow"]}
+    write_tar(
+        tmp_path / "0.tar",
+        [
+            *(("a.json", record(**edit)), ("a.0.source.jpg", image), ("a.0.target.jpg", image)),
+            *(("b.json", record(**prompt)), ("b.0.jpg", image)),
+            ("c.json", b'{"caption": "a \\ud83d dog"}'),
+        ],
+    )
+    shards = source(tmp_path, word_dropout=0)
+    assert [part for part in read(shards, 0).prompt if isinstance(part, str)] == ["a garden", "make it snow"]
+    assert [part for part in read(shards, 1).prompt if isinstance(part, str)] == ["a ", "in snow"]
+    with pytest.raises(BadSample, match="half a character"):
+        read(shards, 2)
+
+
+def test_names_that_are_not_utf8_are_printable_in_keys_and_messages(tmp_path, source):
+    members = [("caf\udce9\n.txt", b"a dog"), ("na\udcefve.txt", b"")]
+    with tarfile.open(tmp_path / "0.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    shards = source(tmp_path)
+    assert read(shards, 0).key.endswith(r"0.tar:caf\udce9\n")
+    with pytest.raises(BadSample) as caught:
+        read(shards, 1)
+    for text in (read(shards, 0).key, str(caught.value), caught.value.message):
+        assert text.isprintable() and text.encode("utf-8")

@@ -68,3 +68,36 @@ def test_counts_survive_a_resume():
 def test_a_limit_that_is_no_share_is_refused(limit):
     with pytest.raises(ValueError, match="0 to 1"):
         SkipCounter(limit)
+
+
+def read_batches(counter, count, long, different):
+    """Batches of a sample each, of which `long` others were left out; returns what was said."""
+    said = []
+    for number in range(count):
+        skipped = {"filtered: length": long}
+        messages = [("filtered: length", f"0.tsv:{number} has 190 tokens of text, more than 85")]
+        said.append(counter.add(1, skipped, messages, [f"0.tsv:{number % different}"]))
+    return [text for text in said if text]
+
+
+def test_a_run_says_once_that_most_samples_are_left_out():
+    counter = SkipCounter()
+    (text,) = read_batches(counter, 100, 19, 10)
+    for part in (
+        "950 of the first 1,000 samples",
+        "50 samples, 10 different ones",
+        "950 times filtered: length, such as 0.tsv:0 has",
+    ):
+        assert part in text
+    assert "1,900 of 2,000 samples read could not be used" in counter.summary()
+    resumed = SkipCounter()
+    resumed.load_state_dict(json.loads(json.dumps(counter.state_dict())))
+    assert read_batches(resumed, 100, 19, 10) == []
+    earlier = SkipCounter()
+    earlier.load_state_dict({"seen": 40, "counts": {"filtered: length": 760}, "examples": {}})
+    assert len(read_batches(earlier, 100, 19, 10)) == 1
+
+
+def test_a_tenth_left_out_is_not_worth_a_word():
+    counter = SkipCounter()
+    assert [counter.add(90, {"filtered: small": 10}, [], ["a"]) for _ in range(20)] == [None] * 20

@@ -245,6 +245,37 @@ def test_text_that_is_not_utf8_is_a_bad_row(tmp_path, source):
     assert caught.value.cause == "row"
 
 
+def test_byte_order_marks_are_no_part_of_a_text(write, source, tmp_path):
+    """As editors on Windows write them; a file of UTF-16 is read by its mark, at any place of it."""
+    rows = [[f"für {number} 1\u0a0a\u0d0d€", "x", encode(make_image(number)), "", ""] for number in range(3)]
+    text = "".join("\t".join(row) + "\r\n" for row in rows) + "\r\n"
+    for encoding, mark in (("utf-8-sig", b""), ("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")):
+        path = tmp_path / f"{encoding}.tsv"
+        path.write_bytes(mark + text.encode(encoding))
+        compositions = source("compositions", path, word_dropout=0, background=1)
+        assert len(compositions) == 3
+        for number in (2, 0, 1):
+            sample = compositions.read(number, random.Random(0))
+            assert sample.caption == rows[number][0] and shade(sample.target) == number
+            assert compositions.length(number) > 10
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 3
+
+
+def test_utf32_files_are_refused_with_advice(source, tmp_path):
+    (tmp_path / "0.tsv").write_bytes("id\tok\tx\n".encode("utf-32"))
+    with pytest.raises(ValueError, match="is UTF-32-LE, which is not read. Save it as UTF-8"):
+        source("captions", tmp_path / "0.tsv")
+
+
+def test_utf16_without_its_mark_is_a_bad_row(source, tmp_path):
+    (tmp_path / "0.tsv").write_bytes(b"id\tok\tx\nid\td\0o\0g\0\t" + encode(make_image(3)).encode() + b"\n")
+    with pytest.raises(
+        BadSample, match="NUL characters, such as UTF-16 without its byte order mark"
+    ) as caught:
+        source("captions", tmp_path / "0.tsv").read(1, random.Random(0))
+    assert caught.value.cause == "row"
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_a_bad_image(write, source, monkeypatch):
     rows = source("captions", write("0.tsv", [["id", "big", encode(make_image(1, (100, 100)))]]))

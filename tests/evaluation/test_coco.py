@@ -214,11 +214,12 @@ def test_processes_share_the_features(images, network, tmp_path):
 # Runs ------------------------------------------------------------------------------------------------------------------
 
 
-def run(data, output, monkeypatch, network, *, count=4, steps=2, **options):
+def run(data, output, monkeypatch, network, *, count=4, steps=2, generated=None, **options):
     monkeypatch.setattr(fid, "load_inception", lambda weights: network)
     settings = {**coco.SETTINGS, "steps": steps, "height": 32, "width": 32, "dtype": "float32", "seed": 0}
+    settings = settings if generated is None else {}
     options = {"model": None, "settings": settings, "device": "cpu", "batch_size": 3, **options}
-    asked = SimpleNamespace(**vars(data), count=count, seed=0, inception=None)
+    asked = SimpleNamespace(**vars(data), count=count, seed=0, inception=None, generated=generated)
     return evaluate(coco.plan(asked), output, **options)
 
 
@@ -243,6 +244,22 @@ def test_report_holds_the_distance_of_images_and_photographs(finished, data, net
     text = (folder / "report.md").read_text()
     for part in ("10.990", "4 images against 7 photographs", "these two do not compare", "seed"):
         assert part in text
+
+
+def test_images_of_another_model_have_the_same_distance(finished, data, network, monkeypatch, tmp_path):
+    report, folder = finished
+    (tmp_path / "others").mkdir()
+    for number in range(4):  # named as the official script names them
+        image = PIL.Image.open(folder / "images" / "000" / f"{number:06}.png")
+        image.save(tmp_path / "others" / f"{number:05}.png")
+    generated = {"generated": tmp_path / "others"}
+    other = run(data, tmp_path / "scored", monkeypatch, network, **generated)
+    assert other["metrics"]["fid"] == report["metrics"]["fid"]
+    text = (tmp_path / "scored" / "report.md").read_text()
+    assert "read from a folder as of Kosmos-G's COCO script" in text and "4 images against 7" in text
+    (tmp_path / "others" / "00002.png").unlink()
+    with pytest.raises(ValueError, match="1 of 4 images are not in .*: 00002"):
+        run(data, tmp_path / "incomplete", monkeypatch, network, **generated)
 
 
 def test_images_are_those_of_the_captions(finished):

@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import PIL.Image
+import PIL.ImageCms
 import pytest
 import torch
 from support.evaluating import draw_image, make_dreambench, run_evaluate, save_scorers
@@ -8,6 +10,7 @@ from support.evaluating import draw_image, make_dreambench, run_evaluate, save_s
 from kosmos_g_diffusers.evaluation.benchmarks.multi import build_tasks
 from kosmos_g_diffusers.evaluation.features import load_extractor
 from kosmos_g_diffusers.evaluation.scoring import FeatureScorer
+from kosmos_g_diffusers.processing_kosmos_g import open_image
 
 PAIR = {
     "prompt": "<i> and <i> in the jungle",
@@ -110,6 +113,25 @@ def test_scores_are_cosines_with_each_subject_and_with_words(data, write, tmp_pa
     (words,) = extractor.text_features([task.text])
     assert scores["clip_t"] == pytest.approx(float(feature @ words), abs=1e-6)
     assert set(scores) - set(without_words) == {"clip_t"}
+
+
+def test_scorers_ignore_colour_profiles_as_the_papers_scripts_do(data, write, tmp_path):
+    write(PAIR)
+    (task,) = build_tasks(data, images_per_prompt=1)
+    save_scorers(tmp_path)
+    image, path, cat = draw_image(5), data / "cat" / "04.jpg", draw_image(6)
+    cat.save(path, format="PNG")
+    (plain,) = FeatureScorer("clip", str(tmp_path / "clip"), "cpu", data).score([task], [image])
+    profile = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
+    at = profile.index(b"rXYZ", 128)
+    other = profile.index(b"gXYZ", 128)
+    # the entries of two primaries exchanged in the profile's table
+    exchanged = bytearray(profile)
+    exchanged[at : at + 4], exchanged[other : other + 4] = b"gXYZ", b"rXYZ"
+    cat.save(path, format="PNG", icc_profile=bytes(exchanged))
+    assert not np.array_equal(open_image(path, "it"), cat)
+    (profiled,) = FeatureScorer("clip", str(tmp_path / "clip"), "cpu", data).score([task], [image])
+    assert profiled == plain
 
 
 def test_command_scores_every_subject(data, write, tmp_path):

@@ -1,5 +1,6 @@
 # ruff: noqa: F811  fixtures are imported, and used by the names of arguments
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from support.training_runs import (  # noqa: F401  a fixture
@@ -26,7 +29,9 @@ from support.training_runs import (  # noqa: F401  a fixture
 )
 
 from kosmos_g_diffusers.data import TooManyBadSamples
+from kosmos_g_diffusers.data.sample import FilteredSample
 from kosmos_g_diffusers.training import checkpoints
+from kosmos_g_diffusers.training.log import Log
 from kosmos_g_diffusers.training.loop import TrainingStopped, train
 
 
@@ -39,6 +44,7 @@ class DyingDataset(torch.utils.data.Dataset):
 
     def __init__(self, batches, dies_at):
         self.batches, self.dies_at = batches, dies_at
+        self.describe_sources = batches.describe_sources
 
     def __getitem__(self, number):
         if number == self.dies_at:
@@ -297,6 +303,65 @@ def _save_on_a_full_disk(folder, state):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.fixture
+def overflows(monkeypatch):
+    """Function that makes the optimizer pass over some steps, as float16's scaler does when gradients overflow."""
+
+    def overflow(numbers):
+        made = []
+
+        def step(self, closure=None):
+            made.append(len(made) + 1)
+            if made[-1] not in numbers:
+                self.optimizer.step(closure)
+
+        monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+        monkeypatch.setattr(
+            AcceleratedOptimizer, "step_was_skipped", property(lambda self: made[-1] in numbers)
+        )
+
+    return overflow
+
+
+def test_steps_that_are_passed_over_are_counted_and_change_nothing(tmp_path, overflows, capsys):
+    overflows({1, 2, 5})
+    checkpoint = run(settings(tmp_path, ema_decay=0.9))
+    assert "3 of 8 steps were passed over: their gradients overflowed float16" in capsys.readouterr().err
+    log = read_log(tmp_path)
+    assert [line.get("passed_over", 0) for line in log] == [1, 2, 2, 2, 3, 3, 3, 3]
+    assert log[0]["lr"] == log[1]["lr"] == 0 and log[3]["lr"] == log[4]["lr"]
+    states = checkpoint / "training_state"
+    average = next(path for path in states.iterdir() if path.name.startswith("custom_checkpoint_1"))
+    assert torch.load(average, weights_only=True)["optimization_step"] == 5
+    # a part of the run that is resumed counts on
+    overflows({1})
+    run(settings(tmp_path / "parts", lr_schedule="constant", steps=3))
+    overflows({2})
+    run(settings(tmp_path / "parts", lr_schedule="constant"))
+    assert read_log(tmp_path / "parts")[-1]["passed_over"] == 2
+
+
+def test_fifty_steps_in_a_row_that_are_passed_over_stop_the_run(tmp_path, overflows):
+    overflows(set(range(5, 200)) - {30})
+    words = "50 steps in a row were passed over, up to step 80: .* last good checkpoint is .*00000078. .*--mixed-precision bf16"
+    with pytest.raises(TrainingStopped, match=words):
+        run(settings(tmp_path, steps=200))
+
+
+def test_log_is_json_whatever_the_numbers(tmp_path):
+    log = Log(settings(tmp_path), 0, Accelerator(cpu=True))
+    losses = {"square": torch.tensor(float("nan"))}
+    log.write(3, losses, 0.1, torch.tensor(float("inf")), {"row": 2}, 1)
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    values = json.loads(line, parse_constant=refuse)
+    assert (values["square"], values["grad_norm"], values["lr"]) == (None, None, 0.1)
+    assert (values["left_out"], values["passed_over"]) == ({"row": 2}, 1)
+
+
 def test_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     config, saves = settings(tmp_path / "run"), []
 
@@ -349,6 +414,24 @@ def test_run_of_other_settings_is_refused(tmp_path):
     run(settings(tmp_path, log_every=2))  # what is not learned may change
 
 
+def test_a_finished_run_of_a_constant_schedule_continues_for_more_steps(tmp_path):
+    whole = run(settings(tmp_path / "whole", lr_schedule="constant", ema_decay=0.9))
+    run(settings(tmp_path / "parts", lr_schedule="constant", ema_decay=0.9, steps=3))
+    longer = run(settings(tmp_path / "parts", lr_schedule="constant", ema_decay=0.9))
+    assert same(weights(longer), weights(whole))
+    assert [line["step"] for line in read_log(tmp_path / "parts")] == list(range(1, 9))
+    with pytest.raises(ValueError, match=r"steps \(was 8, now 3\). Continue with the settings"):
+        run(settings(tmp_path / "parts", lr_schedule="constant", ema_decay=0.9, steps=3))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_other_runs_say_how_to_train_on(tmp_path, schedule):
+    run(settings(tmp_path, lr_schedule=schedule))
+    words = rf"steps \(was 8, now 20\). With the {schedule} schedule .* begin a new run .*checkpoint-... as --model"
+    with pytest.raises(ValueError, match=words):
+        run(settings(tmp_path, lr_schedule=schedule, steps=20))
+
+
 def test_folder_that_is_not_a_run_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("dear")
     with pytest.raises(ValueError, match="is not a run"):
@@ -363,6 +446,57 @@ def test_other_number_of_processes_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
     with pytest.raises(ValueError, match="begun on 2 processes; this one has 1"):
         run(settings(tmp_path))
+
+
+class SizedSource(ToySource):
+    """Of several files."""
+
+    def __len__(self):
+        return sum(self.groups)
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [([30, 31], "toy had 60 samples and has 61"), ([25, 35], "toy has its 60 samples in other files")],
+)
+def test_data_that_changed_is_refused(tmp_path, groups, words):
+    """Else the same seed would order it anew, and a run would read some samples twice and others never."""
+
+    def train_on(groups):
+        config, source = settings(tmp_path), SizedSource()
+        source.groups = groups
+        return train(config, ToyStage(), dataset(config, source=source), progress_bar=False)
+
+    train_on([30, 30])
+    with pytest.raises(
+        ValueError, match=f"has changed since .*checkpoint-00000008 was written: {words}.*pass it as --model"
+    ):
+        train_on(groups)
+    assert train_on([30, 30]).name == "checkpoint-00000008"
+
+
+def test_data_elsewhere_is_taken_when_it_is_said_to_be_the_same(tmp_path):
+    first = settings(tmp_path, data=("shards:/old",))
+    with pytest.raises(Stopped):
+        train(first, ToyStage(), DyingDataset(dataset(first), 4), progress_bar=False)
+    moved = settings(tmp_path, data=("shards:/new",))
+    with pytest.raises(ValueError, match="data .was .*shards:/old"):
+        run(moved)
+    moved = settings(tmp_path, data=("shards:/new",), data_moved=True)
+    with pytest.raises(Stopped):
+        train(moved, ToyStage(), DyingDataset(dataset(moved), 6), progress_bar=False)
+    whole = run(settings(tmp_path / "whole"))
+    assert same(weights(run(moved)), weights(whole))
+    with pytest.raises(ValueError, match="has changed since"):
+        train(moved, ToyStage(), dataset(moved, source=ToySource(size=51)), progress_bar=False)
+    path = tmp_path / "checkpoint-00000008" / "training_state" / "progress.json"
+    progress = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in progress.items() if name != "sources"}))
+    with pytest.raises(
+        ValueError, match="does not say how many samples its data had.*leave out --data-moved"
+    ):
+        run(moved)
+    assert run(settings(tmp_path, data=("shards:/new",))).name == "checkpoint-00000008"  # as before
 
 
 def test_too_many_bad_samples_stop_the_run_with_counts(tmp_path):
@@ -392,6 +526,27 @@ def test_counts_of_bad_samples_are_resumed(tmp_path, capsys):
         train(parts, ToyStage(), data, progress_bar=False)
     train(parts, ToyStage(), dataset(parts, source=ToySource(bad=range(10))), progress_bar=False)
     assert capsys.readouterr().out == summary
+
+
+class PickySource(ToySource):
+    """A source of captions, of which all but ten are too long."""
+
+    def read(self, index, rng):
+        if index >= 10:
+            raise FilteredSample("length", f"toy:{index} has 190 tokens of text, more than 85")
+        return super().read(index, rng)
+
+
+def test_a_run_that_learns_from_ten_samples_says_so_while_it_runs(tmp_path, capsys):
+    config = settings(tmp_path, steps=15)
+    train(config, ToyStage(), dataset(config, source=PickySource(size=200)), progress_bar=False)
+    out, err = capsys.readouterr()
+    (warning,) = (line for line in err.splitlines() if "Warning" in line)
+    assert "of the first 1," in warning and ", 10 different ones. " in warning and "has 190 tokens" in warning
+    log = read_log(tmp_path)
+    counts = [line["left_out"]["filtered: length"] for line in log]
+    assert counts == sorted(counts) and counts[-1] > 1000
+    assert f"{counts[-1]:,} of {counts[-1] + 60:,} samples read could not be used" in out
 
 
 # Next to the training -------------------------------------------------------------------------------------------
@@ -442,3 +597,59 @@ def test_tracker_that_is_not_installed(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install wandb"):
         run(settings(tmp_path, tracker="wandb"))
     assert not list(tmp_path.iterdir())
+
+
+# Workers that bring nothing ---------------------------------------------------------------------------------------------
+
+
+class StuckSource(ToySource):
+    """A source that hangs after some samples, as one on a file system that has gone does."""
+
+    def __init__(self, samples, folder):
+        super().__init__()
+        self.samples, self.read_samples, self.folder = samples, 0, folder
+
+    def read(self, index, rng):
+        self.read_samples += 1
+        if self.read_samples > self.samples:
+            (self.folder / "stuck").touch()
+            time.sleep(600)
+        return super().read(index, rng)
+
+
+def _train_on_stuck_data(config, samples, folder):
+    train(config, ToyStage(), dataset(config, source=StuckSource(samples, folder)), progress_bar=False)
+
+
+def test_signal_is_obeyed_while_no_data_comes(tmp_path, capfd):
+    config = settings(tmp_path / "run", steps=8, save_every=1000, workers=1)
+    child = FORK.Process(target=_train_on_stuck_data, args=(config, 12, tmp_path))
+    child.start()
+    while not (tmp_path / "stuck").exists() or len(read_log_lines(config)) < 3:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(60)
+    assert child.exitcode == 128 + signal.SIGTERM
+    (stopped,) = checkpoints.list_checkpoints(config.output)
+    assert checkpoints.read_progress(stopped)["step"] == 3
+    assert "Stopped by SIGTERM at step 3 of 8, saved in" in capfd.readouterr().err
+    whole = run(settings(tmp_path / "whole", steps=8, save_every=1000))
+    assert same(weights(whole), weights(run(config)))
+
+
+def read_log_lines(config):
+    path = Path(config.output) / "log.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_shared_memory_that_is_full_ends_the_run_with_advice(tmp_path, monkeypatch):
+    def share(self):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)  # in the worker, a copy of this process
+    words = r"^A batch of 0.0 MiB found no place: workers pass .* docker run --shm-size 1g .* fewer --workers; 0 needs none\.$"
+    with pytest.raises(ValueError, match=words):
+        run(settings(tmp_path, workers=1))
+    run(settings(tmp_path, workers=0))

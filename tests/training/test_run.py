@@ -504,3 +504,17 @@ def test_model_on_the_hub(make_config, model, monkeypatch):
     monkeypatch.setattr("kosmos_g_diffusers.conversion.folder.snapshot_download", download)
     run = build_run("pretrain", make_config("pretrain", model="me/mine"))
     assert isinstance(run.stage.text_encoder, KosmosGTextEncoder)
+
+
+def test_a_warm_up_longer_than_the_run_is_said_at_the_start(make_config):
+    said = []
+    train_stage(make_config("align", steps=2, warmup_steps=375, lr=1e-3), announce=said.append)
+    assert (
+        "warm-up of 375 steps is longer than the run of 2" in said[0]
+        and "ends at 2.7e-06 and never" in said[0]
+    )
+    line = read_log(make_config("align").output)[-1]
+    assert line["lr"] <= 1e-3 * 2 / 375
+    said.clear()
+    train_stage(make_config("align", output="enough", steps=3, warmup_steps=2), announce=said.append)
+    assert "warm-up" not in said[0]

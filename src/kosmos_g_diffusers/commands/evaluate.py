@@ -12,21 +12,27 @@ examples:
   kosmos-g evaluate multi --data pairs --model ./kosmos-g --output runs/pairs
   kosmos-g evaluate dreambench-plus --data dreambench_plus/data --model ./kosmos-g --output runs/plus
   kosmos-g evaluate sprites --output runs/sprites
+  # images that another model made, by the same scorers
+  kosmos-g evaluate dreambench --data dreambooth/dataset --generated patchdpo/output --output runs/patchdpo
 
 kosmos-g evaluate BENCHMARK --help says what a benchmark measures and which flags it has.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from ..environment import DTYPES, default_device, default_dtype
 from ..evaluation.benchmarks import BENCHMARKS
+from ..evaluation.manifest import OWN_PICTURES
 from ..evaluation.scorers import SCORERS
 from ..generation.schedulers import SCHEDULERS
 from ..provenance import add_flags as add_mark_flags
 from ..provenance import read_flags as read_mark_flags
 from ..sprites.pretrained import SPRITES_NOTE
 
+# flags of drawing: beside --generated they would do nothing
+DRAWING = ("model", "repair", "steps", "guidance", "scheduler", "dtype", "batch_size", "c2pa_cert")
 RESUMED = (
     "A command that was stopped is resumed when you repeat it. When it is done, look at report.md and sheets/index.html of "
     "--output."
@@ -45,29 +51,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         benchmark.add_arguments(command)
-        _add_common(command.add_argument, benchmark)
+        _add_common(command, benchmark)
 
 
-def _add_common(add, benchmark):
+def _add_common(parser, benchmark):
     """The flags that benchmarks share, with the defaults of each."""
-    settings, batch_size = benchmark.SETTINGS, benchmark.BATCH_SIZE
+    add, settings, batch_size = parser.add_argument, benchmark.SETTINGS, benchmark.BATCH_SIZE
     if benchmark.SCORERS is not None:
         default = " and ".join(benchmark.SCORERS) or "none"
         text = f"one of {', '.join(SCORERS)}; WEIGHTS is a folder or Hub id; repeat it (default: {default})"
         add("--scorer", action="append", dest="scorers", metavar="NAME[=WEIGHTS]", help=text)
     add("--model", metavar="MODEL", help="folder or Hub id (default: the small model that ships, of sprites)")
+    if benchmark.LAYOUTS:
+        layouts = ", ".join(layout.title for layout in benchmark.LAYOUTS)
+        text = f"score the images that another model made instead of drawing; named as by {layouts}"
+        add("--generated", metavar="FOLDER", help=text)
+    else:
+        parser.set_defaults(generated=None)
     output = "results: new, or of the same run, which is then resumed"
     add("--output", required=True, metavar="FOLDER", help=output)
     add("--repair", action="store_true", help="make images again that are there and cannot be read")
     add("--seed", type=int, default=0, metavar="N", help="of the run (default: 0)")
     for name, kind in (("steps", int), ("guidance", float)):
-        add(f"--{name}", type=kind, default=settings[name], metavar="N", help=f"(default: {settings[name]})")
-    scheduler = settings["scheduler"]
-    add("--scheduler", choices=SCHEDULERS, default=scheduler, metavar="NAME", help=f"(default: {scheduler})")
+        add(f"--{name}", type=kind, metavar="N", help=f"(default: {settings[name]})")
+    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"(default: {settings['scheduler']})")
     add("--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, else float16)")
     add("--device", help="cpu, cuda, mps, ... (default: an accelerator if there is one)")
     images = f"images at once (default: {batch_size})"
-    add("--batch-size", type=int, default=batch_size, metavar="N", help=images)
+    add("--batch-size", type=int, metavar="N", help=images)
     add_mark_flags(add)
 
 
@@ -77,28 +88,47 @@ def run(arguments: argparse.Namespace) -> None:
 
     benchmark = BENCHMARKS[arguments.benchmark]
     device, marker = arguments.device or default_device(), read_mark_flags(arguments)
-    settings = {"height": None, "width": None, **benchmark.SETTINGS}
-    for name in ("steps", "guidance", "scheduler", "dtype", "seed"):
-        settings[name] = getattr(arguments, name)
-    settings["dtype"] = settings["dtype"] or default_dtype(device)
+    settings = {}
+    if arguments.generated is None:
+        settings = {"height": None, "width": None, **benchmark.SETTINGS, "dtype": default_dtype(device)}
+        given = {
+            name: getattr(arguments, name) for name in ("steps", "guidance", "scheduler", "dtype", "seed")
+        }
+        settings |= {name: value for name, value in given.items() if value is not None}
+    else:
+        _refuse_drawing(arguments)
     manifest = benchmark.plan(arguments)
     names = () if benchmark.SCORERS is None else arguments.scorers or benchmark.SCORERS
     report = evaluate(
         manifest,
         arguments.output,
-        _make_scorers(names, device, manifest.data),
+        _make_scorers(names, device, manifest.data or Path(arguments.output) / OWN_PICTURES),
         model=arguments.model,
         settings=settings,
         device=device,
-        batch_size=arguments.batch_size,
+        batch_size=benchmark.BATCH_SIZE if arguments.batch_size is None else arguments.batch_size,
         repair=arguments.repair,
         marker=marker,
     )
     if report is not None:  # else another process has written it
         print(scores_table(report))
         print(f"\n{arguments.output}/report.md")
-    if arguments.model is None and arguments.benchmark != "sprites":
+    if arguments.model is None and arguments.generated is None and arguments.benchmark != "sprites":
         print(SPRITES_NOTE, file=sys.stderr)
+
+
+def _refuse_drawing(arguments):
+    given = {name: getattr(arguments, name) for name in DRAWING} | {"no_mark": not arguments.mark}
+    wrong = [
+        f"--{name.replace('_', '-')}"
+        for name, value in given.items()
+        if value is not None and value is not False
+    ]
+    if wrong:
+        raise ValueError(
+            f"{' and '.join(wrong)} came with --generated {arguments.generated}, whose images are only scored. Leave out one of "
+            "the two."
+        )
 
 
 def _make_scorers(texts, device, data):

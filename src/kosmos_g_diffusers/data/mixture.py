@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.utils.data
 
+from ..files import hash_bytes
 from .sample import BadSample, FilteredSample, Sample, Source
 
 
@@ -122,6 +123,17 @@ class MixtureDataset(torch.utils.data.Dataset[dict[str, Any]]):
         result["skipped"] = dict(Counter(causes))
         result["skipped_messages"] = list(zip(causes, [error.message for error in skipped], strict=True))
         return result
+
+    def describe_sources(self) -> list[dict[str, Any]]:
+        """What the order of the data depends on besides the seed: name, samples and a hash of the files' samples of each source."""
+        return [
+            {
+                "name": source.name,
+                "samples": len(source),
+                "files": hash_bytes(np.asarray(source.groups, dtype=np.int64).tobytes())[:16],
+            }
+            for source in self.sources
+        ]
 
     def locate(self, step: int) -> tuple[int, int]:
         """(number of the source that batch `step` comes from, how many batches came from it before)."""

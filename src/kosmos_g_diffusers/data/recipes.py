@@ -11,7 +11,7 @@ from typing import Any
 
 import PIL.Image
 
-from .sample import BadSample, Sample
+from .sample import BadSample, Sample, clean_text
 
 WORD_DROPOUT = 0.5  # probability that the words next to the images are left out, --random-drop-caption-prob
 BACKGROUND = 0.5  # probability that an entity is shown with its background
@@ -20,16 +20,23 @@ BACKGROUND = 0.5  # probability that an entity is shown with its background
 COLOURS = frozenset(
     "yellow blue red green white black brown grey gray purple pink orange cyan silver gold golden".split()
 )
+# of an image in a text, as OmniGen's data has it: <img><|image_1|></img>
+OMNIGEN_MARK: re.Pattern[str] = re.compile(r"(?:<img>\s*)?<\|image_([1-9][0-9]?)\|>(?:\s*</img>)?")
 WORD_ENDS = frozenset(" ,.!?;:)]}")
 
 
 def check_caption(caption: Any, key: str) -> str:
     """The caption without outer spaces. Raises BadSample when it is empty or not text."""
-    if not isinstance(caption, str) or not caption.strip():
-        kind = type(caption).__name__
-        given = "an empty caption" if kind == "str" else f"a caption of type {kind}"
-        raise BadSample("caption", f"{key} has {given}")
-    return caption.strip()
+    if not isinstance(caption, str):
+        raise BadSample("caption", f"{key} has a caption of type {type(caption).__name__}")
+    caption = clean_text(caption.strip(), key).strip()
+    if not caption:
+        raise BadSample("caption", f"{key} has an empty caption")
+    if mark := OMNIGEN_MARK.search(caption):
+        raise BadSample(
+            "row", f"{key} has the mark {mark[0]} of an image in its text: it is a prompt, not a caption"
+        )
+    return caption
 
 
 def caption_sample(key: str, caption: Any, target: PIL.Image.Image | None = None) -> Sample:
@@ -50,9 +57,76 @@ def edit_sample(
 ) -> Sample:
     """`words` (what the source shows, dropped with probability `word_dropout`), the source image, the instruction."""
     edit = check_caption(edit, key)
-    words = words.strip() if isinstance(words, str) and rng.random() >= word_dropout else ""
+    words = clean_text(words.strip(), key) if isinstance(words, str) and rng.random() >= word_dropout else ""
     prompt = (words, source, edit) if words else (source, edit)
     return Sample(key, prompt, target, caption or None)
+
+
+def prompt_sample(
+    key: str,
+    words: Any,
+    images: Sequence[PIL.Image.Image],
+    target: PIL.Image.Image | None,
+    caption: str | None,
+    reads_marks: bool = True,
+) -> Sample:
+    """Words with images where their `OMNIGEN_MARK` is; images without a mark come first, in order.
+
+    Args:
+        words: text; with `reads_marks`, the mark of image 1 is <img><|image_1|></img>.
+        images: RGB PIL images.
+    """
+    if not isinstance(words, str):
+        raise BadSample("caption", f"{key} has a prompt of type {type(words).__name__}")
+    words, parts, start, marked = clean_text(words, key), [], 0, set()
+    for mark in OMNIGEN_MARK.finditer(words) if reads_marks else ():
+        number = int(mark[1]) - 1
+        if number >= len(images):
+            raise BadSample("row", f"{key} has the mark {mark[0]}, and {len(images)} images")
+        parts += [words[start : mark.start()], images[number]]
+        start = mark.end()
+        marked.add(number)
+    first = [image for number, image in enumerate(images) if number not in marked]
+    prompt = [part for part in [*first, *parts, words[start:]] if not isinstance(part, str) or part.strip()]
+    if not prompt:
+        raise BadSample("caption", f"{key} has an empty prompt")
+    return Sample(key, tuple(prompt), target, caption)
+
+
+def sample_of_uses(
+    key: str,
+    texts: dict[str, Any],
+    target: PIL.Image.Image | None,
+    rng: Random,
+    source: PIL.Image.Image | None = None,
+    images: Sequence[PIL.Image.Image] = (),
+    *,
+    reads_marks: bool = True,
+    word_dropout: float = WORD_DROPOUT,
+) -> Sample:
+    """What a line's uses give: a prompt, an edit or a caption, by the texts that are there.
+
+    Args:
+        texts: use ("caption", "edit", "input", "prompt") -> text; of a list of texts one is drawn.
+        source: RGB PIL image before an edit.
+        images: RGB PIL images of a prompt.
+    """
+    texts = {use: draw_text(text, rng) for use, text in texts.items()}
+    if "edit" not in texts and "prompt" not in texts:
+        return caption_sample(key, texts.get("caption"), target)
+    caption = texts.get("caption")
+    caption = check_caption(caption, key) if caption is not None else None
+    if "prompt" in texts:
+        return prompt_sample(key, texts["prompt"], images, target, caption, reads_marks)
+    return edit_sample(key, texts.get("input"), texts["edit"], source, target, caption, rng, word_dropout)
+
+
+def draw_text(value: Any, rng: Random) -> Any:
+    """A text; of a list of them, one that is drawn, or None if there is none."""
+    if not isinstance(value, list):
+        return value
+    texts = [text for text in value if isinstance(text, str) and text.strip()]
+    return rng.choice(texts) if texts else None
 
 
 def composition_sample(

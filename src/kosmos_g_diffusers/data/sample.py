@@ -5,6 +5,7 @@ Bytes that someone else wrote become images here, or a BadSample: nothing trusts
 
 import base64
 import binascii
+import codecs
 import io
 import random
 from collections.abc import Sequence
@@ -19,6 +20,15 @@ from ..processing_kosmos_g import MOST_IMAGE_BYTES, open_image
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 # An image takes 66 tokens of the prompt (64 states and two marks) and a token is about four characters of English.
 IMAGE_LENGTH = 264
+# what editors write in front of a text, longest first: one of UTF-16 begins that of UTF-32
+BYTE_ORDER_MARKS: dict[bytes, str] = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,9 @@ class Sample:
     target: PIL.Image.Image | None = None
     caption: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", printable(self.key))
+
 
 class BadSample(Exception):
     """A sample that cannot be used. The mixture counts it and takes another in its place.
@@ -51,7 +64,7 @@ class BadSample(Exception):
 
     def __init__(self, cause: str, message: str):
         super().__init__(cause, message)
-        self.cause, self.message = cause, message
+        self.cause, self.message = cause, printable(message)
 
     def __str__(self) -> str:
         return f"{self.cause}: {self.message}"
@@ -80,6 +93,63 @@ class Source(Protocol):
 
     def read(self, index: int, rng: random.Random) -> Sample:
         """Sample number `index`; every random choice within it is drawn from `rng`. Raises BadSample."""
+
+
+def printable(text: str) -> str:
+    """A text that any log and terminal takes: bytes of a name that are not UTF-8 and control characters become `\\x..`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
+
+
+def find_encoding(start: bytes) -> tuple[str, int]:
+    """The name of a text's encoding by its first bytes (four are enough), and the length of its byte order mark.
+
+    Without a mark it is UTF-8.
+    """
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if start.startswith(mark):
+            return encoding, len(mark)
+    return "utf-8", 0
+
+
+def decode_text(data: bytes, key: str) -> str:
+    """Bytes of a text file -> its text: UTF-8, or what its byte order mark says, which is left out.
+
+    Args:
+        key: names the sample in the error.
+
+    Raises:
+        BadSample: cause "row"; it is in another encoding.
+    """
+    encoding, length = find_encoding(data[:4])
+    try:
+        return data[length:].decode(encoding)
+    except UnicodeDecodeError as error:
+        raise BadSample(
+            "row", f"{key} has text that is not {encoding.upper()} ({error}). Save it as UTF-8"
+        ) from error
+
+
+def clean_text(text: str, key: str) -> str:
+    """A text without a byte order mark at its beginning.
+
+    Raises:
+        BadSample: cause "row"; it holds what no text does, such as the zeros of UTF-16 that was read as UTF-8.
+    """
+    text = text.removeprefix(BYTE_ORDER_MARK)
+    if "\0" in text:
+        raise BadSample(
+            "row",
+            f"{key} has text with NUL characters, such as UTF-16 without its byte order mark. Save it as UTF-8",
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadSample("row", f"{key} has text with half a character ({error.reason})") from error
+    return text
 
 
 def decode_image(data: bytes, key: str) -> PIL.Image.Image:

@@ -7,10 +7,13 @@ import os
 import re
 import shutil
 import tarfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import requests
 from filelock import FileLock
 from tqdm.auto import tqdm
 
@@ -29,11 +32,15 @@ from .sample import MOST_IMAGE_BYTES, BadSample
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "shards.json"
+HTTP_SECONDS = 10  # for the answer whether a shard has changed
 URL = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # two letters at least: "C:" is a disk
 
 
 class ShardFiles:
     """A list of shards that are local, or fetched whole and kept in a cache folder.
+
+    A copy is kept with what the server and shards.json said of it. Once a run both are asked again, and a shard that has changed is
+    fetched anew; a server that does not answer is believed to have the same.
 
     Args:
         where: a .tar file, a pattern (/data/*.tar), a range (/data/part-{000..099}.tar), a folder, a shards.json; or any
@@ -62,6 +69,8 @@ class ShardFiles:
         self.cache_dir = Path(default_cache_dir() if cache_dir is None else cache_dir)
         self.remote = URL.match(self.where) is not None
         self._samples = {}  # url -> number of samples, as far as shards.json tells
+        self._sizes = {}  # url -> bytes, likewise
+        self._checked, self._opened = set(), time.time()
         self.urls = self._find_remote() if self.remote else self._find_local()
         if not self.urls:
             raise ValueError(
@@ -82,7 +91,15 @@ class ShardFiles:
 
     def index(self, number: int) -> "list[TarSample]":
         """The samples of a shard, see `index_tar`. Raises BadSample ("shard")."""
-        return self._use(number, index_tar)
+
+        def index(path):
+            try:
+                return index_tar(path)
+            except BadSample as error:
+                message = error.message.replace(str(path), _plain(self.urls[number]))
+                raise BadSample(error.cause, message) from error
+
+        return self._use(number, index)
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Bytes of a shard. Raises BadSample ("shard"; "image" when they are too many)."""
@@ -176,6 +193,8 @@ class ShardFiles:
         # shards lie next to their list: of what it calls them, only the last part counts
         urls = [os.path.join(base, os.path.basename(shard["url"])) for shard in shards]
         self._samples.update(zip(urls, (shard["nsamples"] for shard in shards), strict=True))
+        sizes = zip(urls, (shard.get("filesize") for shard in shards), strict=True)
+        self._sizes.update({url: size for url, size in sizes if isinstance(size, int)})
         return urls
 
     def _count(self, number):
@@ -202,23 +221,70 @@ class ShardFiles:
         if not self.remote:
             return url
         path = cache_path(self.cache_dir, "shards", url, suffix=".tar")
-        try:
-            os.utime(path)  # used now: the last to be deleted
-            return path
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if self._is_current(url, path):
+            with suppress(FileNotFoundError):
+                os.utime(path)  # used now: the last to be deleted
+                return path
+        path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # of many workers one fetches, the others wait for it
-            if not path.is_file():
+            if not self._is_current(url, path):
                 remove_partial_files(path.parent, path.name)  # of a process that was killed while it fetched
-                try:
-                    # the stream is closed first, and that raises when the command behind it failed
-                    with written_atomically(path) as file, _webdataset().gopen(url, "rb") as stream:
-                        shutil.copyfileobj(stream, file, 1024**2)
-                except OSError as error:
-                    message = f"{_short(url)} cannot be fetched ({_hide(url, error)})"
-                    raise BadSample("shard", message) from error
+                self._fetch(url, path)
                 self._make_room(path)
         return path
+
+    def _is_current(self, url, path):
+        """Whether a copy is there, and as the server and shards.json have it."""
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            return False
+        if url in self._checked:
+            return True
+        record, facts = _read_facts(path), None
+        if record.get("checked", 0) < self._opened:  # else another process of this run has looked
+            listed = self._listed(url)
+            before = record.get("listed", {})
+            differs = any(before.get(name, value) != value for name, value in listed.items())
+            # where the same list contradicted it before, another copy would be the same
+            if differs or (listed.get("bytes", size) != size and listed != before):
+                return False
+            facts = _ask(url)
+            known = {"length": size, **record}
+            if any(known.get(name, value) != value for name, value in facts.items()):
+                return False
+            _write_facts(path, {**record, **facts, "listed": listed})
+        self._checked.add(url)
+        return True
+
+    def _listed(self, url):
+        """What shards.json says of a shard."""
+        listed = {"samples": self._samples.get(url), "bytes": self._sizes.get(url)}
+        return {name: value for name, value in listed.items() if value is not None}
+
+    def _fetch(self, url, path):
+        facts = _ask(url)
+        try:
+            # the stream is closed first, and that raises when the command behind it failed
+            with written_atomically(path) as file, _webdataset().gopen(url, "rb") as stream:
+                start = stream.read(tarfile.BLOCKSIZE)
+                file.write(start)
+                shutil.copyfileobj(stream, file, 1024**2)
+                if not _begins_tar(start):
+                    raise BadSample(
+                        "shard",
+                        f"{_plain(url)} is not an uncompressed tar file: it begins with {start[:20]!r}. It was not kept",
+                    )
+                length = file.tell()
+                if facts.get("length", length) != length:
+                    raise BadSample(
+                        "shard",
+                        f"{_plain(url)} came with {length:,} of {facts['length']:,} bytes. It was not kept",
+                    )
+        except OSError as error:
+            raise BadSample("shard", f"{_plain(url)} cannot be fetched ({_hide(url, error)})") from error
+        _write_facts(path, {**facts, "length": length, "listed": self._listed(url)})
+        self._checked.add(url)
 
     def _make_room(self, keep):
         if self.cache_bytes is None:
@@ -233,6 +299,7 @@ class ShardFiles:
             if total > self.cache_bytes and file != keep:
                 total -= size
                 file.unlink(missing_ok=True)
+                _facts_path(file).unlink(missing_ok=True)
 
     def _fetch_json(self, url):
         with _webdataset().gopen(url, "rb") as stream:
@@ -241,6 +308,67 @@ class ShardFiles:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{url} is not JSON ({error}). Expected a list of shards.") from error
+
+
+def _ask(url):
+    """What a server says of a shard without sending it: a dict of length, etag and modified, as far as it tells."""
+    if not url.lower().startswith(("http://", "https://")):
+        return {}
+    try:
+        headers = {"Accept-Encoding": "identity"}
+        answer = requests.head(url, headers=headers, timeout=HTTP_SECONDS, allow_redirects=True)
+    except requests.RequestException:
+        return {}
+    if answer.status_code != 200:  # such as where a signature is for GET alone
+        return {}
+    names = {"etag": "ETag", "modified": "Last-Modified"}
+    facts = {name: answer.headers[header] for name, header in names.items() if header in answer.headers}
+    length = answer.headers.get("Content-Length", "")
+    return facts | (
+        {"length": int(length)} if length.isdecimal() and "Content-Encoding" not in answer.headers else {}
+    )
+
+
+def _facts_path(path):
+    return path.with_suffix(".json")
+
+
+def _read_facts(path):
+    """What is known of a copy; when it was looked at last is `checked`."""
+    try:
+        facts = json.loads(_facts_path(path).read_text(encoding="utf-8"))
+        return {**facts, "checked": _facts_path(path).stat().st_mtime}
+    except (OSError, ValueError, TypeError):  # of an earlier version, or damaged
+        return {}
+
+
+def _write_facts(path, facts):
+    with suppress(OSError):  # costs another look
+        write_text(
+            _facts_path(path), json.dumps({name: value for name, value in facts.items() if name != "checked"})
+        )
+
+
+def _begins_tar(block):
+    if len(block) < tarfile.BLOCKSIZE:
+        return False
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:  # of an empty archive
+        return True
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def _plain(url):
+    """A URL without user, password and query; of a command the part that `_short` shows. A path as it is."""
+    if URL.match(url) is None:
+        return url
+    parts = urlsplit(url)
+    if parts.scheme == "pipe" or not parts.path:
+        return _short(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _short(url):

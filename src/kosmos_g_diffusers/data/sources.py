@@ -3,6 +3,7 @@
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+from .folders import FolderSource
 from .hub_datasets import HubDatasetSource
 from .recipes import BACKGROUND, WORD_DROPOUT
 from .sample import Source
@@ -14,10 +15,15 @@ FORMS = """Known forms:
   tsv:edits:PATH          InstructPix2Pix rows
   tsv:compositions:PATH   rows of captions with tags and cut-outs
   shards:PATH_OR_URL      WebDataset shards: part-{000..099}.tar, *.tar, a folder, a shards.json, or a URL
+                          with ?image=SUFFIX&caption=SUFFIX, ... members of other names, or json.FIELD
+  folder:PATH             images with .txt or .caption files next to them; ?image=SUFFIX&source=SUFFIX&edit=SUFFIX, ...
   datasets:NAME?image=COLUMN&caption=COLUMN   Hugging Face datasets, from the Hub or a folder; also split=, config=,
-                          revision=, data_dir=, data_files=, and for edits edit=, source=, input= (columns)
+                          revision=, data_dir=, data_files=; for edits edit=, source=, input= (columns), for prompts prompt=,
+                          images=, marks=omnigen|none; score=COLUMN&min_score=N
 docs/data.md describes them."""
+FILE_USES = "image caption edit source input prompt images".split()
 DATASET_OPTIONS = "split config revision data_dir data_files image caption edit source input".split()
+DATASET_OPTIONS += "prompt images marks score min_score".split()
 
 
 def build_source(
@@ -49,10 +55,18 @@ def build_source(
         if kind in LAYOUTS and where:
             return TsvSource(kind, where, name=spec, min_side=min_side, **common)
     if form == "shards" and rest:
-        return ShardSource(rest, name=spec.partition("?")[0], cache_bytes=cache_bytes, **common)
+        where, uses = _split_uses(spec, rest)
+        return ShardSource(where, name=spec.partition("?")[0], cache_bytes=cache_bytes, uses=uses, **common)
+    if form == "folder" and rest:
+        where, uses = _split_uses(spec, rest)
+        return FolderSource(where, name=spec, uses=uses, word_dropout=word_dropout)
     if form == "datasets" and rest:
         name, _, query = rest.partition("?")
         options = dict(parse_qsl(query, keep_blank_values=True))
+        if "token" in options:
+            raise ValueError(
+                f"{spec.partition('token=')[0]}... has a token, and lines are stored with runs. Set HF_TOKEN instead, or log in with hf auth login."
+            )
         unknown = sorted(set(options) - set(DATASET_OPTIONS))
         if unknown:
             raise ValueError(
@@ -61,3 +75,23 @@ def build_source(
         if name:
             return HubDatasetSource.load(name, word_dropout=word_dropout, **options)
     raise ValueError(f"{spec!r} is not a source of training data.\n{FORMS}")
+
+
+def _split_uses(spec, rest):
+    """(path or URL, use -> ending) of what follows a form; the rest of a URL's query stays its own."""
+    where, _, query = rest.partition("?")
+    pairs = parse_qsl(query, keep_blank_values=True)
+    uses = {use: ending for use, ending in pairs if use in FILE_USES}
+    if not uses:
+        return rest, {}
+    own = "&".join(part for part in query.split("&") if part.partition("=")[0] not in FILE_USES)
+    edits = {"edit", "source", "image"}
+    if "edit" in uses and not edits <= set(uses):
+        raise ValueError(f"{spec!r} has an edit: it needs the endings {', '.join(sorted(edits))}.")
+    if ("prompt" in uses) != ("images" in uses) or {"edit", "prompt"} <= set(uses):
+        raise ValueError(f"{spec!r}: a prompt needs the endings prompt and images, and is not an edit.")
+    if not {"caption", "edit", "prompt"} & set(uses):
+        raise ValueError(
+            f"{spec!r} names no text. Pass caption=, edit= or prompt= with the ending of its file."
+        )
+    return f"{where}?{own}" if own else where, uses

@@ -13,13 +13,15 @@ from tqdm.auto import tqdm
 from ..files import cache_path, default_cache_dir, read_json, written_atomically
 from ..quiet import SHORT
 from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, composition_sample, edit_sample
-from .sample import IMAGE_LENGTH, BadSample, FilteredSample, Sample, decode_base64_image
+from .sample import IMAGE_LENGTH, BadSample, FilteredSample, Sample, decode_base64_image, find_encoding
 
 logger = logging.getLogger(__name__)
 
 SCAN_BYTES = 16 * 1024**2
 TEXT_BYTES = 16 * 1024  # the words of a row come first: so much of it tells its length
 MOST_ROW_BYTES = 512 * 1024**2
+# of files, and how Python calls them where their mark is to be left out
+ENCODINGS = {"utf-8": "utf-8-sig", "utf-16-le": "utf-16", "utf-16-be": "utf-16"}
 LAYOUTS = {
     "captions": "at least 3: anything, caption, image[, width, height, ...]",
     "edits": "an even number, at least 4: input, edit, then (before, after) images of each seed",
@@ -52,6 +54,7 @@ class TsvSource:
     min_side: int
     files: list[Path]
     offsets: list[np.ndarray]
+    encodings: list[str]
     groups: Sequence[int]
 
     def __init__(
@@ -75,6 +78,7 @@ class TsvSource:
         cache_dir = default_cache_dir() if cache_dir is None else cache_dir
         files = tqdm(self.files, f"{self.name}: rows", disable=len(self.files) == 1, delay=SHORT)
         self.offsets = [line_offsets(file, cache_dir) for file in files]
+        self.encodings = [encoding_of(file)[0] for file in self.files]
         self.groups = [len(offsets) - 1 for offsets in self.offsets]
         self._ends = np.cumsum(self.groups)
         if not len(self):
@@ -136,13 +140,20 @@ class TsvSource:
                 data = opened.read(size)
         except OSError as error:
             raise BadSample("shard", f"{file} cannot be read ({error})") from error
-        return data.rstrip(b"\r\n").split(b"\t"), file, row + 1
+        return (
+            _split_row(data, self.encodings[number], most is None, f"{file}, line {row + 1},"),
+            file,
+            row + 1,
+        )
 
     def _check_first_row(self, file):
         """A wrong first row is a file of another kind, not a damaged row: say so before the training begins."""
-        with open(file, "rb") as opened:
-            row = opened.readline(MOST_ROW_BYTES)
-        problem = self._column_problem(row.rstrip(b"\r\n").split(b"\t"), file, 1) if row else None
+        encoding, _ = encoding_of(file)
+        if encoding not in ENCODINGS:
+            raise ValueError(f"{file} is {encoding.upper()}, which is not read. Save it as UTF-8.")
+        with open(file, encoding=ENCODINGS[encoding], errors="surrogateescape", newline="\n") as opened:
+            row = opened.readline(MOST_ROW_BYTES).rstrip("\r\n").encode("utf-8", "surrogateescape")
+        problem = self._column_problem(row.split(b"\t"), file, 1) if row else None
         if problem:
             raise ValueError(f"{problem}. Is this of the kind {self.kind!r}? Known: {', '.join(LAYOUTS)}.")
 
@@ -160,6 +171,22 @@ class TsvSource:
         return f"{file}, line {line}, has {seen} columns. Expected {LAYOUTS[self.kind]}"
 
 
+def encoding_of(file: Path) -> tuple[str, int]:
+    """(name of a file's encoding, length of its byte order mark)."""
+    with open(file, "rb") as opened:
+        return find_encoding(opened.read(4))
+
+
+def _split_row(data, encoding, whole, key):
+    """The columns of a row as bytes in UTF-8; a row that is not `whole` may end within a character."""
+    if encoding != "utf-8":
+        try:
+            data = data.decode(encoding, "strict" if whole else "ignore").encode("utf-8")
+        except UnicodeError as error:
+            raise BadSample("row", f"{key} is not {encoding.upper()} ({error})") from error
+    return data.rstrip(b"\r\n").split(b"\t")
+
+
 def _text(column, key):
     try:
         return column.decode("utf-8")
@@ -174,7 +201,9 @@ def line_offsets(path: Path, cache_dir: str | Path) -> np.ndarray:
     """
     path = Path(path)
     stat = path.stat()
-    identity = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    encoding, start = encoding_of(path)
+    width, unit = (1, np.uint8) if encoding == "utf-8" else (2, "<u2" if encoding == "utf-16-le" else ">u2")
+    identity = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, *([encoding] if start else []))
     cached = cache_path(cache_dir, "lines", *identity, suffix=".npy")
     try:
         offsets = np.load(cached)
@@ -182,17 +211,21 @@ def line_offsets(path: Path, cache_dir: str | Path) -> np.ndarray:
             return offsets
     except (OSError, ValueError, EOFError, IndexError):  # not there yet, or damaged: found again
         pass
-    offsets = [np.zeros(1, dtype=np.int64)]
+    offsets = [np.array([start], dtype=np.int64)]
     with open(path, "rb") as file:
-        for begin in range(0, stat.st_size, SCAN_BYTES):
-            block = np.frombuffer(file.read(SCAN_BYTES), dtype=np.uint8)
-            offsets.append(np.flatnonzero(block == ord("\n")) + (begin + 1))
+        file.seek(start)
+        for begin in range(start, stat.st_size, SCAN_BYTES):
+            block = file.read(SCAN_BYTES)
+            block = np.frombuffer(block[: len(block) // width * width], dtype=unit)
+            offsets.append((np.flatnonzero(block == ord("\n")) + 1) * width + begin)
         offsets = np.concatenate(offsets)
         if offsets[-1] != stat.st_size:  # no newline behind the last line
             offsets = np.append(offsets, stat.st_size)
-        while len(offsets) > 1 and offsets[-1] - offsets[-2] <= 2:  # empty lines at the end are not rows
+        while (
+            len(offsets) > 1 and offsets[-1] - offsets[-2] <= 2 * width
+        ):  # empty lines at the end are not rows
             file.seek(offsets[-2])
-            if file.read(2).strip(b"\r\n"):
+            if file.read(2 * width).strip(b"\r\n\0"):
                 break
             offsets = offsets[:-1]
     try:

@@ -1,6 +1,7 @@
 """Two runs of the same benchmark, image by image: paired differences with intervals, and their images side by side."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -31,7 +32,7 @@ def compare(folder_a: str | Path, folder_b: str | Path, output: str | Path) -> d
     """Write compare.json, compare.md, a plot and sheets; returns the comparison as a dict.
 
     Differences are B minus A, over the same prompts and input images: first the mean of each unit, then the mean over units,
-    whose interval is a bootstrap over the units' differences.
+    whose interval is a bootstrap over the units' differences. The runs may have different numbers of images of each prompt.
 
     Raises:
         ValueError: a run is unfinished, or the two are not of the same images.
@@ -45,6 +46,7 @@ def compare(folder_a: str | Path, folder_b: str | Path, output: str | Path) -> d
     runs = [(Path(folder), *_read(folder)) for folder in (folder_a, folder_b)]
     (_, first, scores_a), (_, second, scores_b) = runs
     _check_comparable(first, second)
+    counts = [len(run.tasks) / len(set(map(_prompt_of, run.tasks))) for run in (first, second)]
     metrics = _metrics_of(scores_a), _metrics_of(scores_b)
     common = [name for name in metrics[0] if name in metrics[1]]
     if not common:
@@ -69,6 +71,7 @@ def compare(folder_a: str | Path, folder_b: str | Path, output: str | Path) -> d
         "benchmark": first.benchmark,
         "a": facts_a,
         "b": facts_b,
+        "images of each prompt": counts,
         "metrics": rows,
         "only in a": [name for name in metrics[0] if name not in common],
         "only in b": [name for name in metrics[1] if name not in common],
@@ -88,6 +91,9 @@ def as_markdown(result: dict[str, Any], plots: Sequence[Path | str] = (), sheets
             facts.append([name, str(a), str(b)] if a != b else [name, str(a), "the same"])
     how = f"Intervals ({LEVEL:.0%}): bootstrap of the mean difference over units, {RESAMPLES:,} resamples."
     lines = [f"# {result['benchmark']}: B against A", comparison_table(result), how]
+    counts = result["images of each prompt"]
+    if counts[0] != counts[1]:
+        lines.append("Of each prompt, A has {:g} images and B {:g}: means are of all.".format(*counts))
     for side in ("a", "b"):
         if result[f"only in {side}"]:
             lines.append(f"Only {side.upper()} has {', '.join(result[f'only in {side}'])}.")
@@ -133,7 +139,8 @@ def _check_comparable(first, second):
     compared = attrgetter("prompt", "text", "pictures", "references", "truth")
     tasks_a, tasks_b = ({task.id: compared(task) for task in run.tasks} for run in (first, second))
     different = [name for name in tasks_a | tasks_b if tasks_a.get(name) != tasks_b.get(name)]
-    if different:
+    in_both = [name for name in different if name in tasks_a and name in tasks_b]
+    if different and (in_both or not _are_of_same_prompts(first, second)):
         raise ValueError(
             f"{len(different)} images of the runs have other prompts, input images or references, such as {different[0]}. Only runs "
             "of the same options can be compared."
@@ -143,9 +150,23 @@ def _check_comparable(first, second):
         raise ValueError(f"{len(changed)} input images differ between the runs: {', '.join(changed)}.")
 
 
+def _prompt_of(task):
+    return task.unit, task.prompt, task.text, task.pictures, task.references
+
+
+def _are_of_same_prompts(first, second):
+    """Whether two runs differ in the number of images of each prompt alone: then their means over a unit weigh prompts alike."""
+    counts = [Counter(map(_prompt_of, run.tasks)) for run in (first, second)]
+    return counts[0].keys() == counts[1].keys() and all(len(set(count.values())) == 1 for count in counts)
+
+
 def _write_sheets(output, runs):
     folder_a, first, _ = runs[0]
     data = folder_a / OWN_PICTURES if first.data == OWN_PICTURES else Path(first.data)
+    of_prompt = [{}, {}]
+    for groups, (_, run, _) in zip(of_prompt, runs, strict=True):
+        for task in run.tasks:
+            groups.setdefault(_prompt_of(task), []).append(task)
     paths = []
     for name, tasks in group_tasks(first).items():
         notes = [f"{title}: {folder}" for title, (folder, *_) in zip("AB", runs, strict=True)]
@@ -158,7 +179,13 @@ def _write_sheets(output, runs):
                 # once for prompts that follow each other
                 parts.append({"inputs": input_figures(data, inputs)})
             shown = inputs
-            figures = [image_figures(output / "sheets", folder, group, scores) for folder, _, scores in runs]
+            prompts = dict.fromkeys(map(_prompt_of, group))
+            figures = [
+                image_figures(
+                    output / "sheets", folder, [task for key in prompts for task in groups[key]], scores
+                )
+                for (folder, _, scores), groups in zip(runs, of_prompt, strict=True)
+            ]
             rows = list(zip("AB", figures, strict=True))
             parts.append({"prompt": group[0].prompt, "rows": rows})
         paths.append(f"sheets/{file_name(name)}.html")

@@ -144,7 +144,9 @@ def write_features(
             continue
         rows = []
         for start in range(0, len(shard), BATCH):
-            pixels = torch.stack([crop(open_image(path, str(path))) for path in shard[start : start + BATCH]])
+            pixels = torch.stack(
+                [crop(open_image(path, str(path), in_srgb=False)) for path in shard[start : start + BATCH]]
+            )
             rows.append(extractor(pixels).float().cpu())
         with written_atomically(path) as file:
             file.write(save({"features": torch.cat(rows)}, {"sha256": digest}))

@@ -21,14 +21,15 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
-from ..files import hash_folder, remove_partial_files
+from ..files import hash_bytes, hash_folder, remove_partial_files, write_bytes
 from ..generation.generate import download_model, finite_images, load_pipeline
 from ..generation.png import read_settings, write_png
 from ..generation.settings import GenerationSettings, InputImage
 from ..processing_kosmos_g import IMAGE_MARK, open_image
-from ..provenance import MARKED, Marker
+from ..provenance import MARKED, UNMARKED, Marker, read_mark
 from ..sprites.pretrained import SPRITES, with_small_model
-from .manifest import FILE_NAME, Manifest, Task
+from .generated import Generated
+from .manifest import FILE_NAME, Manifest, Task, hash_images
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -87,6 +88,17 @@ def identify_model(model: str | Path | None) -> dict[str, Any]:
             "has written."
         )
     return {"path": str(model), "sha256": hash_folder(model, COMPONENTS)}
+
+
+def identify_generated(generated: Generated) -> dict[str, Any]:
+    """What tells images that another model made from any others: their layout and a SHA-256 of all of them.
+
+    Raises:
+        ValueError: images cannot be read; all of them are named.
+    """
+    digests = hash_images(generated.folder, generated.files.values())
+    lines = "".join(f"{name} {digests[path]}\n" for name, path in generated.files.items())
+    return {"path": generated.folder, "layout": generated.layout, "sha256": hash_bytes(lines.encode())}
 
 
 def open_folder(folder: str | Path, manifest: Manifest) -> None:
@@ -171,6 +183,37 @@ def generate(
             made += 1
     state.wait_for_everyone()
     return made
+
+
+def copy_generated(folder: str | Path, manifest: Manifest, state: "PartialState") -> None:
+    """Copy the images that another model made into a results folder, as PNGs of the same pixels, and with the marks they have.
+
+    Args:
+        folder: results folder that `open_folder` has accepted.
+        state: of `join_processes`.
+    """
+    for task in manifest.tasks[state.process_index :: state.num_processes]:
+        path, source = (
+            image_path(folder, task),
+            Path(manifest.generated.folder) / manifest.generated.files[task.id],
+        )
+        if path.exists():
+            continue
+        with PIL.Image.open(source) as image:
+            form = image.format
+        if form == "PNG":
+            write_bytes(path, source.read_bytes())
+        else:
+            marker_of(source).save(open_image(source, str(source), in_srgb=False), path)
+    state.wait_for_everyone()
+
+
+def marker_of(path: str | Path) -> Marker:
+    """The `Marker` for a copy of an image: it is marked as the image is."""
+    try:
+        return MARKED if read_mark(path) else UNMARKED
+    except ValueError:  # of no format with marks, or with XMP that cannot be read
+        return UNMARKED
 
 
 def repeated_inputs(manifest: Manifest) -> list[str]:

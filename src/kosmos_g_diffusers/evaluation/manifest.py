@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..files import first_line, hash_file, write_text
+from .generated import Generated
 
 FORMAT = "kosmos_g_evaluation_1"  # raise it when an older package would read a new manifest wrongly
 FILE_NAME = "manifest.jsonl"
@@ -69,6 +70,8 @@ class Manifest:
         notes: paragraphs of the report.
         distance: a measure of all images together, see `Fid`.
         finish: is called with the results folder when its report is written.
+        generated: the images, if another model made them.
+        by_references: whether the report has a table by number of input images.
     """
 
     benchmark: str
@@ -85,6 +88,8 @@ class Manifest:
     notes: tuple[str, ...] = ()
     distance: Any = None
     finish: Callable[..., None] | None = None
+    generated: Generated | None = None
+    by_references: bool = False
 
     def __post_init__(self) -> None:
         seen = set()
@@ -178,6 +183,11 @@ def _compare_tasks(found, asked):
         key = next(key for key in found[name] if found[name][key] != asked[name][key])
         how = f"has the {key} {found[name][key]!r} there, {asked[name][key]!r} now"
     return [f"{len(different)} images differ, such as {name}, which {how}"]
+
+
+def as_id(text: str) -> str:
+    """A name as a part of a task's id."""
+    return "".join(letter if letter.isalnum() or letter in "_+-." else "-" for letter in text)
 
 
 def derive_seed(base: int, *parts: str | int) -> int:

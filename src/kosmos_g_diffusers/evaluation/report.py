@@ -16,6 +16,7 @@ Scores = Mapping[str, Mapping[str, float]]  # id of a task -> metric -> score
 
 RESAMPLES = 10_000  # of the bootstrap
 LEVEL = 0.95
+REFERENCES = "by number of references"
 LEFT_OUT_OF_TABLES = ("_subject_", CONTROL)  # one subject of several: in report.json and the sheets
 
 
@@ -69,12 +70,10 @@ def summarise(
         entry = {"mean": round(distance, 6), "interval": None, "units": len(manifest.tasks)}
         metrics, counts = {manifest.distance.name: entry}, manifest.distance.counts
         scorers = [manifest.distance.identity, *scorers]
-    for name in dict.fromkeys(name for unit in by_unit.values() for name in unit):
-        values = [unit[name] for unit in by_unit.values() if name in unit]
-        mean = round(float(np.mean(values)), 6)
-        metrics[name] = {"mean": mean, "interval": bootstrap(values), "units": len(values)}
+    metrics |= _over_units(by_unit)
     inputs = [path for task in manifest.tasks for path in task.pictures]
     repeated = set(repeated_inputs(manifest))
+    encoded = n_words + sum(path not in repeated for path in inputs)
     single_units = len(by_unit) == len(manifest.tasks)
     copied = ("benchmark", "options", "model", "settings", "conditions")
     return {
@@ -85,13 +84,39 @@ def summarise(
             "prompts": len({(task.prompt, task.pictures) for task in manifest.tasks}),
             "images": len(manifest.tasks),
             "pictures": len(set(inputs)),
-            "pictures encoded": n_words + sum(path not in repeated for path in inputs),
+            **({} if manifest.generated else {"pictures encoded": encoded}),
             **counts,
         },
         "metrics": metrics,
         "published": manifest.published,
         "by unit": {} if single_units else by_unit,
         "by prompt": mean_by(manifest.tasks, scores, lambda task: task.row),
+        **({REFERENCES: _by_references(manifest.tasks, scores)} if manifest.by_references else {}),
+    }
+
+
+def _over_units(by_unit):
+    """Metric -> its mean over units, with an interval."""
+    metrics = {}
+    for name in dict.fromkeys(name for unit in by_unit.values() for name in unit):
+        values = [unit[name] for unit in by_unit.values() if name in unit]
+        mean = round(float(np.mean(values)), 6)
+        metrics[name] = {"mean": mean, "interval": bootstrap(values), "units": len(values)}
+    return metrics
+
+
+def _by_references(tasks, scores):
+    """Number of input images, as text -> how many prompts and images have it, and their metrics over units."""
+    groups = {}
+    for task in sorted(tasks, key=lambda task: len(task.pictures)):
+        groups.setdefault(str(len(task.pictures)), []).append(task)
+    return {
+        number: {
+            "prompts": len({(task.prompt, task.pictures) for task in group}),
+            "images": len(group),
+            "metrics": _over_units(mean_by(group, scores, lambda task: task.unit)),
+        }
+        for number, group in groups.items()
     }
 
 
@@ -113,7 +138,8 @@ def write_report(
     sheets = write_sheets(folder, manifest, scores)
     plots = [path for name in table_metrics(report["metrics"]) if (path := _plot(folder, report, name))]
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    write_text(folder / "report.md", as_markdown(report, plots, sheets, manifest.notes))
+    notes = (*(manifest.generated.notes if manifest.generated else ()), *manifest.notes)
+    write_text(folder / "report.md", as_markdown(report, plots, sheets, notes))
     return report
 
 
@@ -177,6 +203,14 @@ def as_markdown(
         table(["", ""], [[name, str(value)] for name, value in facts.items()]),
     ]
     metrics = table_metrics(report["metrics"])
+    if REFERENCES in report:
+        head = ["input images", "prompts", *metrics]
+        rows = [
+            [number, str(group["prompts"])]
+            + [format_score(group["metrics"][name]) if name in group["metrics"] else "" for name in metrics]
+            for number, group in report[REFERENCES].items()
+        ]
+        parts += [f"## {REFERENCES.capitalize()}", table(head, rows)]
     for title, groups in (("By unit", report["by unit"]), ("By prompt", report["by prompt"])):
         # "kind.metric" is of the rows of one kind
         for kind in dict.fromkeys(metric.rpartition(".")[0] for metric in metrics):

@@ -11,7 +11,7 @@ from ..environment import check_device, package_versions
 from ..files import check_output_folder, hash_bytes, write_bytes
 from ..generation.settings import GenerationSettings
 from ..provenance import MARKED, Marker
-from .images import generate, identify_model, join_processes, open_folder
+from .images import copy_generated, generate, identify_generated, identify_model, join_processes, open_folder
 from .manifest import OWN_PICTURES, Manifest, hash_images
 from .report import load_matplotlib, write_report
 from .scoring import Scorer, has_scores, read_scores, score
@@ -22,7 +22,7 @@ def evaluate(
     output: str | Path,
     scorers: Iterable[Scorer] = (),
     *,
-    model: str | None,
+    model: str | None = None,
     settings: dict[str, Any],
     device: str,
     batch_size: int,
@@ -31,12 +31,14 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Make the images of a benchmark, score them and write the report; whatever is there already stays.
 
+    Of a manifest with `generated`, the images are those that another model made: nothing is drawn.
+
     Args:
         manifest: what the benchmark asks for.
         output: results folder, new or of this very run.
         scorers: what scores the images next to the benchmark's own, see scoring.py.
         model: folder, Hub id, or None for the small model that ships.
-        settings: dict of steps, guidance, scheduler, height, width, dtype and seed.
+        settings: dict of steps, guidance, scheduler, height, width, dtype and seed; {} where nothing is drawn.
         device: "cpu", "cuda", ...; with several processes each takes its own of that kind.
         batch_size: images at once. It changes images by rounding at most.
         repair: make images again that cannot be read.
@@ -53,7 +55,8 @@ def evaluate(
     load_matplotlib()
     if batch_size < 1:
         raise ValueError(f"The batch size is {batch_size}; expected 1 or more.")
-    GenerationSettings(prompt="", device=str(device), **settings)
+    if not manifest.generated:
+        GenerationSettings(prompt="", device=str(device), **settings)
     check_device(device)
     for scorer in scorers:
         if not has_scores(output, scorer.name):
@@ -62,7 +65,10 @@ def evaluate(
         manifest.distance.load()
     state = join_processes(device)
     manifest = _begin(manifest, output, state, model, settings, device, batch_size)
-    generate(output, manifest, state, device, repair, marker)
+    if manifest.generated:
+        copy_generated(output, manifest, state)
+    else:
+        generate(output, manifest, state, device, repair, marker)
     for scorer in scorers:
         score(output, manifest, scorer, state)
     distance = manifest.distance and manifest.distance.measure(output, manifest, state, device)
@@ -89,10 +95,13 @@ def _begin(manifest, output, state, model, settings, device, batch_size):
             pictures = {name: hash_bytes(manifest.files[f"{OWN_PICTURES}/{name}"]) for name in names}
         else:
             pictures = hash_images(data, names)
-        conditions = {"device": torch.device(device).type, "batch_size": batch_size}
+        conditions = (
+            {} if manifest.generated else {"device": torch.device(device).type, "batch_size": batch_size}
+        )
         conditions["versions"] = package_versions()
         asked = replace(manifest, pictures=pictures, settings=settings, conditions=conditions)
-        open_folder(output, replace(asked, data=OWN_PICTURES if own else data, model=identify_model(model)))
+        made_by = identify_generated(manifest.generated) if manifest.generated else identify_model(model)
+        open_folder(output, replace(asked, data=OWN_PICTURES if own else data, model=made_by))
         for name, content in manifest.files.items():
             path = output / name
             if not path.exists() or path.read_bytes() != content:  # as a kill may have left it
@@ -100,5 +109,5 @@ def _begin(manifest, output, state, model, settings, device, batch_size):
     state.wait_for_everyone()
     found = Manifest.read(output)
     begun = {name: getattr(found, name) for name in ("settings", "conditions", "pictures")}
-    path = None if model is None else str(model)
+    path = manifest.generated.folder if manifest.generated else model and str(model)
     return replace(manifest, data=data, model={**found.model, "path": path}, **begun)

@@ -37,6 +37,8 @@ BATCH = 32  # images that a scorer sees at once
 class FeatureScorer:
     """Scores by cosines of features: with the images of each subject, and with words where a task has them.
 
+    Colour profiles are ignored, as the scripts of the papers do.
+
     Args:
         name: of SCORERS in scorers.py.
         source: folder, file or Hub id of its weights; None takes its own.
@@ -87,7 +89,7 @@ class FeatureScorer:
     def _features_of(self, paths):
         """Features of a subject's references, computed once."""
         if paths not in self._references:
-            images = [open_image(Path(self.data) / path, path) for path in paths]
+            images = [open_image(Path(self.data) / path, path, in_srgb=False) for path in paths]
             self._references[paths] = self._extractor.features(images)
         return self._references[paths]
 
@@ -113,7 +115,7 @@ def score(folder: str | Path, manifest: Manifest, scorer: Scorer, state: "Partia
         digests = {name: hash_file(file) for name, file in files.items()}
         if all(known.get(name, {}).get("sha256") == digest for name, digest in digests.items()):
             continue
-        images = [open_image(files[task.id], str(files[task.id])) for task in tasks]
+        images = [open_image(files[task.id], str(files[task.id]), in_srgb=False) for task in tasks]
         records = []
         for (name, digest), one in zip(digests.items(), scorer.score(tasks, images), strict=True):
             rounded = {metric: round(value, 6) for metric, value in one.items()}

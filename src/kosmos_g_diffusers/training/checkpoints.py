@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,9 @@ class Saver:
         stage: the stage itself.
         ema: diffusers' EMAModel over the trained weights, or None.
         save_model: called with (folder, state_dict) on the main process.
+        sources: of `MixtureDataset.describe_sources`; None is of other data, whose changes nobody sees.
+
+    `passed_over` counts the run's steps whose gradients overflowed float16.
     """
 
     config: "TrainConfig"
@@ -139,6 +143,8 @@ class Saver:
     stage: "Stage"
     ema: "EMAModel | None"
     save_model: Callable[[Path, dict[str, torch.Tensor]], None]
+    sources: list[dict[str, Any]] | None
+    passed_over: int
 
     def __init__(
         self,
@@ -148,7 +154,9 @@ class Saver:
         stage: "Stage",
         ema: "EMAModel | None",
         save_model: Callable[[Path, dict[str, torch.Tensor]], None],
+        sources: list[dict[str, Any]] | None = None,
     ):
+        self.sources, self.passed_over = sources, 0
         self.config, self.run, self.accelerator = config, Path(config.output), accelerator
         self.wrapped, self.stage, self.ema, self.save_model = wrapped, stage, ema, save_model
         self._keep_trained_weights_only()
@@ -187,6 +195,7 @@ class Saver:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 progress = {"step": step, "skips": skips.state_dict(), "processes": accelerator.num_processes}
+                progress |= {"sources": self.sources, "passed_over": self.passed_over}
                 write_progress(partial, progress)
                 publish(partial, checkpoint_folder(self.run, step))
                 prune(self.run, self.config.keep_checkpoints)
@@ -205,7 +214,7 @@ class Saver:
             The step it was saved after; 0 if there is none.
 
         Raises:
-            ValueError: it was written by another number of processes.
+            ValueError: it was written by another number of processes, or the data has changed since.
         """
         found = list_checkpoints(self.run)
         if not found:
@@ -216,11 +225,37 @@ class Saver:
                 f"The run in {self.run} was begun on {progress['processes']} processes; this one has "
                 f"{self.accelerator.num_processes}. Continue with as many, or give a new run another --output."
             )
+        self._check_sources(progress.get("sources"), found[-1])
         self.accelerator.load_state(str(found[-1] / STATE))
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # it is read to the CPU
         skips.load_state_dict(progress["skips"])
+        self.passed_over = progress.get("passed_over", 0)
         return progress["step"]
+
+    def _check_sources(self, earlier, checkpoint):
+        """ValueError if the sources have other numbers of samples than when a checkpoint was written, which orders them anew."""
+        if earlier is None or self.sources is None:
+            if self.config.data_moved:
+                raise ValueError(
+                    f"{checkpoint} does not say how many samples its data had, so that data elsewhere cannot be told to be the same. "
+                    "Put the data where it was, and leave out --data-moved."
+                )
+            return
+        changed = []
+        for old, new in zip_longest(earlier, self.sources):
+            if old is None or new is None:
+                changed.append(f"{(old or new)['name']} is {'new' if old is None else 'gone'}")
+            elif old["samples"] != new["samples"]:
+                changed.append(f"{new['name']} had {old['samples']:,} samples and has {new['samples']:,}")
+            elif old["files"] != new["files"]:
+                changed.append(f"{new['name']} has its {new['samples']:,} samples in other files")
+        if changed:
+            raise ValueError(
+                f"The data has changed since {checkpoint} was written: {'; '.join(changed)}. The order of samples depends on these "
+                "numbers, so the run cannot continue where it was. Put the data back as it was, or begin a new run from that "
+                "checkpoint: pass it as --model, with another --output."
+            )
 
     def last_good(self) -> str:
         """A sentence that names the newest checkpoint."""

@@ -59,12 +59,15 @@ class TrainConfig:
     min_side: int = setting(0, "leave out captioned images of TSV rows with a smaller side, in pixels", low=0)
     entity_dropout: float = setting(0.5, "probability that an entity's words are dropped", low=0, high=1)
     background_probability: float = setting(0.5, "probability of a cut-out with background", low=0, high=1)
+    data_moved: bool = setting(False, "the same data lies elsewhere than when the run was begun", fixed=False)
     max_bad_samples: float = setting(0.01, "largest share of unreadable samples", fixed=False, low=0, high=1)
     bucket_window: int = setting(8, "batches whose samples are sorted by length together; 1 is off", low=1)
     workers: int = setting(2, "processes that decode images", fixed=False, low=0)
     cache: str = setting("", "keeps the work of frozen models (default: none)", fixed=False, metavar="FOLDER")
 
-    steps: int = setting(300_000, "optimizer steps", low=1)
+    steps: int = setting(
+        300_000, "optimizer steps; more of them continue a run of a constant schedule", low=1
+    )
     batch_size: int = setting(16, "samples of a process and forward pass", low=1)
     accumulation: int = setting(1, "forward passes of an optimizer step", low=1)
     lr: float = setting(1e-3, "peak learning rate", low=0)
@@ -116,7 +119,7 @@ class TrainConfig:
             ValueError: no such file, not TOML, a table in it, or a key that is not a setting (named, with its neighbours).
         """
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError as error:
             raise ValueError(f"There is no configuration file at {str(path)!r}.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -165,14 +168,30 @@ class TrainConfig:
 
     def check_resumes(self, earlier: "TrainConfig", folder: str | Path) -> None:
         """Raise ValueError if a run with the settings `earlier` in `folder` must not be resumed with these."""
-        fixed = [entry.name for entry in fields(self) if entry.metadata.get("fixed", True)]
+        moved = (
+            ("data", "words") if self.data_moved else ()
+        )  # the checkpoint says how many samples there were
+        fixed = [
+            entry.name
+            for entry in fields(self)
+            if entry.metadata.get("fixed", True) and entry.name not in moved
+        ]
         pairs = [(name, getattr(earlier, name), getattr(self, name)) for name in fixed]
-        changed = [f"{name} (was {old!r}, now {new!r})" for name, old, new in pairs if old != new]
-        if changed:
-            raise ValueError(
-                f"The run in {folder} has other settings: {', '.join(changed)}. Continue with the settings it was begun "
-                "with, or give a new run another --output."
+        changed = {name: (old, new) for name, old, new in pairs if old != new}
+        constant = earlier.lr_schedule == self.lr_schedule == "constant"
+        if constant and self.steps > earlier.steps:  # the rate of no step depends on how many follow
+            changed.pop("steps", None)
+        if not changed:
+            return
+        text = ", ".join(f"{name} (was {old!r}, now {new!r})" for name, (old, new) in changed.items())
+        advice = "Continue with the settings it was begun with, or give a new run another --output."
+        if list(changed) == ["steps"] and not constant:
+            advice = (
+                f"With the {earlier.lr_schedule} schedule the learning rate of every step depends on them. To train on, begin a "
+                f"new run from its last checkpoint: pass {folder}/checkpoint-... as --model, with another --output. Only with "
+                "--lr-schedule constant can a run be made longer."
             )
+        raise ValueError(f"The run in {folder} has other settings: {text}. {advice}")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed."""

@@ -1,6 +1,7 @@
 """What a run says while it trains: log.jsonl, the progress bar's numbers, and a tracker such as tensorboard."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -55,9 +56,20 @@ class Log:
             accelerator.init_trackers("kosmos-g", settings, options)
 
     def write(
-        self, step: int, losses: Mapping[str, torch.Tensor], lr: float, grad_norm: torch.Tensor
+        self,
+        step: int,
+        losses: Mapping[str, torch.Tensor],
+        lr: float,
+        grad_norm: torch.Tensor,
+        left_out: Mapping[str, int],
+        passed_over: int = 0,
     ) -> dict[str, str]:
-        """Log the means over processes; returns what the progress bar shows."""
+        """Log the means over processes; returns what the progress bar shows.
+
+        Args:
+            left_out: cause -> number of samples that were left out up to here.
+            passed_over: steps up to here whose gradients overflowed float16.
+        """
         names = sorted(losses)
         means = self.accelerator.reduce(torch.stack([losses[name] for name in names]), "mean")
         losses = dict(zip(names, means.tolist(), strict=True))
@@ -70,10 +82,14 @@ class Log:
             "grad_norm": float(grad_norm or 0),
             "samples_per_second": round(rate, 3),
         }
-        self.accelerator.log(values, step=step)
+        self.accelerator.log({**values, "left_out": sum(left_out.values())}, step=step)
         if self.accelerator.is_main_process:
+            # JSON knows no number that is not finite
+            line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            line |= {"left_out": dict(left_out)} if left_out else {}
+            line |= {"passed_over": passed_over} if passed_over else {}
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
         return {name: f"{value:.4f}" for name, value in losses.items()} | {"samples/s": f"{rate:.1f}"}
 
     def show(self, step: int, path: Path) -> None:

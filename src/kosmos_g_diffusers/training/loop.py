@@ -6,10 +6,11 @@ batch of a number (see data/mixture.py). accelerate brings precision, processes,
 
 import math
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,22 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.skips import GatheredSkips
-from .checkpoints import Saver, begin_run, list_checkpoints, trained_parameters
+from .checkpoints import Saver, begin_run, checkpoint_folder, list_checkpoints, trained_parameters
 from .config import TrainConfig
 from .log import Log, check_tracker
 from .stages import AlignStage
 
+SHARED_MEMORY = "/dev/shm"
+MOST_PASSED_OVER = 50  # steps in a row: by then float16's scale is 2**-50 of what it was
+OVERFLOW = "their gradients overflowed float16, and nothing was learnt from them."
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class TrainingStopped(RuntimeError):
-    """A loss or gradient that is not finite; the message names the step, the samples and the last good checkpoint."""
+    """A loss or gradient that is not finite, or steps that float16 passes over one after the other.
+
+    The message names the step, the samples and the last good checkpoint.
+    """
 
 
 def train(
@@ -67,10 +74,10 @@ def train(
         Path of the last checkpoint.
 
     Raises:
-        ValueError: the run in the folder was begun with other settings or on another number of processes; settings that
-            do not work together.
+        ValueError: the run in the folder was begun with other settings, with other data or on another number of processes;
+            settings that do not work together.
         ImportError: the tracker is not installed.
-        TrainingStopped: a loss or gradient that is not finite.
+        TrainingStopped: a loss or gradient that is not finite, or 50 steps in a row that float16 passes over.
         TooManyBadSamples: more unreadable samples than `config.max_bad_samples`.
         OSError: a checkpoint cannot be written; the last good one stays.
         SystemExit, KeyboardInterrupt: after SIGTERM (with the code 143) and Ctrl-C, when a checkpoint is saved.
@@ -110,12 +117,15 @@ def train(
         weights = trained_parameters(wrapped)
         ema = EMAModel(weights, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
         accelerator.register_for_checkpointing(ema)
-    saver = Saver(config, accelerator, wrapped, stage, ema, save_model or stage.save_pretrained)
+    describe_sources = getattr(dataset, "describe_sources", lambda: None)
+    saver = Saver(
+        config, accelerator, wrapped, stage, ema, save_model or stage.save_pretrained, describe_sources()
+    )
     skips = GatheredSkips(config.max_bad_samples, accelerator)
     step = saver.resume(skips.counter)
     log = Log(config, step, accelerator)
     loader = DataLoader(
-        dataset,
+        _SharedBatches(dataset),
         batch_size=None,
         sampler=range(step * config.accumulation, config.steps * config.accumulation),
         num_workers=config.workers,
@@ -127,10 +137,19 @@ def train(
     device, hide = accelerator.device, not (progress_bar and accelerator.is_main_process)
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=hide, dynamic_ncols=True)
     with bar, closing(_read(loader)) as batches, _StopSignal() as stop:
+        in_a_row = 0  # steps that were passed over
+        # where others wait for this process's gradients, it cannot leave before the step is done
+        alone = config.workers > 0 and accelerator.num_processes == 1
         while step < config.steps:
+            try:
+                with stop.waiting(alone):
+                    fetched = [next(batches) for _ in range(config.accumulation)]
+            except _StoppedWaiting:
+                if not checkpoint_folder(run, step).exists():
+                    saver.save(step, skips.counter)
+                break
             passes, keys = [], []
-            for _ in range(config.accumulation):
-                batch = next(batches)
+            for batch in fetched:
                 keys += batch["keys"]
                 skips.note(batch)
                 tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
@@ -155,18 +174,26 @@ def train(
                 _check_finite(torch.as_tensor(grad_norm), "gradient norm", step + 1, keys, saver)
             optimizer.step()
             optimizer.zero_grad()
-            if not optimizer.step_was_skipped:
-                schedule.step()
-            if ema is not None:
-                ema.step(trained_parameters(wrapped))
             step += 1
+            if optimizer.step_was_skipped:
+                in_a_row += 1
+                saver.passed_over += 1
+                _check_passed_over(in_a_row, step, saver)
+            else:
+                in_a_row = 0
+                schedule.step()
+                if ema is not None:
+                    ema.step(trained_parameters(wrapped))
             bar.update()
             signalled = stop.agreed(accelerator)
             saving = step % config.save_every == 0 or step == config.steps or signalled
             if step % config.log_every == 0 or saving:
-                skips.count()
+                for warning in skips.count():
+                    _say(warning, accelerator)
             if step % config.log_every == 0 or step == config.steps:
-                bar.set_postfix(log.write(step, sums, lr=schedule.get_last_lr()[0], grad_norm=grad_norm))
+                numbers = {"lr": schedule.get_last_lr()[0], "grad_norm": grad_norm}
+                counts = {"left_out": skips.counter.counts, "passed_over": saver.passed_over}
+                bar.set_postfix(log.write(step, sums, **numbers, **counts))
             if saving:
                 saver.save(step, skips.counter)
             if draw_samples and config.sample_every and step % config.sample_every == 0:
@@ -180,6 +207,8 @@ def train(
                 break
     if skips.counter.counts:
         accelerator.print(skips.counter.summary())
+    if saver.passed_over:
+        _say(f"{saver.passed_over:,} of {step:,} steps were passed over: {OVERFLOW}", accelerator)
     for tracker in accelerator.trackers:  # end_training would also leave the process group
         tracker.finish()
     checkpoint = list_checkpoints(run)[-1]
@@ -226,6 +255,10 @@ def agree_on_batches(batches: Sequence[dict[str, Any]], stage: nn.Module, accele
                     batch[name] = F.pad(batch[name], columns, value=False)
 
 
+class _StoppedWaiting(BaseException):
+    """A signal came while the run waited for data; no `except Exception` on the way may take it."""
+
+
 class _StopSignal:
     """SIGTERM and Ctrl-C, remembered until the step is done; a second Ctrl-C stops at once.
 
@@ -233,7 +266,7 @@ class _StopSignal:
     """
 
     def __enter__(self):
-        self.signal, self.before = 0, {}
+        self.signal, self.before, self.waits = 0, {}, False
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self.before[number] = signal.signal(number, self._receive)
@@ -244,6 +277,20 @@ class _StopSignal:
     def _receive(self, number, frame):
         self.signal = int(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.waits:
+            self.waits = False
+            raise _StoppedWaiting
+
+    @contextmanager
+    def waiting(self, is_interruptible):
+        """Context of waiting for data, between two steps: a signal ends it, however long it would take."""
+        try:
+            self.waits = is_interruptible
+            if is_interruptible and self.signal:
+                raise _StoppedWaiting
+            yield
+        finally:
+            self.waits = False
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -293,6 +340,21 @@ def _check_sharding(config, accelerator):
             )
 
 
+def _check_passed_over(in_a_row, step, saver):
+    """Raise TrainingStopped on all processes, which pass over the same steps."""
+    if in_a_row == MOST_PASSED_OVER:
+        raise TrainingStopped(
+            f"{in_a_row} steps in a row were passed over, up to step {step:,}: {OVERFLOW} {saver.last_good()} Begin a new run with "
+            "--mixed-precision bf16 or no, or with a smaller --lr."
+        )
+
+
+def _say(text, accelerator):
+    """A line on stderr that leaves the progress bar whole."""
+    if accelerator.is_main_process:
+        tqdm.write(text, file=sys.stderr)
+
+
 def _check_finite(value, name, step, keys, saver):
     """Raise TrainingStopped on all processes if the number is not finite on one of them."""
     value = saver.accelerator.reduce(value.detach().float(), "sum")
@@ -301,7 +363,7 @@ def _check_finite(value, name, step, keys, saver):
     keys = gather_object(keys)
     raise TrainingStopped(
         f"The {name} of step {step:,} is {value.item()}, made of the samples {', '.join(keys)}. {saver.last_good()} "
-        "Look at these samples, or resume with a smaller lr or without half precision."
+        "Look at these samples, or begin a new run with a smaller lr or without half precision."
     )
 
 
@@ -315,9 +377,54 @@ def _read(loader):
         if message.startswith("Caught ValueError in DataLoader worker"):  # a traceback of the worker follows
             message = message.rpartition("\nValueError: ")[2].strip()
         raise ValueError(message) from error
+    except RuntimeError as error:
+        if "Bus error" in str(error):  # on systems that give memory out before it is there
+            raise ValueError(f"A worker was ended by the system: {_describe_shared_memory()}") from error
+        raise
     finally:
         # it does so by itself once nothing holds it, but the traceback of an error does
         getattr(batches, "_shutdown_workers", lambda: None)()
+        for worker in getattr(batches, "_workers", ()):
+            if worker.is_alive():  # it hangs, and ignores the signal that asked it to end
+                worker.kill()
+
+
+class _SharedBatches(torch.utils.data.Dataset):
+    """A dataset whose workers put batches into shared memory themselves.
+
+    Where their queue does it, an error is printed, the batch is lost, and the run waits for it for ever.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, number):
+        batch = self.dataset[number]
+        if torch.utils.data.get_worker_info() is None:
+            return batch
+        try:
+            return {
+                name: value.share_memory_() if torch.is_tensor(value) else value
+                for name, value in batch.items()
+            }
+        except RuntimeError as error:
+            if "shared memory" not in str(error) and "No space" not in str(error):
+                raise
+            size = sum(value.nbytes for value in batch.values() if torch.is_tensor(value))
+            raise ValueError(
+                f"A batch of {size / 2**20:.1f} MiB found no place: {_describe_shared_memory()}"
+            ) from error
+
+
+def _describe_shared_memory():
+    room = ""
+    with suppress(OSError):  # of systems that have it elsewhere
+        total, _, free = shutil.disk_usage(SHARED_MEMORY)
+        room = f" ({total / 2**20:.0f} MiB, {free / 2**20:.1f} free)"
+    return (
+        f"workers pass batches through shared memory{room}, two for each worker. Give it more: docker run --shm-size 1g or "
+        "--ipc=host. Or pass fewer --workers; 0 needs none."
+    )
 
 
 def _leave_signals_to_main(worker):

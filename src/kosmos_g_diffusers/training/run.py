@@ -110,6 +110,12 @@ class Run:
     def __init__(self, name: str, config: TrainConfig, sources: Sequence[Source] | None = None):
         self.config = config = _check_config(name, config)
         self.state, self.notes = process_state(), []
+        if config.warmup_steps >= config.steps:
+            reached = config.lr * (config.steps - 1) / config.warmup_steps
+            self.notes.append(
+                f"Note: the warm-up of {config.warmup_steps:,} steps is longer than the run of {config.steps:,}: the learning rate "
+                f"ends at {reached:.1e} and never reaches {config.lr:.1e}. Pass --warmup-steps, such as {max(1, config.steps // 10)}."
+            )
         self.folder = locate_model(config.model)
         sources = _build_sources(config, config.data) if sources is None else list(sources)
         begin_run(config, self.state)

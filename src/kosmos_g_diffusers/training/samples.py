@@ -115,7 +115,7 @@ def read_prompts(path: str | Path) -> list[str | list[Any]]:
     """Prompts of a JSON file, as the pipelines take them; see `SampleSheet`."""
     path = Path(path)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"The sample prompts in {str(path)!r} cannot be read as JSON ({error}).") from error
     if not isinstance(entries, list) or not entries:

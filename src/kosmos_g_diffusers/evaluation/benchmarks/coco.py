@@ -14,6 +14,7 @@ from typing import Any
 
 from ...captioning import as_text
 from ...files import hash_file
+from ..generated import Layout, take_generated
 from ..manifest import Manifest, Task, derive_seed
 
 TITLE = "FID-30k on MS-COCO"
@@ -33,6 +34,23 @@ SCORERS: tuple[str, ...] = ()
 COUNT = 30_000
 PUBLISHED: dict[str, dict[str, float]] = {"Kosmos-G paper": {"fid": 10.99}}
 FEW = 20  # names that an error spells out
+
+
+def _read_number(folder, stem):
+    name = stem.rpartition("/")[2]
+    if name.isdecimal():
+        yield str(int(name)), 0
+
+
+# the number of a caption in captions.json, with any zeros in front, in folders or not
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(
+        "Kosmos-G's COCO script",
+        name=lambda task, index: f"{int(task.unit):05}",
+        keys=lambda task: (str(int(task.unit)),),
+        read=_read_number,
+    ),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,15 +74,17 @@ def plan(arguments: argparse.Namespace) -> Manifest:
         f"FID: {arguments.count:,} images against {len(names):,} photographs, {SIZE} x {SIZE} pixels.",
         f"The published FID is of {COUNT:,} images. It grows as images get fewer: these two do not compare.",
     ]
+    tasks = build_tasks(captions, arguments.seed)
     return Manifest(
         benchmark="coco",
         options={"captions": hash_file(arguments.annotations), "count": arguments.count, "size": SIZE},
-        tasks=build_tasks(captions, arguments.seed),
+        tasks=tasks,
         data=str(images),
         files={"captions.json": (json.dumps(captions, indent=1) + "\n").encode()},
         published=PUBLISHED,
         notes=tuple(notes[:1] if arguments.count == COUNT else notes),
         distance=Fid([images / name for name in names], arguments.inception),
+        generated=take_generated(arguments, tasks, LAYOUTS),
     )
 
 
@@ -81,7 +101,7 @@ def read_annotations(path: str | Path) -> tuple[list[str], list[dict[str, Any]]]
     if not path.is_file():
         raise ValueError(f"There are no annotations at {str(path)!r}. Pass captions_val2014.json of COCO.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         images = {image["id"]: image["file_name"] for image in content["images"]}
         annotations = content["annotations"]
         for annotation in annotations:

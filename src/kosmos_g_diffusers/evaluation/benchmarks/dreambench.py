@@ -7,9 +7,11 @@ eval/dreambench_prompts.py, the model reads `<i> in the jungle` and CLIP-T compa
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..generated import IMAGE_SUFFIXES, KOSMOSG, OWN, PATCHDPO, Layout, plan_images, uno_layout
 from ..manifest import Manifest, Task, derive_seed
 
 TITLE = "30 subjects with 25 prompts each"
@@ -31,7 +33,6 @@ SETTINGS: dict[str, Any] = {"steps": 100, "guidance": 7.5, "scheduler": "dpm"}
 BATCH_SIZE = 4
 SCORERS = ("dino", "clip")  # of the paper
 PROTOCOLS = ("paper", "standard")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGES_PER_PROMPT = 4
 
 
@@ -122,6 +123,15 @@ PUBLISHED = {
 NOTE = "The published numbers are of 30 subjects with 25 prompts and 4 images each; this run is of others."
 
 
+def _number_in_list(task):
+    """Of a prompt in UNO's datasets/dreambench_singleip.json: all prompts of a subject, then the next subject."""
+    number = int(task.id.rpartition("/")[2].partition("_")[0])
+    return list(SUBJECTS).index(task.unit) * N_PROMPTS + number
+
+
+LAYOUTS: tuple[Layout, ...] = (OWN, PATCHDPO, KOSMOSG, uno_layout(_number_in_list))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, metavar="FOLDER", help="the folder dataset of github.com/google/dreambooth")
@@ -129,7 +139,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--protocol", choices=PROTOCOLS, default="paper", help=protocol)
     add("--subjects", type=_names, metavar="A,B", help="some of them (default: all 30)")
     add("--prompts", type=_numbers, metavar="N,N", help="some of them, from 0 to 24 (default: all 25)")
-    add("--images-per-prompt", type=int, default=IMAGES_PER_PROMPT, metavar="N", help="(default: 4)")
+    add(
+        "--images-per-prompt",
+        type=int,
+        metavar="N",
+        help=f"(default: {IMAGES_PER_PROMPT}; of --generated, all)",
+    )
 
 
 def _names(text):
@@ -145,8 +160,9 @@ def _numbers(text):
 
 
 def plan(arguments: argparse.Namespace) -> Manifest:
-    names = ("data", "protocol", "subjects", "prompts", "images_per_prompt", "seed")
-    tasks = build_tasks(**{name: getattr(arguments, name) for name in names})
+    names = ("data", "protocol", "subjects", "prompts", "seed")
+    build = partial(build_tasks, **{name: getattr(arguments, name) for name in names})
+    tasks, generated = plan_images(arguments, build, LAYOUTS, IMAGES_PER_PROMPT)
     return Manifest(
         benchmark="dreambench",
         options={"protocol": arguments.protocol},
@@ -154,6 +170,7 @@ def plan(arguments: argparse.Namespace) -> Manifest:
         data=arguments.data,
         published=PUBLISHED[arguments.protocol],
         notes=() if len(tasks) == len(SUBJECTS) * N_PROMPTS * IMAGES_PER_PROMPT else (NOTE,),
+        generated=generated,
     )
 
 

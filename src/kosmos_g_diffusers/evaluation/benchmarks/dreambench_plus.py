@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_text
-from ...provenance import MARKED, UNMARKED, read_mark
-from ..manifest import Manifest, Task, derive_seed
+from ...provenance import UNMARKED
+from ..generated import PATCHDPO, Layout, plan_images, split_index
+from ..manifest import Manifest, Task, as_id, derive_seed
 
 TITLE = "DreamBench++, and its images for its judge"
 DESCRIPTION = """
@@ -41,13 +42,36 @@ INSTRUCTIONS = {
 }
 
 
+def _read_target(folder, stem):
+    parts = stem.split("/")
+    # what its scripts write next to the images
+    if parts[0] not in ("src_image", "text"):
+        yield from split_index("/".join(parts[-2:]))
+
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(
+        "DreamBench++'s scripts",
+        name=lambda task, index: f"tgt_image/{task.unit}/{task.truth['number']}_{index}",
+        keys=lambda task: (f"{task.unit}/{task.truth['number']}", task.id.rpartition("_")[0]),
+        read=_read_target,
+    ),
+    PATCHDPO,
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, metavar="FOLDER", help="data folder of DreamBench++: images/ and captions/")
     add("--judge", metavar="FOLDER", help="also write the images for the judge of DreamBench++ there")
     prompts = "dreambench_plus/prompts of its repository: write the judge's requests as well"
     add("--judge-prompts", metavar="FOLDER", help=prompts)
-    add("--images-per-prompt", type=int, default=IMAGES_PER_PROMPT, metavar="N", help="(default: 1)")
+    add(
+        "--images-per-prompt",
+        type=int,
+        metavar="N",
+        help=f"(default: {IMAGES_PER_PROMPT}; of --generated, all)",
+    )
 
 
 def plan(arguments: argparse.Namespace) -> Manifest:
@@ -56,12 +80,15 @@ def plan(arguments: argparse.Namespace) -> Manifest:
     if arguments.judge_prompts:  # before hours of work
         read_instructions(arguments.judge_prompts)
     judge = {"data": arguments.data, "output": arguments.judge, "instructions": arguments.judge_prompts}
+    build = partial(build_tasks, arguments.data, seed=arguments.seed)
+    tasks, generated = plan_images(arguments, build, LAYOUTS, IMAGES_PER_PROMPT)
     return Manifest(
         benchmark="dreambench-plus",
         options={},
-        tasks=build_tasks(arguments.data, arguments.images_per_prompt, arguments.seed),
+        tasks=tasks,
         data=arguments.data,
         finish=partial(export, **judge) if arguments.judge else None,
+        generated=generated,
     )
 
 
@@ -88,7 +115,7 @@ def build_tasks(
         raise ValueError(f"{str(data)!r} lacks {what}. Pass the data folder of DreamBench++.")
     texts = {}
     for name in images:
-        lines = [line.strip() for line in captions[name].read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in captions[name].read_text(encoding="utf-8-sig").splitlines()]
         texts[name] = [line for line in lines if line]
     empty = [str(captions[name]) for name, lines in texts.items() if len(lines) < 2]
     if empty:
@@ -108,7 +135,7 @@ def build_tasks(
                 prompt = place_image(text, subject)
                 tasks.append(
                     Task(
-                        id=f"{_as_id(collection)}/{number}_{index}",
+                        id=f"{as_id(collection)}/{number}_{index}",
                         unit=collection,
                         row=f"prompt {number}",
                         prompt=prompt,
@@ -133,10 +160,6 @@ def place_image(text: str, subject: str) -> str:
     return f"{ARTICLE.sub('', before)}{IMAGE_MARK}{after}"
 
 
-def _as_id(text):
-    return "".join(letter if letter.isalnum() or letter in "_+-." else "-" for letter in text)
-
-
 def export(
     folder: str | Path, data: str | Path, output: str | Path, instructions: str | Path | None = None
 ) -> Any:
@@ -154,7 +177,7 @@ def export(
         ValueError: images are missing, or instructions.
     """
     from ...processing_kosmos_g import open_image
-    from ..images import check_complete, image_path
+    from ..images import check_complete, image_path, marker_of
 
     output, manifest = Path(output), Manifest.read(folder)
     check_complete(folder, manifest)
@@ -162,11 +185,13 @@ def export(
     requests = []
     for task in manifest.tasks:
         name = f"{task.truth['collection']}/{task.truth['number']}_{task.truth['index']}"
-        # the copy of a drawn image is marked as the image is
-        drawn = MARKED if read_mark(image_path(folder, task)) else UNMARKED
-        images = {
-            "src_image": (open_image(Path(data) / task.pictures[0], task.pictures[0]), UNMARKED),
-            "tgt_image": (open_image(image_path(folder, task), task.id), drawn),
+        drawn = marker_of(image_path(folder, task))
+        images = {  # without their colour profiles, as its scripts read and write them
+            "src_image": (
+                open_image(Path(data) / task.pictures[0], task.pictures[0], in_srgb=False),
+                UNMARKED,
+            ),
+            "tgt_image": (open_image(image_path(folder, task), task.id, in_srgb=False), drawn),
         }
         for kind, (image, marker) in images.items():
             path = output / kind / f"{name}.jpg"

@@ -15,9 +15,12 @@ well when the images lie in DreamBench's folders: "a dog" becomes `<i>`, and the
 """
 
 import argparse
+import re
+from functools import partial
 from pathlib import Path
 
 from ...files import read_json
+from ..generated import PATCHDPO, Layout, plan_images, uno_layout
 from ..manifest import Manifest, Task, check_images, derive_seed
 from . import dreambench
 
@@ -39,6 +42,20 @@ EXAMPLE = (
 )
 KEYS = {"prompt", "images", "text", "references"}
 UNO_KEYS = {"prompt", "image_paths", "image_tgt_path"}
+# images/ of a run has the same names, with zeros in front
+LAYOUTS: tuple[Layout, ...] = (uno_layout(lambda task: int(task.id.partition("_")[0])), PATCHDPO)
+
+
+ORDINALS = (
+    *("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"),
+    *("1st", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th"),
+)
+# "image 2", "Figure #2", "the second reference image"
+MENTION: re.Pattern[str] = re.compile(
+    rf"(?:\bthe )?\b(?P<ordinal>{'|'.join(ORDINALS)}) (?:reference |input )?(?:image|picture|photo|figure)\b"
+    r"|\b(?:image|picture|photo|figure) ?#?(?P<number>[1-9])(?!\w)",
+    re.IGNORECASE,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,12 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="FOLDER", help="images and prompts.json (docs/evaluation.md)")
     prompts = "another file of prompts (default: prompts.json of the data folder)"
     add("--prompts", metavar="FILE", help=prompts)
-    add("--images-per-prompt", type=int, default=4, metavar="N", help="(default: 4)")
+    count = dreambench.IMAGES_PER_PROMPT
+    add("--images-per-prompt", type=int, metavar="N", help=f"(default: {count}; of --generated, all)")
 
 
 def plan(arguments: argparse.Namespace) -> Manifest:
-    tasks = build_tasks(arguments.data, arguments.prompts, arguments.images_per_prompt, arguments.seed)
-    return Manifest(benchmark="multi", options={}, tasks=tasks, data=arguments.data)
+    build = partial(build_tasks, arguments.data, arguments.prompts, seed=arguments.seed)
+    tasks, generated = plan_images(arguments, build, LAYOUTS, dreambench.IMAGES_PER_PROMPT)
+    return Manifest(
+        benchmark="multi",
+        options={},
+        tasks=tasks,
+        data=arguments.data,
+        generated=generated,
+        by_references=True,
+    )
 
 
 def build_tasks(
@@ -134,6 +160,33 @@ def _read_entry(data, path, number, entry):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{where}: {name!r} leads out of the data folder.")
     return prompt, tuple(images), text, tuple(groups)
+
+
+def place_images(text: str, count: int) -> tuple[str, tuple[int, ...]]:
+    """An instruction that speaks of "image 1" or "the second image" -> prompt with `<i>` there, and which image each one is.
+
+    The first mention of each image becomes its `<i>`. Where an image is not mentioned, all of them come first, in order.
+
+    Args:
+        text: what it says, marks in it are text.
+        count: of the images.
+
+    Returns:
+        (prompt, numbers of the images from 0, in reading order).
+    """
+    from ...captioning import as_text
+    from ...processing_kosmos_g import IMAGE_MARK
+
+    text, order, parts, start = as_text(text), [], [], 0
+    for mention in MENTION.finditer(text):
+        number = int(mention["number"] or 1 + ORDINALS.index(mention["ordinal"].lower()) % 8) - 1
+        if number < count and number not in order:
+            parts += [text[start : mention.start()], IMAGE_MARK]
+            order.append(number)
+            start = mention.end()
+    if len(order) == count:
+        return "".join([*parts, text[start:]]), tuple(order)
+    return " ".join([*[IMAGE_MARK] * count, text]), tuple(range(count))
 
 
 def _is_list_of_text(value):

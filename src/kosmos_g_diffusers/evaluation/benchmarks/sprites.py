@@ -51,6 +51,7 @@ SETTINGS: dict[str, Any] = {
 }
 BATCH_SIZE = 50
 SCORERS = None  # it has one of its own
+LAYOUTS: tuple[()] = ()  # its prompts are drawn by the run itself
 KINDS = ("background", "pair", "three", "four", "text", "edit")
 FIRST_KINDS = ("background", "pair", "text", "edit")  # all there were at first; runs of them keep their name
 SEVERAL = {"pair": 2, "three": 3, "four": 4}  # kinds of several input images
