@@ -1,0 +1,190 @@
+"""Reads the cross-attention of one call, and steers it.
+
+A map says which image of the prompt draws which place: the U-Net's cross-attention says which state of the condition a place
+reads, the AlignerNet's from which tokens that state comes, and the language model's slots of which image these are.
+
+Letters of the shapes: B images that are drawn, K states of the condition (77), S what tokens are of (the images of a prompt, its
+words, the null token), h x w places of a layer.
+
+Hooks see the projections of queries and keys, whichever attention processor calls them: LoRA, IP-Adapter and slicing act as
+ever, and nothing of the U-Net is replaced. They act in the thread of the call alone and are taken away when it ends.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from .requests import MapRequest
+
+COARSENESS = 2  # sides of the latents to sides of the maps, at least: finer layers draw edges and colours, not things
+FIRST_STEP = 0.5  # of the steps; before it the places are still noise
+
+
+class Observer:
+    """What a call with `return_maps`, `binding` or `regions` shares with the hooks.
+
+    Args:
+        request: what was asked for.
+        images_per_prompt: rows of a prompt in the U-Net's batch.
+        unet: of the pipeline.
+
+    Raises:
+        ValueError: the U-Net is compiled, or has no cross-attention.
+    """
+
+    request: MapRequest
+
+    def __init__(self, request: MapRequest, images_per_prompt: int, unet: nn.Module):
+        self.request, self.images_per_prompt, self.unet = request, images_per_prompt, unet
+        self._sources = None  # (B, K, S)
+        self._calls, self._queries, self._seen, self._maps = 0, {}, {}, []
+        if any(map(_is_compiled, unet.modules())):
+            raise ValueError(
+                "The U-Net is compiled, and return_maps, binding and regions look into it. Give the pipeline the U-Net as it was "
+                "before torch.compile: load it again, or keep it and compile a copy."
+            )
+        self._layers = {
+            name: module
+            for name, module in unet.named_modules()
+            if isinstance(module, Attention) and module.is_cross_attention
+        }
+        if not self._layers:
+            raise ValueError(
+                f"{type(unet).__name__} has no cross-attention, which return_maps, binding and regions read. Call without them."
+            )
+        # those that come last say best what is drawn where
+        last = {name for name in self._layers if name.startswith("up_blocks")}
+        self._read_layers = last or set(self._layers)
+
+    @property
+    def labels(self) -> list[list[str]]:
+        """Of the maps of each image that is drawn."""
+        return [row for row in self.request.labels for _ in range(self.images_per_prompt)]
+
+    def read_condition(self, cross_attentions: tuple[torch.Tensor, ...], token_sources: torch.Tensor) -> None:
+        """Take what the text encoder returns with `output_attentions`: from which tokens each state of a prompt comes."""
+        weights = torch.stack(list(cross_attentions)).mean((0, 2))  # (prompts, K, tokens)
+        counts = [len(labels) - 2 for labels in self.request.labels]
+        sources = weights.new_zeros(*weights.shape[:2], max(counts) + 2)
+        for row, count in enumerate(counts):
+            for source in range(count + 2):
+                # -1 are the words, -2 the null token
+                number = source if source < count else count - 1 - source
+                sources[row, :, source] = weights[row][:, token_sources[row] == number].sum(-1)
+        self._sources = sources.repeat_interleave(self.images_per_prompt, 0)
+
+    @property
+    def maps(self) -> list[torch.Tensor]:
+        """A (S, h, w) float32 tensor on the CPU for each image that is drawn, which sums to 1 over S."""
+        first = min(int(FIRST_STEP * self._calls), self._calls - 1)
+        maps = torch.stack(self._maps[first:]).mean(0).cpu()
+        maps = [one[: len(labels)] for one, labels in zip(maps, self.labels, strict=True)]
+        return [one / one.sum(0) for one in maps]
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Within it the U-Net is observed and steered."""
+        hooks = []
+        try:
+            hooks.append(self.unet.register_forward_pre_hook(self._mine(self._before_call), with_kwargs=True))
+            hooks.append(self.unet.register_forward_hook(self._mine(self._after_call)))
+            for name, layer in self._layers.items():
+                hooks += self._hook(name, layer)
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _mine(self, hook):
+        """A hook that acts in the thread of this call: another may draw with the same U-Net meanwhile."""
+        thread = threading.get_ident()
+
+        def act(*arguments):
+            return hook(*arguments) if threading.get_ident() == thread else None
+
+        return act
+
+    def _hook(self, name, layer):
+        """Hooks of one cross-attention layer; queries come before keys in every processor of diffusers."""
+        keys = layer.to_kv if layer.fused_projections else layer.to_k
+
+        def keep_queries(module, inputs, output):
+            self._queries[name] = output
+
+        def read_keys(module, inputs, output):
+            queries = self._queries.pop(name, None)
+            if queries is not None:
+                self._read(name, layer, queries, output.chunk(2, -1)[0] if layer.fused_projections else output)
+
+        def steer(module, inputs, keywords):
+            states = inputs[0] if inputs else keywords["hidden_states"]
+            bias = self._bias(states.shape[1])
+            if bias is None:
+                return None
+            # of the rows without a prompt: none
+            mask = states.new_zeros(len(states), *bias.shape[1:])
+            mask[self._rows(len(states))] = bias.to(mask)
+            if keywords.get("attention_mask") is not None:
+                mask = mask + keywords["attention_mask"]
+            return inputs, {**keywords, "attention_mask": mask}
+
+        return [
+            layer.register_forward_pre_hook(self._mine(steer), with_kwargs=True),
+            layer.to_q.register_forward_hook(self._mine(keep_queries)),
+            keys.register_forward_hook(self._mine(read_keys)),
+        ]
+
+    def _bias(self, length):
+        return None
+
+    def _rows(self, length):
+        """Those of the U-Net's batch that have a prompt: the second half under classifier-free guidance."""
+        return slice(length - len(self._sources), length)
+
+    def _before_call(self, unet, inputs, keywords):
+        sample = inputs[0] if inputs else keywords["sample"]
+        self._size, self._seen = tuple(sample.shape[-2:]), {}
+        self._queries.clear()
+
+    def _read(self, name, layer, queries, keys):
+        """Add a layer's map (B, S, h, w) to those of its resolution."""
+        h, w = self._places(queries.shape[1])
+        if name not in self._read_layers or (self._maps and h != self._maps[0].shape[-2]):
+            return
+        queries, keys = (
+            one[self._rows(len(one))].unflatten(-1, (layer.heads, -1)).transpose(1, 2) for one in (queries, keys)
+        )
+        queries, keys = (
+            (one if norm is None else norm(one)).float()
+            for one, norm in ((queries, layer.norm_q), (keys, layer.norm_k))
+        )
+        scores = queries @ keys.transpose(-1, -2) * layer.scale
+        bias = self._bias(queries.shape[2])
+        if bias is not None:
+            scores = scores + bias[:, None].to(scores)
+        weights = scores.softmax(-1).mean(1)  # (B, h * w, K)
+        sources = self._sources.to(weights)
+        self._seen.setdefault(h, []).append((weights @ sources).transpose(1, 2).unflatten(-1, (h, w)))
+
+    def _places(self, length):
+        """(h, w) of a layer with so many places, each of whose sides was halved as often."""
+        h, w = self._size
+        while h * w > length:
+            h, w = (h + 1) // 2, (w + 1) // 2
+        return h, w
+
+    def _after_call(self, unet, inputs, output):
+        """Keep the maps of this call: of the finest layers that are coarse enough, or of the coarsest there are."""
+        coarse = [h for h in self._seen if h * COARSENESS <= self._size[0]]
+        h = max(coarse) if coarse else min(self._seen)
+        self._maps.append(torch.stack(self._seen[h]).mean(0))
+        self._calls += 1
+
+
+def _is_compiled(module):
+    """Whether torch.compile has wrapped a module, or module.compile() its call: what hooks within do is not seen then."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
