@@ -224,7 +224,6 @@ class AlignerNet(nn.Module):
             hidden_states += (queries,)
         return hidden_states
 
-
     @contextmanager
     def record_cross_attention(self) -> Iterator[list[torch.Tensor]]:
         """Within it a forward of this thread appends (B, heads, K, L) of each query layer, float32, to the list that is given.
@@ -547,7 +546,9 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             last_hidden_state=condition,
             image_embeds=image_embeds,
             cross_attentions=tuple(attentions) if output_attentions else None,
-            token_sources=torch.tensor(batch.token_sources, device=condition.device) if output_attentions else None,
+            token_sources=torch.tensor(batch.token_sources, device=condition.device)
+            if output_attentions
+            else None,
             hidden_states=hidden_states if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()

@@ -249,10 +249,12 @@ class KosmosGPromptMixin:
             )
         open_mask = sys.modules[type(self.tokenizer).__module__].open_mask
         asked = {"return_maps": return_maps, "binding": binding, "regions": regions}
-        request = maps.MapRequest.read(prompts, self.image_words, self._output_size(given), open_mask, **asked)
+        request = maps.MapRequest.read(
+            prompts, self.image_words, self._output_size(given), open_mask, **asked
+        )
         if request is None:
             return None
-        prompts.observer = maps.Observer(request, given.get("num_images_per_prompt") or 1, self.unet)
+        prompts.observer = maps.Observer(request, given.get("num_images_per_prompt") or 1, self)
         return prompts.observer
 
     def encode_prompt(
@@ -421,7 +423,10 @@ class KosmosGPromptMixin:
                     encoded = [
                         None if one is None else self._encode_inputs(one, device, skip, observer)
                         for one, skip, observer in zip(
-                            inputs, (clip_skip, None), (getattr(positive, "observer", None), None), strict=True
+                            inputs,
+                            (clip_skip, None),
+                            (getattr(positive, "observer", None), None),
+                            strict=True,
                         )
                     ]
                 except ValueError:
@@ -1357,7 +1362,12 @@ def _short(value, length=100):
 
 def _sibling(name):
     """Another module of the package; None in a saved folder, which has no copy of it."""
-    if not any(map(Path.is_file, (Path(__file__).with_name(f"{name}.py"), Path(__file__).with_name(name) / "__init__.py"))):
+    if not any(
+        map(
+            Path.is_file,
+            (Path(__file__).with_name(f"{name}.py"), Path(__file__).with_name(name) / "__init__.py"),
+        )
+    ):
         return None
     return importlib.import_module(f".{name}", __package__)
 

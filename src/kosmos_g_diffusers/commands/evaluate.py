@@ -80,6 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {"height": None, "width": None, **benchmark.SETTINGS}
     for name in ("steps", "guidance", "scheduler", "dtype", "seed"):
         settings[name] = getattr(arguments, name)
+    if getattr(
+        arguments, "binding", None
+    ):  # a benchmark's own; without it runs are named as they always were
+        settings["binding"] = arguments.binding
     settings["dtype"] = settings["dtype"] or default_dtype(device)
     manifest = benchmark.plan(arguments)
     names = () if benchmark.SCORERS is None else arguments.scorers or benchmark.SCORERS

@@ -31,6 +31,7 @@ from pathlib import Path
 from ..environment import default_device, default_dtype, package_versions
 from ..fields import add_flags, check_value
 from ..generation.settings import ControlInput, GenerationSettings, InputImage, LoraInput
+from ..maps.boxes import read_region
 from ..provenance import add_flags as add_mark_flags
 from ..provenance import read_flags as read_mark_flags
 from ..sprites.pretrained import SPRITES_NOTE, with_small_model
@@ -62,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if entry.name in CONTROL_FLAGS:
             flag, kind = _flag(CONTROL_FLAGS[entry.name]), float if entry.type is float else str
             _add_belonging(parser, flag, "controls", kind, entry)
-    region = "X0,Y0,X1,Y1: where the next image of the prompt shall be, in fractions; none: anywhere; repeat it"
+    region = (
+        "X0,Y0,X1,Y1: where the next image of the prompt shall be, in fractions; none: anywhere; repeat it"
+    )
     repeated("--region", dest="regions", metavar="BOX", help=region)
     words = "image words that the prompt uses (pipe.save_image_words, kosmos-g app); repeat it"
     repeated("--image-words", help=words)
@@ -152,7 +155,7 @@ def _read(arguments):
     given = {name: arguments[name] for name in names if name not in ("loras", "lora_scale")}
     images = given.get("images", [])
     if "regions" in given:
-        given["regions"] = tuple(map(_read_region, given["regions"]))
+        given["regions"] = tuple(read_region(text, "--region") for text in given["regions"])
     given["images"] = tuple(InputImage.from_file(path) for path in images)
     if "image_words" in given:
         given["image_words"] = tuple(InputImage.from_file(path) for path in given["image_words"])
@@ -196,19 +199,6 @@ def _read(arguments):
     if other:
         print(f"Note: made with other versions ({', '.join(other)}): pixels may differ.", file=sys.stderr)
     return replace(recorded, **given, index=None, versions=versions), images, control_images
-
-
-def _read_region(text):
-    """X0,Y0,X1,Y1 or none -> a box or None."""
-    if text.strip().lower() == "none":
-        return None
-    try:
-        return tuple(map(float, text.split(",")))
-    except ValueError:
-        raise ValueError(
-            f"--region {text!r} was given. Expected X0,Y0,X1,Y1 in fractions of width and height, such as 0,0,0.5,1 for the left "
-            "half, or none."
-        ) from None
 
 
 def _not_here(label, place, flag):

@@ -69,6 +69,7 @@ class Manifest:
         notes: paragraphs of the report.
         distance: a measure of all images together, see `Fid`.
         finish: is called with the results folder when its report is written.
+        keep_maps: whether the maps of each image are kept next to it, for a scorer.
     """
 
     benchmark: str
@@ -85,6 +86,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     distance: Any = None
     finish: Callable[..., None] | None = None
+    keep_maps: bool = False
 
     def __post_init__(self) -> None:
         seen = set()

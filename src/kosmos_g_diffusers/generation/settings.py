@@ -211,7 +211,9 @@ class GenerationSettings:
         for number, region in enumerate(self.regions, 1):
             if region is not None:
                 if not isinstance(region, tuple):
-                    raise TypeError(f"region {number} is of type {type(region).__name__}; expected four numbers.")
+                    raise TypeError(
+                        f"region {number} is of type {type(region).__name__}; expected four numbers."
+                    )
                 read_box(region, f"region {number}")
         n_marks = self.prompt.count(IMAGE_MARK)
         if n_marks != len(self.images):

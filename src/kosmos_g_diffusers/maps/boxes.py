@@ -25,6 +25,25 @@ def read_box(box: Sequence[Any], name: str) -> Box:
     return x0, y0, x1, y1
 
 
+def read_region(text: str, name: str = "region") -> Box | None:
+    """What people write for a region, "0,0,0.5,1" or "none" -> a box or None. ValueError, which begins with `name`."""
+    if text.strip().lower() == "none":
+        return None
+    try:
+        box = tuple(map(float, text.split(",")))
+    except ValueError:
+        raise ValueError(
+            f"{name} {short(text)} was given. Expected left,top,right,bottom in fractions of width and height, such as 0,0,0.5,1 for "
+            "the left half, or none."
+        ) from None
+    return read_box(box, name)
+
+
+def region_text(region: Box | None) -> str:
+    """The other way round: what `read_region` reads."""
+    return "none" if region is None else ",".join(f"{side:g}" for side in region)
+
+
 def short(value: Any, length: int = 80) -> str:
     """What was given, in an error: never more than `length` characters of it."""
     text = repr(value)

@@ -10,17 +10,21 @@ Hooks see the projections of queries and keys, whichever attention processor cal
 ever, and nothing of the U-Net is replaced. They act in the thread of the call alone and are taken away when it ends.
 """
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from torch import nn
 
+from . import guidance
 from .requests import MapRequest
 
-COARSENESS = 2  # sides of the latents to sides of the maps, at least: finer layers draw edges and colours, not things
+COARSENESS = (
+    2  # sides of the latents to sides of the maps, at least: finer layers draw edges and colours, not things
+)
 FIRST_STEP = 0.5  # of the steps; before it the places are still noise
 
 
@@ -30,7 +34,7 @@ class Observer:
     Args:
         request: what was asked for.
         images_per_prompt: rows of a prompt in the U-Net's batch.
-        unet: of the pipeline.
+        pipeline: that is called.
 
     Raises:
         ValueError: the U-Net is compiled, or has no cross-attention.
@@ -38,10 +42,12 @@ class Observer:
 
     request: MapRequest
 
-    def __init__(self, request: MapRequest, images_per_prompt: int, unet: nn.Module):
-        self.request, self.images_per_prompt, self.unet = request, images_per_prompt, unet
-        self._sources = None  # (B, K, S)
-        self._calls, self._queries, self._seen, self._maps = 0, {}, {}, []
+    def __init__(self, request: MapRequest, images_per_prompt: int, pipeline: Any):
+        self.request, self.images_per_prompt, self._pipeline = request, images_per_prompt, pipeline
+        unet = pipeline.unet
+        self._sources, self._counts, self._regions = None, None, None  # (B, K, S), (B,), (B, S, H, W)
+        self._calls, self._queries, self._seen, self._maps, self._biases = 0, {}, {}, [], {}
+        self._size, self._shift, self._is_moving = None, None, False
         if any(map(_is_compiled, unet.modules())):
             raise ValueError(
                 "The U-Net is compiled, and return_maps, binding and regions look into it. Give the pipeline the U-Net as it was "
@@ -76,6 +82,20 @@ class Observer:
                 number = source if source < count else count - 1 - source
                 sources[row, :, source] = weights[row][:, token_sources[row] == number].sum(-1)
         self._sources = sources.repeat_interleave(self.images_per_prompt, 0)
+        self._counts = torch.tensor(counts, device=sources.device).repeat_interleave(self.images_per_prompt)
+        self._regions = self._read_regions(sources)
+
+    def _read_regions(self, sources):
+        """(B, S, H, W), NaN for sources that are free; None if all of them are."""
+        regions = [region for row in self.request.regions for region in row if region is not None]
+        if not regions:
+            return None
+        read = sources.new_full((len(sources), sources.shape[-1], *regions[0].shape), torch.nan)
+        for number, row in enumerate(self.request.regions):
+            for source, region in enumerate(row):
+                if region is not None:
+                    read[number, source] = region.to(read)
+        return read.repeat_interleave(self.images_per_prompt, 0)
 
     @property
     def maps(self) -> list[torch.Tensor]:
@@ -87,15 +107,27 @@ class Observer:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Within it the U-Net is observed and steered."""
-        hooks = []
+        """Within it the U-Net is observed and steered, and latents that were moved go on from where they are."""
+        unet, scheduler, hooks = self._pipeline.unet, self._pipeline.scheduler, []
+        step = scheduler.step
+
+        @functools.wraps(step)  # pipelines read from its signature what it takes
+        def step_from_moved(model_output, timestep, sample, *arguments, **keywords):
+            shift, self._shift = self._shift, None
+            return step(
+                model_output, timestep, sample if shift is None else sample + shift, *arguments, **keywords
+            )
+
         try:
-            hooks.append(self.unet.register_forward_pre_hook(self._mine(self._before_call), with_kwargs=True))
-            hooks.append(self.unet.register_forward_hook(self._mine(self._after_call)))
+            if self.request.is_guided:
+                scheduler.step = step_from_moved
+            hooks.append(unet.register_forward_pre_hook(self._mine(self._before_call), with_kwargs=True))
+            hooks.append(unet.register_forward_hook(self._mine(self._after_call)))
             for name, layer in self._layers.items():
                 hooks += self._hook(name, layer)
             yield
         finally:
+            scheduler.__dict__.pop("step", None)
             for hook in hooks:
                 hook.remove()
 
@@ -118,7 +150,9 @@ class Observer:
         def read_keys(module, inputs, output):
             queries = self._queries.pop(name, None)
             if queries is not None:
-                self._read(name, layer, queries, output.chunk(2, -1)[0] if layer.fused_projections else output)
+                self._read(
+                    name, layer, queries, output.chunk(2, -1)[0] if layer.fused_projections else output
+                )
 
         def steer(module, inputs, keywords):
             states = inputs[0] if inputs else keywords["hidden_states"]
@@ -139,16 +173,75 @@ class Observer:
         ]
 
     def _bias(self, length):
-        return None
+        """(B, h * w, K) to be added to the scores of a layer with so many places; None for nothing."""
+        if length not in self._biases:
+            self._biases[length] = self._make_bias(self._places(length))
+        return self._biases[length]
+
+    def _make_bias(self, size):
+        parts = []
+        if self.request.binding and self._maps:
+            maps = torch.stack(self._maps[-guidance.RECENT :]).mean(0)
+            parts.append(
+                self.request.binding * guidance.separating_bias(self._sources, maps, self._counts, size)
+            )
+        if self._regions is not None and self._calls < guidance.PLACED_UNTIL * self._pipeline.num_timesteps:
+            parts.append(guidance.placing_bias(self._sources, self._regions, size))
+        return sum(parts) if parts else None
 
     def _rows(self, length):
-        """Those of the U-Net's batch that have a prompt: the second half under classifier-free guidance."""
+        """Those of a batch that have a prompt: the second half under classifier-free guidance."""
         return slice(length - len(self._sources), length)
 
     def _before_call(self, unet, inputs, keywords):
-        sample = inputs[0] if inputs else keywords["sample"]
-        self._size, self._seen = tuple(sample.shape[-2:]), {}
+        if self._is_moving:
+            return None
+        names = ("sample", "timestep", "encoder_hidden_states")
+        keywords = {**dict(zip(names, inputs, strict=False)), **keywords}
+        sample = keywords["sample"]
+        self._size, self._seen, self._biases = tuple(sample.shape[-2:]), {}, {}
         self._queries.clear()
+        bound = self.request.binding and self._calls in guidance.MOVES
+        placed = self._regions is not None and self._calls in guidance.PLACED_MOVES
+        if not (bound or placed):
+            return None
+        shift = self._move(unet, sample, keywords)
+        self._seen, self._biases = {}, {}
+        repeats = len(sample) // len(shift)
+        moved = torch.cat(
+            [sample[:, : shift.shape[1]] + shift.repeat(repeats, 1, 1, 1), sample[:, shift.shape[1] :]], 1
+        )
+        # what the scheduler gives to the U-Net may be scaled; what it goes on from is not
+        scaled = self._pipeline.scheduler.scale_model_input(torch.ones_like(shift), keywords["timestep"])
+        self._shift = shift / scaled
+        return (), {**keywords, "sample": moved}
+
+    def _move(self, unet, sample, keywords):
+        """A move (B, C, H, W) of what the U-Net is given, along the gradient of the loss of its maps, in its deviations."""
+        rows, length = self._rows(len(sample)), len(sample)
+        channels = unet.config.out_channels  # an inpainting U-Net is given more than latents
+        with torch.inference_mode(False), torch.enable_grad():
+            keywords = {name: _take_rows(value, rows, length) for name, value in keywords.items()}
+            latents = keywords["sample"][:, :channels].clone().requires_grad_(True)
+            keywords["sample"] = torch.cat([latents, keywords["sample"][:, channels:]], 1)
+            self._is_moving = True
+            try:
+                unet(**keywords)
+            finally:
+                self._is_moving = False
+            (gradient,) = torch.autograd.grad(self._loss().sum(), latents)
+        deviation = latents.detach().float().flatten(1).std(1)
+        size = gradient.float().flatten(1).square().mean(1).sqrt()
+        weight = max(self.request.binding, float(self._regions is not None))
+        factor = weight * guidance.STEP * deviation / size.clamp_min(1e-12) * size.isfinite()
+        return -(gradient.float().nan_to_num() * factor[:, None, None, None]).to(sample)
+
+    def _loss(self):
+        maps = torch.stack(self._seen[self._finest()]).mean(0)
+        loss = self.request.binding * guidance.mixing_loss(maps, self._counts) * (self._counts > 1)
+        if self._regions is not None:
+            loss = loss + guidance.placing_loss(maps, self._regions)
+        return loss
 
     def _read(self, name, layer, queries, keys):
         """Add a layer's map (B, S, h, w) to those of its resolution."""
@@ -156,7 +249,8 @@ class Observer:
         if name not in self._read_layers or (self._maps and h != self._maps[0].shape[-2]):
             return
         queries, keys = (
-            one[self._rows(len(one))].unflatten(-1, (layer.heads, -1)).transpose(1, 2) for one in (queries, keys)
+            one[self._rows(len(one))].unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+            for one in (queries, keys)
         )
         queries, keys = (
             (one if norm is None else norm(one)).float()
@@ -177,12 +271,33 @@ class Observer:
             h, w = (h + 1) // 2, (w + 1) // 2
         return h, w
 
-    def _after_call(self, unet, inputs, output):
-        """Keep the maps of this call: of the finest layers that are coarse enough, or of the coarsest there are."""
+    def _finest(self):
+        """Height of the maps: of the finest layers that are coarse enough, or of the coarsest there are."""
         coarse = [h for h in self._seen if h * COARSENESS <= self._size[0]]
-        h = max(coarse) if coarse else min(self._seen)
-        self._maps.append(torch.stack(self._seen[h]).mean(0))
+        return max(coarse) if coarse else min(self._seen)
+
+    def _after_call(self, unet, inputs, output):
+        """Keep the maps of this call, and soften its guidance."""
+        if self._is_moving:
+            return None
+        self._maps.append(torch.stack(self._seen[self._finest()]).mean(0))
         self._calls += 1
+        noise_pred = output[0]
+        if not self.request.binding or len(noise_pred) != 2 * len(self._sources):
+            return None
+        softened = guidance.soften(noise_pred, self._maps[-1], self._counts, self.request.binding)
+        return (softened, *output[1:]) if isinstance(output, tuple) else type(output)(sample=softened)
+
+
+def _take_rows(value, rows, length):
+    """A keyword of the U-Net's call, for some rows of its batch alone; cloned, since a gradient goes through it."""
+    if isinstance(value, torch.Tensor):
+        return value[rows].clone() if value.ndim and len(value) == length else value.clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_take_rows(one, rows, length) for one in value)
+    if isinstance(value, dict):
+        return {name: _take_rows(one, rows, length) for name, one in value.items()}
+    return value
 
 
 def _is_compiled(module):

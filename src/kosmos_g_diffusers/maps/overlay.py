@@ -29,7 +29,9 @@ def draw_overlay(image: PIL.Image.Image, maps: "torch.Tensor", labels: Sequence[
         RGB PIL image: panels in a row, each with its label below; small images are enlarged to SHORTEST pixels.
     """
     scale = max(1, -(-SHORTEST // min(image.size)))
-    image = image.convert("RGB").resize((image.width * scale, image.height * scale), PIL.Image.Resampling.NEAREST)
+    image = image.convert("RGB").resize(
+        (image.width * scale, image.height * scale), PIL.Image.Resampling.NEAREST
+    )
     panels = [(image, "image", PLAIN)]
     grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32) * 0.5 + 110
     n_images = len(labels) - 2

@@ -66,17 +66,23 @@ class MapRequest:
             ]
             for index, row in enumerate(_as_rows(regions, counts))
         ]
-        is_placed = any(region is not None for row in read for region in row)
-        if not (return_maps or binding or is_placed):
-            return None
-        return cls(labels, read, binding, bool(return_maps))
+        # a single image has nothing to be kept apart from
+        request = cls(labels, read, binding if max(counts) > 1 else 0.0, bool(return_maps))
+        return request if request.return_maps or request.is_guided else None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the image is drawn in another way, and not only looked at."""
+        return self.binding > 0 or any(region is not None for row in self.regions for region in row)
 
 
 def read_binding(binding: Any) -> float:
     """A weight of binding, a number from 0 to 10. ValueError, TypeError for anything else."""
     is_number = isinstance(binding, (int, float, np.number)) and not isinstance(binding, (bool, np.bool_))
     if not is_number:
-        raise TypeError(f"binding={short(binding)} was given. Expected a number from 0 (off) to 10, such as 1.")
+        raise TypeError(
+            f"binding={short(binding)} was given. Expected a number from 0 (off) to 10, such as 1."
+        )
     if not 0 <= binding <= 10:  # also for NaN
         raise ValueError(f"binding={binding} was given. Expected a number from 0 (off) to 10, such as 1.")
     return float(binding)
