@@ -242,7 +242,10 @@ class KosmosGPromptMixin:
                 "return_maps, binding and regions were given with prompt_embeds, which do not say what their states come from. Pass "
                 "prompt and images in their place."
             )
-        if "output_attentions" not in inspect.signature(_uncompiled(self.text_encoder).forward).parameters:
+        if (
+            "output_attentions"
+            not in inspect.signature(type(_uncompiled(self.text_encoder)).forward).parameters
+        ):
             raise ValueError(
                 "The text encoder runs the code of a folder that an earlier version saved, which does not tell what its states come "
                 "from. Load the folder with KosmosGPipeline.from_pretrained."

@@ -71,9 +71,13 @@ class Observer:
         """Of the maps of each image that is drawn."""
         return [row for row in self.request.labels for _ in range(self.images_per_prompt)]
 
+    @torch.inference_mode(False)  # gradients go through what is made of it
     def read_condition(self, cross_attentions: tuple[torch.Tensor, ...], token_sources: torch.Tensor) -> None:
         """Take what the text encoder returns with `output_attentions`: from which tokens each state of a prompt comes."""
-        weights = torch.stack(list(cross_attentions)).mean((0, 2))  # (prompts, K, tokens)
+        weights = torch.stack([one.detach().clone() for one in cross_attentions]).mean(
+            (0, 2)
+        )  # (prompts, K, tokens)
+        token_sources = token_sources.clone()
         counts = [len(labels) - 2 for labels in self.request.labels]
         sources = weights.new_zeros(*weights.shape[:2], max(counts) + 2)
         for row, count in enumerate(counts):
@@ -142,7 +146,8 @@ class Observer:
 
     def _hook(self, name, layer):
         """Hooks of one cross-attention layer; queries come before keys in every processor of diffusers."""
-        keys = layer.to_kv if layer.fused_projections else layer.to_k
+        # a layer whose projections were fused keeps both; the processor decides which of them is used
+        fused = [layer.to_kv] if hasattr(layer, "to_kv") else []
 
         def keep_queries(module, inputs, output):
             self._queries[name] = output
@@ -150,9 +155,7 @@ class Observer:
         def read_keys(module, inputs, output):
             queries = self._queries.pop(name, None)
             if queries is not None:
-                self._read(
-                    name, layer, queries, output.chunk(2, -1)[0] if layer.fused_projections else output
-                )
+                self._read(name, layer, queries, output.chunk(2, -1)[0] if module in fused else output)
 
         def steer(module, inputs, keywords):
             states = inputs[0] if inputs else keywords["hidden_states"]
@@ -169,7 +172,7 @@ class Observer:
         return [
             layer.register_forward_pre_hook(self._mine(steer), with_kwargs=True),
             layer.to_q.register_forward_hook(self._mine(keep_queries)),
-            keys.register_forward_hook(self._mine(read_keys)),
+            *(keys.register_forward_hook(self._mine(read_keys)) for keys in (layer.to_k, *fused)),
         ]
 
     def _bias(self, length):
@@ -232,8 +235,10 @@ class Observer:
             (gradient,) = torch.autograd.grad(self._loss().sum(), latents)
         deviation = latents.detach().float().flatten(1).std(1)
         size = gradient.float().flatten(1).square().mean(1).sqrt()
-        weight = max(self.request.binding, float(self._regions is not None))
-        factor = weight * guidance.STEP * deviation / size.clamp_min(1e-12) * size.isfinite()
+        step = self.request.binding * guidance.STEP
+        if self._regions is not None:
+            step = max(step, guidance.PLACED_STEP)
+        factor = step * deviation / size.clamp_min(1e-12) * size.isfinite()
         return -(gradient.float().nan_to_num() * factor[:, None, None, None]).to(sample)
 
     def _loss(self):
