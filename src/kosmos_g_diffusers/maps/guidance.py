@@ -16,10 +16,10 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 SEPARATION = 5.0  # taken from the scores of an image's states where all is another's, at weight 1
-SOFTENING = 0.5  # of the guidance where all is drawn by images, at weight 1
+SOFTENING = 0.6  # of the guidance where all is drawn by images, at weight 1
 STEP = 0.2  # of a move of the latents, in their standard deviations, at weight 1
 PLACED_STEP = 0.1  # the same, into regions
-MOVES, PLACED_MOVES = (1, 2, 3), (0, 1, 2)  # calls of the U-Net before which latents are moved
+MOVES, PLACED_MOVES = (1, 2), (0, 1)  # calls of the U-Net before which latents are moved
 RECENT = 3  # calls whose maps say where the images are
 PLACED_WITHIN, PLACED_OUTSIDE = 3.0, 5.0  # added to the scores within a region, taken from them outside
 PLACED_UNTIL = 0.5  # of the steps

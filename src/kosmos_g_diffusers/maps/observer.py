@@ -47,7 +47,8 @@ class Observer:
         unet = pipeline.unet
         self._sources, self._counts, self._regions = None, None, None  # (B, K, S), (B,), (B, S, H, W)
         self._calls, self._queries, self._seen, self._maps, self._biases = 0, {}, {}, [], {}
-        self._size, self._shift, self._is_moving = None, None, False
+        self._names = {}  # height of a map -> the last layer of it
+        self._size, self._shift, self._is_moving, self._last_layer = None, None, False, None
         if any(map(_is_compiled, unet.modules())):
             raise ValueError(
                 "The U-Net is compiled, and return_maps, binding and regions look into it. Give the pipeline the U-Net as it was "
@@ -230,6 +231,8 @@ class Observer:
             self._is_moving = True
             try:
                 unet(**keywords)
+            except _Enough:  # the rest of the U-Net says nothing of the maps
+                pass
             finally:
                 self._is_moving = False
             (gradient,) = torch.autograd.grad(self._loss().sum(), latents)
@@ -268,6 +271,9 @@ class Observer:
         weights = scores.softmax(-1).mean(1)  # (B, h * w, K)
         sources = self._sources.to(weights)
         self._seen.setdefault(h, []).append((weights @ sources).transpose(1, 2).unflatten(-1, (h, w)))
+        self._names[h] = name
+        if self._is_moving and name == self._last_layer:
+            raise _Enough
 
     def _places(self, length):
         """(h, w) of a layer with so many places, each of whose sides was halved as often."""
@@ -285,13 +291,19 @@ class Observer:
         """Keep the maps of this call, and soften its guidance."""
         if self._is_moving:
             return None
-        self._maps.append(torch.stack(self._seen[self._finest()]).mean(0))
+        finest = self._finest()
+        self._maps.append(torch.stack(self._seen[finest]).mean(0))
+        self._last_layer = self._names[finest]
         self._calls += 1
         noise_pred = output[0]
         if not self.request.binding or len(noise_pred) != 2 * len(self._sources):
             return None
         softened = guidance.soften(noise_pred, self._maps[-1], self._counts, self.request.binding)
         return (softened, *output[1:]) if isinstance(output, tuple) else type(output)(sample=softened)
+
+
+class _Enough(Exception):
+    """Ends a pass through the U-Net, all of whose maps are there."""
 
 
 def _take_rows(value, rows, length):
