@@ -112,7 +112,7 @@ class Observer:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Within it the U-Net is observed and steered, and latents that were moved go on from where they are."""
+        """Within it the U-Net is observed and steered, and the scheduler steps from where latents were moved to."""
         unet, scheduler, hooks = self._pipeline.unet, self._pipeline.scheduler, []
         step = scheduler.step
 
@@ -215,7 +215,7 @@ class Observer:
         moved = torch.cat(
             [sample[:, : shift.shape[1]] + shift.repeat(repeats, 1, 1, 1), sample[:, shift.shape[1] :]], 1
         )
-        # what the scheduler gives to the U-Net may be scaled; what it goes on from is not
+        # what the scheduler gives to the U-Net may be scaled; what it steps from is not
         scaled = self._pipeline.scheduler.scale_model_input(torch.ones_like(shift), keywords["timestep"])
         self._shift = shift / scaled
         return (), {**keywords, "sample": moved}

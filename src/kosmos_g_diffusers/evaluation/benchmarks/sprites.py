@@ -35,11 +35,15 @@ that the model draws. The control compares these with the input images of other 
 
 Two more kinds are what users bring and no training had: --kind own-drawings, 60 drawings of the world's shapes by another renderer
 (other sizes, places, edges, colours), and --kind typed-words, 200 prompts as people type them.
+
+--maps, --binding and --kind placed measure where the input images go (docs/maps.md).
 """
 EXAMPLES = """
   kosmos-g evaluate sprites --output runs/sprites
   kosmos-g evaluate sprites --count 20 --output runs/sprites-quick
   kosmos-g evaluate sprites --kind own-drawings --kind typed-words --output runs/sprites-of-others
+  kosmos-g evaluate sprites --kind pair --binding 1 --maps --output runs/bound
+  kosmos-g evaluate sprites --kind placed --output runs/placed
   kosmos-g evaluate sprites --model runs/sprites-training/model --output runs/mine
 """
 SETTINGS: dict[str, Any] = {
@@ -54,7 +58,7 @@ SCORERS = None  # it has one of its own
 KINDS = ("background", "pair", "text", "edit")
 COUNT = 500  # prompts of each of them
 DRAWINGS, TYPED = "own-drawings", "typed-words"
-FOREIGN = {DRAWINGS: 60, TYPED: 200, PLACED: COUNT}  # kinds with their numbers of prompts
+FOREIGN = {DRAWINGS: 60, TYPED: 200}  # kinds with their numbers of prompts
 CONTROL = "shuffled"
 NOTE = (
     "Each number is the share of prompts in which the reader sees it. The control compares the same images with the input "
@@ -72,7 +76,7 @@ FOREIGN_NOTES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, kinds = parser.add_argument, (*KINDS, *FOREIGN)
+    add, kinds = parser.add_argument, (*KINDS, *FOREIGN, PLACED)
     text = f"{', '.join(kinds)}; repeat it (default: the first {len(KINDS)})"
     add("--kind", action="append", dest="kinds", choices=kinds, metavar="KIND", help=text)
     others = ", ".join(f"of {kind} {count}" for kind, count in FOREIGN.items())
