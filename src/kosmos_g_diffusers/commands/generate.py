@@ -183,6 +183,8 @@ def _read(arguments):
         del given["images"]
         images = [image.find(folder) for image in recorded.images]
     # a PNG may come from a stranger: what it names is not downloaded unless the user says so
+    if "prompt" in given and IMAGE_MARK not in given["prompt"]:
+        given.setdefault("regions", ())
     named = [("model", "model", recorded.model), ("unet", "U-Net", recorded.unet)]
     named += [("loras", "LoRA", lora.path) for lora in recorded.all_loras]
     for name, label, place in named:

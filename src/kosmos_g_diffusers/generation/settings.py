@@ -216,6 +216,13 @@ class GenerationSettings:
                     )
                 read_box(region, f"region {number}")
         n_marks = self.prompt.count(IMAGE_MARK)
+        # whether what looks like an image word is one, the model alone knows
+        n_most = len(IMAGE_WORD_PATTERN.findall(self.prompt))
+        if self.regions and not n_marks <= len(self.regions) <= n_most:
+            raise ValueError(
+                f"{len(self.regions)} regions were given for a prompt of {n_marks} '<i>' marks and {n_most - n_marks} image words. "
+                "Pass one --region for each, in reading order; none leaves an image free."
+            )
         if n_marks != len(self.images):
             raise ValueError(
                 f"The prompt has {n_marks} '<i>' marks but {len(self.images)} images were given. Pass one --image for "

@@ -41,7 +41,7 @@ def read_region(text: str, name: str = "region") -> Box | None:
 
 def region_text(region: Box | None) -> str:
     """The other way round: what `read_region` reads."""
-    return "none" if region is None else ",".join(f"{side:g}" for side in region)
+    return "none" if region is None else ",".join(map(str, region))
 
 
 def short(value: Any, length: int = 80) -> str:
