@@ -2,13 +2,14 @@
 
 import copy
 import inspect
+import sys
 import threading
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from support.composing import borrow
 
@@ -263,6 +264,23 @@ def test_compiled_unet_is_an_error_that_says_so_before_a_model_runs(pipe, photos
             call(pipe, images=photos[:2], **asked)
 
 
+def test_code_of_a_saved_folder_finds_maps_where_the_package_is_and_says_what_to_install_elsewhere(
+    pipe, photos, tmp_path, monkeypatch
+):
+    expected = call(pipe, images=photos[:2], return_maps=True)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert not isinstance(loaded, KosmosGPipeline)
+    assert torch.allclose(
+        call(loaded, images=photos[:2], return_maps=True).maps[0], expected.maps[0], atol=1e-5
+    )
+    monkeypatch.setitem(sys.modules, "kosmos_g_diffusers.maps", None)  # as where it is not installed
+    with pytest.raises(ImportError, match="pip install kosmos-g-diffusers"):
+        call(loaded, images=photos[:2], return_maps=True)
+    assert np.array_equal(call(loaded, images=photos[:2]).images, expected.images)
+
+
 # Guidance ------------------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +306,14 @@ def test_binding_works_without_guidance_in_inference_mode_and_with_several_image
     several = call(pipe, images=photos[:2], binding=1.0, num_images_per_prompt=2).images
     first = call(pipe, images=photos[:2], binding=1.0)
     assert len(several) == 2 and np.isfinite(several).all() and first.images.shape[1:] == several.shape[1:]
+
+
+def test_half_precision_gives_float32_maps_and_finite_images(pipe, photos):
+    pipe.to(torch.bfloat16)
+    asked = {"binding": 1.0, "regions": [(0, 0, 0.5, 1), None], "return_maps": True}
+    output = call(pipe, images=photos[:2], **asked)
+    assert np.isfinite(output.images).all() and output.maps[0].dtype == torch.float32
+    assert torch.allclose(output.maps[0].sum(0), torch.ones(4, 4), atol=1e-5)
 
 
 def test_a_free_region_changes_nothing_and_a_box_is_its_mask(pipe, photos):
