@@ -222,8 +222,8 @@ def test_binding_and_regions_of_the_page_are_those_of_the_settings(ask, tmp_path
         with pytest.raises(FieldError, match=message) as caught:
             ask("<my-dog> and <i>", **{**given, field: value})
         assert caught.value.field == field
-    with pytest.raises(FieldError, match="1 regions were given"):
-        ask("<my-dog> and <i>", **{**given, "regions": "none"})
+    with pytest.raises(FieldError, match="3 regions were given"):
+        ask("<my-dog> and <i>", **{**given, "regions": "none none none"})
 
 
 def test_surprise_draws_a_seed_for_each_run(ask):
