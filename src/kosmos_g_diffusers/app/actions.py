@@ -112,10 +112,10 @@ class Actions:
         """Cancel this session's run: at once if it waits, and at the end of the step if it is being drawn."""
         return "Cancelling." if self.service.cancel(session) else "Nothing is running."
 
-    def after_run(self, session: Session) -> tuple[list[tuple[str, str]], str, gr.Gallery]:
+    def after_run(self, session: Session) -> tuple[Any, ...]:
         """History, the settings of the first image, and the maps of all where they were asked for."""
         maps = self.gallery(map(maps_path, session.shown))
-        return self.gallery(session.history), self.details(session), gr.Gallery(maps, visible=bool(maps))
+        return self.gallery(session.history), self.details(session), maps, gr.Tab(visible=bool(maps))
 
     def after_failure(self, session: Session) -> tuple[list[tuple[str, str]], str]:
         return self.gallery(session.history), ""
