@@ -163,6 +163,35 @@ def test_small_image_gets_an_enlarged_copy_and_stays_as_it_is(folder, capsys):
     assert capsys.readouterr().out.split() == ["plain.png"] and pixels("plain.png") == image.tobytes()
 
 
+def test_maps_are_written_next_to_the_images_and_regions_are_stored(folder, capsys):
+    where = ["--maps", "--binding", "1", "--region", "0,0,0.5,1", "--region", "none", "--enlarge", "1"]
+    assert generate(*PROMPT, *where, "--seed", "3", "--num-images", "2", steps=3) == 0
+    out = capsys.readouterr().out.split()
+    assert out == ["out_0.png", "out_0_maps.png", "out_1.png", "out_1_maps.png", "out.png"]
+    settings = read_settings("out_0.png")
+    assert (settings.binding, settings.regions) == (1.0, ((0.0, 0.0, 0.5, 1.0), None))
+    # the image and a panel for each source: two images, words, the null token; at least 192 pixels and a label
+    assert PIL.Image.open("out_0_maps.png").size == (5 * 192, 192 + 18)
+    assert read_settings("out_0_maps.png") == settings
+    assert generate("--from", "out_1.png", "--output", "again.png", steps=None) == 0
+    assert pixels("again.png") == pixels("out_1.png")
+    # maps alone change nothing, and are not stored
+    generate(*PROMPT, "--seed", "3", "--output", "plain.png", "--enlarge", "1", steps=3)
+    generate(*PROMPT, "--seed", "3", "--output", "seen.png", "--enlarge", "1", "--maps", steps=3)
+    assert pixels("seen.png") == pixels("plain.png") != pixels("out_0.png")
+    assert read_settings("seen.png") == read_settings("plain.png")
+    # a prompt of words alone has no images to place
+    assert generate("--from", "out_0.png", "a hat", "--output", "words.png", steps=None) == 0
+    # what is there is kept, what is missing is made
+    kept = pixels("out_0.png")
+    for name in ("out_0_maps.png", "out_1.png"):
+        Path(name).unlink()
+    same = [*PROMPT, *where, "--seed", "3", "--num-images", "2"]
+    assert "would be overwritten" in fails(capsys, "generate", *same, "--steps", "3")
+    assert generate(*same, "--resume", steps=3) == 0
+    assert pixels("out_0.png") == kept and Path("out_0_maps.png").is_file() and Path("out_1.png").is_file()
+
+
 def test_other_models_get_an_enlarged_copy_when_it_is_asked_for(folder, capsys):
     assert generate("a hat", "--model", SPRITES) == 0
     assert capsys.readouterr().out.split() == ["out.png"]
@@ -313,6 +342,11 @@ def test_part_file_of_a_killed_run_is_removed_by_the_next(folder):
         (["a hat", "--height", "65"], "multiple of 8"),
         (["a hat", "--steps", "0"], "steps is 0"),
         (["a hat", "--guidance", "nan"], "guidance is nan"),
+        (["a hat", "--binding", "nan"], "binding is nan"),
+        (["a hat", "--binding", "-1"], "binding is -1"),
+        (["a hat", "--region", "0,0,1,1"], "1 regions were given for a prompt of 0 '<i>' marks"),
+        (["<i>", "--image", "cat.jpg", "--region", "left"], "--region 'left' was given. Expected left,top"),
+        (["<i>", "--image", "cat.jpg", "--region", "0,0,0,1"], "--region is (0.0, 0.0, 0.0, 1.0)"),
         (["a hat", "--device", "tpu"], "device is 'tpu'"),
         (["a hat", "--device", "cpu", "--offload", "model"], "the device is the CPU"),
         (["a <missing-word>"], "<missing-word>"),

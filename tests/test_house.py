@@ -20,7 +20,7 @@ ORDER = (
     ("modeling_kosmos_g",),
     ("modeling_aligner_n",),
     ("pipeline_kosmos_g",),
-    ("model_card", "modular", "testing"),
+    ("maps", "model_card", "modular", "testing"),
     ("conversion", "captioning", "control"),
     ("generation",),
     ("data",),
@@ -125,13 +125,14 @@ def test_rooms_floors_arrows_and_lines_are_few():
     # forms and words of others, with which the small model is trained, are a file
     # line reads without torch stand apart from those that work; types and the checks of strangers' files are lines; images of
     # other models are found in one module, each benchmark is one; data of every form and encoding is lines
-    assert len(graph) <= 27
+    assert len(graph) <= 28
+    # line reads without torch stand apart from those that work; types and the checks of strangers' files are lines; maps are a
+    # room of their own, which pipelines import when it is asked for, and which drawing, evaluation and the app use
     assert max(floor_of(room, graph) for room in graph) <= 10
-    assert sum(map(len, graph.values())) <= 98
+    assert sum(map(len, graph.values())) <= 103
     assert sum(path.parent == SOURCE for path in FILES) <= 17
-    assert len(FILES) <= 130
+    assert len(FILES) <= 134
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 25_000
->>>>>>> others
 
 
 def test_modules_import_each_other_in_one_direction():

@@ -10,7 +10,9 @@ This file is copied into saved model folders and stands alone: it needs torch an
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 # of a saved folder; raise it when an older package could no longer read a new folder rightly
 FORMAT_VERSION = 1
+# in `token_sources`, below the numbers of images
+WORDS, NULL_TOKEN, PADDING = -1, -2, -3
 
 
 class OfTextConfig:
@@ -141,12 +145,18 @@ class KosmosGTextEncoderOutput(ModelOutput):
     Attributes:
         last_hidden_state: (B, K, A), the condition: `prompt_embeds` of a Stable Diffusion 1.5 pipeline.
         image_embeds: (N, Q, D), states of the images.
+        cross_attentions: for each query layer of the AlignerNet (B, heads, K, L'), float32: from which tokens each state of the
+            condition reads. L' are the tokens with image words spelled out.
+        token_sources: (B, L') int64, what each token is of: 0, 1, ... for the images in reading order (an image word is one,
+            however many images it has), WORDS, NULL_TOKEN for the `<s>` that begins a prompt, PADDING.
         hidden_states: (B, K, A) for the AlignerNet's queries and after each of its query layers, without the final
             norm. Last in the order, where diffusers' `clip_skip` looks for it.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    token_sources: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
@@ -213,6 +223,39 @@ class AlignerNet(nn.Module):
             queries = layer(queries, None, states, encoder_attention_mask=attention_mask)
             hidden_states += (queries,)
         return hidden_states
+
+    @contextmanager
+    def record_cross_attention(self) -> Iterator[list[torch.Tensor]]:
+        """Within it a forward of this thread appends (B, heads, K, L) of each query layer, float32, to the list that is given.
+
+        The blocks keep no attention weights: queries and keys are projected once more here.
+        """
+        weights, thread = [], threading.get_ident()
+
+        def record(attention, _, inputs):
+            if threading.get_ident() != thread:
+                return
+            states, tokens, mask = (
+                inputs[name] for name in ("hidden_states", "encoder_hidden_states", "attention_mask")
+            )
+            queries, keys = attention.q_proj(states), attention.k_proj(tokens)
+            queries, keys = (
+                one.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2).float() for one in (queries, keys)
+            )
+            scores = queries @ keys.transpose(-1, -2) * attention.scaling
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            weights.append(scores.softmax(-1))
+
+        hooks = [
+            layer.encoder_attn.register_forward_pre_hook(record, with_kwargs=True)
+            for layer in self.query_layers
+        ]
+        try:
+            yield weights
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class ImageWord(nn.Module):
@@ -446,6 +489,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         image_token_mask: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> KosmosGTextEncoderOutput | tuple[Any, ...]:
         """Encode prompts.
 
@@ -458,6 +502,8 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             image_token_mask: (B, L) bool, True at the N * Q slots of these images.
             output_hidden_states: also return the states of the AlignerNet's queries; None takes the configuration's.
             return_dict: False returns a tuple; None takes the configuration's.
+            output_attentions: also return `cross_attentions` and `token_sources`; an encoder that is compiled runs in eager
+                mode then. None is False.
 
         Returns:
             KosmosGTextEncoderOutput. Columns that are padding in every row cost nothing, equal rows are computed once.
@@ -484,16 +530,25 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             image_embeds = self.get_image_features(pixel_values)
         slots = batch.gather_image_embeds(image_embeds, self.image_words)
         arguments = (batch.input_ids, slots, batch.image_token_mask, batch.attention_mask)
-        if self._compiled_encode is None:
+        attentions = None
+        if output_attentions:
+            with self.aligner.record_cross_attention() as attentions:
+                condition, hidden_states = self._encode(*arguments)
+        elif self._compiled_encode is None:
             condition, hidden_states = self._encode(*arguments)
         else:
             condition, hidden_states = self._compiled_encode(*self._for_compilation(*arguments))
         if batch.row_of_prompt is not None:
             condition = condition[batch.row_of_prompt]
             hidden_states = tuple(states[batch.row_of_prompt] for states in hidden_states)
+            attentions = attentions and [weights[batch.row_of_prompt] for weights in attentions]
         output = KosmosGTextEncoderOutput(
             last_hidden_state=condition,
             image_embeds=image_embeds,
+            cross_attentions=tuple(attentions) if output_attentions else None,
+            token_sources=torch.tensor(batch.token_sources, device=condition.device)
+            if output_attentions
+            else None,
             hidden_states=hidden_states if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
@@ -561,6 +616,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                 "were given in pixel_values. Make all of them with one call of KosmosGProcessor."
             )
         prompts = [_PromptRow.trim(*row) for row in zip(ids, mask, slots, strict=True)]
+        token_sources = [prompt.token_sources(config) for prompt in prompts]
         for index, prompt in enumerate(prompts):
             where = f"{name} {index}".capitalize()
             prompt.spell_out_image_words(config, where)
@@ -585,7 +641,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                 row_of_prompt = None
             else:
                 prompts = [prompts[row_of_prompt.index(row)] for row in range(len(rows))]
-        return _Batch.build(prompts, row_of_prompt, config, input_ids.device)
+        return _Batch.build(prompts, row_of_prompt, token_sources, config, input_ids.device)
 
     # Image words -----------------------------------------------------------------------------------------------
 
@@ -659,6 +715,25 @@ class _PromptRow:
     def key(self):
         return (*self.ids, *self.mask, *self.sources)  # two image words are spelled with the same ids
 
+    def token_sources(self, config):
+        """What each token is of, see KosmosGTextEncoderOutput; to be called before image words are spelled out."""
+        sources, number = [], -1
+        for token, real, slot in zip(self.ids, self.mask, self.slots, strict=True):
+            word = token - config.text_config.vocab_size
+            if 0 <= word < len(config.image_words):
+                number += 1
+                sources += [number] * (config.image_words[word][1] * (config.latent_query_num + 2))
+                continue
+            number += token == config.image_token_id and not slot
+            if slot or token in (config.image_token_id, config.end_of_image_token_id):
+                sources.append(number)
+            elif not real:
+                sources.append(PADDING)
+            else:
+                is_null = not sources and token == config.text_config.bos_token_id
+                sources.append(NULL_TOKEN if is_null else WORDS)
+        return sources
+
     def spell_out_image_words(self, config, where):
         """Replace each image word by `<image>`, Q slots and `</image>` for each of its images; `where` begins an error."""
         vocabulary, q = config.text_config.vocab_size, config.latent_query_num
@@ -699,9 +774,10 @@ class _Batch:
     image_token_mask: torch.Tensor | None
     row_of_prompt: torch.Tensor | None
     sources: list
+    token_sources: list  # of each prompt, those that are computed once as well
 
     @classmethod
-    def build(cls, prompts, row_of_prompt, config, device):
+    def build(cls, prompts, row_of_prompt, token_sources, config, device):
         length = max(len(prompt.ids) for prompt in prompts)
 
         def stack(name, fill, dtype):
@@ -716,6 +792,7 @@ class _Batch:
             image_token_mask=stack("slots", 0, torch.bool) if sources else None,
             row_of_prompt=None if row_of_prompt is None else torch.tensor(row_of_prompt, device=device),
             sources=sources,
+            token_sources=[row + [PADDING] * (length - len(row)) for row in token_sources],
         )
 
     def gather_image_embeds(self, image_embeds, image_words):

@@ -16,6 +16,9 @@ A call goes through these steps:
    them (`check_prompts`), before either is encoded. Of a small model it tells what that was not trained on (`_warn`).
 5. `_encode_inputs` runs the text encoder: `prompt_embeds` and `negative_prompt_embeds`.
 6. diffusers' `encode_prompt` repeats them for `num_images_per_prompt`, and its pipeline denoises and decodes as ever.
+
+With `return_maps`, `binding` or `regions`, `_observe` makes an observer, which is of the package (maps/): it reads in step 5 which
+token each state comes from, and watches the U-Net in step 6.
 """
 
 import copy
@@ -35,6 +38,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -86,7 +90,24 @@ LORA_METHODS = (
     *("set_adapters", "delete_adapters", "enable_lora", "disable_lora", "fuse_lora", "unfuse_lora"),
     *("unload_lora_weights", "get_list_adapters", "get_active_adapters", "set_lora_device"),
 )
+# of our own, in `__call__`
+KEYWORDS: dict[str, Any] = {"images": None, "negative_images": None}
+KEYWORDS |= {"return_maps": False, "binding": 0.0, "regions": None}
 LORA_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")  # of files; a Hub id has none of them
+
+
+@dataclass
+class KosmosGPipelineOutput(StableDiffusionPipelineOutput):
+    """What a call with `return_maps=True` returns: diffusers' output and
+
+    Attributes:
+        maps: for each image, in the order of `images`, a (sources, h, w) float32 tensor on the CPU: how much of each place
+            comes from each source, which sums to 1 over sources.
+        map_labels: for each image the names of its sources: the images of its prompt, "words", "null token".
+    """
+
+    maps: list[torch.Tensor]
+    map_labels: list[list[str]]
 
 
 class KosmosGPromptMixin:
@@ -99,7 +120,14 @@ class KosmosGPromptMixin:
     - `images`: the images of the `<i>` marks, a list for one prompt and a list of lists for a batch;
     - `negative_prompt`: one for all prompts or a list with one for each, any form that `prompt` has; without
       `negative_images` a `<i>` in it is plain text, as in the official code;
-    - `negative_images`: what `images` is, for the negative prompt.
+    - `negative_images`: what `images` is, for the negative prompt;
+
+    and in `__call__` (docs/maps.md)
+
+    - `return_maps`: True also returns where each image of the prompt went, see `KosmosGPipelineOutput`;
+    - `binding`: weight of a guidance that gives each image of the prompt a region of its own, from 0 (off) to 10;
+    - `regions`: where the images of the prompt shall be, a list with `(x0, y0, x1, y1)` in fractions of width and height (left,
+      top, right, bottom), a mask of the image's size or None for each image; for a batch a list of such lists.
 
     `image`, `control_image` and `mask_image` may also be what `images` takes, paths and URLs for instance. A PIL image or an
     array is never latents, whatever its channels; a tensor with the VAE's number of latent channels is.
@@ -110,7 +138,7 @@ class KosmosGPromptMixin:
     warns_outside_world = True  # set it to False on a pipeline that is to say nothing of it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Give `__call__` the stock pipeline's signature and our two keywords, for `help()` and whoever inspects it."""
+        """Give `__call__` the stock pipeline's signature and our keywords, for `help()` and whoever inspects it."""
         super().__init_subclass__(**kwargs)
         # for the classes below alone: what a user derives from them inherits as usual
         stock = next(
@@ -122,8 +150,8 @@ class KosmosGPromptMixin:
             setattr(cls, name, _on_uncompiled_models(getattr(stock, name)))
         parameters = dict(inspect.signature(stock.__call__).parameters)
         sink = parameters.pop("kwargs", None)
-        for name in ("images", "negative_images"):
-            parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name, default in KEYWORDS.items():
+            parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
 
         # not by its global name: diffusers executes a folder's code anew whenever it loads the folder again
         call = __class__.__call__
@@ -142,6 +170,9 @@ class KosmosGPromptMixin:
         *args: Any,
         images: ImagesLike | None = None,
         negative_images: ImagesLike | None = None,
+        return_maps: bool = False,
+        binding: float = 0.0,
+        regions: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput:
         """Generate: see the class for the prompt, and diffusers' pipeline of the same task for the rest."""
@@ -185,8 +216,49 @@ class KosmosGPromptMixin:
             given["prompt"] = type(given["prompt"])(given["prompt"], notes)
         else:
             self._warn(notes)
-        with _only_call_with(self.scheduler):
-            return super().__call__(*call.args, **call.kwargs)
+        is_off = return_maps is False and regions is None and type(binding) in (int, float) and binding == 0
+        observer = None if is_off else self._observe(given, return_maps, binding, regions)
+        with _only_call_with(self.scheduler), observer.watch() if observer else nullcontext():
+            output = super().__call__(*call.args, **call.kwargs)
+        if not return_maps:
+            return output
+        if isinstance(output, tuple):
+            return (*output, observer.maps, observer.labels)
+        flags = output.nsfw_content_detected
+        return KosmosGPipelineOutput(output.images, flags, observer.maps, observer.labels)
+
+    def _observe(self, given, return_maps, binding, regions):
+        """The observer of a call, which its prompt carries to `encode_prompt`; None if nothing is asked for."""
+        try:
+            maps = _sibling("maps") or importlib.import_module("kosmos_g_diffusers.maps")
+        except ImportError as error:
+            raise ImportError(
+                "return_maps, binding and regions need the package: pip install kosmos-g-diffusers. The code of a saved folder "
+                "draws without them."
+            ) from error
+        prompts = given.get("prompt")
+        if prompts is None:
+            raise ValueError(
+                "return_maps, binding and regions were given with prompt_embeds, which do not say what their states come from. Pass "
+                "prompt and images in their place."
+            )
+        if (
+            "output_attentions"
+            not in inspect.signature(type(_uncompiled(self.text_encoder)).forward).parameters
+        ):
+            raise ValueError(
+                "The text encoder runs the code of a folder that an earlier version saved, which does not tell what its states come "
+                "from. Load the folder with KosmosGPipeline.from_pretrained."
+            )
+        open_mask = sys.modules[type(self.tokenizer).__module__].open_mask
+        asked = {"return_maps": return_maps, "binding": binding, "regions": regions}
+        request = maps.MapRequest.read(
+            prompts, self.image_words, self._output_size(given), open_mask, **asked
+        )
+        if request is None:
+            return None
+        prompts.observer = maps.Observer(request, given.get("num_images_per_prompt") or 1, self)
+        return prompts.observer
 
     def encode_prompt(
         self,
@@ -352,8 +424,13 @@ class KosmosGPromptMixin:
                             self.text_encoder.check_prompts(**inputs[-1], name=name)
                 try:
                     encoded = [
-                        None if one is None else self._encode_inputs(one, device, skip)
-                        for one, skip in zip(inputs, (clip_skip, None), strict=True)
+                        None if one is None else self._encode_inputs(one, device, skip, observer)
+                        for one, skip, observer in zip(
+                            inputs,
+                            (clip_skip, None),
+                            (getattr(positive, "observer", None), None),
+                            strict=True,
+                        )
                     ]
                 except ValueError:
                     with _WORDS_LOCK:
@@ -389,28 +466,38 @@ class KosmosGPromptMixin:
 
     def _size_notes(self, given):
         """Phrases for `_warn` about the size that the arguments of a call ask for."""
-        side = getattr(getattr(self.unet, "config", None), "sample_size", None)
-        if self._world() is None or side is None:
-            return []
-        own = tuple(
-            length * self.vae_scale_factor for length in ((side, side) if isinstance(side, int) else side)
-        )
-        size = (given.get("height"), given.get("width"))
-        if size == (None, None):
-            # of what is changed or drawn along; an image to be inpainted is resized
-            source = given.get("control_image")
-            if source is None and "mask_image" not in given:
-                source = given.get("image")
-            size = next(filter(None, map(self._size_of, _split_images(source))), own)
-            size = tuple(length // self.vae_scale_factor * self.vae_scale_factor for length in size)
-        if size == own:
+        own = self._own_size()
+        size = None if self._world() is None or own is None else self._output_size(given)
+        if size in (None, own):
             return []
         return [f"images of {size[1]} x {size[0]} pixels ({own[1]} x {own[0]} alone)"]
 
-    def _encode_inputs(self, inputs, device, clip_skip=None):
-        inputs = inputs.to(device)
+    def _own_size(self):
+        """(height, width) in pixels of what the U-Net draws unless it is told otherwise; None if it does not say."""
+        side = getattr(getattr(self.unet, "config", None), "sample_size", None)
+        sides = (side, side) if isinstance(side, int) else side
+        return None if side is None else tuple(length * self.vae_scale_factor for length in sides)
+
+    def _output_size(self, given):
+        """(height, width) in pixels that the arguments of a call ask for; None if neither they nor the U-Net say."""
+        size = (given.get("height"), given.get("width"))
+        if size != (None, None):
+            return size
+        # of what is changed or drawn along; an image to be inpainted is resized
+        source = given.get("control_image")
+        if source is None and "mask_image" not in given:
+            source = given.get("image")
+        size = next(filter(None, map(self._size_of, _split_images(source))), self._own_size())
+        return size and tuple(length // self.vae_scale_factor * self.vae_scale_factor for length in size)
+
+    def _encode_inputs(self, inputs, device, clip_skip=None, observer=None):
+        inputs = dict(inputs.to(device), output_hidden_states=clip_skip is not None)
+        if observer is not None:
+            inputs["output_attentions"] = True
         # always through forward, so that the hooks of offloading fire
-        output = self.text_encoder(**inputs, output_hidden_states=clip_skip is not None)
+        output = (self.text_encoder if observer is None else _uncompiled(self.text_encoder))(**inputs)
+        if observer is not None:
+            observer.read_condition(output.cross_attentions, output.token_sources)
         if clip_skip is None:
             return output.last_hidden_state
         return self.text_encoder.text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])
@@ -490,7 +577,7 @@ class KosmosGPromptMixin:
             set(given.get("kwargs", ())) - {"callback", "callback_steps"}
         )  # deprecated ones, which it reads
         if unknown:
-            known = {*parameters, "images", "negative_images"} - {"kwargs"}
+            known = {*parameters, *KEYWORDS} - {"kwargs"}
             parts = set(unknown[0].split("_"))
             near = [name for name in sorted(known) if parts <= set(name.split("_"))]
             near = near or difflib.get_close_matches(unknown[0], known, n=1)
@@ -1278,7 +1365,12 @@ def _short(value, length=100):
 
 def _sibling(name):
     """Another module of the package; None in a saved folder, which has no copy of it."""
-    if not Path(__file__).with_name(f"{name}.py").is_file():
+    if not any(
+        map(
+            Path.is_file,
+            (Path(__file__).with_name(f"{name}.py"), Path(__file__).with_name(name) / "__init__.py"),
+        )
+    ):
         return None
     return importlib.import_module(f".{name}", __package__)
 

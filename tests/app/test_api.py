@@ -121,6 +121,17 @@ def test_images_are_those_that_the_library_makes_from_their_settings(client):
         assert pixels(path) == image.tobytes()
 
 
+def test_maps_lie_next_to_the_image_when_they_are_asked_for(app, client):
+    fields = {"binding": 1, "regions": "0,0,0.5,1 none", "maps": True}
+    (path,), (settings,), _ = generate(client, "<i> and <i>", [CAT, COFFEE], **fields)
+    assert (settings["binding"], settings["regions"]) == (1.0, ["0.0,0.0,0.5,1.0", "none"])
+    kept = app.folder / "images" / Path(path).name
+    assert PIL.Image.open(kept.with_stem(f"{kept.stem}_maps")).size == (5 * 192, 192 + 18)
+    plain = app.folder / "images" / Path(generate(client, "<i> and <i>", [CAT, COFFEE])[0][0]).name
+    assert not plain.with_stem(f"{plain.stem}_maps").exists() and pixels(plain) != pixels(kept)
+    assert "regions" in fails(client, prompt="a hat", regions="left")
+
+
 def test_kept_image_is_made_again_by_the_command_line(app, client, tmp_path, monkeypatch):
     path = generate(client, "<i>", [CAT])[0][0]
     kept = app.folder / "images" / Path(path).name

@@ -205,6 +205,27 @@ def test_values_become_settings_of_the_command_line(ask, tmp_path):
     assert settings == same == GenerationSettings.from_json(settings.to_json())
 
 
+def test_binding_and_regions_of_the_page_are_those_of_the_settings(ask, tmp_path):
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    given = {"pictures": [tmp_path / "mine.png"], "binding": 1, "regions": " none;0,0,0.25,1 "}
+    settings = ask("<my-dog> and <i>", **given)
+    assert (settings.binding, settings.regions) == (1.0, (None, (0.0, 0.0, 0.25, 1.0)))
+    described = render.described(settings)
+    assert described["binding"] == 1.0 and described["regions"] == ["none", "0.0,0.0,0.25,1.0"]
+    assert not {"binding", "regions"} & set(render.described(ask()))
+    for field, value, message in (
+        ("binding", -1, "from 0 to 10"),
+        ("binding", float("nan"), "from 0 to 10"),
+        ("regions", "left none", "left,top,right,bottom"),
+        ("regions", "0,0,0,1 none", "x0 < x1"),
+    ):
+        with pytest.raises(FieldError, match=message) as caught:
+            ask("<my-dog> and <i>", **{**given, field: value})
+        assert caught.value.field == field
+    with pytest.raises(FieldError, match="3 regions were given"):
+        ask("<my-dog> and <i>", **{**given, "regions": "none none none"})
+
+
 def test_surprise_draws_a_seed_for_each_run(ask):
     assert len({ask(seed=4, surprise=True).seed for _ in range(4)}) == 4
 

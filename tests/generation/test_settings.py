@@ -61,6 +61,37 @@ def test_several_loras_survive_the_png(tmp_path, image):
     assert replace(SETTINGS, lora="a", lora_scale=2).all_loras == (LoraInput("a", 2),)
 
 
+def test_binding_and_regions_survive_the_png_and_are_written_only_where_they_say_something(tmp_path, image):
+    settings = replace(SETTINGS, binding=1.5, regions=((0.0, 0.1, 0.5, 1.0),))
+    write_png(image, tmp_path / "a.png", settings)
+    assert read_settings(tmp_path / "a.png") == settings and settings.is_guided
+    assert not {"binding", "regions"} & set(json.loads(SETTINGS.to_json())) and not SETTINGS.is_guided
+    free = replace(SETTINGS, regions=(None,))
+    assert GenerationSettings.from_json(free.to_json()) == free and not free.is_guided
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"binding": -1},
+        {"binding": 11},
+        {"binding": True},
+        {"binding": "1"},
+        {"regions": {}},
+        {"regions": "0,0,1,1"},
+        {"regions": ["0,0,1,1"]},
+        {"regions": [[0, 0, 1]]},
+        {"regions": [[0, 0, 0, 1]]},
+        {"regions": [[0, 0, 2, 1]]},
+        {"regions": [[0, 0, None, 1]]},
+        {"regions": [[0, 0, 1, 1], [0, 0, 1, 1]]},
+    ],
+)
+def test_binding_and_regions_of_a_strange_png_are_refused(tmp_path, changes):
+    with pytest.raises(ValueError, match="cannot be used"):
+        read_settings(png_with(tmp_path / "a.png", record(**changes)))
+
+
 def test_settings_of_an_older_release_take_defaults_for_what_it_did_not_know(tmp_path):
     settings = read_settings(png_with(tmp_path / "a.png", '{"format": 1, "prompt": "a hat"}'))
     assert settings == GenerationSettings("a hat")

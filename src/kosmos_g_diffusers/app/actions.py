@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..generation.png import read_settings
+from ..generation.png import maps_path, read_settings
 from ..serving import image_words
 from ..serving.errors import FieldError, at
 from ..serving.job import finished_images
@@ -90,7 +90,7 @@ class Actions:
             with self.errors(session):
                 # in a thread: large images take long to copy, and everybody's page waits for this one
                 settings = await asyncio.to_thread(read_values, values, session, self.models, self.store)
-                async for ticket in self.service.draw(session, settings):
+                async for ticket in self.service.draw(session, settings, bool(values.get("maps"))):
                     wait = self.service.worker.seconds_until(ticket)
                     yield gr.skip(), gr.skip(), render.run_state(ticket, wait)
                 session.shown = list(finished_images(ticket))
@@ -112,9 +112,10 @@ class Actions:
         """Cancel this session's run: at once if it waits, and at the end of the step if it is being drawn."""
         return "Cancelling." if self.service.cancel(session) else "Nothing is running."
 
-    def after_run(self, session: Session) -> tuple[list[tuple[str, str]], str]:
-        """History, and the settings of the first image."""
-        return self.gallery(session.history), self.details(session)
+    def after_run(self, session: Session) -> tuple[Any, ...]:
+        """History, the settings of the first image, and the maps of all where they were asked for."""
+        maps = self.gallery(map(maps_path, session.shown))
+        return self.gallery(session.history), self.details(session), maps, gr.Tab(visible=bool(maps))
 
     def after_failure(self, session: Session) -> tuple[list[tuple[str, str]], str]:
         return self.gallery(session.history), ""

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..control.table import find_control
 from ..generation.png import NoSettings, read_settings
 from ..generation.schedulers import SCHEDULERS
 from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN, ControlInput, GenerationSettings
+from ..maps.boxes import read_region, region_text
 from ..serving.errors import FieldError, at
 from ..serving.image_words import read_words
 from ..serving.libraries import controlling
@@ -35,6 +37,7 @@ LIMITS = {
     "width": (8, 1024),
     "height": (8, 1024),
     "lora_scale": (-2, 2),
+    "binding": (0, 10),
     "seed": (0, 2**53 - 1),  # beyond that a browser's numbers have gaps
 }
 LABELS = {"num_images": "number of images", "steps": "number of steps", "lora_scale": "LoRA scale"}
@@ -45,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "guidance": 7.5,
     "scheduler": OWN,
     "lora_scale": 1.0,
+    "binding": 0.0,
 }
 # what the small model's scores were drawn with
 SMALL_FAST: dict[str, Any] = {"steps": 12, "guidance": 5.0, "scheduler": "dpm"}
@@ -84,6 +88,8 @@ def read_values(values: dict[str, Any], session: Session, models: Models, store:
     words = session.words_of(values.get("model") or models.default)
     _check_prompts(prompt, negative_prompt, len(images), words)
     numbers = {name: _number(values, name) for name in ("num_images", "steps", "guidance", "lora_scale")}
+    # a client that was written before it was there leaves it out
+    numbers["binding"] = 0.0 if values.get("binding") is None else _number(values, "binding")
     for name in ("width", "height"):  # 0: the model's own
         side = numbers[name] = _number(values, name) if values.get(name) else None
         if side is not None and side % 8:
@@ -108,6 +114,7 @@ def read_values(values: dict[str, Any], session: Session, models: Models, store:
             seed=secrets.randbelow(2**32) if is_seed_drawn else _number(values, "seed"),
             device=models.device,
             dtype=models.dtype,
+            regions=_read_regions(values.get("regions") or ""),
             **chosen,
             **numbers,
         )
@@ -216,11 +223,17 @@ def _number(values, name):
         raise FieldError(name, f"The {label} is missing. Give a number from {low} to {high}.")
     if not low <= value <= high:  # also for NaN
         raise FieldError(name, f"The {label} is {value}. Give a number from {low} to {high}.")
-    if name in ("guidance", "lora_scale"):
+    if name in ("guidance", "lora_scale", "binding"):
         return float(value)
     if value != int(value):
         raise FieldError(name, f"The {label} is {value}. Give a whole number.")
     return int(value)
+
+
+def _read_regions(text):
+    """Boxes or "none" in words, separated by spaces or semicolons -> regions of the settings. FieldError."""
+    with at("regions"):
+        return tuple(map(read_region, re.split(r"[;\s]+", text.strip()))) if text.strip() else ()
 
 
 def _choice(values, name, offered, own=None):
@@ -273,11 +286,12 @@ def restore_values(
         notes.append(f"It was made with {len(settings.all_loras)} LoRAs, and this page takes one: {first}.")
     lora = next((lora for lora in settings.all_loras if lora.path in models.loras), None)
     _restore_words(settings, session, models, store, notes)
-    names = ("prompt", "num_images", "steps", "guidance", "seed")
+    names = ("prompt", "num_images", "steps", "guidance", "seed", "binding")
     values = {
         **{name: getattr(settings, name) for name in names},
         "pictures": [os.path.relpath(image) for image in images if image] or None,
         "negative_prompt": settings.negative_prompt or "",
+        "regions": " ".join(map(region_text, settings.regions)),
         "unet": settings.unet if settings.unet in models.unets else OWN,
         "lora": NO_LORA if lora is None else lora.path,
         "lora_scale": settings.lora_scale if lora is None else lora.scale,

@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN, GenerationSettings
+from ..maps.boxes import region_text
 from ..serving.errors import FieldError
 from ..serving.job import finished_images
 from ..serving.queue import Ticket
@@ -108,6 +109,8 @@ def described(settings: GenerationSettings) -> dict[str, Any]:
         "seed": settings.seed,
         "steps": settings.steps,
         "guidance": settings.guidance,
+        "binding": settings.binding or None,
+        "regions": [region_text(region) for region in settings.regions] or None,
         "width": settings.width,
         "height": settings.height,
         "scheduler": settings.scheduler,

@@ -61,6 +61,8 @@ class Page:
     words_file: Files
     progress: gr.HTML
     images: Gallery
+    maps: Gallery
+    maps_tab: gr.Tab
     settings: gr.JSON
     details: gr.HTML
     use: gr.Button
@@ -163,6 +165,16 @@ class Page:
                 ("lora", gr.Dropdown, NO_LORA, {"label": "LoRA", "choices": list(models.loras)}),
                 ("lora_scale", gr.Slider, start["lora_scale"], scale),
             )
+            with gr.Accordion("Where each image goes", open=False, elem_id="where"):
+                low, high = LIMITS["binding"]
+                weight = {"label": "Binding: a region for each image (0: off)", "minimum": low, "maximum": 3}
+                row(
+                    ("maps", gr.Checkbox, False, {"label": "Show where each image went"}),
+                    ("binding", gr.Slider, start["binding"], {**weight, "step": 0.25}),
+                )
+                label = "Regions: left,top,right,bottom in shares for each image, or none"
+                field = gr.Textbox("", label=label, placeholder="0,0,0.5,1 0.5,0,1,1", elem_id="regions")
+                self._add("regions", field)
 
     def _build_controls(self):
         kinds = [(NO_CONTROL, NO_CONTROL)]
@@ -225,7 +237,12 @@ class Page:
         models = self.service.models
         # 64 pixels are enlarged to be seen: as they are, not blurred
         look["elem_classes"] = ["kg-sprites"] if models.is_builtin(models.default) else []
-        self.images = Gallery(label="Images", columns=2, height=520, elem_id="images", **look)
+        with gr.Tabs():
+            with gr.Tab("Images"):
+                self.images = Gallery(label="Images", columns=2, height=520, elem_id="images", **look)
+            with gr.Tab("Where each image went", visible=False, elem_id="maps-tab") as self.maps_tab:
+                label = "For each image the places that come from each source"
+                self.maps = Gallery(label=label, columns=1, height=520, elem_id="maps-shown", **look)
         self.settings = gr.JSON(label="Settings of the images", visible=False)
         self.details = gr.HTML(elem_id="details")
         self.use = gr.Button("Use the chosen image as input", size="sm", elem_id="use")
@@ -268,7 +285,9 @@ class Page:
             concurrency_limit=None,  # the service has a queue of its own, with places to tell
             trigger_mode="once",
         )
-        run.success(actions.after_run, self.session, [self.history, self.details], **QUICK)
+        run.success(
+            actions.after_run, self.session, [self.history, self.details, self.maps, self.maps_tab], **QUICK
+        )
         run.failure(actions.after_failure, self.session, [self.history, self.progress], **QUICK)
         self.cancel.click(actions.cancel, self.session, self.progress, api_name="cancel", queue=False)
         for slot, (look, image) in enumerate(self.previews, 1):

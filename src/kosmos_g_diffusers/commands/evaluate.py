@@ -95,6 +95,10 @@ def run(arguments: argparse.Namespace) -> None:
             name: getattr(arguments, name) for name in ("steps", "guidance", "scheduler", "dtype", "seed")
         }
         settings |= {name: value for name, value in given.items() if value is not None}
+        if getattr(
+            arguments, "binding", None
+        ):  # a benchmark's own; without it runs are named as they always were
+            settings["binding"] = arguments.binding
     else:
         _refuse_drawing(arguments)
     manifest = benchmark.plan(arguments)

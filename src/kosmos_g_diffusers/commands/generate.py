@@ -14,6 +14,8 @@ examples:
       --control depth:@depth.png --control-scale 0.5
   kosmos-g generate "<my-dog> in the snow" --image-words my-dog.safetensors --model ./kosmos-g \\
       --unet anime.safetensors --lora watercolour.safetensors --lora-scale 0.8 --lora grain.safetensors
+  kosmos-g generate "<i> and <i> on a white background" --image star.png --image heart.png --maps --binding 1 \\
+      --region 0,0,0.5,1 --region 0.5,0,1,1
   kosmos-g generate --from jungle_2.png --output again.png
   kosmos-g generate --from jungle_2.png --steps 100 --height 768 --output finer.png
   kosmos-g generate --from jungle_2.png --show
@@ -29,6 +31,7 @@ from pathlib import Path
 from ..environment import default_device, default_dtype, package_versions
 from ..fields import add_flags, check_value
 from ..generation.settings import ControlInput, GenerationSettings, InputImage, LoraInput
+from ..maps.boxes import read_region
 from ..provenance import add_flags as add_mark_flags
 from ..provenance import read_flags as read_mark_flags
 from ..sprites.pretrained import SPRITES_NOTE, with_small_model
@@ -60,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if entry.name in CONTROL_FLAGS:
             flag, kind = _flag(CONTROL_FLAGS[entry.name]), float if entry.type is float else str
             _add_belonging(parser, flag, "controls", kind, entry)
+    region = (
+        "X0,Y0,X1,Y1: where the next image of the prompt shall be, in fractions; none: anywhere; repeat it"
+    )
+    repeated("--region", dest="regions", metavar="BOX", help=region)
     words = "image words that the prompt uses (pipe.save_image_words, kosmos-g app); repeat it"
     repeated("--image-words", help=words)
     add("--output", default="out.png", metavar="FILE", help="PNG to write (default: out.png)")
@@ -70,6 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing("--resume", help=resume, **flag)
     enlarge = f"times of an enlarged copy of --output next to it (default: {ENLARGED}; with --model 1, none)"
     add("--enlarge", type=int, default=None, metavar="N", help=enlarge)
+    maps = "also write where each image of the prompt went: out_maps.png next to out.png"
+    add("--maps", action="store_true", default=False, help=maps)
     add("--from", dest="source", default=None, metavar="FILE", help="take the settings of a PNG made here")
     add("--show", action="store_true", default=False, help="print the settings as JSON and stop")
     add_mark_flags(add)
@@ -125,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
     if enlarged is None:
         enlarged = ENLARGED if settings.model is None else 1
     check_value("--enlarge", enlarged, int, low=1, high=MOST_ENLARGED)
-    paths = output_paths(arguments.output, settings.num_images, force or resume, enlarged)
+    paths = output_paths(arguments.output, settings.num_images, force or resume, enlarged, arguments.maps)
     if resume:
         if arguments.source is None and "seed" not in arguments:
             seed = find_seed(paths, settings.num_images)
@@ -133,6 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
         read_kept(settings, paths)  # what is wrong is said before a model is loaded
     pipe = load_pipeline(with_small_model(settings))
     options = {"overwrite": force, "resume": resume, "enlarged": enlarged, "marker": marker}
+    options["maps"] = arguments.maps
     for path in generate_files(pipe, settings, paths, images, control_images, **options):
         print(path)
     if settings.model is None:
@@ -144,6 +154,8 @@ def _read(arguments):
     names = [entry.name for entry in fields(GenerationSettings) if entry.name in arguments]
     given = {name: arguments[name] for name in names if name not in ("loras", "lora_scale")}
     images = given.get("images", [])
+    if "regions" in given:
+        given["regions"] = tuple(read_region(text, "--region") for text in given["regions"])
     given["images"] = tuple(InputImage.from_file(path) for path in images)
     if "image_words" in given:
         given["image_words"] = tuple(InputImage.from_file(path) for path in given["image_words"])
@@ -171,6 +183,8 @@ def _read(arguments):
         del given["images"]
         images = [image.find(folder) for image in recorded.images]
     # a PNG may come from a stranger: what it names is not downloaded unless the user says so
+    if "prompt" in given and IMAGE_MARK not in given["prompt"]:
+        given.setdefault("regions", ())
     named = [("model", "model", recorded.model), ("unet", "U-Net", recorded.unet)]
     named += [("loras", "LoRA", lora.path) for lora in recorded.all_loras]
     for name, label, place in named:

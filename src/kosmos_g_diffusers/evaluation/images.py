@@ -5,6 +5,7 @@ A results folder:
     manifest.jsonl          what is run (manifest.py)
     words/                  input images of several prompts, encoded once, as image words
     images/<id>.png         with prompt, seed and settings inside (generation/png.py)
+    maps/<id>.safetensors   where the images of the prompt went, if a scorer asks for it
     scores/<scorer>.jsonl   a line for each image (scoring.py)
     report.json, report.md, plots/, sheets/    (report.py)
 
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
 from ..files import hash_bytes, hash_folder, remove_partial_files, write_bytes
@@ -35,7 +38,13 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 COMPONENTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")  # what decides an image
-IN_IMAGES = ("steps", "guidance", "scheduler", "dtype")  # settings of a run that images carry unchanged
+IN_IMAGES = (
+    "steps",
+    "guidance",
+    "scheduler",
+    "dtype",
+    "binding",
+)  # settings of a run that images carry unchanged
 INSTALL = "pip install 'kosmos-g-diffusers[eval]'"
 
 
@@ -124,6 +133,21 @@ def image_path(folder: str | Path, task: Task) -> Path:
     return Path(folder) / "images" / f"{task.id}.png"
 
 
+def _maps_path(folder, task):
+    return Path(folder) / "maps" / f"{task.id}.safetensors"
+
+
+def read_maps(folder: str | Path, task: Task) -> torch.Tensor:
+    """The (sources, h, w) maps of an image of a run that keeps them. ValueError if they are not there."""
+    path = _maps_path(folder, task)
+    try:
+        return load(path.read_bytes())["maps"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"The maps {path} cannot be read. Delete the image {task.id}, and both are made again."
+        ) from error
+
+
 def check_complete(folder: str | Path, manifest: Manifest) -> None:
     """ValueError if images of a run are still to be made."""
     missing = [task.id for task in manifest.tasks if not image_path(folder, task).exists()]
@@ -174,11 +198,14 @@ def generate(
     made = 0
     mine = todo[state.process_index :: state.num_processes]
     for tasks in tqdm(mine, desc="batches of images", disable=not state.is_main_process):
-        for task, image in zip(tasks, _draw(pipe, manifest, tasks, words), strict=True):
+        images, maps = _draw(pipe, manifest, tasks, words)
+        for index, (task, image) in enumerate(zip(tasks, images, strict=True)):
             path = image_path(folder, task)
             if path.exists():
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
+            if maps:  # before the image: one that is there has its maps
+                write_bytes(_maps_path(folder, task), save({"maps": maps[index]}))
             write_png(image, path, _settings_of(settings, folder, manifest, task, image), marker=marker)
             made += 1
     state.wait_for_everyone()
@@ -252,7 +279,7 @@ def _word(digest):
 
 
 def _draw(pipe, manifest, tasks, words):
-    """Images of one batch, each from a generator of its own."""
+    """Images of one batch, each from a generator of its own, and their maps if they are kept."""
     prompts, input_images = [], []
     for task in tasks:
         prompt, *rest = task.prompt.split(IMAGE_MARK)
@@ -264,7 +291,8 @@ def _draw(pipe, manifest, tasks, words):
         prompts.append(prompt)
         input_images.append([open_image(Path(manifest.data) / path, path) for path in paths])
     settings, seeds = manifest.settings, [task.seed for task in tasks]
-    pixels = pipe(
+    regions = [_regions_of(task) for task in tasks]
+    output = pipe(
         prompts,
         images=input_images,
         height=settings["height"],
@@ -273,12 +301,21 @@ def _draw(pipe, manifest, tasks, words):
         guidance_scale=settings["guidance"],
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="np",
-    ).images
-    return finite_images(pipe, pixels, seeds)
+        binding=settings.get("binding", 0.0),
+        regions=regions if any(regions) else None,
+        return_maps=manifest.keep_maps,
+    )
+    return finite_images(pipe, output.images, seeds), getattr(output, "maps", None)
+
+
+def _regions_of(task):
+    """Where a benchmark wants the images of a prompt; None for anywhere."""
+    regions = (task.truth or {}).get("regions")
+    return regions and [tuple(region) for region in regions]
 
 
 def _base_settings(manifest, device):
-    settings = {name: manifest.settings[name] for name in IN_IMAGES}
+    settings = {name: manifest.settings[name] for name in IN_IMAGES if name in manifest.settings}
     versions = manifest.conditions["versions"]
     path = manifest.model["path"]
     return GenerationSettings("", model=path, device=str(device), versions=versions, **settings)
@@ -297,6 +334,7 @@ def _settings_of(base, folder, manifest, task, image):
         prompt=task.prompt,
         images=tuple(InputImage(place, manifest.pictures[path]) for place, path in inputs),
         seed=task.seed,
+        regions=tuple(_regions_of(task) or ()),
         height=image.height,
         width=image.width,
         device=manifest.conditions["device"],  # not which one of them
@@ -321,7 +359,7 @@ def _check_images(folder, manifest, state, repair):
             if repair:
                 path.unlink()
             continue
-        expected = {name: manifest.settings[name] for name in IN_IMAGES}
+        expected = {name: manifest.settings[name] for name in IN_IMAGES if name in manifest.settings}
         expected |= {"prompt": task.prompt, "seed": task.seed}
         if any(getattr(settings, name) != value for name, value in expected.items()):
             foreign.append(str(path))

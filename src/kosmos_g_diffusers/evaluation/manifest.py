@@ -72,6 +72,7 @@ class Manifest:
         finish: is called with the results folder when its report is written.
         generated: the images, if another model made them.
         by_references: whether the report has a table by number of input images.
+        keep_maps: whether the maps of each image are kept next to it, for a scorer.
     """
 
     benchmark: str
@@ -90,6 +91,7 @@ class Manifest:
     finish: Callable[..., None] | None = None
     generated: Generated | None = None
     by_references: bool = False
+    keep_maps: bool = False
 
     def __post_init__(self) -> None:
         seen = set()

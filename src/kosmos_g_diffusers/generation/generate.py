@@ -17,10 +17,11 @@ from ..environment import as_dtype, check_device, package_versions
 from ..files import first_line
 from ..generation.settings import GenerationSettings
 from ..loading import load_pretrained, load_single_file
+from ..maps.overlay import draw_overlay
 from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
 from ..provenance import MARKED, Marker
 from .grid import enlarge, grid_of
-from .png import read_kept, write_png
+from .png import maps_path, read_kept, write_png
 from .schedulers import make_scheduler
 from .settings import LoraInput
 
@@ -235,9 +236,13 @@ def size_arguments(
 
 
 def prompt_arguments(
-    pipe: Pipeline, settings: GenerationSettings, reference_images: Sequence[Any]
+    pipe: Pipeline, settings: GenerationSettings, reference_images: Sequence[Any], return_maps: bool = False
 ) -> dict[str, Any]:
-    """What a pipeline is called with for the prompts of the settings, encoded."""
+    """What a pipeline is called with for the prompts of the settings: encoded, unless maps of its images are needed."""
+    if return_maps or settings.is_guided:
+        arguments = {"prompt": pipe.get_processor().parse(settings.prompt, reference_images)}
+        arguments |= {"negative_prompt": settings.negative_prompt, "binding": settings.binding}
+        return arguments | {"regions": list(settings.regions) or None, "return_maps": return_maps}
     with torch.no_grad():
         prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(
             settings.prompt,
@@ -254,6 +259,7 @@ def draw_images(
     arguments: dict[str, Any],
     callback_on_step_end: Callable[..., Any] | None = None,
     indices: Sequence[int] | None = None,
+    take_maps: Callable[[torch.Tensor, list[str]], None] | None = None,
 ) -> Iterator[tuple[PIL.Image.Image, GenerationSettings]]:
     """Call a pipeline for each image of a run, and yield the image with settings that make it alone.
 
@@ -265,6 +271,8 @@ def draw_images(
         arguments: of `size_arguments` and `prompt_arguments`, together.
         callback_on_step_end: as diffusers calls it; None shows a progress bar on the terminal instead.
         indices: places in the run of those to draw; None draws all.
+        take_maps: is called with the maps of each image and their labels, before it is yielded; `prompt_arguments` was asked
+            for them.
 
     Raises:
         ValueError: an image is not finite, in float16 above all.
@@ -278,17 +286,19 @@ def draw_images(
         )
         pipe.warns_outside_world = index == 0  # all images of a run have one size
         try:
-            pixels = pipe(
+            output = pipe(
                 **arguments,
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
                 generator=torch.Generator("cpu").manual_seed(seed),
                 callback_on_step_end=callback_on_step_end,
                 output_type="np",
-            ).images
+            )
         finally:
             pipe.warns_outside_world = True
-        (image,) = finite_images(pipe, pixels, [seed])
+        (image,) = finite_images(pipe, output.images, [seed])
+        if take_maps is not None:
+            take_maps(output.maps[0], output.map_labels[0])
         made = {"seed": seed, "num_images": 1, "index": index, "versions": package_versions(), **size}
         yield image, replace(settings, **made)
 
@@ -323,6 +333,7 @@ def generate_files(
     overwrite: bool = False,
     resume: bool = False,
     enlarged: int = 1,
+    maps: bool = False,
     marker: Marker = MARKED,
 ) -> Iterator[Path]:
     """Make the images of a run and write them; yields each path once its file is complete.
@@ -335,6 +346,7 @@ def generate_files(
         overwrite: replace files that are there.
         resume: keep those that are there.
         enlarged: how many times as long the sides of the enlarged copy are; 1 makes none.
+        maps: also write, next to each image, where each image of the prompt went (`maps_path`).
         marker: a `provenance.Marker`.
 
     Raises:
@@ -343,18 +355,30 @@ def generate_files(
     arguments = size_arguments(pipe, settings, control_images)
     settings = replace(settings, height=arguments["height"], width=arguments["width"], index=None)
     kept = read_kept(settings, paths) if resume else {}
-    missing = [index for index in range(settings.num_images) if paths[index] not in kept]
+    missing = [
+        path
+        for path in paths[: settings.num_images]
+        if path not in kept or (maps and not (resume and maps_path(path).exists()))
+    ]
     if missing:
-        arguments.update(prompt_arguments(pipe, settings, reference_images))
-    drawn = draw_images(pipe, settings, arguments, indices=missing)
-    images = []
+        arguments.update(prompt_arguments(pipe, settings, reference_images, maps))
+    found, images = [], []
+    take_maps = (lambda *of_image: found.append(of_image)) if maps else None
+    indices = [paths.index(path) for path in missing]
+    drawn = draw_images(pipe, settings, arguments, indices=indices, take_maps=take_maps)
     for path in paths[: settings.num_images]:
         image = kept.get(path)
-        if image is None:
-            image, image_settings = next(drawn)
-            write_png(image, path, image_settings, overwrite, marker)
+        if path in missing:
+            again, image_settings = next(drawn)
+            if image is None:
+                image = again
+                write_png(image, path, image_settings, overwrite, marker)
         images.append(image)
         yield path
+        if maps and path in missing:
+            overlay = draw_overlay(image, *found.pop())
+            write_png(overlay, maps_path(path), image_settings, overwrite or resume, marker)
+            yield maps_path(path)
     run_settings = settings if len(images) > 1 else replace(settings, index=0)
     shown = images[0]
     if len(images) > 1:

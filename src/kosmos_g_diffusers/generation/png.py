@@ -77,12 +77,18 @@ def read_settings(path: str | Path) -> GenerationSettings:
     return settings
 
 
+def maps_path(path: Path) -> Path:
+    """Where the maps of an image go: out_maps.png next to out.png."""
+    return path.with_stem(path.stem + "_maps")
+
+
 def output_paths(
-    output: str | Path, num_images: int, overwrite: bool = True, enlarged: int = 1
+    output: str | Path, num_images: int, overwrite: bool = True, enlarged: int = 1, maps: bool = False
 ) -> list[Path]:
     """Files of a run: `out.png` for one image; `out_0.png`, `out_1.png`, ... and the grid `out.png` for several.
 
-    With `enlarged` above 1 `out_enlarged.png`, a copy of `out.png`, comes last.
+    With `enlarged` above 1 `out_enlarged.png`, a copy of `out.png`, comes last. With `maps` the `maps_path` of each image is
+    checked as well, and not among them.
 
     Raises:
         ValueError: `output` does not end in .png, or cannot be written; see `check_output_file`.
@@ -93,7 +99,8 @@ def output_paths(
     names = [f"_{index}" for index in range(num_images if num_images > 1 else 0)]
     names += ["", "_enlarged"] if enlarged > 1 else [""]
     paths = [checked(output.with_stem(output.stem + name)) for name in names]
-    existing = ", ".join(str(path) for path in paths if path.exists())
+    asked = [*paths, *map(maps_path, paths[:num_images] if maps else ())]
+    existing = ", ".join(str(path) for path in asked if path.exists())
     if existing and not overwrite:
         raise FileExistsError(
             f"{existing} would be overwritten. Pass --force, --resume to keep what is there and draw the rest, or another "

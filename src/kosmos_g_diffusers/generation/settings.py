@@ -10,6 +10,7 @@ from ..control.table import find_control
 from ..environment import DTYPES
 from ..fields import check, check_value, is_of_type, setting
 from ..files import hash_file
+from ..maps.boxes import Box, read_box
 from .schedulers import SCHEDULERS
 
 FORMAT_VERSION = 1  # of the JSON object; raise it when an older package would read a new one wrongly
@@ -32,9 +33,12 @@ LORA_SCALE: dict[str, Any] = {
     "high": 10,
     "metavar": "N",
 }
+BINDING: dict[str, Any] = {"low": 0, "high": 10, "metavar": "WEIGHT"}
 PLACES = ("model", "unet", "lora")  # fields of GenerationSettings that hold a path or Hub id
 NEWER = (
     "loras",
+    "binding",
+    "regions",
 )  # fields that are written only where they say something: older packages refuse names that they do not know
 MAX_TEXT = 100_000  # characters of a prompt or path
 
@@ -160,6 +164,10 @@ class GenerationSettings:
     steps: int = setting(50, "denoising steps", low=1, high=10_000)
     # classifier-free guidance
     guidance: float = setting(7.5, "weight of the prompt; 1 or less: off", low=0, high=1000, metavar="SCALE")
+    binding: float = setting(
+        0.0, "gives each image of the prompt a region of its own (default: 0, off; try 1)", **BINDING
+    )
+    regions: tuple[Box | None, ...] = ()  # for each image of the prompt, image words too; () for none
     height: int | None = setting(None, **SIDE)
     width: int | None = setting(None, **SIDE)
     scheduler: str | None = setting(
@@ -200,7 +208,21 @@ class GenerationSettings:
             raise ValueError(
                 "loras holds two LoRAs or more, and then lora none; a single one stands in lora."
             )
+        for number, region in enumerate(self.regions, 1):
+            if region is not None:
+                if not isinstance(region, tuple):
+                    raise TypeError(
+                        f"region {number} is of type {type(region).__name__}; expected four numbers."
+                    )
+                read_box(region, f"region {number}")
         n_marks = self.prompt.count(IMAGE_MARK)
+        # whether what looks like an image word is one, the model alone knows
+        n_most = len(IMAGE_WORD_PATTERN.findall(self.prompt))
+        if self.regions and not n_marks <= len(self.regions) <= n_most:
+            raise ValueError(
+                f"{len(self.regions)} regions were given for a prompt of {n_marks} '<i>' marks and {n_most - n_marks} image words. "
+                "Pass one --region for each, in reading order; none leaves an image free."
+            )
         if n_marks != len(self.images):
             raise ValueError(
                 f"The prompt has {n_marks} '<i>' marks but {len(self.images)} images were given. Pass one --image for "
@@ -214,6 +236,11 @@ class GenerationSettings:
     def is_composite(self) -> bool:
         """Whether a control shows the image itself, to be kept or changed, and not edges or the like: image-to-image by ControlNet."""
         return any(find_control(control.name).annotator is None for control in self.controls)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether maps of the prompt's images guide the drawing."""
+        return bool(self.binding) or any(region is not None for region in self.regions)
 
     @property
     def all_loras(self) -> tuple[LoraInput, ...]:
@@ -260,6 +287,10 @@ class GenerationSettings:
                 images = _read_records(InputImage, "images of controls", [control.get("picture")])
                 control["picture"] = images[0]
         record["controls"] = _read_records(ControlInput, "controls", controls)
+        regions = record.get("regions", [])
+        if not isinstance(regions, list):
+            raise TypeError("regions must be a list.")
+        record["regions"] = tuple(tuple(box) if isinstance(box, list) else box for box in regions)
         record["loras"] = _read_records(LoraInput, "loras", record.get("loras", []))
         return cls(**record)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..generation.png import write_png
+from ..generation.png import maps_path, write_png
 from ..provenance import MARKED, Marker
 from .errors import at
 from .libraries import drawing
@@ -45,6 +45,7 @@ class Drawing:
         models, store: of the app.
         settings: whose model, U-Net and LoRA are names of what `models` offers.
         marker: a `provenance.Marker`.
+        maps: also write, next to each image, where the images of its prompt went.
 
     Raises:
         FieldError: a file that the settings name is not in the store.
@@ -59,10 +60,18 @@ class Drawing:
     control_images: list[Path]
     words: list[Path]
 
+    maps: bool
+
     def __init__(
-        self, models: "Models", store: "Store", settings: "GenerationSettings", marker: Marker = MARKED
+        self,
+        models: "Models",
+        store: "Store",
+        settings: "GenerationSettings",
+        marker: Marker = MARKED,
+        maps: bool = False,
     ):
         self.models, self.store, self.settings, self.marker = models, store, settings, marker
+        self.maps = maps
         self.reference_images = store.find_all(settings.images, "pictures")
         self.control_images = store.find_all([control.picture for control in settings.controls], "controls")
         self.words = store.find_all(settings.image_words, "words")
@@ -75,11 +84,17 @@ class Drawing:
             with self.models.image_words(settings.model, self.words):
                 arguments = self._read_inputs(pipe)
             ticket.check()
-            follow = _Follower(ticket, settings, self.models.preview, paths, self.marker)
+            follow, found = _Follower(ticket, settings, self.models.preview, paths, self.marker), []
+            take_maps = (lambda *of_image: found.append(of_image)) if self.maps else None
             with at("run"):
-                for image, image_settings in drawing().draw_images(pipe, settings, arguments, follow):
+                drawn = drawing().draw_images(pipe, settings, arguments, follow, take_maps=take_maps)
+                for image, image_settings in drawn:
                     path = self.store.new_image_path()
                     write_png(image, path, image_settings, marker=self.marker)
+                    for of_image in found:
+                        overlay = drawing().draw_overlay(image, *of_image)
+                        write_png(overlay, maps_path(path), image_settings, marker=self.marker)
+                    found.clear()
                     paths.append(path)
                     follow.image_is_done()
         finally:
@@ -95,7 +110,7 @@ class Drawing:
             negative = self.settings.negative_prompt or ""
             pipe.get_processor()(negative, marks_are_text=True, name="negative prompt")
         with at("prompt"):
-            arguments.update(drawing().prompt_arguments(pipe, self.settings, reference_images))
+            arguments.update(drawing().prompt_arguments(pipe, self.settings, reference_images, self.maps))
         return arguments
 
 

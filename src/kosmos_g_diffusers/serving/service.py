@@ -53,16 +53,19 @@ class Service:
         self.worker.close()
         self.annotating.close()
 
-    async def draw(self, session: "Session", settings: "GenerationSettings") -> AsyncIterator[Ticket]:
+    async def draw(
+        self, session: "Session", settings: "GenerationSettings", maps: bool = False
+    ) -> AsyncIterator[Ticket]:
         """Yield the ticket of a run whenever there is news of it; the last time it has ended well or was cancelled.
 
         Args:
             settings: GenerationSettings, whose model, U-Net and LoRA are names of what is offered and whose files are kept.
+            maps: whether maps are written too, see `Drawing`.
 
         Raises:
             FieldError: what was asked for cannot be done.
         """
-        drawing = Drawing(self.models, self.store, settings, self.marker)
+        drawing = Drawing(self.models, self.store, settings, self.marker, maps)
         session.ticket = ticket = _submit(self.worker, drawing, "run")
         try:
             async for _ in _news(ticket):

@@ -48,6 +48,17 @@ def read(image: Image.Image | np.ndarray) -> Scene:
     Raises:
         ValueError: if the image has another size or kind of numbers.
     """
+    background, sprites = _look(image)
+    return Scene(tuple(sprite for sprite, _ in sprites), background)
+
+
+def find_sprites(image: Image.Image | np.ndarray) -> list[tuple[Sprite, np.ndarray]]:
+    """The sprites that `read` sees, each with where it is: (64, 64) float32 in [0, 1], how surely a pixel is its own."""
+    return _look(image)[1]
+
+
+def _look(image):
+    """Name of the background, and the sprites from left to right with their pixels."""
     pixels = _to_array(image)
     top, bottom, left, right = pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]
     border = np.concatenate([side.reshape(-1, 3) for side in (top, bottom, left, right)])
@@ -59,9 +70,10 @@ def read(image: Image.Image | np.ndarray) -> Scene:
     # squared: what is nearly backdrop counts for little, or the noise of a backdrop close to a mixture would add up
     presence = (distance / (1.33 * contrast)).clip(0, 1) ** 2
     boxes = _find_boxes(_despeckle(distance > contrast), presence)
-    sprites = [_read_sprite(pixels, backdrop, presence * place) for place in _find_places(boxes)]
+    own = [presence * place for place in _find_places(boxes)]
+    sprites = [(_read_sprite(pixels, backdrop, pixels_of_it), pixels_of_it) for pixels_of_it in own]
     background = min(BACKGROUNDS, key=lambda name: np.linalg.norm(backdrop - BACKGROUNDS[name]))
-    return Scene(tuple(sprites), background)
+    return background, sprites
 
 
 def _to_array(image):

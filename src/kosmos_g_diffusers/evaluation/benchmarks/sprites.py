@@ -22,6 +22,7 @@ from ...sprites.world import (
     render,
 )
 from ..manifest import OWN_PICTURES, Manifest, Task, derive_seed
+from ..where import MAPS_NOTE, PLACED, PLACED_NOTE, MapScorer, compare_places, draw_placed
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -35,11 +36,15 @@ network.
 
 Two more kinds are what users bring and no training had: --kind own-drawings, 60 drawings of the world's shapes by another renderer
 (other sizes, places, edges, colours), and --kind typed-words, 200 prompts as people type them.
+
+--maps, --binding and --kind placed measure where the input images go (docs/maps.md).
 """
 EXAMPLES = """
   kosmos-g evaluate sprites --output runs/sprites
   kosmos-g evaluate sprites --count 20 --output runs/sprites-quick
   kosmos-g evaluate sprites --kind own-drawings --kind typed-words --output runs/sprites-of-others
+  kosmos-g evaluate sprites --kind pair --binding 1 --maps --output runs/bound
+  kosmos-g evaluate sprites --kind placed --output runs/placed
   kosmos-g evaluate sprites --model runs/sprites-training/model --output runs/mine
 """
 SETTINGS: dict[str, Any] = {
@@ -70,14 +75,19 @@ FOREIGN_NOTES = {
     TYPED: "typed-words: right is what the prompt names, whatever else there is; `all named` takes size and background too. "
     + "; ".join(f'{name}: "{prompt}"' for name, prompt in typed_words.KINDS.items())
     + ".",
+    PLACED: PLACED_NOTE,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, kinds = parser.add_argument, (*KINDS, *FOREIGN)
+    add, kinds = parser.add_argument, (*KINDS, *FOREIGN, PLACED)
     text = f"{', '.join(kinds)}; repeat it (default: the first {len(KINDS)})"
     add("--kind", action="append", dest="kinds", choices=kinds, metavar="KIND", help=text)
     others = ", ".join(f"of {kind} {count}" for kind, count in FOREIGN.items())
+    text = "keep the maps of each image and score them, with the maps of another prompt as control"
+    add("--maps", action="store_true", help=text)
+    text = "weight that gives each input image a region of its own (default: 0, off)"
+    add("--binding", type=float, metavar="WEIGHT", help=text)
     add("--count", type=int, metavar="N", help=f"prompts of each kind (default: {COUNT}, {others})")
 
 
@@ -89,13 +99,22 @@ def plan(arguments: argparse.Namespace) -> Manifest:
     options = {"prompts": counts}
     if kinds in (KINDS, FIRST_KINDS):
         options = {"prompts of each kind": COUNT if arguments.count is None else arguments.count}
+    scorers, notes = (
+        [ReaderScorer()],
+        [NOTE, *(note for kind, note in FOREIGN_NOTES.items() if kind in kinds)],
+    )
+    if arguments.maps:
+        options["maps"] = "kept"
+        scorers.append(MapScorer(arguments.output))
+        notes.append(MAPS_NOTE)
     return Manifest(
         benchmark="sprites",
         options=options,
         tasks=tasks,
         files={f"{OWN_PICTURES}/{path}": content for path, content in images.items()},
-        scorers=(ReaderScorer(),),
-        notes=(NOTE, *(note for kind, note in FOREIGN_NOTES.items() if kind in kinds)),
+        scorers=tuple(scorers),
+        notes=tuple(notes),
+        keep_maps=arguments.maps,
     )
 
 
@@ -185,13 +204,16 @@ def _type(kind, number, seed):
     return typed.prompt, typed.prompt, [], {"row": f"{kind}: {variant}", **truth}
 
 
-DRAW: dict[str, Callable[..., Any]] = {DRAWINGS: _draw_foreign, TYPED: _type}
+DRAW: dict[str, Callable[..., Any]] = {DRAWINGS: _draw_foreign, TYPED: _type, PLACED: draw_placed}
 
 
 def _shuffle(kind, truth, other):
     """What would be true if the input images were those of `other` and the words stayed; None if there are none."""
     if kind in ("text", TYPED):
         return None
+    if kind == PLACED:
+        regions = [other["regions"][index % len(other["regions"])] for index in range(len(truth["regions"]))]
+        return {**truth, "regions": regions}
     if kind == "edit":  # the new colour is a word, the background part of the image
         (_, colour, _), (shape, _, pattern) = truth["sprites"][0], other["sprites"][0]
         return {"background": other["background"], "sprites": [[shape, colour, pattern]]}
@@ -227,6 +249,10 @@ class ReaderScorer:
             scene, kind, truth = read(image), task.truth["kind"], task.truth
             scores = {}
             for prefix, wanted in ((kind, truth), (f"{kind}.{CONTROL}", truth[CONTROL])):
+                if kind == PLACED:
+                    places = compare_places(image, wanted)
+                    scores |= {f"{prefix}.{name}": value for name, value in places.items()}
+                    continue
                 if wanted is None:
                     continue
                 seen = compare_with_truth(kind, scene, wanted)
