@@ -104,10 +104,13 @@ class KosmosGPromptMixin:
     `image`, `control_image` and `mask_image` may also be what `images` takes, paths and URLs for instance. A PIL image or an
     array is never latents, whatever its channels; a tensor with the VAE's number of latent channels is.
 
+    `pipe.vision_cache = VisionCache(max_bytes)` keeps the states of images for the calls to come; the result is the same.
+
     A small model that declares its world (`KosmosGTokenizer.world`) warns once a call of words, images and sizes outside it.
     """
 
     warns_outside_world = True  # set it to False on a pipeline that is to say nothing of it
+    vision_cache: Any = None  # a VisionCache: states of images that come again are not computed again
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give `__call__` the stock pipeline's signature and our two keywords, for `help()` and whoever inspects it."""
@@ -408,12 +411,21 @@ class KosmosGPromptMixin:
         return [f"images of {size[1]} x {size[0]} pixels ({own[1]} x {own[0]} alone)"]
 
     def _encode_inputs(self, inputs, device, clip_skip=None):
-        inputs = inputs.to(device)
+        inputs = dict(inputs)
+        if self.vision_cache is not None and "pixel_values" in inputs:
+            inputs["image_embeds"] = self._encode_images(inputs.pop("pixel_values"), device)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         # always through forward, so that the hooks of offloading fire
         output = self.text_encoder(**inputs, output_hidden_states=clip_skip is not None)
         if clip_skip is None:
             return output.last_hidden_state
         return self.text_encoder.text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])
+
+    def _encode_images(self, pixel_values, device):
+        """(N, 3, S, S) -> states (N, Q, D); those that the cache knows are not computed."""
+        if self.vision_cache is not None:
+            return self.vision_cache.encode(self.text_encoder, pixel_values, device)
+        return self.text_encoder(pixel_values=pixel_values.to(device)).image_embeds
 
     def get_processor(self) -> Any:
         """The KosmosGProcessor of this tokenizer, with the sizes of this encoder.
@@ -675,8 +687,8 @@ class KosmosGPromptMixin:
         pixel_values = torch.stack([torch.from_numpy(processor.preprocess(one)) for one in images])
         if (world := self._world()) is not None:
             self._warn(sys.modules[type(processor).__module__].outside_world(world, [], pixel_values))
-        output = self.text_encoder(pixel_values=pixel_values.to(self._execution_device))
-        self._register_image_words({word: output.image_embeds * strength})
+        image_embeds = self._encode_images(pixel_values, self._execution_device)
+        self._register_image_words({word: image_embeds * strength})
 
     def remove_image_word(self, word: str) -> None:
         """Forget an image word. Raises ValueError if there is none of that name."""
@@ -1223,7 +1235,9 @@ class KosmosGPromptMixin:
         kwargs = _with_dtype(kwargs)
         if kwargs.get("dtype") is None:
             kwargs["dtype"] = KEEP_DTYPES
-        return super().from_pipe(pipeline, **kwargs)
+        pipe = super().from_pipe(pipeline, **kwargs)
+        pipe.vision_cache = getattr(pipeline, "vision_cache", None)
+        return pipe
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As diffusers', where `from_pipe` ends; there the default is to cast nothing."""
