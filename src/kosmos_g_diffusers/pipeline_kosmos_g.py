@@ -804,12 +804,7 @@ class KosmosGPromptMixin:
         if any(isinstance(entry, str) or len(entry) not in (2, 3) for entry in prompts):
             raise ValueError("blend takes a list with (prompt, weight) or (prompt, weight, images) for each.")
         prompts = [(*entry, None)[:3] for entry in prompts]
-        weights = torch.tensor([float(weight) for _, weight, _ in prompts], dtype=torch.float64)
-        if not prompts or not weights.isfinite().all() or weights.sum().abs() < 1e-6:
-            raise ValueError(
-                f"blend was given {len(prompts)} prompts with the weights {weights.tolist()}. Expected at least one, and "
-                "finite weights that do not sum to 0."
-            )
+        weights = _read_weights([weight for _, weight, _ in prompts], "prompts")
         processor = self.get_processor()
         batch = [parsed for prompt, _, images in prompts for parsed in processor.parse(prompt, images)]
         if len(batch) != len(prompts):
@@ -818,9 +813,15 @@ class KosmosGPromptMixin:
                 "list of strings is a batch."
             )
         condition, _ = self.encode_prompt(batch, do_classifier_free_guidance=False)
-        dtype = torch.promote_types(condition.dtype, torch.float32)
-        weights = (weights / weights.sum()).to(dtype).to(condition.device)
-        return torch.einsum("i,ikd->kd", weights, condition.to(dtype))[None].to(condition.dtype)
+        return self.blend_conditions(condition, weights)
+
+    @staticmethod
+    def blend_conditions(conditions: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+        """The same of conditions that are there: (N, 77, 768) and N weights -> (1, 77, 768). ValueError as `blend`."""
+        weights = torch.tensor(_read_weights(weights, "conditions"), dtype=torch.float64)
+        dtype = torch.promote_types(conditions.dtype, torch.float32)
+        weights = (weights / weights.sum()).to(dtype).to(conditions.device)
+        return torch.einsum("i,ikd->kd", weights, conditions.to(dtype))[None].to(conditions.dtype)
 
     @torch.no_grad()
     def encode_with_clip(
@@ -1282,6 +1283,17 @@ def _is_finite(value):
         return not isinstance(value, str) and math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
+
+
+def _read_weights(weights, what):
+    """Weights of a blend as numbers. ValueError for those that no mean can be made with."""
+    weights = [float(weight) for weight in weights]
+    if not weights or not all(map(math.isfinite, weights)) or abs(math.fsum(weights)) < 1e-6:
+        raise ValueError(
+            f"blend was given {len(weights)} {what} with the weights {weights}. Expected at least one, and "
+            "finite weights that do not sum to 0."
+        )
+    return weights
 
 
 def _short(value, length=100):
