@@ -123,12 +123,13 @@ def test_rooms_floors_arrows_and_lines_are_few():
     # two rooms came with the marks of generated images and with what other libraries print; the modules that the command
     # line reads without torch stand apart from those that work; types and the checks of strangers' files are lines;
     # the app holds the cache of images' states, which is the encoder's; ComfyUI's nodes are a room
+    # that uses six others, seven files with the command, and the cache and they are some 1,150 lines
     assert len(graph) <= 28
     assert max(floor_of(room, graph) for room in graph) <= 10
-    assert sum(map(len, graph.values())) <= 99
+    assert sum(map(len, graph.values())) <= 106
     assert sum(path.parent == SOURCE for path in FILES) <= 17
-    assert len(FILES) <= 126
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 22_800
+    assert len(FILES) <= 134
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 24_000
 
 
 def test_modules_import_each_other_in_one_direction():

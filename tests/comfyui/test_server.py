@@ -26,7 +26,8 @@ from kosmos_g_diffusers.testing import build_tiny_pipeline
 COMFYUI = os.environ.get("COMFYUI", "")
 WORKFLOWS = ("two_pictures", "controlnet", "lora", "image_to_image")
 DEMO = "sprites (demo, only with its own U-Net)"
-SEED, STEPS, GUIDANCE = 3, 8, 5.0
+SEED, GUIDANCE = 3, 5.0
+STEPS = 10  # from 999 to 0 by 111: ComfyUI rounds time steps that are not whole, diffusers does not
 STAR_NODE = {"class_type": "LoadImage", "inputs": {"image": "kosmos_g_star.png"}}
 HEART_NODE = {"class_type": "LoadImage", "inputs": {"image": "kosmos_g_heart.png"}}
 # reads what ComfyUI computes on the way, and the noise of its samplers
