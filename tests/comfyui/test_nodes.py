@@ -404,6 +404,12 @@ def test_conditionings_of_different_lengths_are_not_blended(nodes, encoder):
         run_node(nodes.KosmosGBlend, weights="1, 1", conditioning1=one, conditioning2=twice)
 
 
+def test_combined_conditionings_are_not_blended(nodes, encoder):
+    one = run_node(nodes.KosmosGPrompt, kosmos_g=encoder, text="a")
+    with pytest.raises(ValueError, match="of 2 parts cannot be blended"):
+        run_node(nodes.KosmosGBlend, weights="1, 1", conditioning1=one, conditioning2=[*one, *one])
+
+
 def test_blend_keeps_the_options_of_the_first_conditioning(nodes, encoder):
     one = run_node(nodes.KosmosGPrompt, kosmos_g=encoder, text="a")
     with_options = [[one[0][0], {"strength": 0.5}]]

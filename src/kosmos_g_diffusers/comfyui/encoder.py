@@ -162,20 +162,26 @@ def save_words(encoder: Encoder, path: str | Path) -> None:
         pipe.save_image_words(path)
 
 
-def blend(conditions: Sequence[torch.Tensor], weights: str) -> torch.Tensor:
-    """Weighted mean of conditions (1, K, A), as `KosmosGPipeline.blend`. `weights`: numbers with commas between them.
+def blend(conditionings: Sequence[list[Any]], weights: str) -> list[Any]:
+    """Weighted mean of CONDITIONINGs, as `KosmosGPipeline.blend`, with the options of the first one.
+
+    Args:
+        weights: numbers with commas between them.
 
     Raises:
-        ValueError: other numbers of weights, or conditions of different shapes.
+        ValueError: other numbers of weights, or conditionings of several parts or of different shapes.
     """
-    shapes = {tuple(condition.shape) for condition in conditions}
+    values = read_weights(weights, len(conditionings))
+    parts = max(map(len, conditionings), default=1)
+    if parts > 1:
+        raise ValueError(f"A conditioning of {parts} parts cannot be blended. Blend first, then combine.")
+    states = [conditioning[0][0] for conditioning in conditionings]
+    shapes = {tuple(one.shape) for one in states}
     if len(shapes) > 1:
         raise ValueError(
             f"Conditionings of the shapes {sorted(shapes)} cannot be blended. Give all the same shape."
         )
-    return KosmosGPipeline.blend_conditions(
-        torch.cat(list(conditions)), read_weights(weights, len(conditions))
-    )
+    return [[KosmosGPipeline.blend_conditions(torch.cat(states), values), dict(conditionings[0][0][1])]]
 
 
 def check_model(encoder: Encoder, model: Any) -> None:

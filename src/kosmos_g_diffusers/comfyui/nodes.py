@@ -1,6 +1,5 @@
 """The nodes, in ComfyUI's V3 form. What they do is in `encoder.py`; this module says what they look like."""
 
-import hashlib
 import os
 import re
 from importlib import import_module
@@ -12,6 +11,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from ..environment import DTYPES
+from ..files import hash_file
 from ..sprites.pretrained import SPRITES
 from .checks import AUTO, count_problem, read_weights
 
@@ -29,32 +29,44 @@ del kind
 EncoderLink = io.Custom("KOSMOS_G")
 
 
+def schema(
+    node: type, display_name: str, description: str, inputs: list, outputs: list, **more: Any
+) -> io.Schema:
+    texts = {"node_id": node.__name__, "display_name": display_name, "description": description}
+    return io.Schema(**texts, category=CATEGORY, inputs=inputs, outputs=outputs, **more)
+
+
 def encoder_input() -> Any:
-    return EncoderLink.Input(
-        "kosmos_g", tooltip="The Kosmos-G encoder used for encoding the text and the images."
-    )
+    return EncoderLink.Input("kosmos_g", tooltip="The Kosmos-G encoder used for the text and the images.")
+
+
+def encoder_output(tooltip: str) -> Any:
+    return EncoderLink.Output(display_name="KOSMOS_G", tooltip=tooltip)
+
+
+def prompt_inputs(text_tooltip: str) -> list[Any]:
+    model = "Optional, only checked: stops a model that takes states of another width, such as SDXL."
+    image = "An image for a <i> of the text. A batch is several images in its place."
+    return [
+        encoder_input(),
+        io.String.Input("text", multiline=True, dynamic_prompts=True, default="", tooltip=text_tooltip),
+        io.Model.Input("model", optional=True, tooltip=model),
+        *growing(io.Image, "image", image),
+    ]
 
 
 def growing(kind: Any, prefix: str, tooltip: str) -> list[Any]:
     """Optional inputs PREFIX1, PREFIX2, ...; `web/kosmos_g.js` shows those that are connected and one more."""
-    return [
-        kind.Input(f"{prefix}{number}", optional=True, tooltip=tooltip)
-        for number in range(1, MOST_INPUTS + 1)
-    ]
+    return [kind.Input(name, optional=True, tooltip=tooltip) for name in names_of(prefix)]
 
 
 def connected(inputs: dict[str, Any], prefix: str) -> list[Any]:
     """The values of connected growing inputs, in the order of their numbers."""
-    return [
-        inputs[name]
-        for name in (f"{prefix}{number}" for number in range(1, MOST_INPUTS + 1))
-        if name in inputs
-    ]
+    return [inputs[name] for name in names_of(prefix) if name in inputs]
 
 
-def model_input() -> Any:
-    tooltip = "Optional, only checked: stops a model that takes states of another width, such as SDXL."
-    return io.Model.Input("model", optional=True, tooltip=tooltip)
+def names_of(prefix: str) -> list[str]:
+    return [f"{prefix}{number}" for number in range(1, MOST_INPUTS + 1)]
 
 
 def model_folders() -> dict[str, str]:
@@ -96,40 +108,19 @@ class KosmosGLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         names = [*sorted(model_folders()), DEMO]
-        return io.Schema(
-            node_id="KosmosGLoader",
-            display_name="Load Kosmos-G",
-            category=CATEGORY,
-            description="Loads Kosmos-G's text encoder, which reads words and images for Stable Diffusion 1.5.",
-            inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=names,
-                    default=names[0],
-                    tooltip=(
-                        "A folder under models/kosmos_g, as kosmos-g convert writes it. The demo is a small model that draws "
-                        "with Load Sprites alone."
-                    ),
-                ),
-                io.String.Input(
-                    "hub_id",
-                    default="",
-                    optional=True,
-                    tooltip=("A repository on the Hugging Face Hub, OWNER/NAME, in the place of a folder."),
-                ),
-                io.Combo.Input(
-                    "dtype",
-                    options=[AUTO, *DTYPES],
-                    default=AUTO,
-                    optional=True,
-                    tooltip=("auto takes float16 on a GPU and float32 on a CPU."),
-                ),
+        folder = "A folder under models/kosmos_g, as kosmos-g convert writes it. The demo draws with Load Sprites alone."
+        hub_id = "A repository on the Hugging Face Hub, OWNER/NAME, in the place of a folder."
+        dtype = "auto takes float16 on a GPU and float32 on a CPU."
+        return schema(
+            cls,
+            "Load Kosmos-G",
+            "Loads Kosmos-G's text encoder, which reads words and images for Stable Diffusion 1.5.",
+            [
+                io.Combo.Input("model_name", options=names, default=names[0], tooltip=folder),
+                io.String.Input("hub_id", default="", optional=True, tooltip=hub_id),
+                io.Combo.Input("dtype", options=[AUTO, *DTYPES], default=AUTO, optional=True, tooltip=dtype),
             ],
-            outputs=[
-                EncoderLink.Output(
-                    display_name="KOSMOS_G", tooltip="The encoder, for prompt and image word nodes."
-                )
-            ],
+            [encoder_output("The encoder, for prompt and image word nodes.")],
         )
 
     @classmethod
@@ -140,31 +131,12 @@ class KosmosGLoader(io.ComfyNode):
 class KosmosGPrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="KosmosGPrompt",
-            display_name="Kosmos-G Prompt",
-            category=CATEGORY,
-            description="Encodes a prompt of words and images into a conditioning that can be used to guide the diffusion model.",
-            inputs=[
-                encoder_input(),
-                io.String.Input(
-                    "text",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip=(
-                        "The text to be encoded, with <i> for each image, in the order of the inputs: <i> in the suit of <i>"
-                    ),
-                ),
-                model_input(),
-                *growing(
-                    io.Image,
-                    "image",
-                    "An image for a <i> of the text. A batch is several images in its place.",
-                ),
-            ],
-            outputs=[
-                io.Conditioning.Output(tooltip="A conditioning containing the embedded text and images.")
-            ],
+        return schema(
+            cls,
+            "Kosmos-G Prompt",
+            "Encodes a prompt of words and images into a conditioning that can be used to guide the diffusion model.",
+            prompt_inputs("The text to be encoded, with <i> for each image, in the order of the inputs."),
+            [io.Conditioning.Output(tooltip="A conditioning containing the embedded text and images.")],
         )
 
     @classmethod
@@ -180,28 +152,12 @@ class KosmosGPrompt(io.ComfyNode):
 class KosmosGNegative(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="KosmosGNegative",
-            display_name="Kosmos-G Negative",
-            category=CATEGORY,
-            description="Encodes what is to be avoided. Without a text it is the null condition that Kosmos-G was trained with.",
-            inputs=[
-                encoder_input(),
-                io.String.Input(
-                    "text",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip=("What is to be avoided; leave it empty for the null condition."),
-                ),
-                model_input(),
-                *growing(
-                    io.Image,
-                    "image",
-                    "An image for a <i> of the text. A batch is several images in its place.",
-                ),
-            ],
-            outputs=[io.Conditioning.Output(tooltip="A conditioning for the negative input of a sampler.")],
+        return schema(
+            cls,
+            "Kosmos-G Negative",
+            "Encodes what is to be avoided. Without a text it is the null condition that Kosmos-G was trained with.",
+            prompt_inputs("What is to be avoided; leave it empty for the null condition."),
+            [io.Conditioning.Output(tooltip="A conditioning for the negative input of a sampler.")],
         )
 
     @classmethod
@@ -217,31 +173,23 @@ class KosmosGNegative(io.ComfyNode):
 class KosmosGImageWord(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="KosmosGImageWord",
-            display_name="Image Word",
-            category=CATEGORY,
-            description="Gives images a name, which prompts behind this node use like a word.",
-            inputs=[
+        name, images = (
+            "Lower-case letters, digits and hyphens, in <>.",
+            "The image; a batch is several for one word.",
+        )
+        strength = {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.05}
+        strength["tooltip"] = "How strongly the images act: 1 as they are, 0 not at all."
+        return schema(
+            cls,
+            "Image Word",
+            "Gives images a name, which prompts behind this node use like a word.",
+            [
                 encoder_input(),
-                io.String.Input(
-                    "name", default="<my-dog>", tooltip="Lower-case letters, digits and hyphens, in <>."
-                ),
-                io.Image.Input(
-                    "images", tooltip="The image; a batch is several, all of which the word means."
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip=("How strongly the images act: 1 as they are, 0 not at all."),
-                ),
+                io.String.Input("name", default="<my-dog>", tooltip=name),
+                io.Image.Input("images", tooltip=images),
+                io.Float.Input("strength", **strength),
             ],
-            outputs=[
-                EncoderLink.Output(display_name="KOSMOS_G", tooltip="The encoder, which knows the word.")
-            ],
+            [encoder_output("The encoder, which knows the word.")],
         )
 
     @classmethod
@@ -252,50 +200,37 @@ class KosmosGImageWord(io.ComfyNode):
 class KosmosGLoadImageWords(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="KosmosGLoadImageWords",
-            display_name="Load Image Words",
-            category=CATEGORY,
-            description="Loads image words from a file that Save Image Words, kosmos-g app or save_image_words wrote.",
-            inputs=[
-                encoder_input(),
-                io.Combo.Input(
-                    "words_name",
-                    options=folder_paths.get_filename_list(WORDS),
-                    tooltip=("A file under models/kosmos_g_words or output/kosmos_g_words."),
-                ),
-            ],
-            outputs=[
-                EncoderLink.Output(display_name="KOSMOS_G", tooltip="The encoder, which knows the words.")
-            ],
+        names = [name for name in folder_paths.get_filename_list(WORDS) if name.endswith(".safetensors")]
+        file = "A file under models/kosmos_g_words or output/kosmos_g_words."
+        return schema(
+            cls,
+            "Load Image Words",
+            "Loads image words from a file that Save Image Words, kosmos-g app or save_image_words wrote.",
+            [encoder_input(), io.Combo.Input("words_name", options=names, tooltip=file)],
+            [encoder_output("The encoder, which knows the words.")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, words_name: str, **inputs: Any) -> str:
         path = folder_paths.get_full_path(WORDS, words_name)
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+        return hash_file(path) if path else ""
 
     @classmethod
     def execute(cls, kosmos_g: Any, words_name: str) -> io.NodeOutput:
-        return io.NodeOutput(
-            work().load_words(kosmos_g, folder_paths.get_full_path_or_raise(WORDS, words_name))
-        )
+        path = folder_paths.get_full_path_or_raise(WORDS, words_name)
+        return io.NodeOutput(work().load_words(kosmos_g, path))
 
 
 class KosmosGSaveImageWords(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="KosmosGSaveImageWords",
-            display_name="Save Image Words",
-            category=CATEGORY,
-            description="Saves the image words of an encoder to your ComfyUI output directory.",
-            inputs=[
-                encoder_input(),
-                io.String.Input(
-                    "filename_prefix", default=f"{WORDS}/words", tooltip="The prefix for the file to save."
-                ),
-            ],
+        prefix = {"default": f"{WORDS}/words", "tooltip": "The prefix for the file to save."}
+        return schema(
+            cls,
+            "Save Image Words",
+            "Saves the image words of an encoder to your ComfyUI output directory.",
+            [encoder_input(), io.String.Input("filename_prefix", **prefix)],
+            [],
             is_output_node=True,
         )
 
@@ -310,47 +245,39 @@ class KosmosGSaveImageWords(io.ComfyNode):
 class KosmosGBlend(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="KosmosGBlend",
-            display_name="Kosmos-G Blend",
-            category=CATEGORY,
-            description="Mixes conditionings: their weighted mean. A negative weight moves away from one.",
-            inputs=[
-                io.String.Input(
-                    "weights",
-                    default="1, 1",
-                    tooltip="One number for each conditioning, in their order: 1, 0.5",
-                ),
+        weights = "One number for each conditioning, in their order: 1, 0.5"
+        return schema(
+            cls,
+            "Kosmos-G Blend",
+            "Mixes conditionings: their weighted mean. A negative weight moves away from one.",
+            [
+                io.String.Input("weights", default="1, 1", tooltip=weights),
                 *growing(io.Conditioning, "conditioning", "A conditioning to be mixed in."),
             ],
-            outputs=[io.Conditioning.Output(tooltip="The weighted mean.")],
+            [io.Conditioning.Output(tooltip="The weighted mean.")],
         )
 
     @classmethod
     def validate_inputs(cls, weights: str | None = None, **inputs: Any) -> bool | str:
         try:
-            read_weights("1" if weights is None else weights, len(connected(inputs, "conditioning")))
+            return weights is None or bool(read_weights(weights, len(connected(inputs, "conditioning"))))
         except ValueError as error:
-            return weights is None or str(error)
-        return True
+            return str(error)
 
     @classmethod
     def execute(cls, weights: str, **inputs: Any) -> io.NodeOutput:
-        given = connected(inputs, "conditioning")
-        mixed = work().blend([states for one in given for states, _ in one[:1]], weights)
-        return io.NodeOutput([[mixed, dict(given[0][0][1])]])
+        return io.NodeOutput(work().blend(connected(inputs, "conditioning"), weights))
 
 
 class KosmosGSprites(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="KosmosGSprites",
-            display_name="Load Sprites (demo)",
-            category=CATEGORY,
-            description="The small model that ships with kosmos-g-diffusers, to try the nodes: it draws 64 pixel sprites.",
-            inputs=[],
-            outputs=[
+        return schema(
+            cls,
+            "Load Sprites (demo)",
+            "The small model that ships with kosmos-g-diffusers, to try the nodes: it draws 64 pixel sprites.",
+            [],
+            [
                 io.Model.Output(tooltip="Its U-Net, which the small encoder alone fits."),
                 io.Vae.Output(tooltip="Its VAE: 4 pixels a latent, so Empty Latent Image takes 128 x 128."),
                 io.ControlNet.Output(tooltip="Its ControlNet, for canny edges."),
