@@ -385,3 +385,14 @@ def test_states_and_pixels_of_an_image_are_not_given_together(pipe):
         encoder(**inputs, image_embeds=states[0])
     with pytest.raises(ValueError, match="but 2 images of"):
         encoder(**inputs, image_embeds=states.repeat(2, 1, 1))
+
+
+def test_a_number_of_a_quantised_weight_is_noticed(pipe):
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe.text_encoder.to(torch.bfloat16)
+    quantization.quantize_(pipe.text_encoder, quantization.Int8WeightOnlyConfig(version=2))
+    assert torch.equal(encode(pipe), uncached(pipe))
+    assert torch.equal(encode(pipe), uncached(pipe))
+    weight_of(pipe).qdata[0, 0] += 1
+    assert torch.equal(encode(pipe), uncached(pipe))
+    assert (pipe.vision_cache.hits, pipe.vision_cache.misses) == (1, 2)

@@ -780,7 +780,7 @@ def _fingerprint(encoder, device):
         encoder.config.vision_config._attn_implementation,
         torch.get_float32_matmul_precision(),
     ]
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         told.append(torch.get_autocast_dtype(device.type))
     sums = {}  # device -> vectors
     for part in (encoder.vision_model, encoder.image_to_text_projection):

@@ -38,7 +38,7 @@ def test_installing_writes_one_folder_of_the_registrys_layout(comfyui):
     assert (outcome.folder, outcome.changed, outcome.kept) == (folder, True, ())
     assert [path.name for path in (comfyui / "custom_nodes").iterdir()] == ["kosmos_g"]
     written = contents(folder)
-    for name in ("__init__.py", "pyproject.toml", "requirements.txt", "web/kosmos_g.js"):
+    for name in ("__init__.py", "README.md", "pyproject.toml", "requirements.txt", "web/kosmos_g.js"):
         assert written[name] == (SOURCE / name).read_bytes()
     for name in WORKFLOWS:
         for prefix in ("", "sprites_"):
@@ -194,6 +194,8 @@ def test_folder_for_the_registry_has_this_version():
     text = (SOURCE / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^version = "(.*)"$', text, re.M)[1] == __version__
     assert "[tool.comfy]" in text
+    said = (SOURCE / "README.md").read_text(encoding="utf-8")
+    assert f"Tried on ComfyUI {', '.join(TESTED)}." in said
 
 
 @pytest.mark.parametrize("name", [f"{prefix}{name}" for name in WORKFLOWS for prefix in ("", "sprites_")])

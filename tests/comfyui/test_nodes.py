@@ -426,7 +426,7 @@ def test_blend_keeps_the_options_of_the_first_conditioning(nodes, encoder):
 def test_sprites_compute_what_diffusers_computes(nodes):
     model, vae, control = run_node(nodes.KosmosGSprites)
     generator = torch.Generator().manual_seed(0)
-    unet = UNet2DConditionModel.from_pretrained(SPRITES, subfolder="unet", torch_dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(SPRITES, subfolder="unet", dtype=torch.float32)
     config = model.model.model_config
     assert config.unet_config["context_dim"] == unet.config.cross_attention_dim
     x, timesteps = torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([900.0, 900.0])
@@ -437,14 +437,14 @@ def test_sprites_compute_what_diffusers_computes(nodes):
         unet(x, timesteps, context).sample,
     )
     hint = torch.rand(2, 3, 64, 64, generator=generator)
-    net = ControlNetModel.from_pretrained(f"{SPRITES}/controlnet", torch_dtype=torch.float32)
+    net = ControlNetModel.from_pretrained(f"{SPRITES}/controlnet", dtype=torch.float32)
     down, middle = net(x, timesteps, context, hint, return_dict=False)
     given = control.control_model(x=x, hint=hint, timesteps=timesteps, context=context)
     wanted = unet(
         x, timesteps, context, down_block_additional_residuals=down, mid_block_additional_residual=middle
     ).sample
     assert torch.equal(ours(x, timesteps, context=context, control={"input": [], **given}), wanted)
-    plain = AutoencoderKL.from_pretrained(SPRITES, subfolder="vae", torch_dtype=torch.float32)
+    plain = AutoencoderKL.from_pretrained(SPRITES, subfolder="vae", dtype=torch.float32)
     latents = vae.first_stage_model.encode(hint * 2 - 1)
     assert torch.equal(latents, plain.encode(hint * 2 - 1).latent_dist.mode())
     assert torch.equal(vae.first_stage_model.decode(latents), plain.decode(latents).sample)

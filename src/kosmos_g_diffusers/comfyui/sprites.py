@@ -61,7 +61,7 @@ class SpritesVAE(torch.nn.Module):
 def load_sprites() -> tuple[ModelPatcher, VAE, ControlNet]:
     """(MODEL, VAE, CONTROL_NET) of the small model, in float32."""
     device, offload = memory.get_torch_device(), memory.unet_offload_device()
-    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
+    options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
     unet = SpritesUNet.from_pretrained(SPRITES, subfolder="unet", **options).eval()
     vae = AutoencoderKL.from_pretrained(SPRITES, subfolder="vae", **options).eval()
     controlnet = ControlNetModel.from_pretrained(sprites_controlnet(SPRITES_CONTROL), **options).eval()
