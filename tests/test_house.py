@@ -25,7 +25,7 @@ ORDER = (
     ("generation",),
     ("data",),
     ("training", "evaluation", "sprites"),
-    ("serving",),
+    ("serving", "comfyui"),
     ("app", "commands"),
     ("cli",),
     ("__init__", "__main__"),
@@ -129,10 +129,12 @@ def test_rooms_floors_arrows_and_lines_are_few():
     # line reads without torch stand apart from those that work; types and the checks of strangers' files are lines; maps are a
     # room of their own, which pipelines import when it is asked for, and which drawing, evaluation and the app use
     assert max(floor_of(room, graph) for room in graph) <= 10
-    assert sum(map(len, graph.values())) <= 103
+    assert sum(map(len, graph.values())) <= 106
     assert sum(path.parent == SOURCE for path in FILES) <= 17
     assert len(FILES) <= 134
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 25_000
+    # the app holds the cache of images' states, which is the encoder's; ComfyUI's nodes are a room
+    # that uses six others, seven files with the command, and the cache and they are some 1,150 lines
 
 
 def test_modules_import_each_other_in_one_direction():

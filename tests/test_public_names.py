@@ -8,7 +8,7 @@ NAMES = {
     "kosmos_g_diffusers": (
         "KosmosGControlNetImg2ImgPipeline KosmosGControlNetInpaintPipeline KosmosGControlNetPipeline "
         "KosmosGImg2ImgPipeline KosmosGInpaintPipeline KosmosGPipeline KosmosGProcessor KosmosGTextEncoder "
-        "KosmosGTextEncoderConfig KosmosGTokenizer SPRITES __version__ convert_checkpoint"
+        "KosmosGTextEncoderConfig KosmosGTokenizer SPRITES VisionCache __version__ convert_checkpoint"
     ),
     "kosmos_g_diffusers.conversion": "convert_checkpoint",
     "kosmos_g_diffusers.control": "CONTROLS control_image control_preview load_annotator load_controlnet",

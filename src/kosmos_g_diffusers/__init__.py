@@ -8,7 +8,7 @@ from .sprites.pretrained import SPRITES
 
 if TYPE_CHECKING:
     from .conversion import convert_checkpoint
-    from .modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig
+    from .modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig, VisionCache
     from .pipeline_kosmos_g import (
         KosmosGControlNetImg2ImgPipeline,
         KosmosGControlNetInpaintPipeline,
@@ -31,6 +31,7 @@ __all__ = [
     "KosmosGTextEncoderConfig",
     "KosmosGTokenizer",
     "SPRITES",
+    "VisionCache",
     "__version__",
     "convert_checkpoint",
 ]
@@ -44,7 +45,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         ".conversion": "convert_checkpoint",
-        ".modeling_kosmos_g": "KosmosGTextEncoder KosmosGTextEncoderConfig",
+        ".modeling_kosmos_g": "KosmosGTextEncoder KosmosGTextEncoderConfig VisionCache",
         ".pipeline_kosmos_g": (
             "KosmosGControlNetImg2ImgPipeline KosmosGControlNetInpaintPipeline KosmosGControlNetPipeline "
             "KosmosGImg2ImgPipeline KosmosGInpaintPipeline KosmosGPipeline"

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from .commands import (
     app,
     caption,
+    comfyui,
     compare,
     control,
     convert,
@@ -41,6 +42,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     train,
     evaluate,
     compare,
+    comfyui,
     env,
 )
 EXPECTED = (

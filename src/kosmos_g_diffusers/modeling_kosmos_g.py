@@ -9,8 +9,10 @@ language model (2048), S image size (224), A width of the condition (768), K its
 This file is copied into saved model folders and stands alone: it needs torch and transformers only.
 """
 
+import hashlib
 import shutil
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -392,7 +394,8 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         keep = kwargs.get("output_hidden_states")
         keep = self.config.output_hidden_states if kwargs and keep is None else keep
         vision = self.vision_model.model
-        states = vision.pre_layrnorm(vision.embeddings(pixel_values))
+        # one layout in memory for all, which rounding may depend on
+        states = vision.pre_layrnorm(vision.embeddings(pixel_values.contiguous()))
         hidden_states = [states]
         for layer in vision.encoder.layers:
             states = layer(states, None)
@@ -490,6 +493,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        image_embeds: torch.Tensor | None = None,
     ) -> KosmosGTextEncoderOutput | tuple[Any, ...]:
         """Encode prompts.
 
@@ -504,6 +508,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             return_dict: False returns a tuple; None takes the configuration's.
             output_attentions: also return `cross_attentions` and `token_sources`; an encoder that is compiled runs in eager
                 mode then. None is False.
+            image_embeds: (N, Q, D), the states of these images, in the place of `pixel_values` (see `VisionCache`).
 
         Returns:
             KosmosGTextEncoderOutput. Columns that are padding in every row cost nothing, equal rows are computed once.
@@ -516,16 +521,18 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
             return_dict = self.config.return_dict
-        image_embeds = None
         if pixel_values is not None:
             self._check_pixel_values(pixel_values)
+        if image_embeds is not None:
+            self._check_image_embeds(image_embeds, pixel_values)
         if input_ids is None:
             if pixel_values is None:
                 raise ValueError("Neither input_ids nor pixel_values were given. Pass at least one of them.")
             output = KosmosGTextEncoderOutput(image_embeds=self.get_image_features(pixel_values))
             return output if return_dict else output.to_tuple()
         # a stock pipeline gives a negative prompt in the same way as a prompt
-        batch = self._arrange(input_ids, attention_mask, pixel_values, image_token_mask, "input")
+        images = pixel_values if image_embeds is None else image_embeds
+        batch = self._arrange(input_ids, attention_mask, images, image_token_mask, "input")
         if pixel_values is not None:
             image_embeds = self.get_image_features(pixel_values)
         slots = batch.gather_image_embeds(image_embeds, self.image_words)
@@ -591,7 +598,17 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                 "as KosmosGProcessor makes them."
             )
 
-    def _arrange(self, input_ids, attention_mask, pixel_values, image_token_mask, name):
+    def _check_image_embeds(self, image_embeds, pixel_values):
+        expected = (self.config.latent_query_num, self.config.text_config.embed_dim)
+        if pixel_values is not None:
+            raise ValueError("Both pixel_values and image_embeds were given. Pass one of them.")
+        if image_embeds.ndim != 3 or tuple(image_embeds.shape[1:]) != expected:
+            raise ValueError(
+                f"image_embeds of shape {tuple(image_embeds.shape)} were given. Expected (images, {expected[0]}, "
+                f"{expected[1]}), as get_image_features returns them."
+            )
+
+    def _arrange(self, input_ids, attention_mask, images, image_token_mask, name):
         """Check the input, spell image words out, drop padding columns and repeated rows (one copy to the host)."""
         config = self.config
         if input_ids.ndim != 2 or 0 in input_ids.shape:
@@ -609,7 +626,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         ids, mask, *slots = torch.stack([input_ids, *(mask.to(input_ids) for mask in masks)]).tolist()
         slots = slots[0] if slots else [[0] * len(row) for row in ids]
         n_slots = sum(map(sum, slots))
-        n_images = 0 if pixel_values is None else len(pixel_values)
+        n_images = 0 if images is None else len(images)
         if n_slots != n_images * config.latent_query_num:
             raise ValueError(
                 f"image_token_mask marks {n_slots} slots, but {n_images} images of {config.latent_query_num} states each "
@@ -693,6 +710,179 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         kept = [part for name, part in zip(names, self.image_words, strict=True) if name != word]
         self.image_words = nn.ModuleList(kept)
         self.config.image_words = [entry for entry in self.config.image_words if entry[0] != word]
+
+
+class VisionCache:
+    """States of images that were encoded before, for the pipelines that hold it: `pipe.vision_cache = VisionCache(2**26)`.
+
+    An image is known by its pixels, as the vision tower reads them, and by what its states depend on: all weights of the
+    tower and of the projection behind it, their adapters, dtype and device. Weights are compared by value, once a call, so
+    that a change in place, an adapter or a cast is noticed, and moving them to save memory loses nothing. The images of a
+    call that are not known are encoded together, as without a cache.
+
+    Nothing is kept in training mode, where gradients are wanted (call under `torch.no_grad()`), or of weights that cannot be
+    read. Several threads and pipelines may share one cache; a copy of it is empty.
+
+    Args:
+        max_bytes: that states may take on the host, (Q, D) numbers each: 256 KiB an image of the released size in float16.
+            The one that was not needed for the longest time goes first.
+
+    Attributes:
+        hits, misses: images that were known, and that were not, since it was made.
+
+    Raises:
+        ValueError: `max_bytes` is not a whole number from 0 on.
+    """
+
+    def __init__(self, max_bytes: int):
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
+            raise ValueError(
+                f"max_bytes={max_bytes!r} was given. Expected a whole number of bytes from 0 on."
+            )
+        self.max_bytes = max_bytes
+        self.hits = self.misses = 0
+        self._bytes = 0
+        self._states: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return type(self), (self.max_bytes,)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    @property
+    def nbytes(self) -> int:
+        """What the states that are kept take."""
+        return self._bytes
+
+    def clear(self) -> None:
+        """Forget all states."""
+        with self._lock:
+            self._states.clear()
+            self._bytes = 0
+
+    def encode(
+        self,
+        text_encoder: KosmosGTextEncoder,
+        pixel_values: torch.Tensor,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """States of images, encoded now where they are not known.
+
+        Args:
+            text_encoder: KosmosGTextEncoder.
+            pixel_values: (N, 3, S, S), as `forward` takes them.
+            device: where the encoder is called and the states are wanted; None takes that of `pixel_values`.
+
+        Returns:
+            (N, Q, D) in the encoder's dtype.
+        """
+        device = pixel_values.device if device is None else torch.device(device)
+        weights = _fingerprint(text_encoder, device)
+        if weights is None:
+            return text_encoder(pixel_values=pixel_values.to(device)).image_embeds
+        keys = [hashlib.sha256(weights + _bytes_of(image)).digest() for image in pixel_values]
+        with self._lock:
+            found = {key: self._states[key] for key in keys if key in self._states}
+            for key in found:
+                self._states.move_to_end(key)
+            self.hits += sum(key in found for key in keys)
+            self.misses += sum(key not in found for key in keys)
+        missing = {key: index for index, key in enumerate(keys) if key not in found}
+        if missing:
+            pixels = pixel_values[list(missing.values())].to(device)
+            # through forward, so that the hooks of offloading fire
+            encoded = dict(zip(missing, text_encoder(pixel_values=pixels).image_embeds, strict=True))
+            if _fingerprint(text_encoder, device) == weights:  # or another thread changed them meanwhile
+                self._keep(encoded)
+            found |= encoded
+        return torch.stack([found[key].to(device) for key in keys])
+
+    # or the states would be tensors of that mode for ever, which autograd may not save
+    @torch.inference_mode(False)
+    def _keep(self, encoded):
+        with self._lock:
+            for key, states in encoded.items():
+                states = states.detach().to("cpu", copy=True)
+                if key in self._states or states.nbytes > self.max_bytes:
+                    continue
+                self._states[key] = states
+                self._bytes += states.nbytes
+                while self._bytes > self.max_bytes:
+                    self._bytes -= self._states.popitem(last=False)[1].nbytes
+
+
+# of peft's layers: what decides, next to the weights, what they compute
+_ADAPTER_STATE = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+_BLOCK = 64  # numbers of 8 bytes that are added up before their place counts
+
+
+def _bytes_of(image):
+    """What tells one image (3, S, S) from another."""
+    return repr((image.dtype, tuple(image.shape))).encode() + bytes(
+        image.detach().cpu().contiguous().view(torch.uint8).numpy()
+    )
+
+
+def _fingerprint(encoder, device):
+    """Bytes for all that the states of images depend on but the images; None where they may not be kept.
+
+    Every weight is read. torch counts changes of a tensor, but not those through `.data`, as peft makes when it merges.
+    """
+    told = [
+        str(device),
+        encoder.config.vision_config._attn_implementation,
+        torch.get_float32_matmul_precision(),
+    ]
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        told.append(torch.get_autocast_dtype(device.type))
+    sums = {}  # device -> vectors
+    for part in (encoder.vision_model, encoder.image_to_text_projection):
+        for name, module in part.named_modules():
+            if module.training:
+                return None
+            told.append(
+                (name, type(module).__name__, *(getattr(module, key, None) for key in _ADAPTER_STATE))
+            )
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for key, tensor in tensors:
+                if torch.is_grad_enabled() and tensor.requires_grad:
+                    return None
+                for plain in _plain_tensors(module, key, tensor):
+                    if plain is None:
+                        return None
+                    told.append((key, plain.dtype, tuple(plain.shape)))
+                    sums.setdefault(plain.device, []).append(_block_sums(plain))
+    totals = []
+    for vectors in sums.values():
+        values = torch.cat(vectors)
+        places = torch.arange(1, len(values) + 1, device=values.device)
+        totals.append(torch.stack([values.sum(), (values * places).sum(), (values * places * places).sum()]))
+    return hashlib.sha256(repr((told, [total.tolist() for total in totals])).encode()).digest()
+
+
+def _plain_tensors(module, key, tensor) -> Iterator[torch.Tensor | None]:
+    """The tensors of plain numbers that a weight consists of; None for one that is not here to be read."""
+    if hasattr(tensor, "__tensor_flatten__"):  # quantised
+        for inner in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(module, key, getattr(tensor, inner))
+        return
+    if tensor.is_meta:  # offloaded layer by layer: accelerate keeps it with the hook that fetches it
+        hook = getattr(module, "_hf_hook", None)
+        maps = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
+        tensor = next((weights[key] for weights in maps if weights is not None), None)
+    yield tensor
+
+
+def _block_sums(tensor):
+    """Sums of a tensor's bytes, read as int64, over blocks of `_BLOCK`; exact, whatever their order."""
+    words = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if words.numel() % 8 or words.data_ptr() % 8:
+        words = nn.functional.pad(words, (0, -words.numel() % 8)).clone()
+    words = words.view(torch.int64)
+    whole = words.numel() // _BLOCK * _BLOCK
+    return torch.cat([words[:whole].view(-1, _BLOCK).sum(1), words[whole:]])
 
 
 @dataclass

@@ -132,10 +132,13 @@ class KosmosGPromptMixin:
     `image`, `control_image` and `mask_image` may also be what `images` takes, paths and URLs for instance. A PIL image or an
     array is never latents, whatever its channels; a tensor with the VAE's number of latent channels is.
 
+    `pipe.vision_cache = VisionCache(max_bytes)` keeps the states of images for the calls to come; the result is the same.
+
     A small model that declares its world (`KosmosGTokenizer.world`) warns once a call of words, images and sizes outside it.
     """
 
     warns_outside_world = True  # set it to False on a pipeline that is to say nothing of it
+    vision_cache: Any = None  # a VisionCache: states of images that come again are not computed again
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give `__call__` the stock pipeline's signature and our keywords, for `help()` and whoever inspects it."""
@@ -491,7 +494,11 @@ class KosmosGPromptMixin:
         return size and tuple(length // self.vae_scale_factor * self.vae_scale_factor for length in size)
 
     def _encode_inputs(self, inputs, device, clip_skip=None, observer=None):
-        inputs = dict(inputs.to(device), output_hidden_states=clip_skip is not None)
+        inputs = dict(inputs)
+        if self.vision_cache is not None and "pixel_values" in inputs:
+            inputs["image_embeds"] = self._encode_images(inputs.pop("pixel_values"), device)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        inputs["output_hidden_states"] = clip_skip is not None
         if observer is not None:
             inputs["output_attentions"] = True
         # always through forward, so that the hooks of offloading fire
@@ -501,6 +508,12 @@ class KosmosGPromptMixin:
         if clip_skip is None:
             return output.last_hidden_state
         return self.text_encoder.text_model.final_layer_norm(output.hidden_states[-1 - clip_skip])
+
+    def _encode_images(self, pixel_values, device):
+        """(N, 3, S, S) -> states (N, Q, D); those that the cache knows are not computed."""
+        if self.vision_cache is not None:
+            return self.vision_cache.encode(self.text_encoder, pixel_values, device)
+        return self.text_encoder(pixel_values=pixel_values.to(device)).image_embeds
 
     def get_processor(self) -> Any:
         """The KosmosGProcessor of this tokenizer, with the sizes of this encoder.
@@ -762,8 +775,8 @@ class KosmosGPromptMixin:
         pixel_values = torch.stack([torch.from_numpy(processor.preprocess(one)) for one in images])
         if (world := self._world()) is not None:
             self._warn(sys.modules[type(processor).__module__].outside_world(world, [], pixel_values))
-        output = self.text_encoder(pixel_values=pixel_values.to(self._execution_device))
-        self._register_image_words({word: output.image_embeds * strength})
+        image_embeds = self._encode_images(pixel_values, self._execution_device)
+        self._register_image_words({word: image_embeds * strength})
 
     def remove_image_word(self, word: str) -> None:
         """Forget an image word. Raises ValueError if there is none of that name."""
@@ -879,12 +892,7 @@ class KosmosGPromptMixin:
         if any(isinstance(entry, str) or len(entry) not in (2, 3) for entry in prompts):
             raise ValueError("blend takes a list with (prompt, weight) or (prompt, weight, images) for each.")
         prompts = [(*entry, None)[:3] for entry in prompts]
-        weights = torch.tensor([float(weight) for _, weight, _ in prompts], dtype=torch.float64)
-        if not prompts or not weights.isfinite().all() or weights.sum().abs() < 1e-6:
-            raise ValueError(
-                f"blend was given {len(prompts)} prompts with the weights {weights.tolist()}. Expected at least one, and "
-                "finite weights that do not sum to 0."
-            )
+        weights = _read_weights([weight for _, weight, _ in prompts], "prompts")
         processor = self.get_processor()
         batch = [parsed for prompt, _, images in prompts for parsed in processor.parse(prompt, images)]
         if len(batch) != len(prompts):
@@ -893,9 +901,15 @@ class KosmosGPromptMixin:
                 "list of strings is a batch."
             )
         condition, _ = self.encode_prompt(batch, do_classifier_free_guidance=False)
-        dtype = torch.promote_types(condition.dtype, torch.float32)
-        weights = (weights / weights.sum()).to(dtype).to(condition.device)
-        return torch.einsum("i,ikd->kd", weights, condition.to(dtype))[None].to(condition.dtype)
+        return self.blend_conditions(condition, weights)
+
+    @staticmethod
+    def blend_conditions(conditions: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+        """The same of conditions that are there: (N, 77, 768) and N weights -> (1, 77, 768). ValueError as `blend`."""
+        weights = torch.tensor(_read_weights(weights, "conditions"), dtype=torch.float64)
+        dtype = torch.promote_types(conditions.dtype, torch.float32)
+        weights = (weights / weights.sum()).to(dtype).to(conditions.device)
+        return torch.einsum("i,ikd->kd", weights, conditions.to(dtype))[None].to(conditions.dtype)
 
     @torch.no_grad()
     def encode_with_clip(
@@ -1310,7 +1324,9 @@ class KosmosGPromptMixin:
         kwargs = _with_dtype(kwargs)
         if kwargs.get("dtype") is None:
             kwargs["dtype"] = KEEP_DTYPES
-        return super().from_pipe(pipeline, **kwargs)
+        pipe = super().from_pipe(pipeline, **kwargs)
+        pipe.vision_cache = getattr(pipeline, "vision_cache", None)
+        return pipe
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As diffusers', where `from_pipe` ends; there the default is to cast nothing."""
@@ -1355,6 +1371,17 @@ def _is_finite(value):
         return not isinstance(value, str) and math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
+
+
+def _read_weights(weights, what):
+    """Weights of a blend as numbers. ValueError for those that no mean can be made with."""
+    weights = [float(weight) for weight in weights]
+    if not weights or not all(map(math.isfinite, weights)) or abs(math.fsum(weights)) < 1e-6:
+        raise ValueError(
+            f"blend was given {len(weights)} {what} with the weights {weights}. Expected at least one, and "
+            "finite weights that do not sum to 0."
+        )
+    return weights
 
 
 def _short(value, length=100):

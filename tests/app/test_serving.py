@@ -385,6 +385,20 @@ def test_model_of_a_folder_draws_what_its_pipeline_draws(tmp_path, pipe, draw):
     assert models.state == "ready"
 
 
+def test_models_share_one_cache_of_images_that_come_again(tmp_path, pipe):
+    pipe.save_pretrained(tmp_path / "one")
+    pipe.save_pretrained(tmp_path / "two")
+    models = Models([tmp_path / "one", tmp_path / "two"], device="cpu")
+    image, kept = PIL.Image.new("RGB", (24, 24), "red"), []
+    for name in ("one", "two"):
+        models.load(name)
+        with torch.no_grad():
+            models.pipe.encode_prompt("a <i>", images=[image])
+        kept.append(models.pipe.vision_cache)
+    assert kept[0] is kept[1]
+    assert (kept[0].hits, kept[0].misses) == (1, 1)  # the weights of both folders are the same
+
+
 def test_small_model_is_small_from_a_folder_too_and_has_canny_alone_where_none_is_given():
     assert Models().controls("sprites") == ("canny",)
     models = Models([SPRITES])  # its VAE halves twice, not three times

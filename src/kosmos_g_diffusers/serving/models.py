@@ -29,6 +29,7 @@ BUILTIN = "sprites"  # what there is without a folder; settings call it None
 OWN = "the model's own"  # choice of U-Net and of scheduler
 NO_LORA = "none"
 CONTROLNETS_KEPT = 3  # in memory after a run
+VISION_CACHE_BYTES = 2**26  # states of 128 images of the released size in float32
 SMALL_SIDE = 128  # pixels; models that draw no more take sprites as examples, not photos
 
 
@@ -79,6 +80,7 @@ class Models:
         self.pipe = None
         self._model = self._unet = self._lora = None  # names of what is loaded
         self._own_unet = self._own_scheduler = None
+        self._vision_cache = None
         self._controlnets = OrderedDict()  # kind of control -> ControlNet
 
     @property
@@ -127,7 +129,9 @@ class Models:
         try:
             with at("model"):
                 drawing()
-                from .preview import LatentPreview  # needs torch
+                # these need torch
+                from ..modeling_kosmos_g import VisionCache
+                from .preview import LatentPreview
 
                 source = self.models[name] or SPRITES
                 try:
@@ -136,6 +140,9 @@ class Models:
                     reason = str(error).replace(str(source), name)
                     raise ValueError(f"The model {name!r} cannot be loaded: {reason}") from error
                 pipe.to(self.device)
+                if self._vision_cache is None:  # one for all models, in turn
+                    self._vision_cache = VisionCache(VISION_CACHE_BYTES)
+                pipe.vision_cache = self._vision_cache
                 self.preview = LatentPreview(pipe.vae)
         except FieldError as error:
             self.state, self.problem = "failed", error.message
