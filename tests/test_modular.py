@@ -290,6 +290,15 @@ def test_folder_is_short():
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULAR.glob("*.py")) <= 700
 
 
+def test_page_tells_the_inputs_and_shows_a_workflow_of_ten_lines():
+    page = (ROOT / "docs" / "modular.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| input of the prompt's step \|.*?\n\n", page, re.MULTILINE | re.DOTALL)[0]
+    rows = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == KosmosGTextEncoderStep().input_names
+    first = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    assert len([line for line in first.splitlines() if line]) <= 10
+
+
 def test_older_diffusers_is_an_error_of_this_folder_alone(monkeypatch):
     monkeypatch.setattr(diffusers, "__version__", "0.39.1")
     for name in [name for name in sys.modules if name.startswith("kosmos_g_diffusers.modular")]:

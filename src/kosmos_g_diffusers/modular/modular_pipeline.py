@@ -97,10 +97,7 @@ def ordinary(components: Any, values: Any) -> KosmosGPipeline:
 
 
 class KosmosGModularPipeline(ModularPipeline, StableDiffusionLoraLoaderMixin, ModularIPAdapterMixin):
-    """diffusers' `ModularPipeline` for Kosmos-G, of `KosmosGAutoBlocks` without `blocks`. It reads ordinary folders as well.
-
-    The guidance scale is the guider's: `pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=6.0))`.
-    """
+    """diffusers' `ModularPipeline` of `KosmosGAutoBlocks`, or of `blocks`. Its guider, a component, has the guidance scale."""
 
     default_blocks_name = "KosmosGAutoBlocks"
     default_blocks: type[ModularPipelineBlocks]  # that class; its file says so, which imports this one
@@ -127,6 +124,11 @@ class KosmosGModularPipeline(ModularPipeline, StableDiffusionLoraLoaderMixin, Mo
         spec = ModularPipeline._dict_to_component_spec(name, spec_dict)
         is_missing = spec.type_hint is None and "repo" in spec_dict
         return utils.ComponentSpec(name, COMPONENTS.get(name)) if is_missing else spec
+
+    def load_components(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers', in float32 without `dtype`: transformers alone would take that of the file."""
+        dtype = {} if "torch_dtype" in kwargs else {"dtype": torch.float32}
+        super().load_components(*args, **dtype | kwargs)
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """As `KosmosGPipeline.load_lora_weights`, with its spellings and errors."""
@@ -161,8 +163,7 @@ class KosmosGBlock:
         """A `KosmosGModularPipeline` of this block; arguments as diffusers'."""
         return KosmosGModularPipeline(copy.deepcopy(self), *args, **kwargs)
 
-    # not save_pretrained, which calls this: diffusers takes the base class's name for modular_config.json from where
-    # save_pretrained is defined
+    # not save_pretrained, which calls this: diffusers writes the name of the class that defines it as the base class
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As diffusers', but the folder gets the code as well, which diffusers leaves to the user to copy."""
         folder, here, own = Path(save_directory), Path(__file__).resolve().parent, type(self)
@@ -204,7 +205,7 @@ class KosmosGStep(KosmosGBlock, ModularPipelineBlocks):
 
 
 class KosmosGSequentialBlocks(KosmosGBlock, SequentialPipelineBlocks):
-    """Blocks in a row. ValueError names a missing component before the first runs; the others are `KosmosGPipeline`'s."""
+    """Blocks in a row. Before the first, ValueError names a missing component; a feature extractor has a default."""
 
     def get_execution_blocks(self, **kwargs: Any) -> "KosmosGSequentialBlocks":
         """As diffusers', of this class."""
@@ -214,7 +215,6 @@ class KosmosGSequentialBlocks(KosmosGBlock, SequentialPipelineBlocks):
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         given = {name: value for name, value in state.values.items() if value is not None}
         needed = self.get_execution_blocks(**given).component_names
-        # without a feature extractor there is one of the image encoder's size
         there = {name for name in needed if getattr(components, name, None) is not None} | {
             "feature_extractor"
         }
