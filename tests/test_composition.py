@@ -25,9 +25,7 @@ from diffusers import (
     StableDiffusionPipeline,
     T2IAdapter,
 )
-from safetensors.torch import save_file
-from support.composing import assert_all_differ, borrow, generate
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from support.composing import assert_all_differ, borrow, generate, write_ip_adapter
 
 from kosmos_g_diffusers import (
     KosmosGControlNetImg2ImgPipeline,
@@ -269,39 +267,7 @@ def test_freeu(worded, cls):
 
 @pytest.fixture
 def ip_adapter(worded, tmp_path):
-    """Folder of an IP-Adapter with random weights, laid out as h94/IP-Adapter on the Hub."""
-    torch.manual_seed(0)
-    width, n_tokens = worded.unet.config.cross_attention_dim, 4
-    encoder = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=37,
-            projection_dim=16,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            image_size=32,
-            patch_size=8,
-        )
-    )
-    encoder.save_pretrained(tmp_path / "models" / "image_encoder")
-    weights = {
-        "image_proj.proj.weight": torch.randn(n_tokens * width, 16) / 4,
-        "image_proj.proj.bias": torch.zeros(n_tokens * width),
-        "image_proj.norm.weight": torch.ones(width),
-        "image_proj.norm.bias": torch.zeros(width),
-    }
-    names = [name for name in worded.unet.attn_processors if name.endswith("attn2.processor")]
-    for index, name in enumerate(names):
-        attention = worded.unet.get_submodule(name.removesuffix(".processor"))
-        for part in ("k", "v"):
-            shape = attention.get_submodule(f"to_{part}").weight.shape
-            weights[f"ip_adapter.{2 * index + 1}.to_{part}_ip.weight"] = torch.randn(shape) / 4
-    save_file(weights, tmp_path / "models" / "ip-adapter_sd15.safetensors")
-    return {
-        "pretrained_model_name_or_path_or_dict": str(tmp_path),
-        "subfolder": "models",
-        "weight_name": "ip-adapter_sd15.safetensors",
-    }
+    return write_ip_adapter(tmp_path, worded.unet)
 
 
 def test_ip_adapter_beside_a_prompt_of_words_and_pictures(worded, ip_adapter, photos):

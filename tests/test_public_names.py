@@ -16,7 +16,9 @@ NAMES = {
         "AlignStage AlignerNetN InstructStage PretrainStage TrainConfig TrainingStopped build_run load_adapter load_target "
         "merge_adapter remove_adapter run_stage train"
     ),
-    "kosmos_g_diffusers.modular": "KosmosGTextEncoderStep",
+    "kosmos_g_diffusers.modular": (
+        "KosmosGAutoBlocks KosmosGModularPipeline KosmosGSequentialBlocks KosmosGTextEncoderStep"
+    ),
     "kosmos_g_diffusers.modeling_kosmos_g": "KosmosGTextEncoder KosmosGTextEncoderConfig",
     "kosmos_g_diffusers.processing_kosmos_g": "KosmosGProcessor KosmosGTokenizer",
     "kosmos_g_diffusers.pipeline_kosmos_g": "KosmosGPipeline",

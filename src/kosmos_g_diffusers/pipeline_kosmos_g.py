@@ -6,10 +6,10 @@ of `self.tokenizer`, and the encoder through `self.text_encoder`.
 
 A call goes through these steps:
 
-1. `KosmosGPromptMixin.__call__` checks what the stock pipeline would not: `check_widths` the states of encoder, U-Net and
-   ControlNets, `_check_dtypes` theirs, `_check_settings` numbers and keywords, `_check_controls` the control images.
+1. `KosmosGPromptMixin.__call__` checks what the stock pipeline would not (`check_call`): `check_widths` the states of encoder,
+   U-Net and ControlNets, `_check_dtypes` theirs, `_check_settings` numbers and keywords; then `check_controls` the control images.
 2. `get_processor().parse` reads the prompt in whatever form, once: counts, image words, images opened as RGB. The same reader
-   opens images to be changed, control images and masks (`_open_images`).
+   opens images to be changed, control images and masks (`open_images`).
 3. diffusers' `__call__` of the same task takes over, with the parsed prompt as its `prompt`.
 4. It calls our `encode_prompt`, which parses the negative prompt (`_parse_negative`) and checks ready embeddings
    (`_check_embeds`), then turns both prompts into ids, masks and pixels (`KosmosGProcessor`) and lets the text encoder check
@@ -179,16 +179,11 @@ class KosmosGPromptMixin:
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput:
         """Generate: see the class for the prompt, and diffusers' pipeline of the same task for the rest."""
-        self.check_widths()
         # by name, whichever of them came by position: each stock pipeline has an order of its own
         signature = inspect.signature(super().__call__)
         call = signature.bind_partial(prompt, *args, **kwargs)
         given = call.arguments
-        self._check_settings(given, signature.parameters)
-        # the VAE is not asked for latents out of noise
-        self._check_dtypes(
-            with_vae=given.get("output_type") != "latent" or "strength" in signature.parameters
-        )
+        self.check_call(given)
         self._check_given(prompt, given.get("prompt_embeds"), images)
         # stock pipelines accept any list as prompt; encode_prompt below knows what is in it
         processor = self.get_processor() if prompt is not None or negative_images is not None else None
@@ -210,10 +205,10 @@ class KosmosGPromptMixin:
             guides = given.get("guidance_scale", signature.parameters["guidance_scale"].default) > 1
             needs_negative = guides and negative_prompt_embeds is None
             self._check_embeds(prompt_embeds, negative_prompt_embeds, batch_size, needs_negative)
-        self._open_images(given)
+        self.open_images(given)
         if getattr(self, "controlnet", None) is not None:
             name = "control_image" if "control_image" in call.signature.parameters else "image"
-            self._check_controls(name, given)
+            self.check_controls(name, given)
         notes = self._size_notes(given)
         if notes and prompt is not None:  # one warning for all, in encode_prompt
             given["prompt"] = type(given["prompt"])(given["prompt"], notes)
@@ -547,6 +542,21 @@ class KosmosGPromptMixin:
         image_size = config.vision_config.image_size
         return module.KosmosGProcessor(self.tokenizer, image_size, config.latent_query_num)
 
+    def check_call(self, arguments: Mapping[str, Any]) -> None:
+        """Raise for parts that do not fit each other, and for settings of a call that cannot be drawn with.
+
+        Args:
+            arguments: of `__call__`, by name; what is left out has its default. Prompts and images are not looked at.
+
+        Raises:
+            ValueError, TypeError: widths, dtypes, numbers, a keyword that diffusers would swallow, an IP-Adapter without its image.
+        """
+        parameters = inspect.signature(super().__call__).parameters
+        self.check_widths()
+        self._check_settings(arguments, parameters)
+        # the VAE is not asked for latents out of noise
+        self._check_dtypes(with_vae=arguments.get("output_type") != "latent" or "strength" in parameters)
+
     def check_widths(self) -> None:
         """Raise ValueError unless U-Net and ControlNets read states of the width that the encoder writes."""
         width = getattr(getattr(self.text_encoder, "config", None), "aligner_hidden_size", None)
@@ -656,9 +666,21 @@ class KosmosGPromptMixin:
                 "unload_ip_adapter() and load_ip_adapter again."
             )
 
-    def _check_controls(self, name, arguments):
+    def check_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(height, width) of an image in pixels, the U-Net's own for None. ValueError for sides that the VAE cannot halve."""
+        own, factor = self._own_size(), self.vae_scale_factor
+        size = (height or own[0], width or own[1])
+        if size[0] % factor or size[1] % factor:
+            raise ValueError(
+                f"height={size[0]} and width={size[1]} were given. Expected multiples of {factor}: "
+                f"{size[0] // factor * factor} and {size[1] // factor * factor}, for instance."
+            )
+        return size
+
+    def check_controls(self, name: str, arguments: Mapping[str, Any]) -> None:
         """One control image for each ControlNet, one or as many as prompts, all of the size of the image to be made.
 
+        `arguments` are those of a call; the control images are the one called `name`, opened by `open_images`. Else ValueError:
         diffusers would bend a control image to another shape, leave out a ControlNet that has no scale, or fail inside one.
         """
         controls = [arguments.get(name)]
@@ -710,10 +732,10 @@ class KosmosGPromptMixin:
 
     # Images to be changed, control images, masks ---------------------------------------------------------------
 
-    def _open_images(self, given):
+    def open_images(self, given: dict[str, Any]) -> None:
         """Replace the images and masks among the arguments of a call by what diffusers reads right: RGB and L PIL images.
 
-        Floating-point arrays and tensors of RGB are exact and stay; tensors of latents too.
+        They are `image`, `control_image` and `mask_image`; ValueError or TypeError for one that cannot be read. Floating-point arrays and tensors of RGB are exact and stay; tensors of latents too.
         """
         module = sys.modules[type(self.tokenizer).__module__]
         if not hasattr(module, "open_mask"):  # without a tokenizer, or with an earlier one

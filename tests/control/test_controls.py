@@ -835,12 +835,12 @@ def test_controls_of_settings_are_checked(folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PROPOSED PATCH of KosmosGPromptMixin: `_check_controls`. These tests are skipped until pipeline_kosmos_g.py has it; move
+# PROPOSED PATCH of KosmosGPromptMixin: `check_controls`. These tests are skipped until pipeline_kosmos_g.py has it; move
 # them to test_pipeline_kosmos_g.py with it, if that reads better.
 # ---------------------------------------------------------------------------------------------------------------------
 
 needs_patch = pytest.mark.skipif(
-    not hasattr(KosmosGPromptMixin, "_check_controls"),
+    not hasattr(KosmosGPromptMixin, "check_controls"),
     reason="proposed check of control images is not in yet",
 )
 

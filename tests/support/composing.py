@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 
 def borrow(cls, pipe, **parts):
@@ -72,3 +74,39 @@ def name_in_a_single_file(name, layers_per_block=1):
         # behind the last resnet of its block, and behind its attention if there is one
         return f"output_blocks.{first + layers_per_block}.1.{rest}"
     return f"output_blocks.{first + layer}.{0 if part == 'resnets' else 1}.{rest}"
+
+
+def write_ip_adapter(folder, unet):
+    """Folder of an IP-Adapter with random weights, laid out as h94/IP-Adapter on the Hub."""
+    torch.manual_seed(0)
+    width, n_tokens = unet.config.cross_attention_dim, 4
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=37,
+            projection_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+        )
+    )
+    encoder.save_pretrained(folder / "models" / "image_encoder")
+    weights = {
+        "image_proj.proj.weight": torch.randn(n_tokens * width, 16) / 4,
+        "image_proj.proj.bias": torch.zeros(n_tokens * width),
+        "image_proj.norm.weight": torch.ones(width),
+        "image_proj.norm.bias": torch.zeros(width),
+    }
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for index, name in enumerate(names):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        for part in ("k", "v"):
+            shape = attention.get_submodule(f"to_{part}").weight.shape
+            weights[f"ip_adapter.{2 * index + 1}.to_{part}_ip.weight"] = torch.randn(shape) / 4
+    save_file(weights, folder / "models" / "ip-adapter_sd15.safetensors")
+    return {
+        "pretrained_model_name_or_path_or_dict": str(folder),
+        "subfolder": "models",
+        "weight_name": "ip-adapter_sd15.safetensors",
+    }
