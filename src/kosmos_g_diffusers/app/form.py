@@ -184,8 +184,8 @@ def _painted(kind, picture, strokes, is_masked, field):
 
 def read_strokes(text: str, field: str) -> PIL.Image.Image | None:
     """PNG as a data: URI -> L image, light where something was painted; None for nothing. FieldError for anything else."""
-    head, _, body = (text or "").partition(",")
-    if not body:
+    head, _, body = text.partition(",") if isinstance(text, str) else (text, "", "")
+    if not body and (not text or isinstance(text, str)):
         return None
     try:
         if head != "data:image/png;base64":

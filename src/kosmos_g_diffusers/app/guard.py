@@ -12,11 +12,13 @@ import re
 import secrets
 from collections import OrderedDict
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request, cookie_parser
 from starlette.responses import JSONResponse, StreamingResponse
 
@@ -84,10 +86,10 @@ class Guard:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        begun = []
+        sent = []  # kinds of messages
 
         async def send_noting(message):
-            begun.append(message)
+            sent.append((message["type"], message.get("more_body", False)))
             await send(message)
 
         bugs.set([])
@@ -97,12 +99,16 @@ class Guard:
             await refuse(refused, scope, receive, send)
         except BrokenOff:
             pass
-        except HTTPException as error:  # in a stream that had begun
-            logger.info("refused", exc_info=error)
         except Exception as error:
-            text = unexpected(error)
-            if not begun:
+            text = "This is not there."
+            if _is_refusal(error):  # of a stream, by gradio: nobody asked for what it would tell
+                logger.info("refused", exc_info=error)
+            else:
+                text = unexpected(error)
+            if not sent:
                 await JSONResponse({"detail": text, "error": text}, 500)(scope, receive, send)
+            elif sent[-1] != ("http.response.body", False):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _answer(self, scope, receive, send):
         path, method = scope["path"], scope["method"]
@@ -144,10 +150,9 @@ class Guard:
             raise Refused(415, "A call is application/json.")
         body = await read_body(receive, MAX_CALL, int_or_zero(headers.get("content-length")))
         content = read_json_body(body, _is_own, _is_own_url)
-        if (call := CALL.fullmatch(path)) is not None and "fn_index" not in content:
-            if call[2] not in {function.api_name for function in self.blocks.fns.values()}:
-                raise Refused(404, "There is no such endpoint here.")
-        if not path.startswith("/gradio_api/call/v2/"):
+        if path.startswith("/gradio_api/call/v2/"):
+            self._check_names(content, path)
+        else:
             content = self._checked(content, path)
         if isinstance(session := content.get("session_hash"), str):
             self._note_session(session, address_of(scope))
@@ -180,9 +185,35 @@ class Guard:
                 raise Refused(400, "This call does not say what was chosen.")
         if path == "/gradio_api/queue/join" and not {"data", "fn_index", "session_hash"} <= given.keys():
             raise Refused(400, "This call has no data, no fn_index or no session_hash.")
-        if CALL.fullmatch(path) and "data" not in given:
-            raise Refused(400, "This call has no data.")
+        if (call := CALL.fullmatch(path)) is not None:
+            if function is None and call[2] not in {entry.api_name for entry in self.blocks.fns.values()}:
+                raise Refused(404, "There is no such endpoint here.")
+            if "data" not in given:
+                raise Refused(400, "This call has no data.")
         return given
+
+    def _check_names(self, content, path):
+        """Raise Refused if a call by the names of its parameters has one that there is not, or lacks one."""
+        parameters = self._parameters.get(path.rstrip("/").rpartition("/")[2])
+        if parameters is None:
+            raise Refused(404, "There is no such endpoint here.")
+        if unknown := sorted(content.keys() - parameters.keys()):
+            raise Refused(400, f"This call has a parameter that there is not: {unknown[0][:100]}.")
+        missing = [
+            name for name, has_default in parameters.items() if not has_default and name not in content
+        ]
+        if missing:
+            raise Refused(400, f"This call has no {missing[0]}.")
+
+    @cached_property
+    def _parameters(self):
+        """Name of an endpoint -> {name of a parameter: whether it has a default}."""
+        return {
+            name.removeprefix("/"): {
+                entry["parameter_name"]: entry["parameter_has_default"] for entry in endpoint["parameters"]
+            }
+            for name, endpoint in self.blocks.get_api_info()["named_endpoints"].items()
+        }
 
     def _note_session(self, session, address):
         """Forget the values of the oldest sessions, of an address that opens one after the other first of all."""
@@ -240,7 +271,7 @@ class Guard:
             raise Refused(404, "Nobody has to log in here.")
         try:
             form = await Request(scope, replay(body, receive)).form(max_files=0, max_fields=20)
-        except HTTPException:
+        except (HTTPException, MultiPartException):
             raise Refused(400, "This is not a form.") from None
         user, password = form.get("username"), form.get("password")
         if not isinstance(user, str) or not isinstance(password, str):
@@ -255,6 +286,13 @@ class Guard:
         is_secure = scope["scheme"] == "https"
         answer.set_cookie(self._cookie(), token, httponly=True, samesite="strict", secure=is_secure)
         await answer(scope, receive, send)
+
+
+def _is_refusal(error):
+    """Whether an exception is one of HTTP, or comes from one."""
+    while error is not None and not isinstance(error, HTTPException):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _is_own(name: str) -> bool:

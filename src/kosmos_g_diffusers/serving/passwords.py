@@ -158,7 +158,7 @@ def _matches(password, known):
     if ARGON2.fullmatch(known):
         argon2 = _argon2()
         try:
-            return argon2.PasswordHasher().verify(known, password)
+            return argon2.PasswordHasher().verify(known, password.encode("utf-8", "replace"))
         except (argon2.exceptions.Argon2Error, argon2.exceptions.InvalidHashError):
             return False
     return hmac.compare_digest(password.encode("utf-8", "replace"), known.encode("utf-8", "replace"))

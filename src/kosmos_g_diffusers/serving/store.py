@@ -41,7 +41,8 @@ IMAGES, INPUTS, UPLOADS = "images", "inputs", "uploads"
 EXAMPLES = "examples"  # among the uploads; they stay
 DISK_LIMIT = 2 * 2**30  # bytes of uploads and inputs
 BLOCK = 4096  # a file takes as many whole ones of a disk
-PATIENCE = 5  # seconds before a full folder is looked through again
+PATIENCE = 5  # seconds before a folder is looked through again in which nothing more may go
+MANY = 2000  # files
 
 
 class StoreFull(ValueError):
@@ -237,12 +238,13 @@ class Store:
 
     def _prune(self, size):
         """Delete the oldest files that may go until `size` bytes fit, if that is possible."""
-        self._pruned = time.monotonic()
         files = self._files()
         self._used = _measure(files)
         links = Counter(file.inode for file in files)
+        # with many files each look takes long: then there is room for some more afterwards
+        wanted = self.limit - size - (self.limit // 20 if len(files) > MANY else 0)
         for file in self._candidates(files):
-            if self._used + size <= self.limit:
+            if self._used <= wanted:
                 return
             with contextlib.suppress(OSError):
                 file.path.unlink()
@@ -253,6 +255,8 @@ class Store:
                     self.removed.add(file.path.name)
                 elif file.path.parent.name != INPUTS:
                     file.path.parent.rmdir()
+        if self._used + size > self.limit:
+            self._pruned = time.monotonic()  # in vain
 
     def _candidates(self, files):
         """What may be deleted, in the order in which it is: the oldest first, images last, each with what it needed."""
