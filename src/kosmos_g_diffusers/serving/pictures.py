@@ -5,10 +5,11 @@ A file of a few kilobytes may hold 40 million pixels, which take up to 600 MB wh
 """
 
 import base64
+import ctypes
 import os
 import threading
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +27,37 @@ MAX_FILES = 10  # at once: images of a prompt, or of an image word
 SMALL_PIXELS = 4_000_000  # images that may be decoded beside another
 SHRINKABLE = ("RGB", "RGBA", "L", "CMYK", "YCbCr")  # modes whose colours can be averaged as they are
 
-DECODING = threading.RLock()
+
+class _Decoding:
+    """A lock for one thread at a time, which may take it several times; at the end the memory of large images goes back.
+
+    The C library keeps what is freed for the next image, in pieces that do not fit it.
+    """
+
+    def __init__(self):
+        self._lock, self._depth, self._was_large = threading.RLock(), 0, False
+        try:
+            self._trim = ctypes.CDLL(None).malloc_trim
+        except (OSError, AttributeError, TypeError):  # not glibc
+            self._trim = lambda kept: None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+
+    def expect(self, pixels: int) -> None:
+        """Say what is about to be decoded."""
+        self._was_large |= pixels > SMALL_PIXELS
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if not self._depth and self._was_large:
+            self._trim(0)
+            self._was_large = False
+        self._lock.release()
+
+
+DECODING = _Decoding()
 
 
 def check_image_file(path: str | Path | BinaryIO, field: str = "pictures") -> str:
@@ -70,7 +101,17 @@ def image_file_size(path: str | Path | BinaryIO) -> tuple[int, int] | None:
 def decoding_of(paths: Iterable[str | Path]) -> AbstractContextManager[object]:
     """`DECODING` if some of these files are large; nothing to wait for otherwise."""
     sizes = (image_file_size(path) or (0, 0) for path in paths)
-    return DECODING if sum(width * height for width, height in sizes) > SMALL_PIXELS else nullcontext()
+    pixels = sum(width * height for width, height in sizes)
+    if pixels <= SMALL_PIXELS:
+        return nullcontext()
+    return _decoding_large(pixels)
+
+
+@contextmanager
+def _decoding_large(pixels):
+    with DECODING:
+        DECODING.expect(pixels)
+        yield
 
 
 def open_image_file(path: str | Path | BinaryIO, field: str, with_alpha: bool = False) -> PIL.Image.Image:
@@ -94,9 +135,10 @@ def open_square(path: str | Path, field: str, side: int) -> PIL.Image.Image:
     with DECODING:
         image = open_image_file(path, field)
         try:
-            return reading().crop_to_square(image, side, PIL.Image.Resampling.BICUBIC)
+            image = reading().crop_to_square(image, side, PIL.Image.Resampling.BICUBIC)
         except ValueError as error:
             raise FieldError(field, str(error)) from error
+        return image  # by this name: the large one is gone before others may decode
 
 
 def _decode(path, field, side, with_alpha=False):
@@ -106,6 +148,7 @@ def _decode(path, field, side, with_alpha=False):
             if hasattr(path, "seek"):
                 path.seek(0)
             with PIL.Image.open(path, formats=FORMATS) as image:
+                DECODING.expect(image.width * image.height)
                 if side is not None and image.mode in SHRINKABLE:
                     image.thumbnail(
                         (side, side)
