@@ -121,13 +121,14 @@ def floor_of(name, graph, above=()):
 def test_rooms_floors_arrows_and_lines_are_few():
     graph = arrows()
     # two rooms came with the marks of generated images and with what other libraries print; the modules that the command
-    # line reads without torch stand apart from those that work; types and the checks of strangers' files are lines
+    # line reads without torch stand apart from those that work; types and the checks of strangers' files are lines; what an
+    # app on a network promises has a module for each kind of attack: names, passwords, bodies, uploads, pictures, the server
     assert len(graph) <= 27
     assert max(floor_of(room, graph) for room in graph) <= 10
     assert sum(map(len, graph.values())) <= 98
     assert sum(path.parent == SOURCE for path in FILES) <= 17
-    assert len(FILES) <= 126
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 22_800
+    assert len(FILES) <= 133
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 24_700
 
 
 def test_modules_import_each_other_in_one_direction():

@@ -12,9 +12,9 @@ from gradio.networking import setup_tunnel
 from starlette.routing import Mount
 
 from ..control.table import CONTROLS
-from ..files import first_line
 from ..generation.schedulers import SCHEDULERS
 from ..serving.access import Access, Gate
+from ..serving.errors import clean
 from ..serving.models import NO_LORA, OWN
 from ..serving.passwords import Accounts, Logins
 from ..serving.pictures import MAX_BYTES, MAX_FILES
@@ -427,6 +427,6 @@ def _share(blocks):
     except Exception as error:  # noqa: BLE001  whatever gradio's tunnel needs
         blocks.close(verbose=False)
         raise OSError(
-            f"No public address could be opened ({first_line(error)}). --share needs gradio's servers; without it the app "
+            f"No public address could be opened ({clean(error)}). --share needs gradio's servers; without it the app "
             "works on this machine."
         ) from error

@@ -23,6 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 20 * 2**20  # of a file
 MAX_PIXELS = 40_000_000  # of an image with 8 bits a channel, before it is decoded
 MAX_WIDE_PIXELS = 10_000_000  # with 16 or 32 bits: Pillow takes four times the memory for them
+MAX_WEBP_PIXELS = 20_000_000  # whose decoder holds two more of it
 MAX_FILES = 10  # at once: images of a prompt, or of an image word
 SMALL_PIXELS = 4_000_000  # images that may be decoded beside another
 SHRINKABLE = ("RGB", "RGBA", "L", "CMYK", "YCbCr")  # modes whose colours can be averaged as they are
@@ -79,12 +80,15 @@ def check_image_file(path: str | Path | BinaryIO, field: str = "pictures") -> st
         raise FieldError(
             field, f"This file is not an image that can be read. Pass one of {', '.join(FORMATS)}."
         ) from None
-    most = MAX_WIDE_PIXELS if is_wide else MAX_PIXELS
+    most, what = MAX_PIXELS, ""
+    if is_wide:
+        most, what = MAX_WIDE_PIXELS, " with more than 8 bits a channel"
+    elif kind == "WEBP":
+        most, what = MAX_WEBP_PIXELS, " as WEBP"
     if pixels > most:
-        kind = " with more than 8 bits a channel" if is_wide else ""
         raise FieldError(
             field,
-            f"This image{kind} has {pixels / 1e6:.0f} million pixels; it may have {most // 1_000_000} million.",
+            f"This image{what} has {pixels / 1e6:.0f} million pixels; it may have {most // 1_000_000} million.",
         )
     return kind
 
