@@ -130,6 +130,8 @@ def test_rooms_floors_arrows_and_lines_are_few():
     # room of their own, which pipelines import when it is asked for, and which drawing, evaluation and the app use
     # line reads without torch stand apart from those that work; types and the checks of strangers' files are lines; the
     # modular pipeline is a folder of seven files in diffusers' pattern
+    # line reads without torch stand apart from those that work; types and the checks of strangers' files are lines; what an
+    # app on a network promises has a module for each kind of attack: names, passwords, bodies, uploads, pictures, the server
     assert max(floor_of(room, graph) for room in graph) <= 10
     assert sum(map(len, graph.values())) <= 106
     assert sum(path.parent == SOURCE for path in FILES) <= 17

@@ -1,5 +1,6 @@
 """The app as `kosmos-g app` starts it without flags: the small model that ships, its loading, the page that suits it, its end."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -34,6 +35,9 @@ from kosmos_g_diffusers.sprites.reader import read
 from kosmos_g_diffusers.sprites.world import COLOURS, HELD_OUT_TRIPLES, SHAPES, Scene, make_rng, render
 
 gradio = pytest.importorskip("gradio", reason="the app needs gradio: pip install 'kosmos-g-diffusers[app]'")
+
+from kosmos_g_diffusers.serving.passwords import Accounts  # noqa: E402
+from kosmos_g_diffusers.serving.web import WebServer  # noqa: E402
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "images"
 CAT, STAR = PHOTOS / "cat.jpg", PHOTOS / "star.png"
@@ -230,6 +234,112 @@ def test_command_opens_the_page_and_ctrl_c_ends_it(place, tmp_path, monkeypatch,
     assert "Traceback" not in printed.err and "share=True" not in printed.out
     # the server's threads and the workers; tqdm's belongs to the process
     wait_for(lambda: all(isinstance(thread, TMonitor) for thread in {*threading.enumerate()} - before))
+
+
+def test_command_starts_behind_a_proxy_that_does_not_know_this_machine(place, monkeypatch, capsys):
+    with socket.socket() as closed:  # a port where nobody listens
+        closed.bind(("127.0.0.1", 0))
+        proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda blocks: blocks.close(verbose=False))
+    assert main(place) == 0
+    assert f"Open http://127.0.0.1:{place[2]}/" in capsys.readouterr().out
+
+
+def test_server_that_needs_long_for_its_first_answer_is_waited_for():
+    asked = []
+
+    async def slow(scope, receive, send):
+        if scope["type"] == "http":
+            asked.append(scope["path"])
+            await asyncio.sleep(3.2)  # gradio gives up after 3
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body"})
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = WebServer(slow, "127.0.0.1", port)
+    server.start()
+    assert asked == ["/"]
+    server.close()
+
+
+def test_server_that_never_answers_is_told(monkeypatch):
+    monkeypatch.setattr("kosmos_g_diffusers.serving.web.STARTING", 0.5)
+
+    async def broken(scope, receive, send):
+        raise RuntimeError
+
+    server = WebServer(broken, "127.0.0.1", 0)
+    with pytest.raises(OSError, match=r"did not answer within 0 seconds|did not answer"):
+        server.start()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What the command hands to `serve`, without serving."""
+    given = []
+
+    def serve(service, *arguments, **options):
+        given.append((service, *arguments, options))
+
+    monkeypatch.setattr("kosmos_g_diffusers.app.page.serve", serve)
+    return given
+
+
+def test_password_comes_from_a_file_or_the_environment_and_a_flag_warns(
+    place, tmp_path, started, monkeypatch, capsys
+):
+    line = subprocess.run(
+        [sys.executable, "-m", "kosmos_g_diffusers", "app", "--hash-password"],
+        input="anna:secret\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    (tmp_path / "users").write_text(line)
+    assert main([*place, "--auth-file", str(tmp_path / "users"), "--host", "0.0.0.0"]) == 0
+    assert Accounts(started[-1][5]).check("anna", "secret") and not Accounts(started[-1][5]).check(
+        "anna", "x"
+    )
+    assert capsys.readouterr().err == ""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KOSMOS_G_AUTH", "bob:a:b")
+    assert main(place) == 0
+    assert started[-1][5] == {"bob": "a:b"} and "KOSMOS_G_AUTH" not in os.environ
+    assert capsys.readouterr().err == ""
+    monkeypatch.chdir(tmp_path)
+    assert main([*place, "--auth", "anna:secret"]) == 0
+    assert started[-1][5] == {"anna": "secret"} and "list of processes" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main([*place, "--auth", "a:b", "--auth-file", str(tmp_path / "users")]) == 2
+    (tmp_path / "users").write_text("anna:$apr1$x$y")
+    assert main([*place, "--auth-file", str(tmp_path / "users")]) == 2
+    assert "htpasswd's MD5" in capsys.readouterr().err
+
+
+def test_limit_of_the_disk_counts_images_only_where_it_is_given(
+    place, tmp_path, started, capsys, monkeypatch
+):
+    assert main(place) == 0
+    store = started[-1][0].store
+    assert (store.limit, store.prunes_images) == (2 * 2**30, False)
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main([*place, "--disk-limit", "0.5", "--allowed-host", "a.example", "--allowed-host", "*.b.example"])
+        == 0
+    )
+    store = started[-1][0].store
+    assert (store.limit, store.prunes_images) == (500_000_000, True)
+    assert started[-1][6] == {"allowed_hosts": ["a.example", "*.b.example"]}
+    monkeypatch.chdir(tmp_path)
+    for flags in (["--disk-limit", "0"], ["--disk-limit", "nan"], ["--allowed-host", "http://x"]):
+        assert main([*place, *flags]) == 2
+        assert flags[0] in capsys.readouterr().err
 
 
 FIRST_ANSWER = """

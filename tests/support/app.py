@@ -41,12 +41,14 @@ def serving(
     toy=True,
     wait=True,
     controls=True,
+    **store,
 ):
     """A running app: `url`, `service`, `folder` (its output folder).
 
     Args:
         toy: take the toy for the small model that ships.
         wait: until the model is loaded.
+        store: options of Store.
     """
     pytest.importorskip("gradio", reason="the app needs gradio: pip install 'kosmos-g-diffusers[app]'")
     environment = {name: os.environ.get(name) for name in os.environ}
@@ -57,7 +59,7 @@ def serving(
     patches = ExitStack()
     if toy:
         _put_toy(patches)
-    service = Service(Models(model_folders, lora_folder, unet_folder), Store("."), capacity)
+    service = Service(Models(model_folders, lora_folder, unet_folder), Store(".", **store), capacity)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

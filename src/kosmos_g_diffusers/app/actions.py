@@ -1,30 +1,35 @@
 """What the page's buttons do: from values of components to the service and back. No layout here."""
 
-import asyncio
 import contextlib
 import inspect
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import PIL.Image
 
 from ..generation.png import maps_path, read_settings
 from ..serving import image_words
 from ..serving.errors import FieldError, at
 from ..serving.job import finished_images
 from ..serving.models import Models
+from ..serving.pictures import MAX_FILES, data_uri, image_file_size, open_shrunk
 from ..serving.service import Service
 from ..serving.session import Session
-from ..serving.store import Store, data_uri, image_file_size, open_image_file
+from ..serving.store import UPLOADS, Store, on_disk
 from ..sprites.pretrained import SPRITES_ONLY
 from ..sprites.world import IMAGE_SIZE
 from . import html as render
-from .form import NO_CONTROL, presets, read_control, read_values, restore_values
+from .blocks import caller
+from .form import MAX_PROMPT, NO_CONTROL, presets, read_control, read_values, restore_values
 
 BOARD_SIDE = 768  # pixels of an image to be painted on
 BUILTIN_NOTE = f"{SPRITES_ONLY} Start the app with a model (kosmos-g app --model) for more."
+REMOVED = "removed: the disk space of the server was used up"
+REMOVED_NOTE = "This image was removed: the disk space of the server was used up."
 LARGE_NOTE = (
     f"An image is larger than the {IMAGE_SIZE} x {IMAGE_SIZE} pixels of a sprite. This small model knows nothing but "
     "sprites: a photo means nothing to it."
@@ -47,6 +52,7 @@ class Actions:
     def __init__(self, service: Service, message_names: Sequence[str]):
         self.service, self.message_names = service, message_names
         self.models, self.store = service.models, service.store
+        self._removed = self.store.put_example("removed.png", PIL.Image.new("RGB", (64, 64), "grey"))
 
     # Errors ------------------------------------------------------------------------------------------------------
 
@@ -88,14 +94,17 @@ class Actions:
             seed decides what is drawn.
             """
             with self.errors(session):
-                # in a thread: large images take long to copy, and everybody's page waits for this one
-                settings = await asyncio.to_thread(read_values, values, session, self.models, self.store)
-                async for ticket in self.service.draw(session, settings, bool(values.get("maps"))):
+                settings = await self._read(
+                    read_values, values, session, self.models, self.store, field="run"
+                )
+                maps = bool(values.get("maps"))
+                async for ticket in self.service.draw(session, settings, caller(), maps):
                     wait = self.service.worker.seconds_until(ticket)
                     yield gr.skip(), gr.skip(), render.run_state(ticket, wait)
                 session.shown = list(finished_images(ticket))
                 session.chosen = session.shown[0] if session.shown else None
-                settings = [render.described(read_settings(path)) for path in session.shown]
+                shown = filter(Path.is_file, session.shown)
+                settings = [render.described(read_settings(path)) for path in shown]
                 yield self.gallery(session.shown), settings, render.run_state(ticket)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
@@ -104,9 +113,19 @@ class Actions:
         return generate
 
     def gallery(self, paths: Iterable[Path]) -> list[tuple[str, str]]:
-        """Paths of images -> value of a gallery, with their seeds; a file that the user has deleted is left out."""
-        kept = filter(Path.is_file, paths)
-        return [(os.path.relpath(path), f"seed {read_settings(path).seed}") for path in kept]
+        """Paths of images -> value of a gallery, with their seeds.
+
+        One that the limit of the disk has removed is marked; one that whoever runs the server has deleted is left out.
+        """
+        return [
+            (os.path.relpath(path), f"seed {read_settings(path).seed}")
+            if path.is_file()
+            else (os.path.relpath(self._removed), REMOVED)
+            for path in self._known(paths)
+        ]
+
+    def _known(self, paths):
+        return [path for path in paths if path.is_file() or path.name in self.store.removed]
 
     def cancel(self, session: Session) -> str:
         """Cancel this session's run: at once if it waits, and at the end of the step if it is being drawn."""
@@ -121,8 +140,10 @@ class Actions:
         return self.gallery(session.history), ""
 
     def details(self, session: Session) -> str:
-        if session.chosen is None or not session.chosen.is_file():
+        if session.chosen is None:
             return ""
+        if not session.chosen.is_file():
+            return render.message(REMOVED_NOTE) if session.chosen.name in self.store.removed else ""
         return render.settings_table(read_settings(session.chosen), session.chosen)
 
     # Results -----------------------------------------------------------------------------------------------------
@@ -131,7 +152,7 @@ class Actions:
         return self._choose(session, session.shown, event.index)
 
     def choose_from_history(self, session: Session, event: gr.SelectData) -> Any:
-        return self._choose(session, list(filter(Path.is_file, session.history)), event.index)
+        return self._choose(session, self._known(session.history), event.index)
 
     def _choose(self, session, paths, index):
         if isinstance(index, int) and 0 <= index < len(paths):
@@ -143,6 +164,8 @@ class Actions:
         with self.errors(session):
             if session.chosen is None:
                 raise FieldError("run", "There is no image yet. Run, then choose one.")
+            if not session.chosen.is_file():
+                raise FieldError("run", REMOVED_NOTE)
             return [*(paths or ()), os.path.relpath(session.chosen)]
 
     def restore(self, session: Session, path: str, names: Sequence[str]) -> list[Any]:
@@ -177,21 +200,41 @@ class Actions:
                 if kind in (None, NO_CONTROL) or not (picture or strokes):
                     raise FieldError(field, "Choose a kind of control and drop an image.")
                 given = (field, self.store, kind, picture, strokes, ready)
-                control = await asyncio.to_thread(read_control, *given)
+                control = await self._read(read_control, *given, field=field)
                 size = (int(side or 0) or None for side in (height, width))
-                return await self.service.control_image(field, control, *size)
+                image = await self.service.control_image(field, control, *size, caller())
+                return await self._read(self._write_control_image, image, field=field)
 
         return preview_control
 
-    def board(self, path: str | None) -> gr.HTML:
+    def _write_control_image(self, image):
+        """Path of an image that its user alone is told."""
+        file = io.BytesIO()
+        image.save(file, format="PNG")
+        content = file.getvalue()
+        self.store.make_room(on_disk(len(content)))
+        path = self.store.new_upload_path("control.png")
+        path.write_bytes(content)
+        return os.path.relpath(path)
+
+    async def board(self, path: str | None) -> gr.HTML:
         """The drawing board with an image on it."""
         uri = ""
         if path is not None:
             with contextlib.suppress(FieldError):  # said when the control is used
-                opened = open_image_file(path, "controls")
-                opened.thumbnail((BOARD_SIDE, BOARD_SIDE))
-                uri = data_uri(opened, side=0)
+                uri = await self._read(self._board_image, path)
         return gr.HTML("", image=uri)
+
+    def _board_image(self, path):
+        return data_uri(open_shrunk(path, "controls", BOARD_SIDE), side=0)
+
+    async def _read(self, function, *given, field="run"):
+        """What a function returns that reads files of a user: one after the other on the whole server, in turns."""
+        paths = [path for path in _texts(given) if path.startswith(f"{UPLOADS}/")]
+        with self.store.using(paths):
+            return await self.service.carry_out(
+                self.service.reading, lambda ticket: function(*given), field, caller()
+            )
 
     async def add_word(
         self,
@@ -203,13 +246,13 @@ class Actions:
         """Make images an image word of this session, to be used in prompts."""
         with self.errors(session, "words"):
             given = (self.chosen(model), name or "", pictures or ())
-            word = await image_words.add_word(self.service, session, *given)
+            word = await image_words.add_word(self.service, session, *given, caller())
             return self.word_list(session, word)
 
     async def save_words(self, session: Session, model: str | None) -> str:
         """A file with all image words of this session."""
         with self.errors(session, "words"):
-            path = await image_words.save_words(self.service, session, self.chosen(model))
+            path = await image_words.save_words(self.service, session, self.chosen(model), caller())
             return os.path.relpath(path)
 
     async def load_words(self, session: Session, model: str | None, file: str | None = None) -> gr.Dropdown:
@@ -217,26 +260,35 @@ class Actions:
         with self.errors(session, "words"):
             if file is None:
                 raise FieldError("words", "No file was given.")
-            words = await image_words.load_words(self.service, session, self.chosen(model), file)
+            words = await image_words.load_words(self.service, session, self.chosen(model), file, caller())
             return self.word_list(session, words[0])
 
     def forget_word(self, session: Session, word: str) -> gr.Dropdown:
         """Take an image word out of this session; returns one that is left, if there is any."""
-        session.forget_word(word)
+        image_words.forget_word(self.service, session, word)
         return self.word_list(session)
 
     def word_list(self, session: Session, chosen: str | None = None) -> gr.Dropdown:
         words = list(session.words)
         return gr.Dropdown(choices=words, value=chosen or (words[-1] if words else None))
 
-    def prompt_line(
+    async def prompt_line(
         self, session: Session, prompt: str | None, paths: Sequence[str] | None, model: str | None
     ) -> str:
-        paths = paths or ()
+        paths = (paths or ())[: 2 * MAX_FILES]
         is_builtin = self.models.is_builtin(self.chosen(model))
-        sizes = [image_file_size(path) for path in paths] if is_builtin else ()
-        is_larger = any(size is not None and max(size) > IMAGE_SIZE for size in sizes)
-        return render.prompt_line(prompt or "", paths, session.words, LARGE_NOTE if is_larger else "")
+
+        def look():
+            sizes = [image_file_size(path) for path in paths] if is_builtin else ()
+            is_larger = any(size is not None and max(size) > IMAGE_SIZE for size in sizes)
+            return is_larger, [render.thumbnail(path) for path in paths]
+
+        is_larger, images = False, [None] * len(paths)
+        if paths:
+            with contextlib.suppress(FieldError):  # too busy; the line is worth less than a run
+                is_larger, images = await self._read(look)
+        note = LARGE_NOTE if is_larger else ""
+        return render.prompt_line((prompt or "")[:MAX_PROMPT], images, session.words, note)
 
     def preset(self, name: str, model: str | None) -> list[Any]:
         """Values of a preset that suit a model."""
@@ -253,3 +305,16 @@ class Actions:
         note = BUILTIN_NOTE if models.is_builtin(models.default) else ""
         html = render.model_state(models.state, models.problem, note)
         return html, gr.Timer(active=models.state in ("waiting", "loading"))
+
+
+def _texts(given: Iterable[Any]) -> Iterator[str]:
+    """The strings among some values, and among the values that they hold."""
+    waiting = [*given]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            waiting.extend(value)
+        elif isinstance(value, dict):
+            waiting.extend(value.values())

@@ -11,7 +11,10 @@ BOARD = """<div class="kg-board"><canvas></canvas>
 
 
 class OwnFiles:
-    """Mixed into a component: its files are named from the output folder, where the server runs."""
+    """Mixed into a component: its files are named from the output folder, where the server runs, and stay where they are.
+
+    gradio itself would copy what it is given, and begin an empty file for every file of every call.
+    """
 
     def get_block_name(self) -> str:
         """gradio's frontend knows its own components alone: this is the one that the class derives from."""
@@ -19,14 +22,23 @@ class OwnFiles:
         return own.__name__.lower()
 
     async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        if url_or_file_path is not None and "://" in str(url_or_file_path):
-            raise gr.Error("Upload the image; addresses are not opened here.", print_exception=False)
-        path = await super().async_move_resource_to_block_cache(url_or_file_path)
-        return None if path is None else os.path.relpath(path)
+        return self.move_resource_to_block_cache(url_or_file_path)
 
     def move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        path = super().move_resource_to_block_cache(url_or_file_path)
-        return None if path is None else os.path.relpath(path)
+        if url_or_file_path is None:
+            return None
+        if "://" in str(url_or_file_path):
+            raise gr.Error("Upload the image; addresses are not opened here.", print_exception=False)
+        return os.path.relpath(url_or_file_path)
+
+    def preprocess(self, payload: Any) -> list[str] | str | None:
+        """Paths of the files that a call names: a list where there may be several."""
+        if payload is None:
+            return None
+        files = [getattr(file, "path", file) for file in getattr(payload, "root", [payload])]
+        if getattr(self, "file_count", "single") == "multiple":
+            return files
+        return files[0] if files else None
 
 
 class Files(OwnFiles, gr.File):

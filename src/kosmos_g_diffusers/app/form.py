@@ -21,10 +21,21 @@ from ..serving.errors import FieldError, at
 from ..serving.image_words import read_words
 from ..serving.libraries import controlling
 from ..serving.models import NO_LORA, OWN, Models
+from ..serving.pictures import (
+    DECODING,
+    MAX_FILES,
+    SMALL_PIXELS,
+    check_image_file,
+    image_file_size,
+    open_image_file,
+)
 from ..serving.session import MAX_WORDS, Session
-from ..serving.store import MAX_FILES, Store, check_image_file, open_image_file
+from ..serving.store import Store
 
 CONTROL_SLOTS = 3
+PAINTED_SIDE = (
+    2048  # pixels of an image that was painted on, at most; nothing here is drawn larger than half of that
+)
 NO_CONTROL = "none"
 # fields of a slot, and what each starts with
 CONTROL_FIELDS: dict[str, Any] = {"kind": NO_CONTROL, "picture": None, "strokes": "", "ready": False}
@@ -149,17 +160,8 @@ def read_control(
         is_masked = find_control(kind).needs_mask and not ready
         strokes = read_strokes(strokes, field)
         if strokes is not None:
-            blank = PIL.Image.new("RGB", strokes.size, "white")
-            shown = blank if picture is None else open_image_file(picture, field)
-            strokes = strokes.resize(shown.size)
-            if is_masked:
-                mask = strokes.point(lambda value: 255 if value > 127 else 0)
-                controls = controlling()
-                holes = controls.control_image(kind, shown, mask=mask)
-                shown, ready = controls.control_preview(holes), True
-            else:
-                shown.paste("black", mask=strokes)
-            kept = store.keep_drawn(shown)
+            kept = store.keep_drawn(_painted(kind, picture, strokes, is_masked, field))
+            ready = ready or is_masked
         elif is_masked:
             raise FieldError(field, "Paint over what is to be filled: the strokes are the mask.")
         elif picture is None:
@@ -170,10 +172,27 @@ def read_control(
         return ControlInput(kind, kept, ready=bool(ready), **numbers)
 
 
+def _painted(kind, picture, strokes, is_masked, field):
+    """The image with the strokes on it; where they are a mask, the control image with their holes."""
+    if picture is None:
+        shown = PIL.Image.new("RGB", strokes.size, "white")
+    else:
+        with DECODING:
+            shown = open_image_file(picture, field)
+            shown.thumbnail((PAINTED_SIDE, PAINTED_SIDE))
+    strokes = strokes.resize(shown.size)
+    if not is_masked:
+        shown.paste("black", mask=strokes)
+        return shown
+    mask = strokes.point(lambda value: 255 if value > 127 else 0)
+    controls = controlling()
+    return controls.control_preview(controls.control_image(kind, shown, mask=mask))
+
+
 def read_strokes(text: str, field: str) -> PIL.Image.Image | None:
     """PNG as a data: URI -> L image, light where something was painted; None for nothing. FieldError for anything else."""
-    head, _, body = (text or "").partition(",")
-    if not body:
+    head, _, body = text.partition(",") if isinstance(text, str) else (text, "", "")
+    if not body and (not text or isinstance(text, str)):
         return None
     try:
         if head != "data:image/png;base64":
@@ -181,6 +200,14 @@ def read_strokes(text: str, field: str) -> PIL.Image.Image | None:
         file = io.BytesIO(base64.b64decode(body, validate=True))
     except ValueError:
         raise FieldError(field, "The strokes did not arrive as a PNG. Paint them again.") from None
+    check_image_file(file, field)
+    width, height = image_file_size(file)
+    if width * height > SMALL_PIXELS:
+        raise FieldError(
+            field,
+            f"The strokes have {width} x {height} pixels; {SMALL_PIXELS // 1_000_000} million are possible. They are scaled to "
+            "the image: send them smaller.",
+        )
     alpha = open_image_file(file, field, with_alpha=True).getchannel("A")
     return alpha if alpha.getbbox() else None
 
@@ -207,6 +234,8 @@ def _check_prompts(prompt, negative_prompt, n_images, words):
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if len(text) > MAX_PROMPT or "\0" in text:
             raise FieldError(name, f"This text has {len(text)} characters; at most {MAX_PROMPT} are taken.")
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise FieldError(name, "This text has half of a surrogate pair in it, which is no character.")
     line, complete = count_line(prompt, n_images)
     if not complete:
         raise FieldError("prompt", line)
@@ -268,8 +297,9 @@ def restore_values(
         model = models.default
     if model is None:
         notes.append("It was made with the small model that ships, which is not offered here.")
-    images = [store.find(image) for image in settings.images]
-    control_images = [store.find(control.picture) for control in settings.controls]
+    # lent under names that nobody can guess: what a file is called among the inputs says what it holds
+    images = [_lend(store, image) for image in settings.images]
+    control_images = [_lend(store, control.picture) for control in settings.controls]
     if lost := [*images, *control_images].count(None):
         notes.append(f"{lost} of its images are not on this server: drop them again.")
     for what, name, offered in (
@@ -316,6 +346,11 @@ def restore_values(
             restored.update({name: getattr(control, name) for name in ("ready", "scale", "start", "end")})
         values.update({f"control_{slot}_{name}": value for name, value in restored.items()})
     return values, notes
+
+
+def _lend(store, file):
+    path = store.find(file)
+    return path and store.lend(path)
 
 
 def _read(path):

@@ -1,182 +1,313 @@
-"""What reaches gradio: the routes that the page needs, files of the app's own folder, and uploads within limits.
+"""What reaches gradio: the routes that the page needs, calls that were looked through, files of the app's own folder.
 
 gradio is made to be open: it fetches addresses that a client names in the place of an upload, streams any address
-through itself, and has routes for recording, monitoring and editing apps. None of that is used here.
+through itself, and has routes for recording, monitoring and editing apps. None of that is used here; uploads and log-ins
+never reach it.
 """
 
+import asyncio
 import json
+import logging
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
-from pathlib import Path
+import secrets
+from collections import OrderedDict
+from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
+from urllib.parse import parse_qs, unquote
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request, cookie_parser
+from starlette.responses import JSONResponse, StreamingResponse
 
-from ..serving.errors import FieldError
-from ..serving.store import IMAGES, MAX_BYTES, MAX_FILES, UPLOADS, WORDS_SUFFIX, check_image_file
+from ..serving.access import Application, Message, Receive, Refused, Send, address_of, refuse
+from ..serving.bodies import read_body, read_json_body, replay
+from ..serving.errors import unexpected
+from ..serving.passwords import Logins
+from ..serving.store import IMAGES, UPLOADS, Store
+from ..serving.uploads import BrokenOff, int_or_zero, receive_files
+from .blocks import Blocks, bugs
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+logger = logging.getLogger(__name__)
 
+PUBLIC = re.compile(  # what the page that asks for a password needs
+    r"/(login/?|logout/?|theme\.css|favicon\.ico|robots\.txt|manifest\.json|assets/.+|static/.+|svelte/.+)?"
+    r"|/gradio_api/(user/?|login_check/?|theme\.css)"
+)
 ROUTES = re.compile(
-    r"/(config/?|login/?|logout/?|theme\.css|favicon\.ico|robots\.txt|manifest\.json|assets/.+|static/.+|svelte/.+)?"
-    r"|/gradio_api/(startup-events|info/?|app_id/?|user/?|login_check/?|theme\.css|openapi\.json"
-    r"|queue/(join|data|status)|run/\w+/?|api/\w+/?|call/(v2/)?\w+(/\w+)?/?|cancel|reset/?|heartbeat/\w+"
+    rf"{PUBLIC.pattern}|/config/?"
+    r"|/gradio_api/(startup-events|info/?|app_id/?|openapi\.json"
+    r"|queue/(join|data|status)|run/\w+/?|api/\w+/?|call/(v2/)?\w+(/\w+)?/?|cancel|reset/?|heartbeat/[\w.-]+"
     r"|upload|upload_progress|file=.+)"
 )
+FILE = "/gradio_api/file="
 OWN_FILE = re.compile(rf"({IMAGES}|{UPLOADS})(/[^/\\\0]+)+")  # relative: the server runs in its output folder
-MAX_CALL = 4 * 2**20  # bytes of a call; images come by upload before, only strokes are in it
-MAX_UPLOAD = MAX_FILES * (MAX_BYTES + 2**16)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", WORDS_SUFFIX)
+CALL = re.compile(r"/gradio_api/(run|api|call|call/v2)/(\w+)/?")
+LISTENED = re.compile(r"/gradio_api/(?:queue/data|call/(?:v2/)?\w+/(\w+)/?)")
+SESSION = re.compile(r"[\w.-]{1,100}")
+MAX_CALL = 2**20  # bytes of a call; images come by upload before, only strokes are in it
+MAX_LOGIN = 8192
+SESSIONS = 500  # whose values are kept; gradio's own limit is 10,000
+SESSIONS_PER_ADDRESS = 60
+MOST_LOGINS = 10_000
+ALIVE = 1.0  # seconds between two looks at an upload
 # a file that someone uploaded must not act in the name of the page, whatever it claims to be
 FILE_HEADERS = [
-    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; sandbox"),
-    (b"x-content-type-options", b"nosniff"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; style-src 'unsafe-inline'; sandbox; frame-ancestors 'none'",
+    ),
     (b"cache-control", b"private"),
 ]
-PAGE_HEADERS = [(b"referrer-policy", b"no-referrer"), (b"x-content-type-options", b"nosniff")]
-
-
-class Refused(Exception):
-    """A request that is answered with `status` and a sentence."""
-
-    status: int
-    message: str
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status, self.message = status, message
 
 
 class Guard:
-    """ASGI middleware. Args: app: what it stands before. folder: where relative file names begin."""
+    """ASGI middleware.
 
-    app: Callable[..., Awaitable[None]]
-    folder: Path
+    Args:
+        app: what it stands before: gradio's application of `blocks`, or one in which it is mounted.
+        blocks: Blocks, whose `app` is gradio's application.
+        store: Store, which takes the uploads.
+        logins: Logins; None where nobody has to log in.
+    """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], folder: str | Path = "."):
-        self.app, self.folder = app, Path(folder)
+    app: Application
+    blocks: Blocks
+    store: Store
+    logins: Logins | None
+
+    def __init__(self, app: Application, blocks: Blocks, store: Store, logins: Logins | None = None):
+        self.app, self.blocks, self.store, self.logins = app, blocks, store, logins
+        self._uploading = set()  # their ids
+        self._sessions = OrderedDict()  # name -> address, the one that was used last at the end
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        path = scope["path"]
-        try:
-            if not ROUTES.fullmatch(path):
-                raise Refused(404, "There is nothing here.")
-            if path.startswith("/gradio_api/file="):
-                name = path.partition("=")[2]
-                if not _is_own(name):
-                    raise Refused(403, "This file is not served.")
-                return await self.app(scope, receive, _with_headers(send, FILE_HEADERS))
-            if scope["method"] == "POST":
-                is_upload = path.endswith("/upload")
-                receive = await self._check_body(scope, receive, is_upload)
-                if is_upload:
-                    return await self._upload(scope, receive, send)
-            await self.app(scope, receive, _with_headers(send, PAGE_HEADERS))
-        except Refused as refused:
-            answer = JSONResponse({"detail": refused.message, "error": refused.message}, refused.status)
-            await answer(scope, receive, send)
+        sent = []  # kinds of messages
 
-    async def _check_body(self, scope, receive, is_upload):
-        """A `receive` that ends a body that is too long; a call's body is read whole and looked through."""
-        headers, seen = Headers(scope=scope), 0
-        limit = MAX_UPLOAD if is_upload else MAX_CALL
-        too_large = Refused(413, f"This is too large: {limit // 2**20} MB are possible at once.")
-
-        async def receive_counted():
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                raise too_large
-            return message
-
-        if int(headers.get("content-length") or 0) > limit:
-            raise too_large
-        if is_upload:
-            return receive_counted
-        body = await _read(receive_counted)
-        if "json" in headers.get("content-type", "json"):
-            _check_files(body)
-        return _repeat(body, receive)
-
-    async def _upload(self, scope, receive, send):
-        """Let gradio take an upload, then look at what it was before anyone hears of it."""
-        messages = []
-
-        async def collect(message):
-            messages.append(message)
-
-        await self.app(scope, receive, collect)
-        body = b"".join(message.get("body", b"") for message in messages)
-        status = next(message["status"] for message in messages if message["type"] == "http.response.start")
-        if status == 200:
-            paths = [self.folder / name for name in json.loads(body)]
-            try:
-                _check_uploads(paths)
-            except Refused:
-                for path in paths:
-                    path.unlink(missing_ok=True)
-                raise
-        for message in messages:
+        async def send_noting(message):
+            sent.append((message["type"], message.get("more_body", False)))
             await send(message)
 
+        bugs.set([])
+        try:
+            await self._answer(scope, receive, send_noting)
+        except Refused as refused:
+            await refuse(refused, scope, receive, send)
+        except BrokenOff:
+            pass
+        except Exception as error:
+            text = "This is not there."
+            if _is_refusal(error):  # of a stream, by gradio: nobody asked for what it would tell
+                logger.info("refused", exc_info=error)
+            else:
+                text = unexpected(error)
+            if not sent:
+                await JSONResponse({"detail": text, "error": text}, 500)(scope, receive, send)
+            elif sent[-1] != ("http.response.body", False):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-def _check_uploads(paths):
-    if len(paths) > MAX_FILES:
-        raise Refused(413, f"{len(paths)} files were uploaded at once; {MAX_FILES} are possible.")
-    for path in paths:
-        if path.suffix.lower() not in SUFFIXES:
-            raise Refused(415, "This is not an image: " + ", ".join(SUFFIXES) + " are taken.")
-        if path.suffix.lower() != WORDS_SUFFIX:
-            try:
-                check_image_file(path)
-            except FieldError as error:
-                raise Refused(413, error.message) from error
+    async def _answer(self, scope, receive, send):
+        path, method = scope["path"], scope["method"]
+        if not ROUTES.fullmatch(path):
+            raise Refused(404, "There is nothing here.")
+        if self.logins is not None and not PUBLIC.fullmatch(path) and self._user_of(scope) is None:
+            raise Refused(401, "Log in first.")
+        if path.startswith(FILE):
+            if not _is_own(path.removeprefix(FILE)):
+                raise Refused(403, "This file is not served.")
+            # gradio would repeat the headers of a request for a part of a file
+            scope = _with_request_headers(scope, drop=(b"range",))
+            return await self.app(scope, receive, _with_headers(send, FILE_HEADERS))
+        if path == "/gradio_api/upload_progress":
+            return await self._tell_upload(scope, receive, send)
+        if method != "POST":
+            with self._listening(scope):
+                return await self.app(scope, receive, send)
+        if path == "/gradio_api/upload":
+            return await self._upload(scope, receive, send)
+        if path.rstrip("/") == "/login":
+            return await self._log_in(scope, receive, send)
+        await self._call(scope, receive, send)
+
+    def _listening(self, scope):
+        match = LISTENED.fullmatch(scope["path"])
+        if match is None:
+            return nullcontext()
+        name = match[1] or parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+        return self.blocks.listeners.listening(name)
+
+    # Calls -------------------------------------------------------------------------------------------------------
+
+    async def _call(self, scope, receive, send):
+        """Hand on a call that was read and looked through, written anew: gradio reads what was looked at."""
+        headers, path = Headers(scope=scope), scope["path"]
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a browser sends any other kind for any site, without asking first
+            raise Refused(415, "A call is application/json.")
+        body = await read_body(receive, MAX_CALL, int_or_zero(headers.get("content-length")))
+        content = read_json_body(body, _is_own, _is_own_url)
+        if path.startswith("/gradio_api/call/v2/"):
+            self._check_names(content, path)
+        else:
+            content = self._checked(content, path)
+        if isinstance(session := content.get("session_hash"), str):
+            self._note_session(session, address_of(scope))
+        body = json.dumps(content).encode()
+        own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        scope = _with_request_headers(scope, drop=(b"transfer-encoding",), add=own)
+        await self.app(scope, replay(body, receive), _with_status(send))
+
+    def _checked(self, content, path):
+        """The fields of a call, each of its kind and of what there is. Raises Refused."""
+        takes = {"session_hash": str}
+        if path.endswith(("/cancel", "/reset", "/reset/")):
+            takes |= {"event_id": str, "fn_index": int}
+        else:
+            takes |= {"data": list, "event_data": object, "trigger_id": int, "fn_index": int}
+        given = {name: content[name] for name in takes if content.get(name) is not None}
+        for name, value in given.items():
+            if not isinstance(value, takes[name]) or takes[name] is int and isinstance(value, bool):
+                raise Refused(400, f"The field {name} of this call is of the wrong kind.")
+        if not SESSION.fullmatch(given.get("session_hash", "x")):
+            raise Refused(400, "The session_hash of this call is not a short name of letters and digits.")
+        function = self.blocks.fns.get(given.get("fn_index"))
+        if function is None and "fn_index" in given:
+            raise Refused(400, "There is no such function here. Reload the page.")
+        if given.get("trigger_id") and given["trigger_id"] not in self.blocks.blocks:
+            raise Refused(400, "There is no such component here. Reload the page.")
+        if function is not None and function.collects_event_data:
+            event = given.get("event_data")
+            if not (isinstance(event, dict) and {"index", "value"} <= event.keys()):
+                raise Refused(400, "This call does not say what was chosen.")
+        if path == "/gradio_api/queue/join" and not {"data", "fn_index", "session_hash"} <= given.keys():
+            raise Refused(400, "This call has no data, no fn_index or no session_hash.")
+        if (call := CALL.fullmatch(path)) is not None:
+            if function is None and call[2] not in {entry.api_name for entry in self.blocks.fns.values()}:
+                raise Refused(404, "There is no such endpoint here.")
+            if "data" not in given:
+                raise Refused(400, "This call has no data.")
+        return given
+
+    def _check_names(self, content, path):
+        """Raise Refused if a call by the names of its parameters has one that there is not, or lacks one."""
+        parameters = self._parameters.get(path.rstrip("/").rpartition("/")[2])
+        if parameters is None:
+            raise Refused(404, "There is no such endpoint here.")
+        if unknown := sorted(content.keys() - parameters.keys()):
+            raise Refused(400, f"This call has a parameter that there is not: {unknown[0][:100]}.")
+        missing = [
+            name for name, has_default in parameters.items() if not has_default and name not in content
+        ]
+        if missing:
+            raise Refused(400, f"This call has no {missing[0]}.")
+
+    @cached_property
+    def _parameters(self):
+        """Name of an endpoint -> {name of a parameter: whether it has a default}."""
+        return {
+            name.removeprefix("/"): {
+                entry["parameter_name"]: entry["parameter_has_default"] for entry in endpoint["parameters"]
+            }
+            for name, endpoint in self.blocks.get_api_info()["named_endpoints"].items()
+        }
+
+    def _note_session(self, session, address):
+        """Forget the values of the oldest sessions, of an address that opens one after the other first of all."""
+        self._sessions[session] = address
+        self._sessions.move_to_end(session)
+        same = [name for name, owner in self._sessions.items() if owner == address]
+        if len(same) > SESSIONS_PER_ADDRESS:
+            dropped = same[0]
+        elif len(self._sessions) > SESSIONS:
+            dropped = next(iter(self._sessions))
+        else:
+            return
+        del self._sessions[dropped]
+        states = self.blocks.app.state_holder
+        states.session_data.pop(dropped, None)
+        states.time_last_used.pop(dropped, None)
+
+    # Uploads -----------------------------------------------------------------------------------------------------
+
+    async def _upload(self, scope, receive, send):
+        name = parse_qs(scope["query_string"].decode("latin-1")).get("upload_id", [""])[0]
+        self._uploading.add(name)
+        try:
+            paths = await receive_files(scope, receive, self.store)
+        finally:
+            self._uploading.discard(name)
+        names = [path.relative_to(self.store.folder).as_posix() for path in paths]
+        await JSONResponse(names)(scope, receive, send)
+
+    async def _tell_upload(self, scope, receive, send):
+        """The stream on which a page waits for the end of its upload."""
+        name = parse_qs(scope["query_string"].decode("latin-1")).get("upload_id", [""])[0]
+
+        async def until_done():
+            await asyncio.sleep(ALIVE)  # it may come before the upload
+            while name in self._uploading:
+                yield 'data: {"msg": "heartbeat"}\n\n'
+                await asyncio.sleep(ALIVE)
+            yield 'data: {"msg": "done"}\n\n'
+
+        await StreamingResponse(until_done(), media_type="text/event-stream")(scope, receive, send)
+
+    # Passwords ---------------------------------------------------------------------------------------------------
+
+    def _user_of(self, scope):
+        cookies = cookie_parser(Headers(scope=scope).get("cookie", ""))
+        return self.blocks.app.tokens.get(cookies.get(self._cookie()))
+
+    def _cookie(self):
+        return f"access-token-unsecure-{self.blocks.app.cookie_id}"  # one that gradio's page looks at too
+
+    async def _log_in(self, scope, receive, send):
+        body = await read_body(receive, MAX_LOGIN, int_or_zero(Headers(scope=scope).get("content-length")))
+        if self.logins is None:
+            raise Refused(404, "Nobody has to log in here.")
+        try:
+            form = await Request(scope, replay(body, receive)).form(max_files=0, max_fields=20)
+        except (HTTPException, MultiPartException):
+            raise Refused(400, "This is not a form.") from None
+        user, password = form.get("username"), form.get("password")
+        if not isinstance(user, str) or not isinstance(password, str):
+            raise Refused(400, "A form with username and password is needed.")
+        await self.logins.check(address_of(scope), user.strip(), password)
+        tokens = self.blocks.app.tokens
+        while len(tokens) >= MOST_LOGINS:
+            tokens.pop(next(iter(tokens)))
+        token = secrets.token_urlsafe(32)
+        tokens[token] = user.strip()
+        answer = JSONResponse({"success": True})
+        is_secure = scope["scheme"] == "https"
+        answer.set_cookie(self._cookie(), token, httponly=True, samesite="strict", secure=is_secure)
+        await answer(scope, receive, send)
 
 
-def _is_own(name):
-    return bool(OWN_FILE.fullmatch(name)) and ".." not in name.split("/")
+def _is_refusal(error):
+    """Whether an exception is one of HTTP, or comes from one."""
+    while error is not None and not isinstance(error, HTTPException):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
-def _check_files(body):
-    """Refuse a call that names a file which was not uploaded here: any path of the server, any address."""
-    try:
-        waiting = [json.loads(body or b"null")]
-    except (ValueError, RecursionError):
-        raise Refused(400, "This call is not JSON.") from None
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting.extend(value)
-        elif isinstance(value, dict):
-            path = value.get("path")
-            if path is not None and not (isinstance(path, str) and _is_own(path)):
-                raise Refused(400, "A file was named that was not uploaded here: handle_file uploads it.")
-            waiting.extend(value.values())
+def _is_own(name: str) -> bool:
+    """Whether a relative path is of a file that is served: what was drawn, or uploaded."""
+    return bool(OWN_FILE.fullmatch(name)) and not {".", ".."} & {*name.split("/")}
 
 
-async def _read(receive):
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if not message.get("more_body"):
-            return body
+def _is_own_url(url):
+    """Whether this is an address that gradio gave such a file; the host is nobody's business: it is not asked."""
+    return _is_own(unquote(url.partition(FILE)[2]))
 
 
-def _repeat(body, receive):
-    """A `receive` that gives a body that was read once more, and then what follows it."""
-    bodies = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_again():
-        return bodies.pop() if bodies else await receive()
-
-    return receive_again
+def _with_request_headers(scope, drop=(), add=()):
+    names = {*drop, *(name for name, _ in add)}
+    return {**scope, "headers": [pair for pair in scope["headers"] if pair[0].lower() not in names] + [*add]}
 
 
 def _with_headers(send, headers):
@@ -186,3 +317,14 @@ def _with_headers(send, headers):
         await send(message)
 
     return send_with_headers
+
+
+def _with_status(send):
+    """gradio answers 500 to every failure; what the client got wrong is a 400."""
+
+    async def send_with_status(message: dict[str, Any]):
+        if message["type"] == "http.response.start" and message["status"] == 500 and not bugs.get():
+            message = {**message, "status": 400}
+        await send(message)
+
+    return send_with_status

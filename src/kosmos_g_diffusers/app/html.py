@@ -14,8 +14,8 @@ from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN, GenerationSett
 from ..maps.boxes import region_text
 from ..serving.errors import FieldError
 from ..serving.job import finished_images
+from ..serving.pictures import data_uri, open_shrunk
 from ..serving.queue import Ticket
-from ..serving.store import data_uri, open_image_file
 from .form import count_line
 
 THUMBNAIL = 64  # pixels
@@ -25,34 +25,39 @@ THUMBNAIL = 64  # pixels
 def thumbnail(path: str) -> str | None:
     """Small data: URI of an uploaded image, whose file never changes; None if it cannot be read."""
     try:
-        image = open_image_file(path, "pictures")
+        image = open_shrunk(path, "pictures", THUMBNAIL)
     except FieldError:
         return None
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
     return data_uri(image, side=0)
 
 
-def prompt_line(prompt: str, paths: Sequence[str] | None, words: Iterable[str] = (), note: str = "") -> str:
-    """The prompt with its images in their places, and below it what is missing, and a note about the images."""
-    pieces, images, number = [], iter(paths), count(1)
+def prompt_line(
+    prompt: str, thumbnails: Sequence[str | None], words: Iterable[str] = (), note: str = ""
+) -> str:
+    """The prompt with its images in their places, and below it what is missing, and a note about the images.
+
+    Args:
+        thumbnails: of its images as `thumbnail` gives them.
+    """
+    pieces, images, number = [], iter(thumbnails), count(1)
     for text in re.split(f"({IMAGE_WORD_PATTERN.pattern})", prompt):
         if text == IMAGE_MARK:
-            pieces.append(_image(next(images, None), f"image {next(number)}"))
+            pieces.append(_image(next(images, ""), f"image {next(number)}"))
         else:
             tag = '<b class="kg-word">{}</b>' if text in words else "<span>{}</span>"
             pieces.append(Markup(tag).format(text))
-    if spare := Markup().join(_image(path, "an image") for path in images):
+    if spare := Markup().join(_image(uri, "an image") for uri in images):
         pieces.append(Markup('<span class="kg-spare">not in the prompt: {}</span>').format(spare))
-    line, complete = count_line(prompt, len(paths))
+    line, complete = count_line(prompt, len(thumbnails))
     html = '<div class="kg-prompt">{}</div><div class="kg-count {}">{}</div>'
     html = Markup(html).format(Markup().join(pieces), "kg-good" if complete else "kg-bad", line)
     return html + (Markup('<div class="kg-note">{}</div>').format(note) if note else "")
 
 
-def _image(path, name):
-    if uri := path and thumbnail(path):
+def _image(uri, name):
+    if uri:
         return Markup('<img class="kg-thumbnail" src="{0}" alt="{1}" title="{1}">').format(uri, name)
-    problem = "is missing" if path is None else "cannot be read"
+    problem = "cannot be read" if uri is None else "is missing"
     return Markup('<span class="kg-hole" title="{} {}">?</span>').format(name, problem)
 
 

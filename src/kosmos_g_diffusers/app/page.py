@@ -1,25 +1,34 @@
 """The page of `kosmos-g app`: where things stand, and what calls what. Actions do the work."""
 
 import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from starlette.middleware import Middleware
+from fastapi import FastAPI
+from gradio.networking import setup_tunnel
+from starlette.routing import Mount
 
 from ..control.table import CONTROLS
 from ..generation.schedulers import SCHEDULERS
+from ..serving.access import Access, Gate
+from ..serving.errors import clean
 from ..serving.models import NO_LORA, OWN
+from ..serving.passwords import Accounts, Logins
+from ..serving.pictures import MAX_BYTES, MAX_FILES
 from ..serving.service import Service
 from ..serving.session import Session
-from ..serving.store import IMAGES, MAX_BYTES, MAX_FILES, UPLOADS
+from ..serving.store import IMAGES, UPLOADS
+from ..serving.web import WebServer
 from ..sprites.pretrained import SPRITES_CONTROL
 from .actions import Actions
+from .blocks import Blocks
 from .components import Files, Gallery, Image, Upload, board
 from .examples import photo_examples, sprite_examples
 from .form import CONTROL_FIELDS, CONTROL_SLOTS, LIMITS, MAX_PROMPT, NO_CONTROL, PRESETS, defaults
-from .guard import Guard
+from .guard import SESSIONS, Guard
 
 STYLE = (Path(__file__).parent / "static" / "page.css").read_text(encoding="utf-8")
 INTRODUCTION = (
@@ -31,7 +40,6 @@ SPRITES_CONTROLS = (
     f"The small model has a ControlNet for `{SPRITES_CONTROL}` alone: edges of a sprite decide where it is drawn. With "
     "`kosmos-g app --model` there are all kinds of `kosmos-g control --list`. Start and end are shares of the steps."
 )
-SHARED_SESSIONS = 500  # whose words and history are kept; gradio's own limit is 10,000
 QUICK: dict[str, Any] = {
     "api_visibility": "private",
     "show_progress": "hidden",
@@ -70,7 +78,7 @@ class Page:
     history: Gallery
 
     service: Service
-    blocks: gr.Blocks
+    blocks: Blocks
     fields: dict[str, Any]
     messages: dict[str, gr.HTML]
     previews: list[Any]
@@ -79,7 +87,7 @@ class Page:
     def __init__(self, service: Service, controls: bool = False):
         self.service, self.fields, self.messages, self.previews = service, {}, {}, []
         title = {"title": "Kosmos-G", "analytics_enabled": False}
-        with gr.Blocks(delete_cache=(3600, 86400), **title) as self.blocks:
+        with Blocks(**title) as self.blocks:
             self.session = gr.State(Session())
             gr.Markdown(INTRODUCTION)
             self.state = gr.HTML(elem_id="model-state")
@@ -339,56 +347,44 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 7860,
     share: bool = False,
-    auth: tuple[str, str] | None = None,
+    auth: tuple[str, str] | Mapping[str, str] | None = None,
     block: bool = True,
+    allowed_hosts: Sequence[str] = (),
 ) -> gr.Blocks:
     """Start the page of a service, and then the service itself: the page answers before anything is loaded.
 
     The current folder must be the service's output folder: files are named from there.
 
     Args:
-        auth: (user, password), or None.
+        auth: (user, password), or {user: password or its hash}, or None.
         block: print the address, and wait for Ctrl-C.
+        allowed_hosts: names that the app answers to, besides those of this machine and `host`.
 
     Returns:
         gr.Blocks, with its address as `local_url`.
+
+    Raises:
+        OSError: it cannot listen at the address.
     """
     # relative, so that no page learns where the server keeps its files
     os.environ["GRADIO_TEMP_DIR"] = UPLOADS
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # gradio goes through all of them after every event
     gr.set_static_paths([IMAGES])  # served from where they are; other files would be copied first
+    accounts = None if auth is None else Accounts(auth if isinstance(auth, Mapping) else dict([auth]))
     blocks = Page(service, controls).blocks
-    blocks.queue(max_size=4 * service.worker.capacity + 16, default_concurrency_limit=4)
-    no_documents = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
-    # no font is fetched: these are names of what the browser has
-    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    application = _application(blocks, service, host, port, accounts, allowed_hosts)
     try:
-        blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            auth=auth,
-            theme=theme,
-            css=STYLE,
-            show_error=False,
-            max_file_size=MAX_BYTES,
-            state_session_capacity=SHARED_SESSIONS,
-            app_kwargs={"middleware": [Middleware(Guard)], **no_documents},
-            footer_links=["api"],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-            prevent_thread_lock=True,
-            quiet=True,  # its hints are for those who write apps
-        )
+        blocks.server = server = WebServer(application, host, port, "127.0.0.1" if share else "")
     except OSError as error:
         raise OSError(
             f"The app cannot listen at {host}:{port}: another program does, or it is not an address of this machine. Pass "
             "another --port, or --host."
         ) from error
+    server.start()
+    blocks.local_url = server.url
+    if share:
+        _share(blocks)
     service.start()
     if block:
         print(f"Open {blocks.local_url} in a browser. Ctrl-C ends the app.", flush=True)
@@ -396,3 +392,60 @@ def serve(
             print(f"Anyone can reach {blocks.share_url}.", flush=True)
         blocks.block_thread()
     return blocks
+
+
+def _application(blocks, service, host, port, accounts, allowed_hosts):
+    """gradio's application of a page behind what guards it: gradio's own server would stand before its guards."""
+    # the service has queues of its own, with places to tell; gradio's hands everything on at once
+    places = 4 * service.worker.capacity + 64
+    blocks.max_threads = places
+    blocks.state_session_capacity = 2 * SESSIONS
+    blocks.queue(max_size=places, default_concurrency_limit=None, api_open=False)
+    no_documents = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
+    # no font is fetched: these are names of what the browser has
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    outer = gr.mount_gradio_app(
+        FastAPI(**no_documents),
+        blocks,
+        "/",
+        server_name=host,
+        server_port=port,
+        app_kwargs=no_documents,
+        auth=None
+        if accounts is None
+        else _no_one,  # so that gradio shows its form; the guard takes what it sends
+        theme=theme,
+        css=STYLE,
+        show_error=False,
+        max_file_size=MAX_BYTES,
+        footer_links=["api"],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+    )
+    blocks.app = blocks.server_app = next(route.app for route in outer.routes if isinstance(route, Mount))
+    blocks.has_launched = True  # from then on gradio takes files from the upload folder alone
+    blocks.share_url = None
+    logins = None if accounts is None else Logins(accounts)
+    guard = Guard(outer, blocks, service.store, logins)
+    return Gate(guard, Access(host, allowed_hosts, lambda: blocks.share_url))
+
+
+def _no_one(user, password):
+    return False
+
+
+def _share(blocks):
+    """Give the page a public address through gradio's servers. Raises OSError where that is not possible."""
+    try:
+        blocks.share_url = setup_tunnel(
+            blocks.server_name, blocks.server_port, blocks.share_token, None, None
+        )
+    except Exception as error:  # noqa: BLE001  whatever gradio's tunnel needs
+        blocks.close(verbose=False)
+        raise OSError(
+            f"No public address could be opened ({clean(error)}). --share needs gradio's servers; without it the app "
+            "works on this machine."
+        ) from error

@@ -12,6 +12,7 @@ examples:
 """
 
 import argparse
+import getpass
 import logging
 import os
 import sys
@@ -38,7 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     add("--port", type=int, default=7860, metavar="N", help="of the address (default: 7860)")
     add("--share", action="store_true", help="open a public address through gradio's servers")
-    add("--auth", metavar="USER:PASSWORD", help="ask for a name and a password")
+    names = "a name that the app answers to, such as that of a reverse proxy; repeat it for several"
+    add("--allowed-host", action="append", default=[], metavar="NAME", help=names)
+    lines = "ask for a name and a password: a file with a line USER:HASH for each user (htpasswd -B, or --hash-password)"
+    add("--auth-file", metavar="FILE", help=lines)
+    add(
+        "--hash-password",
+        action="store_true",
+        help="ask for a name and a password, print the line for --auth-file, end",
+    )
+    seen = "the same for one user; others on this machine can see it: rather set KOSMOS_G_AUTH to it"
+    add("--auth", metavar="USER:PASSWORD", help=seen)
+    limit = "that uploads and what was drawn from take; the oldest go first (default: 2). If it is given, images count too"
+    add("--disk-limit", type=float, metavar="GB", help=limit)
     add("--queue", type=int, default=CAPACITY, metavar="N", help=f"runs that may wait (default: {CAPACITY})")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
     add("--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, else float16)")
@@ -46,24 +59,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    auth = read_auth(arguments.auth)
+    if arguments.hash_password:
+        return print_hash()
+    auth = read_accounts(arguments.auth, arguments.auth_file)
     check_output_folder(arguments.output)
     if auth is None and (arguments.share or arguments.host not in LOCAL_HOSTS):
-        note = "Note: anyone who reaches this address can use it. --auth USER:PASSWORD asks for one."
+        note = "Note: anyone who reaches this address can use it. --auth-file FILE asks for a name and a password."
         print(note, file=sys.stderr)
+    if arguments.auth is not None:
+        print(
+            "Note: whoever is logged in on this machine can read the password of --auth in the list of processes. "
+            "KOSMOS_G_AUTH or --auth-file keeps it to yourself.",
+            file=sys.stderr,
+        )
     if arguments.queue < 1:
         raise ValueError(f"--queue is {arguments.queue}; expected 1 or more.")
+    if arguments.disk_limit is not None and not 0 < arguments.disk_limit < 1e6:
+        raise ValueError(f"--disk-limit is {arguments.disk_limit:g}; expected gigabytes, more than 0.")
     try:
         from ..app.page import serve
     except ImportError as error:
         install = "pip install 'kosmos-g-diffusers[app]'"
         raise ImportError(f"The app needs gradio ({error}). Run: {install}") from error
+    from ..serving.access import Access
     from ..serving.models import Models
     from ..serving.service import Service
-    from ..serving.store import Store
+    from ..serving.store import DISK_LIMIT, Store
 
     if arguments.device is not None:
         check_device(arguments.device)
+    Access(arguments.host, arguments.allowed_host)  # says at once which name is not one
     marker = read_mark_flags(arguments)
     folders = (arguments.model, arguments.lora_dir, arguments.unet_dir)
     models = Models(*folders, arguments.device, arguments.dtype)
@@ -71,18 +96,77 @@ def run(arguments: argparse.Namespace) -> None:
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     # files are named from here, so that no page learns where the server keeps them
     os.chdir(arguments.output)
-    service = Service(models, Store("."), arguments.queue, marker)
+    is_limited = arguments.disk_limit is not None
+    limit = int(arguments.disk_limit * 1e9) if is_limited else DISK_LIMIT
+    service = Service(models, Store(".", limit, prunes_images=is_limited), arguments.queue, marker)
     try:
-        serve(service, arguments.control, arguments.host, arguments.port, arguments.share, auth)
+        serve(
+            service,
+            arguments.control,
+            arguments.host,
+            arguments.port,
+            arguments.share,
+            auth,
+            allowed_hosts=arguments.allowed_host,
+        )
     finally:
         service.close()
 
 
-def read_auth(text: str | None) -> tuple[str, str] | None:
-    """ "user:password" -> (user, password); None stays None. ValueError for anything else."""
+def read_accounts(text: str | None, file: str | None = None) -> dict[str, str] | None:
+    """Who may log in -> {user: password or hash}; None where nobody has to.
+
+    Args:
+        text: of --auth.
+        file: of --auth-file. Without both, the variable KOSMOS_G_AUTH counts, and is forgotten: what the app starts would
+            have it too.
+
+    Raises:
+        ValueError: a text that is not USER:PASSWORD, a file that cannot be used, or both.
+    """
+    from ..serving.passwords import VARIABLE, read_file, read_line
+
+    variable = os.environ.pop(VARIABLE, None)
+    if file is not None:
+        if text is not None:
+            raise ValueError("--auth and --auth-file were given. Pass one of them.")
+        return read_file(file)
+    name = "--auth" if text is not None else VARIABLE
+    account = read_auth(variable if text is None else text, name)
+    if account is not None and account[1].startswith(("$2", "$argon2")):
+        account = read_line(":".join(account), name)
+    return None if account is None else dict([account])
+
+
+def read_auth(text: str | None, name: str = "--auth") -> tuple[str, str] | None:
+    """ "user:password" -> (user, password); None stays None. ValueError for anything else, which begins with `name`."""
     if text is None:
         return None
     user, colon, password = text.partition(":")
     if not (user and colon and password):
-        raise ValueError("--auth is not of the form USER:PASSWORD, such as anna:a-long-password.")
+        raise ValueError(f"{name} is not of the form USER:PASSWORD, such as anna:a-long-password.")
     return user, password
+
+
+def print_hash() -> None:
+    """Ask for a name and a password, or read USER:PASSWORD from a pipe, and print the line that --auth-file takes.
+
+    Raises:
+        ValueError: no password, or two different ones.
+        ImportError: argon2-cffi is not installed.
+    """
+    from ..serving.passwords import hash_password
+
+    if sys.stdin.isatty():
+        print("User: ", end="", file=sys.stderr, flush=True)
+        user = sys.stdin.readline().strip()
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Once more: ") != password:
+            raise ValueError("The two passwords differ. Run it again.")
+    else:
+        user, colon, password = sys.stdin.readline().rstrip("\r\n").partition(":")
+        if not colon:  # a password alone
+            user, password = "", user
+    if ":" in user or not password:
+        raise ValueError("Expected a name without a colon, and a password: kosmos-g app --hash-password")
+    print(f"{user}:{hash_password(password)}" if user else hash_password(password))

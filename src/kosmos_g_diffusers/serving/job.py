@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from ..generation.png import maps_path, write_png
 from ..provenance import MARKED, Marker
-from .errors import at
+from .errors import FieldError, at
 from .libraries import drawing
-from .store import data_uri, open_image_file
+from .pictures import data_uri, decoding_of, image_file_size, open_square
 
 if TYPE_CHECKING:
     from ..generation.settings import GenerationSettings
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .store import Store
 
 PREVIEWS = 10  # of an image, at most
+MAX_SIDE = 1024  # pixels of an image that is drawn here
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Drawing:
         self.reference_images = store.find_all(settings.images, "pictures")
         self.control_images = store.find_all([control.picture for control in settings.controls], "controls")
         self.words = store.find_all(settings.image_words, "words")
+        store.hold(self, [*settings.images, *settings.image_words])
+        store.hold(self, [control.picture for control in settings.controls])
 
     def __call__(self, ticket: "Ticket") -> None:
         settings, paths = self.settings, []
@@ -90,11 +93,13 @@ class Drawing:
                 drawn = drawing().draw_images(pipe, settings, arguments, follow, take_maps=take_maps)
                 for image, image_settings in drawn:
                     path = self.store.new_image_path()
+                    self.store.hold(self, [path])
                     write_png(image, path, image_settings, marker=self.marker)
                     for of_image in found:
                         overlay = drawing().draw_overlay(image, *of_image)
                         write_png(overlay, maps_path(path), image_settings, marker=self.marker)
                     found.clear()
+                    self.store.count_image(path, image_settings)
                     paths.append(path)
                     follow.image_is_done()
         finally:
@@ -102,16 +107,31 @@ class Drawing:
             pipe.maybe_free_model_hooks()
 
     def _read_inputs(self, pipe):
-        with at("controls"):
+        for control, path in zip(self.settings.controls, self.control_images, strict=True):
+            if control.ready:  # it decides the size of what is drawn
+                check_side("controls", *(image_file_size(path) or (0, 0)))
+        with at("controls"), decoding_of(self.control_images):
             arguments = drawing().size_arguments(pipe, self.settings, self.control_images)
+        check_side("controls", arguments["height"], arguments["width"])
         # opened here, so that the library's errors name no file of the server
-        reference_images = [open_image_file(path, "pictures") for path in self.reference_images]
+        side = pipe.get_processor().image_size
+        reference_images = [open_square(path, "pictures", side) for path in self.reference_images]
         with at("negative_prompt"):
             negative = self.settings.negative_prompt or ""
             pipe.get_processor()(negative, marks_are_text=True, name="negative prompt")
         with at("prompt"):
             arguments.update(drawing().prompt_arguments(pipe, self.settings, reference_images, self.maps))
         return arguments
+
+
+def check_side(field: str, *sides: int) -> None:
+    """Raise FieldError for an image that is too large to be drawn here."""
+    if max(sides) > MAX_SIDE:
+        raise FieldError(
+            field,
+            f"An image of {max(sides)} pixels a side would be drawn; {MAX_SIDE} are possible. Give a width and a height, or a "
+            "smaller image.",
+        )
 
 
 class _Follower:

@@ -1,10 +1,15 @@
-"""One run at a time, the others in a queue with an end: each has a ticket that tells its place and can be cancelled."""
+"""One run at a time, the others in a queue with an end: each has a ticket that tells its place and can be cancelled.
+
+Whoever asks often waits longer, not the others: addresses take turns, and so do the sessions of an address; each has a share
+of the places. A run begins only while somebody listens for its end.
+"""
 
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 Job = Callable[["Ticket"], Any]
@@ -12,16 +17,40 @@ Job = Callable[["Ticket"], Any]
 logger = logging.getLogger(__name__)
 
 CAPACITY = 16  # runs that may wait, unless the user says otherwise
+PER_SESSION = 2  # of them of one session
+SHARE = 0.75  # of them of one address
 CLOSING = 10  # seconds that a run has for the step it is in
 RECENT = 8  # runs whose length is the estimate of the next one's
+LISTENER_COMES = 30.0  # seconds that a run waits for somebody to listen
+LISTENER_BACK = 5.0  # seconds in which a listener may come back
+LOOK = 0.2  # seconds between two looks for listeners
 
 
 class QueueFull(Exception):
-    """As many runs are waiting as the queue holds."""
+    """As many runs are waiting as the queue holds, or as the session or the address may have."""
 
 
 class Cancelled(BaseException):
     """Raised in a run that was cancelled. Like asyncio's it is not an Exception, so that what handles errors lets it pass."""
+
+
+def _always():
+    return True
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks for a run.
+
+    Args:
+        session: what tells users apart: a session's name, or a token's.
+        address: where the request came from, as `access.address_of` says.
+        is_listening: whether somebody waits for the end of the run now.
+    """
+
+    session: str
+    address: str = ""
+    is_listening: Callable[[], bool] = _always
 
 
 class Ticket:
@@ -32,15 +61,20 @@ class Ticket:
     result: Any
     error: BaseException | None
     ended: threading.Event
+    caller: Caller | None
+    joined: int
 
-    def __init__(self, worker: "Worker", job: Job):
-        self._worker, self._job = worker, job
+    def __init__(self, worker: "Worker", job: Job, caller: Caller | None = None):
+        self._worker, self._job, self.caller = worker, job, caller
         self._cancelled = threading.Event()
         self.state = "waiting"  # then "running", then "done", "failed" or "cancelled"
         self.progress = None  # whatever the job last said of itself
         self.result = None  # what the job returned
         self.error = None  # the exception that it ended with
         self.ended = threading.Event()
+        self.joined = 0  # number of the last run that began before it came
+        self._heard = time.monotonic()  # when somebody listened last
+        self._was_heard = False
 
     @property
     def place(self) -> int:
@@ -54,8 +88,22 @@ class Ticket:
 
     def check(self) -> None:
         """Raises Cancelled if the run was cancelled; the job calls it as often as it can stop."""
-        if self._cancelled.is_set():
+        if self._cancelled.is_set() or self.is_left():
             raise Cancelled
+
+    def is_listened_to(self) -> bool:
+        """Whether somebody waits for the end of the run now."""
+        if self.caller is not None and not self.caller.is_listening():
+            return False
+        self._heard, self._was_heard = time.monotonic(), True
+        return True
+
+    def is_left(self) -> bool:
+        """Whether nobody has listened for so long that nobody will."""
+        if self.is_listened_to():
+            return False
+        patience = LISTENER_BACK if self._was_heard else LISTENER_COMES
+        return time.monotonic() - self._heard > patience
 
     def _run(self):
         self.state = "running"
@@ -80,14 +128,18 @@ class Worker:
 
     Args:
         capacity: runs that may wait, besides the one that is running.
+        per_session: of them of one session.
     """
 
     capacity: int
+    per_session: int
 
-    def __init__(self, capacity: int, name: str = "worker"):
-        self.capacity = capacity
+    def __init__(self, capacity: int, name: str = "worker", per_session: int = PER_SESSION):
+        self.capacity, self.per_session = capacity, per_session
         self._waiting = deque()
         self._durations = deque(maxlen=RECENT)
+        self._turns = {}  # address, or address and session -> number of the last run that began
+        self._begun = 0
         self._condition = threading.Condition()
         self._closed = False
         self._running = None
@@ -95,28 +147,54 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> Ticket:
-        """Put a job, a function of its ticket, at the end of the queue and return the ticket. Raises QueueFull."""
+    def submit(self, job: Job, caller: Caller | None = None) -> Ticket:
+        """Put a job, a function of its ticket, into the queue and return the ticket. Raises QueueFull."""
         with self._condition:
-            # with nothing running, the first that waits is about to run
-            room = self.capacity + (not self._is_busy())
-            if self._closed or len(self._waiting) >= room:
-                raise QueueFull(f"The queue is full: {len(self._waiting)} runs are waiting. Try again later.")
-            ticket = Ticket(self, job)
+            ticket = Ticket(self, job, caller)
+            self._drop_left()
+            self._check_room(ticket)
+            ticket.joined = self._begun
             self._waiting.append(ticket)
             self._condition.notify()
         return ticket
 
+    def _check_room(self, ticket):
+        # with nothing running, the first that waits is about to run
+        spare = not self._is_busy()
+        if self._closed:
+            raise QueueFull("The queue is full: the server is ending.")
+        waiting, caller = self._waiting, ticket.caller
+        # what nobody listens for takes no place from those who do, but has an end too
+        is_heard = ticket.is_listened_to()
+        count = sum(other.is_listened_to() == is_heard for other in waiting)
+        if count >= self.capacity + spare:
+            raise QueueFull(f"The queue is full: {len(waiting)} runs are waiting. Try again later.")
+        if caller is None:
+            return
+        others = [other.caller for other in waiting if other.caller is not None]
+        own = sum(other.session == caller.session for other in others)
+        if own >= self.per_session + spare:
+            raise QueueFull(
+                f"The queue is full for you: {own} of your runs are waiting. Wait for one to end."
+            )
+        same = sum(other.address == caller.address for other in others)
+        if same >= max(self.per_session, round(SHARE * self.capacity)) + spare:
+            raise QueueFull(
+                f"The queue is full for your address: {same} runs of it are waiting. Try again later."
+            )
+
     def place_of(self, ticket: Ticket) -> int:
         with self._condition:
-            return self._waiting.index(ticket) + 1 if ticket in self._waiting else 0
+            if ticket not in self._waiting:
+                return 0
+            return self._order().index(ticket) + 1
 
     def seconds_until(self, ticket: Ticket) -> float | None:
         """Estimate of how long a ticket has to wait, from the last runs; None without any."""
         with self._condition:
             if not self._durations or ticket not in self._waiting:
                 return None
-            before = self._waiting.index(ticket) + self._is_busy()
+            before = self._order().index(ticket) + self._is_busy()
             return before * sum(self._durations) / len(self._durations)
 
     def forget(self, ticket: Ticket) -> None:
@@ -139,17 +217,65 @@ class Worker:
             ticket.cancel()
         self._thread.join(timeout=CLOSING)
 
+    def _order(self):
+        """Those who wait, in the order in which they will begin: whoever had their last turn earliest."""
+        turns, number = dict(self._turns), self._begun
+        waiting, order = list(self._waiting), []
+        while waiting:
+            ticket = min(waiting, key=lambda ticket: _last_turns(ticket, turns))
+            waiting.remove(ticket)
+            order.append(ticket)
+            number += 1
+            turns.update(dict.fromkeys(_turn_keys(ticket), number))
+        return order
+
+    def _next(self):
+        """The next run that somebody listens for; None if there is none."""
+        return next((ticket for ticket in self._order() if ticket.is_listened_to()), None)
+
+    def _drop_left(self):
+        for ticket in [ticket for ticket in self._waiting if ticket.is_left()]:
+            self._waiting.remove(ticket)
+            ticket._end("cancelled")
+
+    def _take(self):
+        """Wait for the next run; None at the end."""
+        with self._condition:
+            self._running = None
+            while not self._closed:
+                self._drop_left()
+                if (ticket := self._next()) is not None:
+                    break
+                self._condition.wait(LOOK if self._waiting else None)
+            if self._closed:
+                return None
+            self._waiting.remove(ticket)
+            self._begun += 1
+            present = {key for other in self._waiting for key in _turn_keys(other)}
+            # who has nothing waiting may be forgotten, but not at once: they are about to ask again
+            if len(self._turns) > 1000:
+                self._turns = {key: turn for key, turn in self._turns.items() if key in present}
+            self._turns.update(dict.fromkeys(_turn_keys(ticket), self._begun))
+            self._running = ticket
+            return ticket
+
     def _work(self):
-        while True:
-            with self._condition:
-                self._running = None
-                self._condition.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    return
-                self._running = self._waiting.popleft()
+        while (ticket := self._take()) is not None:
             started = time.monotonic()
-            self._running._run()
-            if self._running.state == "done":
+            ticket._run()
+            if ticket.state == "done":
                 self._durations.append(time.monotonic() - started)
-            elif self._running.state == "failed":
-                logger.info("a run failed", exc_info=self._running.error)
+            elif ticket.state == "failed":
+                logger.info("a run failed", exc_info=ticket.error)
+
+
+def _turn_keys(ticket):
+    """Addresses take turns first, then their sessions; what the server itself asks for comes before them."""
+    caller = ticket.caller
+    return () if caller is None else ((caller.address,), (caller.address, caller.session))
+
+
+def _last_turns(ticket, turns):
+    """Numbers of the last runs of a ticket's address and session. Who is new had their last turn just before they came:
+    a new session for each run must bring nothing."""
+    return [turns.get(key, ticket.joined - 0.5) for key in _turn_keys(ticket)]

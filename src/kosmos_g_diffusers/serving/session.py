@@ -4,15 +4,18 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..generation.settings import InputImage
+
+if TYPE_CHECKING:
+    from .queue import Ticket
 
 MAX_WORDS = 20
 MAX_HISTORY = 200  # images; the files stay
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """Kept by the page for as long as it is open. Starts empty; every user gets a copy of the first one."""
 
@@ -23,7 +26,7 @@ class Session:
     history: list[Path] = field(default_factory=list)  # paths of images, the newest first
     shown: list[Path] = field(default_factory=list)  # paths of the images of the last run
     chosen: Path | None = None  # path of the image whose settings are shown
-    ticket: object = None  # of the run under way, or of the last
+    tickets: list["Ticket"] = field(default_factory=list)  # of its runs that have not ended
     error: object = None  # FieldError of the last action, until the page has shown it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Session":

@@ -1,0 +1,182 @@
+"""Images of strangers: checked by their headers, decoded one at a time on the whole server, and made small while they are.
+
+A file of a few kilobytes may hold 40 million pixels, which take up to 600 MB while they are read. So what decodes holds
+`DECODING`, and lets it go only when the image is as small as it is needed.
+"""
+
+import base64
+import ctypes
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import BinaryIO
+
+import PIL.Image
+
+from ..provenance import UNMARKED, Marker
+from .errors import FieldError
+from .libraries import reading
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_BYTES = 20 * 2**20  # of a file
+MAX_PIXELS = 40_000_000  # of an image with 8 bits a channel, before it is decoded
+MAX_WIDE_PIXELS = 10_000_000  # with 16 or 32 bits: Pillow takes four times the memory for them
+MAX_WEBP_PIXELS = 20_000_000  # whose decoder holds two more of it
+MAX_FILES = 10  # at once: images of a prompt, or of an image word
+SMALL_PIXELS = 4_000_000  # images that may be decoded beside another
+SHRINKABLE = ("RGB", "RGBA", "L", "CMYK", "YCbCr")  # modes whose colours can be averaged as they are
+
+
+class _Decoding:
+    """A lock for one thread at a time, which may take it several times; at the end the memory of large images goes back.
+
+    The C library keeps what is freed for the next image, in pieces that do not fit it.
+    """
+
+    def __init__(self):
+        self._lock, self._depth, self._was_large = threading.RLock(), 0, False
+        try:
+            self._trim = ctypes.CDLL(None).malloc_trim
+        except (OSError, AttributeError, TypeError):  # not glibc
+            self._trim = lambda kept: None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+
+    def expect(self, pixels: int) -> None:
+        """Say what is about to be decoded."""
+        self._was_large |= pixels > SMALL_PIXELS
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if not self._depth and self._was_large:
+            self._trim(0)
+            self._was_large = False
+        self._lock.release()
+
+
+DECODING = _Decoding()
+
+
+def check_image_file(path: str | Path | BinaryIO, field: str = "pictures") -> str:
+    """Format of an image file, a path or an open file, not decoded. FieldError for an unknown format or one too large."""
+    try:
+        size = path.getbuffer().nbytes if hasattr(path, "getbuffer") else os.path.getsize(path)
+    except OSError:
+        raise FieldError(field, "An image is no longer on the server. Drop it again.") from None
+    if size > MAX_BYTES:
+        raise FieldError(field, f"This file has {size / 2**20:.0f} MB; {MAX_BYTES // 2**20} MB are possible.")
+    try:
+        with PIL.Image.open(path, formats=FORMATS) as image:
+            pixels, kind, is_wide = image.width * image.height, image.format, image.mode[0] in "IF"
+    except PIL.Image.DecompressionBombError:
+        raise FieldError(
+            field, f"This image has too many pixels; it may have {MAX_PIXELS // 1_000_000} million pixels."
+        ) from None
+    except Exception:  # noqa: BLE001  damaged bytes make Pillow raise nearly anything
+        raise FieldError(
+            field, f"This file is not an image that can be read. Pass one of {', '.join(FORMATS)}."
+        ) from None
+    most, what = MAX_PIXELS, ""
+    if is_wide:
+        most, what = MAX_WIDE_PIXELS, " with more than 8 bits a channel"
+    elif kind == "WEBP":
+        most, what = MAX_WEBP_PIXELS, " as WEBP"
+    if pixels > most:
+        raise FieldError(
+            field,
+            f"This image{what} has {pixels / 1e6:.0f} million pixels; it may have {most // 1_000_000} million.",
+        )
+    return kind
+
+
+def image_file_size(path: str | Path | BinaryIO) -> tuple[int, int] | None:
+    """(width, height) of an image file, without decoding it; None if it cannot be read."""
+    try:
+        with PIL.Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except Exception:  # noqa: BLE001  as above
+        return None
+
+
+def decoding_of(paths: Iterable[str | Path]) -> AbstractContextManager[object]:
+    """`DECODING` if some of these files are large; nothing to wait for otherwise."""
+    sizes = (image_file_size(path) or (0, 0) for path in paths)
+    pixels = sum(width * height for width, height in sizes)
+    if pixels <= SMALL_PIXELS:
+        return nullcontext()
+    return _decoding_large(pixels)
+
+
+@contextmanager
+def _decoding_large(pixels):
+    with DECODING:
+        DECODING.expect(pixels)
+        yield
+
+
+def open_image_file(path: str | Path | BinaryIO, field: str, with_alpha: bool = False) -> PIL.Image.Image:
+    """An image file, which is checked -> PIL image, upright: RGB as `open_image` reads it, or RGBA as it is stored.
+
+    Whoever makes it smaller holds `DECODING` until then. FieldError if it is cut short, or its values are none of an image.
+    """
+    return _decode(path, field, None, with_alpha)
+
+
+def open_shrunk(path: str | Path | BinaryIO, field: str, side: int) -> PIL.Image.Image:
+    """The same as RGB whose longer side is at most `side` pixels: to look at, not to draw from."""
+    return _decode(path, field, side)
+
+
+def open_square(path: str | Path, field: str, side: int) -> PIL.Image.Image:
+    """An image of a prompt as the model's processor cuts it, bit for bit: RGB, `side` pixels a side. Raises FieldError.
+
+    Ten images of a prompt would take more than a gigabyte as they are.
+    """
+    with DECODING:
+        image = open_image_file(path, field)
+        try:
+            image = reading().crop_to_square(image, side, PIL.Image.Resampling.BICUBIC)
+        except ValueError as error:
+            raise FieldError(field, str(error)) from error
+        return image  # by this name: the large one is gone before others may decode
+
+
+def _decode(path, field, side, with_alpha=False):
+    check_image_file(path, field)
+    with DECODING:
+        try:
+            if hasattr(path, "seek"):
+                path.seek(0)
+            with PIL.Image.open(path, formats=FORMATS) as image:
+                DECODING.expect(image.width * image.height)
+                if side is not None and image.mode in SHRINKABLE:
+                    image.thumbnail(
+                        (side, side)
+                    )  # JPEG by its `draft`: an eighth of the pixels is decoded at all
+                if with_alpha:
+                    return reading().read_image(image, "This image").convert("RGBA")
+                image = reading().open_image(image, "This image")
+        except MemoryError:
+            raise
+        except Exception as error:  # as above
+            raise FieldError(field, "This image is damaged: its file ends too early.") from error
+        if side is not None:
+            image.thumbnail((side, side))
+        return image
+
+
+def data_uri(
+    image: PIL.Image.Image, side: int = 256, marker: Marker = UNMARKED, composite: bool = False
+) -> str:
+    """A PIL image as text that a page shows without asking the server for a file; the longer side at least `side`.
+
+    marker, composite: of an image that a model drew.
+    """
+    scale = max(1, side // max(image.size))
+    image = image.resize((image.width * scale, image.height * scale), PIL.Image.Resampling.BICUBIC)
+    content = marker.encode(image.convert("RGB"), "JPEG", composite, quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
