@@ -1,6 +1,7 @@
 """Names and passwords: which files and hashes are taken, and how slowly one may guess."""
 
 import asyncio
+import itertools
 import shutil
 import subprocess
 import time
@@ -25,7 +26,12 @@ BCRYPT = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
 ARGON2 = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash("secret")
 
 
-@pytest.mark.parametrize("known", ["secret", BCRYPT, BCRYPT.replace("$2b$", "$2y$"), ARGON2])
+# named by number: salts are drawn anew in each process
+@pytest.mark.parametrize(
+    "known",
+    ["secret", BCRYPT, BCRYPT.replace("$2b$", "$2y$"), ARGON2],
+    ids=["plain", "bcrypt", "htpasswd", "argon2"],
+)
 def test_right_password_is_taken_and_any_other_is_not(known):
     accounts = Accounts({"anna": known})
     assert accounts.check("anna", "secret")
@@ -81,6 +87,7 @@ def test_what_htpasswd_writes_is_read(tmp_path):
         (f"anna:{BCRYPT.replace('$04$', '$31$')}", "bcrypt with a cost of 31"),
         (f"anna:{ARGON2.replace('m=8', 'm=99999999')}", "argon2 with a memory cost of 99999999"),
     ],
+    ids=itertools.count(),
 )
 def test_other_formats_are_refused_by_name(tmp_path, text, message):
     (tmp_path / "users").write_text(text)
