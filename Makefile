@@ -8,7 +8,7 @@ PYTEST_FLAGS ?= -n 2
 PYTEST_ENV = OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-comfyui comfyui-figures style bench figures docs dist clean
+.PHONY: help env demo test test-oldest test-comfyui comfyui-figures comfyui-path style bench figures docs dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,13 +26,14 @@ test: env  ## lint, then run the test suite
 test-oldest: $(VENV_OLDEST)/.installed  ## run the test suite on the lowest versions that setup.cfg allows
 	$(PYTEST_ENV) $(VENV_OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
 
-test-comfyui: env  ## run the nodes in a real ComfyUI: make test-comfyui COMFYUI=path (COMFYUI_PYTHON: its Python)
-	@test -n "$(COMFYUI)" || { echo "Say where ComfyUI is: make $@ COMFYUI=path"; exit 2; }
+test-comfyui: comfyui-path env  ## run the nodes in a real ComfyUI: make test-comfyui COMFYUI=path (COMFYUI_PYTHON: its Python)
 	$(PYTEST_ENV) COMFYUI=$(abspath $(COMFYUI)) $(VENV)/bin/python -m pytest -m slow tests/comfyui
 
-comfyui-figures: env  ## write ComfyUI's example workflows and the screenshot of docs/comfyui.md again, with COMFYUI=path
-	@test -n "$(COMFYUI)" || { echo "Say where ComfyUI is: make $@ COMFYUI=path"; exit 2; }
+comfyui-figures: comfyui-path env  ## write ComfyUI's example workflows and the screenshot of docs/comfyui.md again, with COMFYUI=path
 	$(PYTEST_ENV) PYTHONPATH=tests $(VENV)/bin/python docs/comfyui.py $(abspath $(COMFYUI))
+
+comfyui-path:
+	@test -n "$(COMFYUI)" || { echo "Say where ComfyUI is: COMFYUI=path"; exit 2; }
 
 style: env  ## fix what ruff can fix
 	$(VENV)/bin/ruff check --fix .
