@@ -158,12 +158,12 @@ def make_guesser(statuses):
 def test_honest_clients_get_their_pictures_whatever_attackers_send(server, tmp_path, clients, seconds):
     made, refused, wrong, sizes, guesses = [], [], [], [], []
     folder = str(tmp_path / "downloads")
-    visit(
-        server.url, 999, time.monotonic() + 1, [], wrong, wrong, folder
-    )  # the first run: the model is there
-    assert not wrong
-    warm, started = memory(server), time.monotonic()
-    until = started + seconds
+    first = (0.1, threading.Barrier(1), made, wrong, wrong, folder)
+    visit(server.url, 999, *first)  # the model is there
+    assert made and not wrong
+    warm = memory(server)
+    attackers = (make_upload_bomb(large()), fill_queue, make_guesser(guesses))
+    ready = threading.Barrier(clients + len(attackers) + 1)
     by_client = [[] for _ in range(clients)]
     threads = [
         threading.Thread(target=visit, args=(server.url, number, seconds, ready, own, refused, wrong, folder))
