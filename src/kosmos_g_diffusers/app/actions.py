@@ -16,7 +16,7 @@ from ..serving import image_words
 from ..serving.errors import FieldError, at
 from ..serving.job import finished_images
 from ..serving.models import Models
-from ..serving.pictures import MAX_FILES, data_uri, image_file_size, open_shrunk
+from ..serving.images import MAX_FILES, data_uri, image_file_size, open_shrunk
 from ..serving.service import Service
 from ..serving.session import Session
 from ..serving.store import UPLOADS, Store, on_disk

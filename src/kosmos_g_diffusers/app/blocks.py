@@ -1,4 +1,4 @@
-"""gr.Blocks that knows who calls, and whose failures are sentences: what a client got wrong is no traceback in the log."""
+"""gr.Blocks that knows who calls, and whose failures are sentences: what a client got wrong leaves no traceback in the log."""
 
 import logging
 from collections import Counter
@@ -20,7 +20,7 @@ CALLS_PER_SESSION = 12  # at once; a page that opens makes several
 CALLS_PER_ADDRESS = 96
 
 _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
-# of the request that is being answered: whether something failed that is no mistake of the client
+# of the request that is being answered: whether something failed that the client did not do wrong
 bugs: ContextVar[list[str] | None] = ContextVar("bugs", default=None)
 
 

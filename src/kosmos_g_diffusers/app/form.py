@@ -21,7 +21,7 @@ from ..serving.errors import FieldError, at
 from ..serving.image_words import read_words
 from ..serving.libraries import controlling
 from ..serving.models import NO_LORA, OWN, Models
-from ..serving.pictures import (
+from ..serving.images import (
     DECODING,
     MAX_FILES,
     SMALL_PIXELS,
@@ -235,7 +235,7 @@ def _check_prompts(prompt, negative_prompt, n_images, words):
         if len(text) > MAX_PROMPT or "\0" in text:
             raise FieldError(name, f"This text has {len(text)} characters; at most {MAX_PROMPT} are taken.")
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise FieldError(name, "This text has half of a surrogate pair in it, which is no character.")
+            raise FieldError(name, "This text has half of a surrogate pair in it, which is not a character.")
     line, complete = count_line(prompt, n_images)
     if not complete:
         raise FieldError("prompt", line)

@@ -14,7 +14,7 @@ from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN, GenerationSett
 from ..maps.boxes import region_text
 from ..serving.errors import FieldError
 from ..serving.job import finished_images
-from ..serving.pictures import data_uri, open_shrunk
+from ..serving.images import data_uri, open_shrunk
 from ..serving.queue import Ticket
 from .form import count_line
 

@@ -17,7 +17,7 @@ from ..serving.access import Access, Gate
 from ..serving.errors import clean
 from ..serving.models import NO_LORA, OWN
 from ..serving.passwords import Accounts, Logins
-from ..serving.pictures import MAX_BYTES, MAX_FILES
+from ..serving.images import MAX_BYTES, MAX_FILES
 from ..serving.service import Service
 from ..serving.session import Session
 from ..serving.store import IMAGES, UPLOADS

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from .errors import FieldError, at
-from .pictures import MAX_BYTES, MAX_FILES, open_square
+from .images import MAX_BYTES, MAX_FILES, open_square
 from .session import MAX_WORDS
 from .store import WORDS_SUFFIX
 

@@ -9,7 +9,7 @@ from ..generation.png import maps_path, write_png
 from ..provenance import MARKED, Marker
 from .errors import FieldError, at
 from .libraries import drawing
-from .pictures import data_uri, decoding_of, image_file_size, open_square
+from .images import data_uri, decoding_of, image_file_size, open_square
 
 if TYPE_CHECKING:
     from ..generation.settings import GenerationSettings

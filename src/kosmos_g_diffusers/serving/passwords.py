@@ -29,7 +29,7 @@ OTHERS = {
     "pbkdf2:": "PBKDF2",
     "scrypt:": "scrypt",
 }
-MAX_PASSWORD = 1000  # characters; more is no password
+MAX_PASSWORD = 1000  # characters; more is not a password
 BCRYPT_BYTES = 72  # which bcrypt reads, of any password
 MOST_COST = {"bcrypt": 15, "argon2": 2**20}  # rounds as a power of 2; KiB of memory
 PER_ADDRESS = "10 per 5 minutes"  # wrong guesses of one address

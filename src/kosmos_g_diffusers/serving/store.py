@@ -29,7 +29,7 @@ from ..files import hash_bytes, hash_file, remove_partial_files, written_atomica
 from ..generation.png import read_settings
 from ..generation.settings import GenerationSettings, InputImage
 from .errors import FieldError
-from .pictures import FORMATS, MAX_BYTES, MAX_FILES, MAX_PIXELS, check_image_file, data_uri, open_image_file
+from .images import FORMATS, MAX_BYTES, MAX_FILES, MAX_PIXELS, check_image_file, data_uri, open_image_file
 
 __all__ = ["FORMATS", "MAX_BYTES", "MAX_FILES", "MAX_PIXELS", "Store", "StoreFull"]
 __all__ += ["check_image_file", "data_uri", "open_image_file"]

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 
 from .access import Message, Receive, Refused
 from .errors import FieldError
-from .pictures import MAX_BYTES, MAX_FILES, check_image_file
+from .images import MAX_BYTES, MAX_FILES, check_image_file
 from .store import WORDS_SUFFIX, Store, StoreFull, on_disk
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", WORDS_SUFFIX)

@@ -84,7 +84,7 @@ class WebServer:
         if self._thread.is_alive():
             self._thread.join(timeout=ENDING)
         if self._thread.is_alive():
-            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that they are cut off is no news
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that they are cut off is expected
             self._server.force_exit = True
             self._thread.join(timeout=ENDING)
         self._socket.close()
