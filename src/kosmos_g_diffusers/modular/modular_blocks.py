@@ -9,7 +9,7 @@ if not __package__:  # `diffusers-cli custom_blocks` runs it by itself: then its
     sys.modules.setdefault(__package__, ModuleType(__package__)).__path__ = [here]
 
 # ruff: noqa: F403, F405
-from diffusers.modular_pipelines import SequentialPipelineBlocks
+from diffusers.modular_pipelines import ModularPipelineBlocks
 
 # all are named here for diffusers, which copies the files that this one imports and no others
 from ..modeling_kosmos_g import KosmosGTextEncoder  # noqa: F401
@@ -34,7 +34,7 @@ class KosmosGCoreDenoiseStep(KosmosGSequentialBlocks):
 
 
 # diffusers' command finds classes by the name of their base
-class KosmosGAutoBlocks(KosmosGSequentialBlocks, SequentialPipelineBlocks):
+class KosmosGAutoBlocks(KosmosGSequentialBlocks, ModularPipelineBlocks):
     """Stable Diffusion 1.5 with prompts of words and images: text-to-image, image-to-image, inpainting.
 
     What is given decides: `image`, `mask_image`, `control_image`, `ip_adapter_image`; `available_workflows` lists all.
