@@ -14,9 +14,9 @@ import PIL.Image
 from ..generation.png import maps_path, read_settings
 from ..serving import image_words
 from ..serving.errors import FieldError, at
+from ..serving.images import MAX_FILES, data_uri, image_file_size, open_shrunk
 from ..serving.job import finished_images
 from ..serving.models import Models
-from ..serving.images import MAX_FILES, data_uri, image_file_size, open_shrunk
 from ..serving.service import Service
 from ..serving.session import Session
 from ..serving.store import UPLOADS, Store, on_disk

@@ -19,8 +19,6 @@ from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN, ControlInput, 
 from ..maps.boxes import read_region, region_text
 from ..serving.errors import FieldError, at
 from ..serving.image_words import read_words
-from ..serving.libraries import controlling
-from ..serving.models import NO_LORA, OWN, Models
 from ..serving.images import (
     DECODING,
     MAX_FILES,
@@ -29,6 +27,8 @@ from ..serving.images import (
     image_file_size,
     open_image_file,
 )
+from ..serving.libraries import controlling
+from ..serving.models import NO_LORA, OWN, Models
 from ..serving.session import MAX_WORDS, Session
 from ..serving.store import Store
 

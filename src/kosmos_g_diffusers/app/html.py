@@ -13,8 +13,8 @@ from markupsafe import Markup
 from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN, GenerationSettings
 from ..maps.boxes import region_text
 from ..serving.errors import FieldError
-from ..serving.job import finished_images
 from ..serving.images import data_uri, open_shrunk
+from ..serving.job import finished_images
 from ..serving.queue import Ticket
 from .form import count_line
 

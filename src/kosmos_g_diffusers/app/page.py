@@ -15,9 +15,9 @@ from ..control.table import CONTROLS
 from ..generation.schedulers import SCHEDULERS
 from ..serving.access import Access, Gate
 from ..serving.errors import clean
+from ..serving.images import MAX_BYTES, MAX_FILES
 from ..serving.models import NO_LORA, OWN
 from ..serving.passwords import Accounts, Logins
-from ..serving.images import MAX_BYTES, MAX_FILES
 from ..serving.service import Service
 from ..serving.session import Session
 from ..serving.store import IMAGES, UPLOADS

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ..generation.png import maps_path, write_png
 from ..provenance import MARKED, Marker
 from .errors import FieldError, at
-from .libraries import drawing
 from .images import data_uri, decoding_of, image_file_size, open_square
+from .libraries import drawing
 
 if TYPE_CHECKING:
     from ..generation.settings import GenerationSettings

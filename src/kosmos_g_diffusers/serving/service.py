@@ -9,9 +9,9 @@ import PIL.Image
 
 from ..provenance import MARKED, Marker
 from .errors import FieldError, at, unexpected
+from .images import DECODING, image_file_size, open_image_file
 from .job import Drawing, check_side, finished_images
 from .libraries import controlling
-from .images import DECODING, image_file_size, open_image_file
 from .queue import CAPACITY, Caller, Job, QueueFull, Ticket, Worker
 from .store import Store
 
