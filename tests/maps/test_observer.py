@@ -217,6 +217,21 @@ def test_error_inside_the_unet_while_latents_are_moved_leaves_nothing(pipe, phot
     assert hooks_of(pipe) == before
 
 
+def test_gradient_that_is_not_finite_moves_nothing(pipe, photos, monkeypatch):
+    gradients = []
+    original = torch.autograd.grad
+
+    def spoil(*arguments, **keywords):
+        gradients.append(original(*arguments, **keywords)[0])
+        return (torch.full_like(gradients[-1], torch.nan),)
+
+    monkeypatch.setattr(torch.autograd, "grad", spoil)
+    spoiled = call(pipe, images=photos[:2], regions=[(0, 0, 0.5, 1), None]).images
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: (torch.zeros_like(gradients[0]),))
+    assert np.array_equal(spoiled, call(pipe, images=photos[:2], regions=[(0, 0, 0.5, 1), None]).images)
+    assert len(gradients) == 2 and gradients[0].abs().max() > 0
+
+
 def test_another_thread_that_draws_with_the_same_unet_is_not_seen(pipe, photos):
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     other = borrow(KosmosGPipeline, pipe, scheduler=scheduler)

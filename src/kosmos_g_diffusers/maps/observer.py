@@ -75,9 +75,8 @@ class Observer:
     @torch.inference_mode(False)  # gradients go through what is made of it
     def read_condition(self, cross_attentions: tuple[torch.Tensor, ...], token_sources: torch.Tensor) -> None:
         """Take what the text encoder returns with `output_attentions`: from which tokens each state of a prompt comes."""
-        weights = torch.stack([one.detach().clone() for one in cross_attentions]).mean(
-            (0, 2)
-        )  # (prompts, K, tokens)
+        # (prompts, K, tokens)
+        weights = torch.stack([one.detach().clone() for one in cross_attentions]).mean((0, 2))
         token_sources = token_sources.clone()
         counts = [len(labels) - 2 for labels in self.request.labels]
         sources = weights.new_zeros(*weights.shape[:2], max(counts) + 2)
@@ -114,7 +113,7 @@ class Observer:
     def watch(self) -> Iterator[None]:
         """Within it the U-Net is observed and steered, and the scheduler steps from where latents were moved to."""
         unet, scheduler, hooks = self._pipeline.unet, self._pipeline.scheduler, []
-        step = scheduler.step
+        step, own = scheduler.step, vars(scheduler).get("step")
 
         @functools.wraps(step)  # pipelines read from its signature what it takes
         def step_from_moved(model_output, timestep, sample, *arguments, **keywords):
@@ -132,7 +131,9 @@ class Observer:
                 hooks += self._hook(name, layer)
             yield
         finally:
-            scheduler.__dict__.pop("step", None)
+            vars(scheduler).pop("step", None)
+            if own is not None:
+                scheduler.step = own
             for hook in hooks:
                 hook.remove()
 
@@ -241,7 +242,8 @@ class Observer:
         step = self.request.binding * guidance.STEP
         if self._regions is not None:
             step = max(step, guidance.PLACED_STEP)
-        factor = step * deviation / size.clamp_min(1e-12) * size.isfinite()
+        # a gradient that is not finite moves nothing
+        factor = torch.where(size.isfinite(), step * deviation / size.clamp_min(1e-12), 0.0)
         return -(gradient.float().nan_to_num() * factor[:, None, None, None]).to(sample)
 
     def _loss(self):
