@@ -465,7 +465,7 @@ def test_stock_pipeline_warns_when_it_cuts_a_negative_prompt(stock, logged):
     assert "79 tokens long and was cut to 77" in logged.text
 
 
-def test_call_signature_is_the_stock_one_and_two_keywords():
+def test_call_signature_is_the_stock_one_and_our_keywords():
     for cls in OURS:
         stock = next(base for base in cls.__mro__ if base.__module__.startswith("diffusers.pipelines."))
         theirs = inspect.signature(stock.__call__).parameters
@@ -473,7 +473,7 @@ def test_call_signature_is_the_stock_one_and_two_keywords():
         named = [name for name in theirs if name != "kwargs"]
         assert list(ours)[: len(named)] == named
         assert all(ours[name].default == theirs[name].default for name in named)
-        assert set(ours) - set(theirs) == {"images", "negative_images"}
+        assert set(ours) - set(theirs) == {"images", "negative_images", "return_maps", "binding", "regions"}
         encode = inspect.signature(cls.encode_prompt).parameters
         required = {"device": None, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
         assert list(encode)[: len(inspect.signature(stock.encode_prompt).parameters)] == list(

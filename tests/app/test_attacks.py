@@ -25,7 +25,8 @@ httpx = pytest.importorskip("httpx", reason="the app needs gradio: pip install '
 gradio_client = pytest.importorskip("gradio_client", reason="pip install 'kosmos-g-diffusers[app]'")
 pytest.importorskip("gradio", reason="the app needs gradio: pip install 'kosmos-g-diffusers[app]'")
 
-from kosmos_g_diffusers.serving import pictures, queue, uploads  # noqa: E402
+from kosmos_g_diffusers.serving import images as images_module  # noqa: E402
+from kosmos_g_diffusers.serving import queue, uploads  # noqa: E402
 
 CAT = Path(__file__).parents[2] / "examples" / "images" / "cat.jpg"
 API = "/gradio_api"
@@ -264,7 +265,7 @@ def test_images_with_wide_channels_may_have_fewer_pixels(http):
 
 
 def test_images_of_a_prompt_are_small_before_the_next_is_opened(app, http, monkeypatch):
-    kept, original = [], pictures.open_square
+    kept, original = [], images_module.open_square
 
     def watch(*args):
         kept.append(original(*args))

@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> Manifest:
-    kinds = tuple(dict.fromkeys(arguments.kinds or KINDS))
+    kinds = tuple(dict.fromkeys(arguments.kinds or _kinds_begun(arguments.output)))
     tasks, images = build_tasks(arguments.count, arguments.seed, kinds)
     counts = ", ".join(f"{kind} {sum(task.truth['kind'] == kind for task in tasks)}" for kind in kinds)
     # the kinds that were always there are named as they always were: their runs are resumed
@@ -116,6 +116,16 @@ def plan(arguments: argparse.Namespace) -> Manifest:
         notes=tuple(notes),
         keep_maps=arguments.maps,
     )
+
+
+def _kinds_begun(folder):
+    """Kinds of the run in a folder, which is resumed with what it has; KINDS for a new one."""
+    try:
+        tasks = Manifest.read(folder).tasks
+    except (OSError, ValueError):  # of what is wrong with the folder `evaluate` tells
+        return KINDS
+    kinds = [(task.truth or {}).get("kind") for task in tasks]
+    return tuple(dict.fromkeys(kind for kind in kinds if kind in (*KINDS, *FOREIGN, PLACED))) or KINDS
 
 
 def build_tasks(
