@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +50,18 @@ def test_model_folder_and_image_words(earlier, remote_code):
 def test_png_with_every_setting(earlier):
     """Images, image words, a ControlNet, a U-Net and a LoRA; from the run's second image, with the seed counted up."""
     pytest.importorskip("peft")
-    assert main(["generate", "--from", "drawn_1.png", "--output", "again.png"]) == 0
+    # in a process of its own: random weights amplify rounding, and that follows where earlier tests left the memory
+    command = [
+        sys.executable,
+        "-m",
+        "kosmos_g_diffusers",
+        "generate",
+        "--from",
+        "drawn_1.png",
+        "--output",
+        "again.png",
+    ]
+    subprocess.run(command, check=True)
     assert np.abs(as_array("again.png") - as_array("drawn_1.png")).max() <= 2  # other CPUs round otherwise
 
 
