@@ -186,10 +186,13 @@ def encode_latents(vae, source, path, batch_size=64):
 
 
 class CaptionCollate:
-    """Batches of `input_ids` (B, 24), `latents` and `noise` as `encode_latents` makes them, and `timesteps` (B,)."""
+    """Batches of `input_ids` (B, 24), `latents` and `noise` as `encode_latents` makes them, and `timesteps` (B,).
 
-    def __init__(self, tokenizer, latents, noise_width):
-        self.tokenizer, self.latents = tokenizer, latents
+    noisier_share: of samples that have a time step of the noisier half, which decides where things are; the others have any.
+    """
+
+    def __init__(self, tokenizer, latents, noise_width, noisier_share=0):
+        self.tokenizer, self.latents, self.noisier_share = tokenizer, latents, noisier_share
         self.noise_width = noise_width * LATENT_NOISE  # in units of the scaled latents
 
     def prepare(self, sample, generator):
@@ -198,11 +201,12 @@ class CaptionCollate:
         latents = latents + self.noise_width * torch.randn(latents.shape, generator=generator)
         dropped = torch.rand((), generator=generator) < CAPTION_DROPOUT
         caption = "" if dropped else sample.caption
+        noisier = self.noisier_share and torch.rand((), generator=generator) < self.noisier_share
         return {
             "input_ids": torch.tensor(self.tokenizer(caption, padding="max_length").input_ids),
             "latents": latents,
             "noise": torch.randn(latents.shape, generator=generator),
-            "timesteps": torch.randint(1000, (), generator=generator),
+            "timesteps": torch.randint(500 if noisier else 0, 1000, (), generator=generator),
         }
 
     def __call__(self, rows):

@@ -11,13 +11,17 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 LANES = (
-    ("vae", "diffusion", "diffusion-wide", "controlnet"),
+    ("vae", "diffusion", "diffusion-wide", "diffusion-long", "controlnet"),
     (
         *("pretrain", "pretrain-varied", "align", "instruct", "instruct-asked"),
         *("pretrain-wide", "align-wide", "instruct-wide", "instruct-wide-asked"),
     ),
 )
-NEEDS = {"align": "diffusion", "align-wide": "diffusion-wide"}  # phases of the other lane
+NEEDS = {  # phases of the other lane
+    "align": "diffusion",
+    "align-wide": "diffusion-wide",
+    "instruct-wide-asked": "diffusion-long",
+}
 
 
 def run_lanes(script, run, threads):

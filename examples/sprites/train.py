@@ -49,7 +49,8 @@ from kosmos_g_diffusers.sprites.source import SpriteSource
 from kosmos_g_diffusers.sprites.world import IMAGE_SIZE
 from kosmos_g_diffusers.training.stages import AlignStage, InstructStage, PretrainStage
 
-WIDE = "diffusion-wide"  # phase of the U-Net and the text encoder that ship
+WIDE = "diffusion-wide"  # phase of the text encoder that is aligned to
+LONG = "diffusion-long"  # phase of the U-Net that ships
 
 
 def train_vae(run):
@@ -77,6 +78,17 @@ def train_diffusion_wide(run):
     collate = CaptionCollate(tokenizer, latents, vae.config.scaling_factor)
     settings = {"steps": 4500, "batch_size": 64, "lr": 6e-4, "warmup_steps": 150, "ema_decay": 0.998}
     train(run / WIDE, stage, [source], collate, **settings)
+
+
+def train_diffusion_long(run):
+    """Continues with the U-Net alone, so that what is aligned to the text encoder stays so, and for how many sprites stand where."""
+    vae, source = load_vae(run), SpriteSource("captions", wide=True)
+    latents = encode_latents(vae, source, run / "latents-wide.safetensors")
+    tokenizer, clip = build_clip_tokenizer(), load_clip(run, WIDE).requires_grad_(False)
+    stage = DiffusionStage(tokenizer, build_scheduler(), load_unet(run, WIDE), clip)
+    collate = CaptionCollate(tokenizer, latents, vae.config.scaling_factor, noisier_share=0.5)
+    settings = {"steps": 8000, "batch_size": 64, "lr": 7e-4, "warmup_steps": 150, "ema_decay": 0.999}
+    train(run / LONG, stage, [source], collate, **settings)
 
 
 def train_pretrain(run):
@@ -158,7 +170,7 @@ def train_instruct_wide(run):
 
 def train_instruct_wide_asked(run):
     words, mixture = [SpriteSource("asked pictures", 400_000)], build_instruct_mixture(wide=True)
-    train_to_draw(run, "instruct-wide-asked", "instruct-wide", WIDE, mixture, words, 1 / 2, 0.3, 900, 3e-4)
+    train_to_draw(run, "instruct-wide-asked", "instruct-wide", LONG, mixture, words, 1 / 2, 0.3, 900, 3e-4)
 
 
 def train_to_draw(run, name, start, unet, mixture, words, words_share, words_weight, steps, lr):
@@ -178,7 +190,7 @@ def train_to_draw(run, name, start, unet, mixture, words, words_share, words_wei
 def train_controlnet(run):
     vae, source = load_vae(run), SpriteSource("captions", wide=True)
     latents = encode_latents(vae, source, run / "latents-wide.safetensors")
-    stage = ControlNetStage(load_unet(run, WIDE), load_clip(run, WIDE), build_scheduler())
+    stage = ControlNetStage(load_unet(run, LONG), load_clip(run, WIDE), build_scheduler())
     collate = EdgesCollate(latents, vae.config.scaling_factor)
     settings = {"steps": 1000, "batch_size": 48, "lr": 5e-4, "warmup_steps": 50}
     train(run / "controlnet", stage, [source], collate, **settings)
@@ -186,7 +198,7 @@ def train_controlnet(run):
 
 def write_model(run, name="model", encoder_from="instruct-wide-asked"):
     """The folder that ships: a Kosmos-G pipeline in half precision, and its ControlNet."""
-    pipeline = build_pipeline(run, load_encoder(run / encoder_from), build_tokenizer(), WIDE).to(
+    pipeline = build_pipeline(run, load_encoder(run / encoder_from), build_tokenizer(), LONG).to(
         torch.float16
     )
     controlnet = ControlNetModel.from_pretrained(newest(run / "controlnet") / "controlnet")
@@ -213,6 +225,7 @@ PHASES = {
     "vae": train_vae,
     "diffusion": train_diffusion,
     "diffusion-wide": train_diffusion_wide,
+    "diffusion-long": train_diffusion_long,
     "pretrain": train_pretrain,
     "pretrain-varied": train_pretrain_varied,
     "align": train_align,
