@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
-from support.composing import borrow
+from support.composing import borrow, write_ip_adapter
 
 from kosmos_g_diffusers import (
     KosmosGControlNetImg2ImgPipeline,
@@ -266,6 +266,25 @@ def test_lora_keeps_acting(pipe, photos):
     assert np.array_equal(plain.images, seen.images) and not np.array_equal(plain.images, before.images)
     assert (seen.maps[0] - before.maps[0]).abs().max() > 1e-3
     assert not np.array_equal(call(pipe, images=photos[:2], binding=1.0).images, plain.images)
+
+
+def test_ip_adapter_keeps_acting(pipe, photos, tmp_path):
+    before = call(pipe, images=photos[:2], return_maps=True)
+    pipe.load_ip_adapter(**write_ip_adapter(tmp_path, pipe.unet))
+    arguments = {"images": photos[:2], "ip_adapter_image": photos[2]}
+    processors = dict(pipe.unet.attn_processors)
+    plain, seen = (call(pipe, **arguments, return_maps=flag) for flag in (False, True))
+    assert np.array_equal(plain.images, seen.images) and not np.array_equal(plain.images, before.images)
+    assert torch.allclose(seen.maps[0].sum(0), torch.ones(()))
+    left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
+    guided = call(pipe, **arguments, binding=1.0, regions=[left, right]).images
+    pipe.set_ip_adapter_scale(0.0)
+    without = call(pipe, **arguments, binding=1.0, regions=[left, right]).images
+    bare = call(pipe, **arguments, return_maps=True)
+    assert np.isfinite(guided).all() and not np.array_equal(guided, plain.images)
+    assert not np.array_equal(guided, without)
+    assert torch.allclose(bare.maps[0], before.maps[0], atol=1e-5)  # the prompt's attention alone is read
+    assert dict(pipe.unet.attn_processors) == processors
 
 
 @pytest.mark.parametrize("compile_it", [lambda unet: torch.compile(unet, backend="eager"), None])
