@@ -104,10 +104,14 @@ def read_cells(folder):
 
 PYTHON = shlex.quote(sys.executable)
 EVALUATE = f"{PYTHON} -m kosmos_g_diffusers evaluate sprites"
+SEVERAL = "--kind background --kind pair --kind three --kind four"
 RUNS = {
     "bench": Run(f"{EVALUATE} --output {{out}}", read_evaluation),
     "others": Run(f"{EVALUATE} --kind own-drawings --kind typed-words --output {{out}}", read_evaluation),
     "drawings": Run(f"{EVALUATE} --kind own-drawings --count 600 --output {{out}}", read_evaluation),
+    "maps": Run(f"{EVALUATE} {SEVERAL} --maps --output {{out}}", read_evaluation),
+    "bound": Run(f"{EVALUATE} {SEVERAL} --binding 1 --output {{out}}", read_evaluation),
+    "placed": Run(f"{EVALUATE} --kind placed --output {{out}}", read_evaluation),
     "limits": Run(f"{PYTHON} examples/sprites/read_limits.py --output {{out}}", read_cells),
     "captions": Run(f"{PYTHON} examples/sprites/read_captions.py --output {{out}}", read_cells),
     "controlnet": Run(
