@@ -488,6 +488,21 @@ def test_output_that_cannot_be_written_is_an_error():
     assert result.stderr.startswith("kosmos-g: error: What the command prints cannot be written (No space")
 
 
+class FullDiskError(Exception):
+    """Of a library whose errors are neither OSError nor anything else that mistakes raise, as SafetensorError."""
+
+
+def test_full_disk_is_an_error_that_explains_itself_whatever_library_raised_it(monkeypatch, capsys):
+    def save(arguments):
+        raise FullDiskError("Error while serializing: I/O error: (os error 28)")
+
+    monkeypatch.setattr("kosmos_g_diffusers.commands.compare.run", save)
+    assert main(["compare", "a", "b"]) == 2
+    assert capsys.readouterr().err == (
+        "kosmos-g: error: No space left on device: Error while serializing: I/O error: (os error 28)\n"
+    )
+
+
 # Completion ------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from kosmos_g_diffusers.files import (
     first_line,
     hash_file,
     hash_folder,
+    is_full_disk,
     partial_folder,
     read_json,
     remove_partial_files,
@@ -124,6 +126,23 @@ def test_error_of_writing_names_the_file_and_not_a_hidden_one(tmp_path):
         (tmp_path / "b").mkdir()
         write_text(tmp_path / "b", "x")
     assert os.listdir(tmp_path) == ["b"]
+
+
+def test_full_disk_is_told_from_other_errors(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error in (full, OSError(errno.EDQUOT, "quota"), RuntimeError("I/O error: No space left on device")):
+        assert is_full_disk(error) and is_full_disk(error, tmp_path)
+    wrapped = RuntimeError("Checkpoint")
+    wrapped.__cause__ = full
+    assert is_full_disk(wrapped)
+    for error in (OSError(errno.EACCES, "denied"), RuntimeError("other")):
+        assert not is_full_disk(error) and not is_full_disk(error, tmp_path)
+    # as numpy says it
+    silent = OSError("1000000 requested and 131056 written")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.npy'$"):
+        with written_atomically(tmp_path / "a.npy"):
+            raise silent
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit on the size of files")

@@ -4,6 +4,7 @@ Its parsers are built without torch: at its top, a module of `commands` imports 
 """
 
 import argparse
+import errno
 import os
 import re
 import select
@@ -29,6 +30,7 @@ from .commands import (
     train,
 )
 from .environment import VERBOSITIES, VERBOSITY, __version__, verbose
+from .files import is_full_disk
 
 COMMANDS: tuple[ModuleType, ...] = (
     convert,
@@ -163,7 +165,7 @@ def _run(arguments):
             if arguments.traceback:
                 raise
             print("kosmos-g: error:", _as_line(error), file=sys.stderr)
-            return 2 if isinstance(error, EXPECTED) else 1
+            return 2 if isinstance(error, EXPECTED) or is_full_disk(error) else 1
     return 0
 
 
@@ -172,6 +174,9 @@ def _as_line(error):
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and not _takes_output():
         text = f"What the command prints cannot be written ({error.strerror})."
+    elif is_full_disk(error):
+        if os.strerror(errno.ENOSPC) not in text:
+            text = f"{os.strerror(errno.ENOSPC)}: {text}"
     elif not isinstance(error, EXPECTED):
         kind = type(error).__name__
         return f"{_shortened(f'{kind}: {text}' if text else kind, LONGEST)} ({REPORT})"

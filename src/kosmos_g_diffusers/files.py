@@ -1,6 +1,7 @@
 """Files as everything here writes and reads them: atomically, known by their hash, JSON of bounded size."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -46,8 +47,13 @@ def written_atomically(path: str | Path) -> Iterator[BinaryIO]:
                     os.replace(partial, path)
             if fcntl is None:  # Windows renames no open file
                 os.replace(partial, path)
-        except BaseException:
+        except BaseException as error:
+            # numpy's own says nothing of the disk
+            silent = isinstance(error, OSError) and error.errno is None
+            full = silent and is_full_disk(error, path.parent)
             Path(partial).unlink(missing_ok=True)
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
             raise
     except OSError as error:
         # whoever reads it asked for `path`, and knows nothing of a hidden file
@@ -265,6 +271,36 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, KeyError) and error.args:  # of which the text is the key alone
         return f"{str(error)[:100]} is missing"
     return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_WORDS = ("No space left", "os error 28", "Disk quota exceeded")
+HARDLY_ANY = 2**20  # bytes free: what is left when a write did not fit
+
+
+def is_full_disk(error: BaseException, folder: str | Path | None = None) -> bool:
+    """Whether a write failed because the disk is full, whatever library says it in whatever words.
+
+    Args:
+        folder: where it was written. Some libraries (torch) say nothing of the disk; then what is free there tells.
+    """
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if number in FULL or any(words in str(error) for words in FULL_WORDS):
+            return True
+        if number is not None:  # it has another reason
+            return False
+        error = error.__cause__ or error.__context__
+    with contextlib.suppress(OSError, TypeError):
+        return shutil.disk_usage(folder).free < HARDLY_ANY
+    return False
+
+
+def describe_write_error(error: BaseException, folder: str | Path) -> str:
+    """Why a write into `folder` failed, without a full stop; a full disk is named as such, whatever library raised the error."""
+    if is_full_disk(error, folder):
+        return f"{os.strerror(errno.ENOSPC)} ({folder})"
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 # What is worth keeping between runs: where the lines of large files begin, shards fetched from afar ------------------

@@ -55,6 +55,21 @@ class ToySource:
         return Sample(f"toy:{index}", (str(index),), None, str(index))
 
 
+class StuckSource(ToySource):
+    """A source that hangs after some samples, as one on a file system that has gone does."""
+
+    def __init__(self, samples, folder):
+        super().__init__()
+        self.samples, self.read_samples, self.folder = samples, 0, folder
+
+    def read(self, index, rng):
+        self.read_samples += 1
+        if self.read_samples > self.samples:
+            (self.folder / "stuck").touch()
+            time.sleep(600)
+        return super().read(index, rng)
+
+
 class ToyCollate:
     """(B, 6) inputs that follow from the caption and (B, 2) noise of the step."""
 

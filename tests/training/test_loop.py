@@ -6,8 +6,10 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +17,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
+from accelerate.utils import LoggerType
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from support.training_runs import (  # noqa: F401  a fixture
     FORK,
+    StuckSource,
     ToySource,
     ToyStage,
     dataset,
@@ -393,6 +398,29 @@ def _child_with_small_files(config, size, messages, limit=2**16):
         messages.put((type(error).__name__, str(error)))
 
 
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), 4096),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 2**40),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 2**40),
+    ],
+    ids=["torch", "safetensors", "quota"],
+)
+def test_full_disk_is_named_as_such_whatever_library_raised_it(tmp_path, monkeypatch, error, free):
+    """The errors are those of a file system of one MiB."""
+
+    def save_model(folder, state):
+        raise error
+
+    usage = SimpleNamespace(total=2**40, used=0, free=free)
+    monkeypatch.setattr("kosmos_g_diffusers.files.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(
+        OSError, match=rf"^Checkpoint 3 .*: No space left on device \({tmp_path}\)\. There is"
+    ):
+        run(settings(tmp_path), save_model=save_model)
+
+
 @pytest.mark.parametrize("size", [0.7, 1.5], ids=["torch.save", "safetensors"])
 def test_writers_of_libraries_fail_alike(tmp_path, size):
     messages = FORK.Queue()
@@ -592,6 +620,48 @@ def test_tensorboard(tmp_path):
     assert len(events.Images("samples")) == 2
 
 
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path, log_every):
+    """Steps after the last checkpoint were logged before the kill, and are made and logged again."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = settings(tmp_path / "run", tracker="tensorboard", log_every=log_every, steps=8)
+    for dies_at in (5, 7):
+        with pytest.raises(Stopped):
+            train(config, ToyStage(), DyingDataset(dataset(config), dies_at), progress_bar=False)
+    run(config)
+    events = EventAccumulator(str(tmp_path / "run" / "kosmos-g"))
+    events.Reload()
+    given = [(event.step, event.value) for event in events.Scalars("square")]
+    assert [step for step, _ in given] == list(range(log_every, 9, log_every))
+    assert np.allclose(given, [(line["step"], line["square"]) for line in read_log(tmp_path / "run")])
+
+
+def test_a_resumed_run_stays_one_run_of_wandb(tmp_path, monkeypatch):
+    """A stand-in for the package, which is large: what accelerate calls of it, with its signatures."""
+    calls, logged = [], []
+    handle = SimpleNamespace(log=lambda values, step=None: logged.append(step), finish=lambda: None)
+    package = SimpleNamespace(
+        __name__="wandb",
+        __spec__=SimpleNamespace(name="wandb"),
+        init=lambda **options: calls.append(options) or handle,
+        config=SimpleNamespace(update=lambda values, allow_val_change: None),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: True)
+    monkeypatch.setattr("kosmos_g_diffusers.training.log.is_wandb_available", lambda: True)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    config = settings(tmp_path / "run", tracker="wandb")
+    with pytest.raises(Stopped):
+        train(config, ToyStage(), DyingDataset(dataset(config), 5), progress_bar=False)
+    run(config)
+    run(settings(tmp_path / "other", tracker="wandb"))
+    assert [call["resume"] for call in calls] == ["allow"] * 3 and len(logged) > 8
+    assert calls[0]["id"] == calls[1]["id"] != calls[2]["id"]
+    assert calls[0]["project"] == "kosmos-g" and calls[0]["name"] == "run"
+
+
 def test_tracker_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr("kosmos_g_diffusers.training.log.is_wandb_available", lambda: False)
     with pytest.raises(ImportError, match="pip install wandb"):
@@ -600,21 +670,6 @@ def test_tracker_that_is_not_installed(tmp_path, monkeypatch):
 
 
 # Workers that bring nothing ---------------------------------------------------------------------------------------------
-
-
-class StuckSource(ToySource):
-    """A source that hangs after some samples, as one on a file system that has gone does."""
-
-    def __init__(self, samples, folder):
-        super().__init__()
-        self.samples, self.read_samples, self.folder = samples, 0, folder
-
-    def read(self, index, rng):
-        self.read_samples += 1
-        if self.read_samples > self.samples:
-            (self.folder / "stuck").touch()
-            time.sleep(600)
-        return super().read(index, rng)
 
 
 def _train_on_stuck_data(config, samples, folder):

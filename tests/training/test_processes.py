@@ -4,6 +4,8 @@
 import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from support.training_runs import (  # noqa: F401  fixtures
+    StuckSource,
     ToySource,
     ToyStage,
     data,
@@ -75,6 +78,30 @@ def test_signal_to_one_process_ends_both_with_one_checkpoint(tmp_path, capfd):
     (checkpoint,) = checkpoints.list_checkpoints(tmp_path)
     assert checkpoints.read_progress(checkpoint)["step"] < 500
     assert capfd.readouterr().err.count("Stopped by SIGTERM") == 1
+
+
+def train_toy_on_stuck_data(config, folder):
+    """The second process waits for data that never comes, the first for the second; both are told to stop."""
+    state = PartialState(cpu=True)
+    source = StuckSource(12, folder) if state.process_index == 1 else ToySource()
+
+    def signal_when_stuck():
+        while not (folder / "stuck").exists() or len(read_log(config.output)) < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=signal_when_stuck, daemon=True).start()
+    batches = dataset(config, state.process_index, 2, source=source)
+    train(config, ToyStage(dropout=0), batches, progress_bar=False)
+
+
+def test_signal_to_all_processes_is_obeyed_while_one_waits_for_data(tmp_path, capfd):
+    config = settings(tmp_path / "run", steps=8, save_every=1000, workers=1)
+    codes = run_processes(train_toy_on_stuck_data, config, tmp_path, timeout=120)
+    assert codes == [128 + signal.SIGTERM] * 2
+    (checkpoint,) = checkpoints.list_checkpoints(config.output)
+    assert checkpoints.read_progress(checkpoint)["step"] == 3
+    assert "Stopped by SIGTERM at step 3 of 8" in capfd.readouterr().err
 
 
 WORDS = {"words_share": 0.4, "words_weight": 1.0, "accumulation": 2}

@@ -16,7 +16,13 @@ from transformers import CLIPImageProcessor
 
 from .. import pipeline_kosmos_g
 from ..environment import DTYPES, as_dtype
-from ..files import check_output_folder, first_line, follow_umask, partial_folder
+from ..files import (
+    check_output_folder,
+    describe_write_error,
+    first_line,
+    follow_umask,
+    partial_folder,
+)
 from ..loading import IncompleteWeights, empty_model, load_pretrained, read_object
 from ..model_card import write_model_card
 from ..modeling_kosmos_g import KosmosGTextEncoder
@@ -243,7 +249,7 @@ def write_model(
         with brief_bars():
             model.save_pretrained(folder, **options)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = describe_write_error(error, folder.parent)
         raise OSError(f"{folder.name} cannot be written to {folder.parent} ({reason}).") from error
     follow_umask(folder)
     check_written(folder, model.state_dict())

@@ -3,6 +3,7 @@
 Each holds accelerate's training state next to what `from_pretrained` reads.
 
 RUN/config.json                       settings, resolved
+RUN/.lock                             who trains here, see lock.py
 RUN/log.jsonl                         a line every `log_every` steps
 RUN/checkpoint-00001000/              what `from_pretrained` reads
     training_state/                   trained weights, optimizer, schedule, random states, position in the data
@@ -20,12 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..files import follow_umask, read_json, remove_partial_files
+from ..files import describe_write_error, follow_umask, read_json, remove_partial_files
 from .config import TrainConfig
+from .lock import NAME as LOCK
+from .lock import RunLock, hold_run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -61,33 +65,47 @@ def partial_folder(run: str | Path, step: int) -> Path:
     return Path(run) / f".checkpoint-{step:08d}.partial"
 
 
-def begin_run(config: "TrainConfig", state: "Accelerator | PartialState") -> None:
-    """Make the run's folder, write its settings, and clear away what a run that was killed left half done.
+def begin_run(config: "TrainConfig", state: "Accelerator | PartialState") -> RunLock | None:
+    """Make the run's folder, lock it, write its settings, and clear away what a run that was killed left half done.
 
     Args:
         config: TrainConfig.
         state: accelerate's Accelerator or PartialState. All processes call this; the main one writes.
 
+    Returns:
+        The lock, to be released when the run ends; None on other processes than the main one.
+
     Raises:
-        ValueError: `config.output` holds a run that was begun with other settings, or something else.
+        ValueError: `config.output` holds a run that was begun with other settings, or something else, or another process trains
+            there.
     """
     run = Path(config.output)
     if not config.output:
         raise ValueError("No output was given. Pass --output FOLDER, where the run keeps its checkpoints.")
     if (run / SETTINGS).exists():
         config.check_resumes(TrainConfig.load(run / SETTINGS), run)
-    elif run.exists() and (not run.is_dir() or any(path.suffix != ".part" for path in run.iterdir())):
+    elif run.exists() and (not run.is_dir() or any(not _is_left(path) for path in run.iterdir())):
         raise ValueError(
             f"{run} exists and is not a run: it has no {SETTINGS}. Pass a new folder, or one of an earlier run to resume it."
         )
     state.wait_for_everyone()  # all have looked at the folder before it changes
+    lock, refusal = None, [None]
     if state.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = hold_run(run, config.take_over)
+        except ValueError as error:
+            refusal = [str(error)]
+    broadcast_object_list(refusal)  # else the others would wait for a run that does not begin
+    if refusal[0]:
+        raise ValueError(refusal[0])
+    if state.is_main_process:
         for path in run.glob(HIDDEN):
             shutil.rmtree(path)
         remove_partial_files(run)
         config.save(run / SETTINGS)
     state.wait_for_everyone()
+    return lock
 
 
 def publish(partial: Path, folder: Path) -> None:
@@ -200,9 +218,10 @@ class Saver:
                 publish(partial, checkpoint_folder(self.run, step))
                 prune(self.run, self.config.keep_checkpoints)
         except WRITE_ERRORS as error:
+            reason = describe_write_error(error, self.run)  # as long as what was written fills the disk
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
-                f"Checkpoint {step:,} could not be written to {self.run}: {error}. {self.last_good()} If the disk is full, "
+                f"Checkpoint {step:,} could not be written to {self.run}: {reason}. {self.last_good()} If the disk is full, "
                 "make room and run the same command again."
             ) from error
         accelerator.wait_for_everyone()
@@ -285,6 +304,11 @@ class Saver:
 
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)
+
+
+def _is_left(path):
+    """Whether a file is of a run that was killed at its very beginning."""
+    return path.suffix == ".part" or path.name == LOCK
 
 
 def _remove(folder):

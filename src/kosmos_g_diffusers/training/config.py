@@ -60,6 +60,9 @@ class TrainConfig:
     entity_dropout: float = setting(0.5, "probability that an entity's words are dropped", low=0, high=1)
     background_probability: float = setting(0.5, "probability of a cut-out with background", low=0, high=1)
     data_moved: bool = setting(False, "the same data lies elsewhere than when the run was begun", fixed=False)
+    take_over: bool = setting(
+        False, "the process that a run's folder names is gone, though its disk cannot tell", fixed=False
+    )
     max_bad_samples: float = setting(0.01, "largest share of unreadable samples", fixed=False, low=0, high=1)
     bucket_window: int = setting(8, "batches whose samples are sorted by length together; 1 is off", low=1)
     workers: int = setting(2, "processes that decode images", fixed=False, low=0)

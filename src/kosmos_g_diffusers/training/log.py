@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,12 +14,14 @@ import PIL.Image
 import torch
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-from ..files import written_atomically
+from ..files import write_text, written_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from .config import TrainConfig
+
+WANDB_ID = "wandb-id.txt"
 
 
 def check_tracker(tracker: str) -> None:
@@ -52,7 +55,12 @@ class Log:
                 file.write(b"".join(kept))
         if config.tracker:
             settings = {name: _plain(value) for name, value in asdict(config).items()}
-            options = {"wandb": {"dir": config.output, "name": Path(config.output).name}}
+            # what an earlier part of the run logged of steps that are made again is hidden
+            options = {"tensorboard": {"purge_step": step + 1}}
+            if config.tracker == "wandb" and accelerator.is_main_process:
+                # of one id W&B makes one run, and takes a step once
+                options["wandb"] = {"id": _wandb_id(self.path.parent), "resume": "allow"}
+                options["wandb"] |= {"dir": config.output, "name": Path(config.output).name}
             accelerator.init_trackers("kosmos-g", settings, options)
 
     def write(
@@ -101,6 +109,14 @@ class Log:
                 tracker.log_images({"samples": image}, step=step, dataformats="NHWC")
             else:
                 tracker.log_images({"samples": [image]}, step=step)
+
+
+def _wandb_id(run):
+    """The id of a run at W&B, which its folder keeps."""
+    path = run / WANDB_ID
+    if not path.is_file():
+        write_text(path, secrets.token_hex(4))
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _plain(value):

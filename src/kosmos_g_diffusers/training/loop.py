@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from ..data.skips import GatheredSkips
 from .checkpoints import Saver, begin_run, checkpoint_folder, list_checkpoints, trained_parameters
 from .config import TrainConfig
+from .lock import hold_run
 from .log import Log, check_tracker
 from .stages import AlignStage
 
@@ -74,25 +75,32 @@ def train(
         Path of the last checkpoint.
 
     Raises:
-        ValueError: the run in the folder was begun with other settings, with other data or on another number of processes;
-            settings that do not work together.
+        ValueError: the run in the folder was begun with other settings, with other data or on another number of processes, or
+            another process trains there; settings that do not work together.
         ImportError: the tracker is not installed.
         TrainingStopped: a loss or gradient that is not finite, or 50 steps in a row that float16 passes over.
         TooManyBadSamples: more unreadable samples than `config.max_bad_samples`.
         OSError: a checkpoint cannot be written; the last good one stays.
         SystemExit, KeyboardInterrupt: after SIGTERM (with the code 143) and Ctrl-C, when a checkpoint is saved.
     """
-    run = Path(config.output)
     check_tracker(config.tracker)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.tracker or None,
-        project_dir=str(run),
+        project_dir=config.output,
         step_scheduler_with_optimizer=False,
     )
     _check_sharding(config, accelerator)
     if not begun:
         begin_run(config, accelerator)
+    # this process has it already
+    with hold_run(config.output) if accelerator.is_main_process else nullcontext() as lock:
+        save_model = save_model or stage.save_pretrained
+        return _train(config, stage, dataset, accelerator, save_model, draw_samples, progress_bar, lock)
+
+
+def _train(config, stage, dataset, accelerator, save_model, draw_samples, progress_bar, lock):
+    run = Path(config.output)
     set_seed(config.seed, device_specific=True)
     stage.move_frozen(accelerator.device, config.dtype)
     if config.gradient_checkpointing:
@@ -118,9 +126,7 @@ def train(
         ema = EMAModel(weights, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
         accelerator.register_for_checkpointing(ema)
     describe_sources = getattr(dataset, "describe_sources", lambda: None)
-    saver = Saver(
-        config, accelerator, wrapped, stage, ema, save_model or stage.save_pretrained, describe_sources()
-    )
+    saver = Saver(config, accelerator, wrapped, stage, ema, save_model, describe_sources())
     skips = GatheredSkips(config.max_bad_samples, accelerator)
     step = saver.resume(skips.counter)
     log = Log(config, step, accelerator)
@@ -138,14 +144,14 @@ def train(
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=hide, dynamic_ncols=True)
     with bar, closing(_read(loader)) as batches, _StopSignal() as stop:
         in_a_row = 0  # steps that were passed over
-        # where others wait for this process's gradients, it cannot leave before the step is done
-        alone = config.workers > 0 and accelerator.num_processes == 1
         while step < config.steps:
-            try:
-                with stop.waiting(alone):
-                    fetched = [next(batches) for _ in range(config.accumulation)]
-            except _StoppedWaiting:
+            with suppress(_StoppedWaiting), stop.waiting(config.workers > 0):
+                fetched = [next(batches) for _ in range(config.accumulation)]
+            _check_owner(lock, run)
+            # all have their data or were told to stop: nobody waits for the gradients of one who has left
+            if stop.agreed(accelerator):
                 if not checkpoint_folder(run, step).exists():
+                    _count(skips, accelerator)
                     saver.save(step, skips.counter)
                 break
             passes, keys = [], []
@@ -185,11 +191,9 @@ def train(
                 if ema is not None:
                     ema.step(trained_parameters(wrapped))
             bar.update()
-            signalled = stop.agreed(accelerator)
-            saving = step % config.save_every == 0 or step == config.steps or signalled
+            saving = step % config.save_every == 0 or step == config.steps
             if step % config.log_every == 0 or saving:
-                for warning in skips.count():
-                    _say(warning, accelerator)
+                _count(skips, accelerator)
             if step % config.log_every == 0 or step == config.steps:
                 numbers = {"lr": schedule.get_last_lr()[0], "grad_norm": grad_norm}
                 counts = {"left_out": skips.counter.counts, "passed_over": saver.passed_over}
@@ -203,8 +207,7 @@ def train(
                         path.parent.mkdir(exist_ok=True)
                         draw_samples(stage, path)
                         log.show(step, path)
-            if signalled:
-                break
+        stop.agreed(accelerator)  # of a signal in the last step
     if skips.counter.counts:
         accelerator.print(skips.counter.summary())
     if saver.passed_over:
@@ -347,6 +350,20 @@ def _check_passed_over(in_a_row, step, saver):
             f"{in_a_row} steps in a row were passed over, up to step {step:,}: {OVERFLOW} {saver.last_good()} Begin a new run with "
             "--mixed-precision bf16 or no, or with a smaller --lr."
         )
+
+
+def _check_owner(lock, run):
+    """Raise TrainingStopped on the main process if another one trains in its run's folder."""
+    if lock is not None and not lock.is_ours:
+        raise TrainingStopped(
+            f"Another process has taken over the run in {run} (--take-over). Nothing more is written by this one."
+        )
+
+
+def _count(skips, accelerator):
+    """Count what the data had to replace, on all processes, and say what is to be warned of."""
+    for warning in skips.count():
+        _say(warning, accelerator)
 
 
 def _say(text, accelerator):

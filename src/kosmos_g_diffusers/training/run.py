@@ -118,7 +118,16 @@ class Run:
             )
         self.folder = locate_model(config.model)
         sources = _build_sources(config, config.data) if sources is None else list(sources)
-        begin_run(config, self.state)
+        lock = begin_run(config, self.state)
+        try:
+            self._build(name, sources)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+
+    def _build(self, name, sources):
+        config = self.config
         self.text_encoder = _load(KosmosGTextEncoder, self.folder, "text_encoder")
         tokenizer = KosmosGTokenizer.from_pretrained(self.folder, subfolder="tokenizer")
         sizes = self.text_encoder.config
