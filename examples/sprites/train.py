@@ -137,7 +137,7 @@ def train_align_wide(run):
         load_encoder(run / "pretrain-wide"),
         load_clip(run, WIDE),
         collate,
-        1800,
+        900,
         wide=True,
     )
 
