@@ -160,6 +160,10 @@ class Run:
             f"{processes} processes) on {self.state.device}, mixed precision {config.mixed_precision}",
             f"output: {config.output}",
         ]
+        if processes > 1:
+            lines.append(
+                f"resumes on {processes} processes alone: the order of samples and the random states depend on their number"
+            )
         return "\n".join([*lines, *self.notes])
 
     def train(self, progress_bar: bool = True) -> Path:

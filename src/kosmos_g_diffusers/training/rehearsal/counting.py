@@ -29,7 +29,8 @@ from ..stages import AlignStage, InstructStage, PretrainStage, Stage
 GIB = 2**30
 SPARE = 0.25  # of a GPU's memory: the allocator's fragments, the largest temporary tensors, the driver
 BATCHES = (10, 20)  # two sizes tell what a sample takes from what a pass takes
-PEAKS = {"A100": 312e12, "H100": 989e12}  # operations a second in bfloat16, dense, by NVIDIA's data sheets
+# operations a second in bfloat16, dense, summed in float32, by NVIDIA's data sheets
+PEAKS = {"RTX 3090": 71e12, "RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}
 UTILISATION = 0.3  # of the peak: an assumption
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

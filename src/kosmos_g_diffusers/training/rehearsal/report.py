@@ -177,7 +177,7 @@ def _describe_count(rehearsal):
     for gpu, peak in PEAKS.items():
         days = gpu_seconds(cost, samples, peak) / 86400
         price = "" if rehearsal.price is None else f" ({days * 24 * rehearsal.price:,.2f})"
-        times.append(f"{days:.2g} days{price} on an {gpu}")
+        times.append(f"{days:.2g} days{price} on {gpu}")
     lines.append(
         f"  {cost.operations / 1e12:.3g} TFLOP a sample of {rehearsal.shape.tokens} tokens; if a GPU reaches {UTILISATION:.0%} of "
         f"its peak (not measured): {', '.join(times)}"
@@ -186,4 +186,4 @@ def _describe_count(rehearsal):
 
 
 def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= 0.01 * GIB else f"{n_bytes / 2**20:.1f} MiB"
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= 0.1 * GIB else f"{n_bytes / 2**20:.1f} MiB"

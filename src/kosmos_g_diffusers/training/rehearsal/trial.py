@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ...data import BadSample, Source
 from ...data.mixture import MixtureDataset, stream_seed
@@ -68,11 +69,13 @@ def run_trial(
         looked_at = [look_at(run.dataset, number) for number in range(len(run.dataset.sources))]
         rehearsed = RehearsedDataset(run.dataset, [each["batch"] for each in looked_at], quick.accumulation)
         run.dataset = rehearsed
-        starts = []
+        starts, stepped = [], []
         run.stage.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
+        hook = register_optimizer_step_post_hook(lambda *_: stepped.append(time.perf_counter()))
         draw, run.draw_samples = run.draw_samples, None
         checkpoint = run.train(progress_bar=False)
         end, peak = time.perf_counter(), peak_memory()
+        hook.remove()
         begun = starts[:: quick.accumulation]
         seconds = [one - other for one, other in zip(begun[1:], begun, strict=False)][-timed:]
         typical = statistics.median(seconds)
@@ -87,7 +90,7 @@ def run_trial(
             "peak": peak,
             "parts": _parts(run, config, baseline, peak),
             "checkpoint": _own_bytes(checkpoint),
-            "save_seconds": max(0.0, end - begun[-1] - typical),
+            "save_seconds": end - stepped[-1],
             "decoder": _own_bytes(Path(quick.output) / "decoder"),
             "batch": max(_batch_bytes(each["batch"]) for each in looked_at),
             "sources": [{key: each[key] for key in each if key != "batch"} for each in looked_at],
