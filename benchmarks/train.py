@@ -69,16 +69,17 @@ def build(stage, bucket_window):
     return module, collate, base.build_instruct_mixture() | options
 
 
-def train_plainly(stage, dataset, steps):
+def train_plainly(stage, dataset, steps, precision):
     """The loop that one writes first. Returns the losses."""
     weights = [weight for weight in stage.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.0)
-    stage.move_frozen(dtype=torch.bfloat16)
+    half = precision == "bf16"
+    stage.move_frozen(dtype=torch.bfloat16 if half else torch.float32)
     stage.train()
     losses = []
     for step in range(steps):
         batch = {name: value for name, value in dataset[step].items() if torch.is_tensor(value)}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = sum(stage(batch).values())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -88,13 +89,13 @@ def train_plainly(stage, dataset, steps):
     return losses
 
 
-def measure(stage_name, way, steps, workers, folder):
+def measure(stage_name, way, steps, workers, folder, precision):
     """Train, timing so many steps; a dict of seconds, samples, tokens, images, memory and losses."""
     stage, collate, data = build(stage_name, 1 if way == PLAIN else BUCKET_WINDOW)
     cache, total = None, WARM_UP + steps + TAIL
     if way not in (PLAIN, LOOP):
         only = None if way in (ALL, FILL) else [way]
-        cache = FrozenCache(folder / stage_name, stage, "bf16", only=only, keep_free=0)
+        cache = FrozenCache(folder / stage_name, stage, precision, only=only, keep_free=0)
         collate = cache.attach(collate)
     dataset = MixtureDataset(collate=collate, **data)
     seen = []  # at the beginning of each step: seconds of this process and its workers, tokens, images
@@ -108,11 +109,11 @@ def measure(stage_name, way, steps, workers, folder):
     stage.register_forward_pre_hook(note, prepend=True)
     with PeakMemory() as peak, tempfile.TemporaryDirectory() as run:
         if way == PLAIN:
-            losses = train_plainly(stage, dataset, total)
+            losses = train_plainly(stage, dataset, total, precision)
         else:
             config = TrainConfig(
                 output=run, steps=total, batch_size=data["batch_size"], lr=0.0, workers=workers,
-                mixed_precision="bf16", max_grad_norm=1.0, log_every=1, save_every=total,
+                mixed_precision=precision, max_grad_norm=1.0, log_every=1, save_every=total,
             )  # fmt: skip
             with sdpa_kernel(SDPBackend.MATH):  # as the example; it says why
                 train(config, stage, dataset, save_model=lambda *_: None, progress_bar=False)
@@ -148,6 +149,7 @@ def measure_apart(stage, way, arguments, folder):
     """What `measure` finds in a fresh process."""
     command = [sys.executable, __file__, "--run", stage, way, "--folder", str(folder)]
     command += ["--steps", str(arguments.steps), "--workers", str(arguments.workers)]
+    command += ["--precision", arguments.precision]
     command += [flag for flag in ("--tiny", "--cpu-time") if flag in sys.argv]
     command += ["--threads", str(arguments.threads)] if arguments.threads else []
     result = subprocess.run(command, capture_output=True, text=True)
@@ -204,6 +206,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=2, help="runs of each way (default: 2)")
     parser.add_argument("--workers", type=int, default=1, help="processes that read data (default: 1)")
     parser.add_argument("--folder", type=Path, help="for the caches (default: a temporary one)")
+    parser.add_argument(
+        "--precision", choices=("no", "bf16"), default="bf16", help="mixed precision (default: bf16)"
+    )
     parser.add_argument("--run", nargs=2, metavar=("STAGE", "WAY"), help=argparse.SUPPRESS)
     arguments = parse(parser)
     torch.set_grad_enabled(True)
@@ -211,9 +216,8 @@ def main():
         arguments.steps, arguments.rounds = 2, 1
         BATCH_SIZES.update(dict.fromkeys(BATCH_SIZES, 2))
     if arguments.run is not None:
-        return print(
-            json.dumps(measure(*arguments.run, arguments.steps, arguments.workers, arguments.folder))
-        )
+        options = (arguments.steps, arguments.workers, arguments.folder, arguments.precision)
+        return print(json.dumps(measure(*arguments.run, *options)))
 
     rows, figures = [], {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -224,7 +228,13 @@ def main():
         "stage", "way", "samples/s", "over the plain loop", "over the package's loop", "tokens a sample",
         "images a sample", "peak memory", "largest relative change of a loss",
     ]  # fmt: skip
-    report("Training of examples/sprites, bf16", columns, rows, figures, arguments.json)
+    report(
+        f"Training of examples/sprites, mixed precision {arguments.precision}",
+        columns,
+        rows,
+        figures,
+        arguments.json,
+    )
 
 
 if __name__ == "__main__":

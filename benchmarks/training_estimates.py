@@ -18,165 +18,54 @@ a cache; with --measure as well, in CPU time. The sizes are those of what kosmos
 import argparse
 import statistics
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
-from kosmos_g_diffusers import KosmosGTextEncoder, KosmosGTextEncoderConfig
-from kosmos_g_diffusers.training import AlignerNetN, AlignStage, InstructStage, PretrainStage, TrainConfig
-from kosmos_g_diffusers.training.adapters import add_adapter
+from kosmos_g_diffusers import KosmosGTextEncoderConfig
+from kosmos_g_diffusers.training import TrainConfig
+from kosmos_g_diffusers.training.rehearsal import counting
+from kosmos_g_diffusers.training.rehearsal.counting import GIB, PEAKS, Shape, Sizes, frozen_work, run_pass
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 GPUS = {"paper": 256, "one_node": 8, "one_gpu": 1}  # by the first words of a recipe's name
-PEAKS = {"A100": 312e12, "H100": 989e12}  # operations a second in bfloat16, dense, by NVIDIA's data sheets
+SERVERS = ("A100", "H100")
 BANDWIDTHS = {256: 25e9, 8: 200e9}  # bytes a second of each GPU to the others: 200 Gbit/s network; NVLink
-TOKENS = {"pretrain": 100, "align": 32, "instruct": 128}  # of a padded sample, roughly, images included
-IMAGES = {"pretrain": 1.0, "align": 0.0, "instruct": 1.2}  # of a sample
-GIB = 2**30
-
-
-@dataclass
-class Cost:
-    """Of a stage on one GPU, in bytes and operations."""
-
-    trained: int  # weights that train
-    weights: int  # bytes of all weights
-    fixed: float  # bytes that autograd keeps whatever the batch: half-precision copies of weights
-    kept: float  # bytes that it keeps for each sample
-    operations: float  # of each sample, forwards and backwards
-    frozen: dict  # of these, what a cache can bring, by the names of FrozenCache
-
-    def memory(self, batch_size):
-        """Bytes: weights, gradients and AdamW's two moments in float32, and what autograd keeps."""
-        return self.weights + 12 * self.trained + self.fixed + batch_size * self.kept
+# of a padded sample, roughly, images included
+SHAPES = {"pretrain": Shape(100, 1.0), "align": Shape(32, 0.0), "instruct": Shape(128, 1.2)}
+UNET = {"cross_attention_dim": 768, "sample_size": 64}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
 
 
 @cache
 def count(stage_name, lora_rank=0, checkpointing=False):
     """Cost of a stage with Stable Diffusion 1.5."""
-    with FakeTensorMode():
-        stage = build_stage(stage_name, lora_rank).train()
-        if checkpointing:
-            stage.gradient_checkpointing_enable()
-        small, large = (bytes_kept(stage_name, stage, batch_size) for batch_size in (10, 20))
-        with sdpa_kernel(SDPBackend.MATH):  # the operations of others go uncounted
-            with FlopCounterMode(display=False) as counter:
-                backward(stage_name, stage, 10)
-            frozen = {}
-            for name, work in frozen_work(stage_name, stage, 10).items():
-                with FlopCounterMode(display=False) as frozen_counter, torch.no_grad():
-                    work()
-                frozen[name] = frozen_counter.get_total_flops() / 10
-    kept = (large - small) / 10
-    held = sum(parameter.numel() for model in stage.frozen_models for parameter in model.parameters())
-    return Cost(
-        trained=sum(parameter.numel() for parameter in stage.parameters() if parameter.requires_grad),
-        weights=2 * held + sum(parameter.nbytes for parameter in stage.parameters()),
-        fixed=small - 10 * kept,
-        kept=kept,
-        operations=counter.get_total_flops() / 10,
-        frozen=frozen,
-    )
+    settings = _settings(stage_name, lora_rank, checkpointing)
+    return counting.count(settings, _sizes(), SHAPES[stage_name])
 
 
-def build_stage(name, lora_rank):
-    encoder = KosmosGTextEncoder(KosmosGTextEncoderConfig(aligner_max_positions=2050))
-    if name == "pretrain":
-        return PretrainStage(encoder)
-    if name == "align":
-        sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-        return AlignStage(encoder, AlignerNetN(encoder.config), CLIPTextModel(CLIPTextConfig(**sizes)))
-    unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-    )
-    stage = InstructStage(encoder, unet, vae, DDPMScheduler(), "none" if lora_rank else "last")
-    if lora_rank:
-        with mock.patch.object(torch.nn.Module, "to", lambda self, *args, **kwargs: self):  # fake ones cannot
-            add_adapter(encoder, lora_rank, torch.bfloat16)
-    return stage
+def _settings(stage_name, lora_rank=0, checkpointing=False):
+    values = {"lora_rank": lora_rank, "gradient_checkpointing": checkpointing, "mixed_precision": "bf16"}
+    return TrainConfig.from_dict(values, stage_name)
 
 
-def bytes_kept(name, stage, batch_size):
-    """Bytes that autograd keeps, weights not counted."""
-    models = (stage, *stage.frozen_models)
-    weights = {parameter.untyped_storage()._cdata for model in models for parameter in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, so that no other takes its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        backward(name, stage, batch_size, run_backward=False)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def frozen_work(name, stage, batch_size):
-    """What gives the same in every step: a dict of functions without arguments, by the names of FrozenCache."""
-    works, images = {}, round(IMAGES[name] * batch_size)
-    if images:
-        size = stage.text_encoder.config.vision_config.image_size
-        works["vision_states"] = lambda: stage.vision_states(torch.zeros(images, 3, size, size))
-    if name == "align":
-        length = stage.target.config.max_position_embeddings
-        works["clip_embeds"] = lambda: stage.clip_embeds(torch.zeros(batch_size, length, dtype=torch.int64))
-    if name == "instruct":
-        side = 8 * stage.unet.config.sample_size
-        works["latent_parameters"] = lambda: stage.latent_parameters(torch.zeros(batch_size, 3, side, side))
-    return works
-
-
-def backward(name, stage, batch_size, run_backward=True, found=None):
-    """A step as `stage.forward` makes it, without what looks at values: there are none.
-
-    Args:
-        found: results of `frozen_work` that need not be computed.
-    """
-    encoder, config = stage.text_encoder, stage.text_encoder.config
-    tokens, images = TOKENS[name], round(IMAGES[name] * batch_size)
-    ids = torch.zeros(batch_size, tokens, dtype=torch.int64)
-    mask = torch.zeros(batch_size, tokens, dtype=torch.bool)
-    with torch.autocast("cpu", torch.bfloat16):
-        frozen = found or {key: work() for key, work in frozen_work(name, stage, batch_size).items()}
-        image_embeds = stage.image_embeds(frozen) if images else None
-        with torch.no_grad() if name == "align" else nullcontext():
-            states = encoder.get_language_hidden_states(ids, image_embeds, mask)
-        if name == "pretrain":
-            words = batch_size * tokens - images * config.latent_query_num
-            logits = states.flatten(0, 1)[:words] @ encoder.get_input_embeddings().weight.T
-            loss = torch.nn.functional.cross_entropy(logits.float(), ids.flatten()[:words])
-        else:
-            condition = encoder.aligner(states, ~mask)[-1]
-        if name == "align":
-            again = stage.aligner_n(condition, tokens)
-            loss = (condition - frozen["clip_embeds"]).square().mean() + again.square().mean()
-        elif name == "instruct":
-            unet = stage.unet
-            latents = frozen["latent_parameters"][:, : unet.config.in_channels]
-            loss = unet(latents, torch.zeros(batch_size, dtype=torch.int64), condition).sample.square().mean()
-    if run_backward:
-        loss.backward()
+def _sizes():
+    encoder = KosmosGTextEncoderConfig(aligner_max_positions=2050)
+    target = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    return Sizes(encoder, target, UNET, VAE, {"_class_name": "DDPMScheduler"})
 
 
 def build_at_random(stage_name, lora_rank):
     """A stage in memory: random weights, frozen ones in bfloat16."""
     with torch.device("meta"):
-        stage = build_stage(stage_name, lora_rank).train()
+        stage = counting.build_stage(_settings(stage_name, lora_rank), _sizes()).train()
     for model in (stage, *stage.frozen_models):
         if model is not stage:
             model.to(torch.bfloat16)
@@ -194,22 +83,22 @@ def build_at_random(stage_name, lora_rank):
 def measure(stage_name, batch_size, lora_rank=0):
     """(CPU seconds of a forward and backward pass on one thread, operations a second of products before and after it)."""
     stage = build_at_random(stage_name, lora_rank)
-    backward(stage_name, stage, batch_size)  # makes the gradients
+    run_pass(stage_name, stage, batch_size, SHAPES[stage_name])  # makes the gradients
     before, start = product_rate(), time.process_time()
-    backward(stage_name, stage, batch_size)
+    run_pass(stage_name, stage, batch_size, SHAPES[stage_name])
     return time.process_time() - start, (before, product_rate())
 
 
 def measure_caches(stage_name, batch_size, lora_rank=0, rounds=3):
     """(CPU seconds of a pass, of one that finds its frozen work), medians of passes in turns."""
-    stage = build_at_random(stage_name, lora_rank)
+    stage, shape = build_at_random(stage_name, lora_rank), SHAPES[stage_name]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        found = {name: work() for name, work in frozen_work(stage_name, stage, batch_size).items()}
+        found = {name: work() for name, work in frozen_work(stage_name, stage, batch_size, shape).items()}
     seconds = {False: [], True: []}
     for number in range(rounds + 1):
         for finds in (False, True):
             start = time.process_time()
-            backward(stage_name, stage, batch_size, found=found if finds else None)
+            run_pass(stage_name, stage, batch_size, shape, found=found if finds else None)
             if number:  # the first makes the gradients
                 seconds[finds].append(time.process_time() - start)
     return tuple(statistics.median(each) for each in seconds.values())
@@ -269,9 +158,9 @@ def estimate(path, utilisation):
     cost = count(settings.stage, settings.lora_rank, settings.gradient_checkpointing)
     samples = gpus * settings.batch_size * settings.accumulation
     row = [path.stem, gpus, f"{gpus} x {settings.batch_size} x {settings.accumulation} = {samples:,}"]
-    row += [f"{cost.operations / 1e12:.2f}", f"{cost.memory(settings.batch_size) / GIB:.0f}"]
+    row += [f"{cost.operations / 1e12:.2f}", f"{cost.memory(settings) / GIB:.0f}"]
     exchange = 2 * 4 * cost.trained / BANDWIDTHS[gpus] if gpus in BANDWIDTHS else 0.0
-    for peak in PEAKS.values():
+    for peak in map(PEAKS.get, SERVERS):
         seconds = samples * cost.operations / gpus / (peak * utilisation)
         longer = max(seconds, exchange)
         row += [f"{seconds:.2f}", f"{longer * settings.steps / 86400:.1f}"]
@@ -295,7 +184,7 @@ def main():
         return print_measured()
     utilisation = arguments.utilisation
     heads = ["recipe", "GPUs", "samples a step", "TFLOP a sample", "GiB a GPU", "s exchange"]
-    heads += [f"{gpu} {what}" for gpu in PEAKS for what in ("s", "days")]
+    heads += [f"{gpu} {what}" for gpu in SERVERS for what in ("s", "days")]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     recipes = sorted(
         RECIPES.glob("*.toml"), key=lambda path: (-GPUS[path.stem.rpartition("_")[0]], path.stem)

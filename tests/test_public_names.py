@@ -14,7 +14,7 @@ NAMES = {
     "kosmos_g_diffusers.control": "CONTROLS control_image control_preview load_annotator load_controlnet",
     "kosmos_g_diffusers.training": (
         "AlignStage AlignerNetN InstructStage PretrainStage TrainConfig TrainingStopped build_run load_adapter load_target "
-        "merge_adapter remove_adapter run_stage train"
+        "merge_adapter push_adapter remove_adapter run_stage train"
     ),
     "kosmos_g_diffusers.modular": (
         "KosmosGAutoBlocks KosmosGModularPipeline KosmosGSequentialBlocks KosmosGTextEncoderStep"

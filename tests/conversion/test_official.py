@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from support.training_runs import save_clip
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from kosmos_g_diffusers import KosmosGPipeline, KosmosGTextEncoder, KosmosGTextEncoderConfig, KosmosGTokenizer
@@ -26,9 +27,13 @@ from kosmos_g_diffusers.conversion import folder as writing
 from kosmos_g_diffusers.conversion import keys as checkpoint_keys
 from kosmos_g_diffusers.conversion import official as conversion
 from kosmos_g_diffusers.conversion.checkpoint import INERT_NAMES, STAND_INS, read_checkpoint
+from kosmos_g_diffusers.conversion.initial_weights import build_fresh
 from kosmos_g_diffusers.conversion.keys import IGNORED, KEY_MAP, match_keys
 from kosmos_g_diffusers.conversion.official import convert_checkpoint
+from kosmos_g_diffusers.conversion.target import load_target
 from kosmos_g_diffusers.modeling_aligner_n import FILE, AlignerNetN
+from kosmos_g_diffusers.modeling_kosmos_g import AlignerNet
+from kosmos_g_diffusers.training import TrainConfig, build_run
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 ALIGN, FINAL = REFERENCE / "tiny_reference_checkpoint.pt", REFERENCE / "tiny_final_stage_checkpoint_fp16.pt"
@@ -186,6 +191,66 @@ def test_aligner_n_is_kept_for_training(folders):
     ):
         assert torch.equal(written[ours], given[official])
     assert not (folders["final"] / "aligner_n").exists()
+
+
+def first_stage(weights):
+    for key in [key for key in weights if key.startswith("aligner.")]:
+        del weights[key]
+
+
+def test_stage_1_gets_a_new_aligner_and_is_what_init_writes(convert, altered, folders, tmp_path):
+    base = shutil.copytree(BASE, tmp_path / "base")
+    save_clip(base, width=tiny_config().aligner_hidden_size, positions=30)
+    given = convert(altered(first_stage), seed=3, base=base)
+    encoder = KosmosGTextEncoder.from_pretrained(given, subfolder="text_encoder")
+    aligned = KosmosGTextEncoder.from_pretrained(folders["align"], subfolder="text_encoder").state_dict()
+    state = encoder.state_dict()
+    kept = {name for name in aligned if name in state and torch.equal(aligned[name], state[name])}
+    others = {name for name in aligned if not name.startswith("aligner.")}
+    assert others <= kept and "aligner.query_embeds" not in kept
+    target, _ = load_target(given)
+    sizes = (encoder.config.num_queries, encoder.config.aligner_hidden_size)
+    assert sizes == (target.config.max_position_embeddings, target.config.hidden_size)
+    # as init's: the same parts and the same random weights
+    expected = build_fresh(AlignerNet, encoder.config, 3).state_dict()
+    assert all(torch.equal(state[f"aligner.{name}"], tensor) for name, tensor in expected.items())
+    expected = build_fresh(AlignerNetN, encoder.config, 4).state_dict()
+    aligner_n = load_file(given / "aligner_n" / FILE)
+    assert all(torch.equal(aligner_n[name], tensor) for name, tensor in expected.items())
+    assert "of stage 1 and a new AlignerNet" in (given / "README.md").read_text()
+    # the command, which train align can start from
+    config = TrainConfig(
+        model=str(given), data=("captions",), output=str(tmp_path / "run"), steps=1, warmup_steps=0
+    )
+    run = build_run("align", config, [CaptionSource()])
+    assert not [note for note in run.notes if "AlignerNet" in note]
+
+
+class CaptionSource:
+    name, groups = "captions", (8,)
+
+    def __len__(self):
+        return 8
+
+
+def test_stage_1_that_is_not_whole_is_refused(convert, altered, tmp_path):
+    def lacks(weights):
+        first_stage(weights)
+        del weights["img_connector.latent_query"]
+
+    with pytest.raises(ValueError, match="1 missing: img_connector.latent_query"):
+        convert(altered(lacks))
+    # a later stage whose AlignerNet is gone is none of stage 1
+    weights = read_checkpoint(FINAL)
+    first_stage(weights)
+    torch.save({"model": weights}, tmp_path / "final.pt")
+    with pytest.raises(ValueError, match=r"\d+ missing: aligner\."):
+        convert(tmp_path / "final.pt")
+    base = shutil.copytree(BASE, tmp_path / "base")
+    shutil.rmtree(base / "text_encoder")
+    with pytest.raises(ValueError, match="There is no text_encoder in"):
+        convert(altered(first_stage), base=base)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("stage", ["align", "final"])

@@ -1,18 +1,23 @@
 import copy
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from kosmos_g_diffusers import KosmosGPipeline, KosmosGProcessor
 from kosmos_g_diffusers.cli import main
+from kosmos_g_diffusers.training import adapters
 from kosmos_g_diffusers.training.adapters import (
     CONFIG,
     WEIGHTS,
     add_adapter,
     load_adapter,
     merge_adapter,
+    push_adapter,
     remove_adapter,
     save_adapter,
 )
@@ -114,6 +119,106 @@ def test_fresh_adapter_changes_nothing_and_trains_linear_layers_alone(pipe, phot
     assert torch.equal(torch.get_rng_state(), state)
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     assert trained == {f"{name}.lora_{half}.default.weight" for name in linear for half in "AB"}
+
+
+# Which model it belongs to -----------------------------------------------------------------------------------------------
+
+
+def test_adapter_is_refused_on_another_model_of_the_same_shape(pipe, adapter, photos, tmp_path, capsys):
+    before = encode(pipe, photos)
+    with torch.no_grad():
+        pipe.text_encoder.aligner.final_layer_norm.bias[0] += 1e-6
+    with pytest.raises(
+        ValueError, match=r"was trained on a model without a name \(weights [0-9a-f]{12}\), and this"
+    ):
+        load_adapter(pipe, adapter)
+    assert not hasattr(pipe.text_encoder, "peft_config")
+    torch.testing.assert_close(encode(pipe, photos), before)
+    pipe.save_pretrained(tmp_path / "other")
+    flags = [
+        "--adapter",
+        str(adapter),
+        "--model",
+        str(tmp_path / "other"),
+        "--output",
+        str(tmp_path / "merged"),
+    ]
+    assert main(["train", "merge", *flags]) == 2
+    assert "Pass the model it was trained on." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_model_is_known_again_in_another_dtype_and_with_image_words(pipe, adapter, photos, dtype):
+    pipe.add_image_word("<my-dog>", photos[0])
+    pipe.to(dtype)
+    load_adapter(pipe, adapter)
+    remove_adapter(pipe)
+    pipe.to(torch.float32)  # rounded
+    load_adapter(pipe, adapter)
+    remove_adapter(pipe)
+    pipe.to(dtype)
+    with torch.no_grad():
+        pipe.text_encoder.aligner.query_embeds[0, 0] *= 1.1
+    with pytest.raises(ValueError, match="this model has other weights"):
+        load_adapter(pipe, adapter)
+
+
+def test_adapter_of_an_earlier_version_loads_with_a_note(pipe, adapter, photos, caplog):
+    (adapter / "base.json").unlink()
+    before = encode(pipe, photos)
+    load_adapter(pipe, adapter)
+    assert "does not say which model it was trained on" in caplog.text
+    assert (encode(pipe, photos) - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"sha256": 3}'])
+def test_damaged_record_of_the_model_is_refused(pipe, adapter, content):
+    (adapter / "base.json").write_text(content)
+    with pytest.raises(ValueError, match=r"base\.json .*Get the adapter again"):
+        load_adapter(pipe, adapter)
+
+
+def test_quantised_model_cannot_be_told(pipe, adapter, caplog):
+    codes = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    pipe.text_encoder.aligner.register_parameter("codes", codes)
+    load_adapter(pipe, adapter)
+    assert "whether the adapter in" in caplog.text
+
+
+def test_adapter_is_pushed_with_its_card_and_taken_from_the_hub(
+    build_pipe, pipe, photos, tmp_path, monkeypatch
+):
+    encoder, uploads = build_pipe().text_encoder, []
+    add_adapter(encoder, 4, base_name="someone/kosmos-g")
+    save_adapter(encoder, tmp_path / "run" / "adapter")
+
+    class Hub:
+        def __init__(self, token):
+            assert token == "secret"
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert private and exist_ok
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id, folder_path, commit_message, create_pr, allow_patterns):
+            uploads.append(repo_id)
+            (tmp_path / "hub").mkdir()
+            for name in allow_patterns:
+                shutil.copyfile(folder_path / name, tmp_path / "hub" / name)
+            return "https://hub/commit"
+
+    monkeypatch.setattr(adapters, "HfApi", Hub)
+    url = push_adapter(tmp_path / "run", "me/mine", private=True, token="secret")
+    assert (url, uploads) == ("https://hub/commit", ["me/mine"])
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    assert card.data.base_model == "someone/kosmos-g" and card.data.library_name == "peft"
+    assert str(tmp_path) not in card.content and "LoRA of rank 4" in card.text
+    assert "someone/kosmos-g" in (tmp_path / "hub" / CONFIG).read_text()
+    monkeypatch.setattr(
+        "kosmos_g_diffusers.conversion.folder.snapshot_download", lambda *_, **__: tmp_path / "hub"
+    )
+    load_adapter(pipe, "me/mine")
+    assert pipe.text_encoder.adapter_base["name"] == "someone/kosmos-g"
 
 
 def test_training_changes_the_adapter_alone(pipe, photos):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -139,6 +140,31 @@ def test_other_schedules(tmp_path, name):
     shares = np.arange(7) / 6
     expected = np.ones(7) if name == "constant" else (1 + np.cos(np.pi * shares)) / 2
     assert np.allclose(rates, [0.5, *expected])
+
+
+def test_eight_bit_moments_learn_nearly_the_same_and_are_resumed(tmp_path):
+    pytest.importorskip("torchao.optim")
+
+    def wide_stage():
+        stage = ToyStage(dropout=0)
+        stage.wide = torch.nn.Linear(64, 64, bias=False)  # smaller ones keep float32
+        torch.nn.init.constant_(stage.wide.weight, 0.01)
+        stage.register_forward_hook(lambda *args: args[2] | {"wide": stage.wide.weight.square().sum()})
+        return stage
+
+    def wide(checkpoint):
+        return load_file(checkpoint / "training_state/trained.safetensors")["wide.weight"]
+
+    changes = {"steps": 4, "save_every": 2}
+    exact = wide(run(settings(tmp_path / "exact", **changes), wide_stage()))
+    config = settings(tmp_path / "eight", optimizer="adamw8bit", **changes)
+    checkpoint = run(config, wide_stage())
+    given = wide(checkpoint)
+    assert not torch.equal(given, exact) and (given - exact).abs().max() < 2e-3 < (given - 0.01).abs().max()
+    shutil.rmtree(checkpoint)
+    assert torch.equal(wide(run(config, wide_stage())), given)
+    with pytest.raises(ValueError, match="optimizer .was 'adamw8bit', now 'adamw'"):
+        run(config.replace(optimizer="adamw"), wide_stage())
 
 
 def test_half_precision_keeps_float32_weights(tmp_path):

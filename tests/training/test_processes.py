@@ -185,6 +185,13 @@ def test_sharded_training(make_config, stage):
     assert all(torch.equal(given[key], tensor) for key, tensor in load_file(last / name).items())
 
 
+@pytest.mark.parametrize("original", ["true", "false"])
+def test_fsdp_1_is_refused_at_the_start(make_config, original):
+    environment = FSDP | {"FSDP_VERSION": "1", "FSDP_USE_ORIG_PARAMS": original}
+    words = "FSDP 1 was asked for.*fsdp_version: 2"
+    assert run_processes(refuse_sharded, make_config("align"), words, environment=environment) == [0, 0]
+
+
 def refuse_sharded(config, words):
     PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
     with pytest.raises(ValueError, match=words):

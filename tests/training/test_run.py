@@ -221,6 +221,18 @@ def test_half_precision(make_config, stage):
     assert np.allclose(*losses, rtol=0.03) and losses[0] != losses[1]
 
 
+def test_accumulated_alignment_is_that_of_the_larger_batch(make_config):
+    """Passes of a step pad to the longest prompt of them all, as the larger batch does."""
+    changes = {"steps": 6, "lr": 5e-3, "bucket_window": 1}
+    whole = trained_weights(train_stage(make_config("align", "whole", batch_size=6, **changes)))
+    passes = make_config("align", "passes", batch_size=2, accumulation=3, **changes)
+    given = trained_weights(train_stage(passes))
+    before = build_run("align", make_config("align", "before")).stage.state_dict()
+    assert max((tensor - before[name]).abs().max() for name, tensor in whole.items()) > 0.005
+    for name, expected in whole.items():
+        torch.testing.assert_close(given[name], expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("words", [False, True])
 def test_cached_run_learns_the_same(make_config, data, tmp_path, words):
     changes = {"words": [f"shards:{data}"], "words_share": 0.5, "steps": 6} if words else {}

@@ -1,6 +1,7 @@
 """Turn an official Kosmos-G checkpoint into a folder that diffusers loads.
 
-The checkpoint is read as data: nothing in it runs. The folder appears when it is complete.
+The checkpoint is read as data: nothing in it runs. The folder appears when it is complete. One of stage 1 gets a new
+AlignerNet, as kosmos-g init makes it, for kosmos-g train align.
 
 examples:
   kosmos-g convert --checkpoint checkpoint_final.pt --tokenizer sentencepiece.bpe.model \\
@@ -18,11 +19,12 @@ from ..environment import DTYPES, as_dtype
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="official .pt file of either stage")
+    add("--checkpoint", required=True, metavar="FILE", help="official .pt file of any stage")
     add("--tokenizer", required=True, metavar="FILE", help="official sentencepiece.bpe.model")
     base = "folder or Hub id of Stable Diffusion 1.5, for what the file lacks"
     add("--base", required=True, metavar="MODEL", help=base)
     add("--output", required=True, metavar="FOLDER", help="folder to write, new or empty")
+    add("--seed", type=int, default=0, metavar="N", help="of the new AlignerNet of stage 1 (default: 0)")
     add("--dtype", choices=DTYPES, help="of the weights written (default: as in the checkpoint)")
 
 
@@ -35,5 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
         tokenizer=arguments.tokenizer,
         base=arguments.base,
         dtype=arguments.dtype and as_dtype(arguments.dtype),
+        seed=arguments.seed,
     )
     print(folder)

@@ -3,10 +3,13 @@
 Three stages follow each other. A checkpoint of one is a whole pipeline folder: what the next starts from, and what
 KosmosGPipeline.from_pretrained and kosmos-g generate read. The same command resumes a run that ended early: after
 SIGTERM (exit code 143) or Ctrl-C (130) from where it stopped, otherwise from its last checkpoint. Settings come from --config,
-and flags given with it win.
+and flags given with it win. With --rehearse a few steps are tried in a temporary folder: what memory, time and disk the run
+will take, what runs out, and which settings fit.
 
 examples:
   kosmos-g train align --help
+  kosmos-g train align --config examples/recipes/one_gpu_align.toml --model ./kosmos-g-fresh --data tsv:captions:/data/laion \\
+      --output runs/align --rehearse --for-memory 24 --price 2
   kosmos-g train align --model ./kosmos-g-fresh --data tsv:captions:/data/laion --output runs/align --mixed-precision bf16
   kosmos-g train instruct --config examples/recipes/one_gpu_instruct.toml --model runs/align/checkpoint-00100000 \\
       --data shards:/data/compositions shards:/data/edits tsv:captions:/data/laion --output runs/instruct
@@ -66,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         stage.add_argument(
             "--show", action="store_true", help="print the settings that result, as JSON, and stop"
         )
+        _add_rehearsal(stage.add_argument_group("rehearsal"))
         add_settings(stage, name)
     _add_merge(
         stages.add_parser(
@@ -77,6 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+
+
+def _add_rehearsal(group):
+    rehearse = "try a few steps in a temporary folder, say what the run will take, and stop"
+    group.add_argument("--rehearse", action="store_true", help=rehearse)
+    memory = (
+        "GPU memory to count for, and to propose settings for if it is short (default: that of the GPU here)"
+    )
+    group.add_argument("--for-memory", type=float, metavar="GIB", help=memory)
+    group.add_argument("--price", type=float, metavar="NUMBER", help="of an hour of a GPU, in any currency")
 
 
 def _add_merge(parser):
@@ -106,6 +120,12 @@ def run(arguments: argparse.Namespace) -> None:
         config = TrainConfig.from_toml(arguments.config, arguments.stage, **given)
     if arguments.show:
         return print(json.dumps(asdict(config), indent=2))
+    for flag in ("for_memory", "price"):
+        value = getattr(arguments, flag)
+        if value is not None and not (arguments.rehearse and 0 < value < 1e9):
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {value:g} was given. It belongs to --rehearse, and is a positive number."
+            )
     try:
         from ..training.loop import TrainingStopped
         from ..training.run import process_state, run_stage
@@ -115,6 +135,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ImportError("Training needs the package accelerate: pip install -U accelerate") from error
     from ..data import TooManyBadSamples
 
+    if arguments.rehearse:
+        return _rehearse(config, arguments)
     try:
         checkpoint = run_stage(config.stage, config, announce=print)
     except (TrainingStopped, TooManyBadSamples) as error:
@@ -125,4 +147,19 @@ def run(arguments: argparse.Namespace) -> None:
     state = process_state()
     if state.is_main_process:
         print(checkpoint)
+    state.destroy_process_group()
+
+
+def _rehearse(config, arguments):
+    from ..training.rehearsal import describe, rehearse
+    from ..training.run import process_state
+
+    def say(text):
+        if process_state().is_main_process:
+            print(text, file=sys.stderr, flush=True)
+
+    found = rehearse(config.stage, config, for_memory=arguments.for_memory, price=arguments.price, say=say)
+    state = process_state()
+    if state.is_main_process:
+        print(describe(found))
     state.destroy_process_group()

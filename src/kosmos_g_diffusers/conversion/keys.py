@@ -48,6 +48,9 @@ KEY_MAP = {
     "vae": {"vae.vae.": ""},
 }
 
+# What no checkpoint of stage 1 holds: AlignerNets, U-Net and VAE. Its own names are taken to be those of the later stages
+# without these; no real file of stage 1 was seen.
+LATER_STAGES = ("aligner.", "diffusion_unet.", "vae.")
 EMBEDDING, TIED = "gpt_model.decoder.embed_tokens.weight", "gpt_model.decoder.output_projection.weight"
 # Official names that are left behind, and why nothing is lost
 IGNORED = {

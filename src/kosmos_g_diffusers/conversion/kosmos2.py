@@ -10,23 +10,11 @@ from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 
 from ..files import first_line
 from ..loading import IncompleteWeights, load_pretrained, read_object
-from ..modeling_aligner_n import AlignerNetN
-from ..modeling_kosmos_g import AlignerNet, KosmosGTextEncoder, KosmosGTextEncoderConfig
+from ..modeling_kosmos_g import KosmosGTextEncoder, KosmosGTextEncoderConfig
 from ..processing_kosmos_g import EXTRA_SPECIAL_TOKENS, KosmosGTokenizer
-from .folder import (
-    SHARD_SIZE,
-    Base,
-    appearing_atomically,
-    check_dtype,
-    check_output,
-    locate,
-    public_name,
-    write_model,
-    write_pipeline,
-)
-from .initial_weights import build_fresh
+from .folder import Base, appearing_atomically, check_dtype, check_output, locate, public_name
+from .fresh import NEW_ALIGNER, aligner_sizes, base_target, fresh_aligner_weights, write_to_train
 from .keys import shortened
-from .target import MODEL_FOLDER, TOKENIZER_FOLDER, VARIANT, load_target, target_config
 
 # What is read of an MLLM on the Hub before its weights
 MLLM_FILES = ("config.json", "tokenizer.json", "sentencepiece.bpe.model")
@@ -72,13 +60,7 @@ def initialize(
     files = locate(mllm, "MLLM", "Kosmos-2 as transformers saves it", MLLM_FILES)
     kosmos = _kosmos_config(files, mllm)
     base = Base(base)
-    target = target_config(base.source)
-    width = base.parts["unet"].config.cross_attention_dim
-    if width != target.hidden_size:
-        raise ValueError(
-            f"The U-Net of {base.source} reads conditions of width {width}, its text encoder gives {target.hidden_size}. "
-            "Pass a base whose parts belong together, of Stable Diffusion 1.x or 2.x."
-        )
+    target = base_target(base)
     tokenizer = _tokenizer(files, kosmos, mllm)
     config = _encoder_config(kosmos, target, tokenizer, aligner_layers)
     with torch.device("meta"):
@@ -86,15 +68,11 @@ def initialize(
     pipeline = base.build_pipeline(text_encoder, tokenizer)
     weights = {name: partial(base.weights, name, dtype) for name in base.parts}
     weights["text_encoder"] = partial(_encoder_weights, mllm, config, dtype, seed)
-    origin, new = f"the language model {public_name(mllm)}", "a new AlignerNet, which has not been trained"
+    origin = f"the language model {public_name(mllm)}"
     provenance = dict.fromkeys(base.parts, f"the base {base.name}")
-    provenance |= {"text_encoder": f"{origin} and {new}", "tokenizer": origin}
-    clip, clip_tokenizer = load_target(base.source, dtype)
+    provenance |= {"text_encoder": f"{origin} and {NEW_ALIGNER}", "tokenizer": origin}
     with appearing_atomically(output) as folder:
-        write_pipeline(folder, pipeline, weights, provenance)
-        write_model(build_fresh(AlignerNetN, config, seed + 1).to(dtype), folder / "aligner_n")
-        write_model(clip, folder / MODEL_FOLDER, max_shard_size=SHARD_SIZE, variant=VARIANT)
-        clip_tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+        write_to_train(folder, pipeline, weights, provenance, base.source, dtype, seed)
     return output
 
 
@@ -127,15 +105,10 @@ def _encoder_config(kosmos, target, tokenizer, aligner_layers):
         text_config=text_config,
         vision_config=copy.deepcopy(kosmos.vision_config),
         latent_query_num=kosmos.latent_query_num,
-        aligner_hidden_size=target.hidden_size,
         aligner_layers=aligner_layers,
-        aligner_attention_heads=target.num_attention_heads,
-        aligner_ffn_dim=target.intermediate_size,
-        # the official 32,768 rows would be 16 times what the language model can fill
-        aligner_max_positions=2 + text_config.max_position_embeddings,
-        num_queries=target.max_position_embeddings,
         image_token_id=tokenizer.image_token_id,
         end_of_image_token_id=tokenizer.end_of_image_token_id,
+        **aligner_sizes(target, text_config.max_position_embeddings),
     )
 
 
@@ -221,5 +194,4 @@ def _encoder_weights(mllm, config, dtype, seed):
     }
     name = "language_model.model.embed_tokens.weight"
     weights[name] = weights[name][: config.text_config.vocab_size].clone()
-    aligner = build_fresh(AlignerNet, config, seed).to(dtype)
-    return weights | {f"aligner.{name}": tensor for name, tensor in aligner.state_dict().items()}
+    return weights | fresh_aligner_weights(config, dtype, seed)

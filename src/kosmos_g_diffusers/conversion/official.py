@@ -20,7 +20,8 @@ from .folder import (
     write_model,
     write_pipeline,
 )
-from .keys import EMBEDDING, TIED, match_keys
+from .fresh import NEW_ALIGNER, aligner_sizes, base_target, fresh_aligner_weights, write_to_train
+from .keys import EMBEDDING, LATER_STAGES, TIED, match_keys
 
 PIECE = 10**9  # bytes to read of a checkpoint before its memory is freed
 
@@ -33,23 +34,27 @@ def convert_checkpoint(
     base: str | Path,
     config: KosmosGTextEncoderConfig | None = None,
     dtype: str | torch.dtype | None = None,
+    seed: int = 0,
 ) -> Path:
     """Write an official Kosmos-G checkpoint as a self-contained diffusers folder.
 
     The folder holds what `KosmosGPipeline.save_pretrained` writes and, for an alignment-stage checkpoint,
-    `aligner_n/aligner_n.safetensors` with AlignerNet N, which training continues from. It appears atomically.
+    `aligner_n/aligner_n.safetensors` with AlignerNet N, which training continues from. A checkpoint of stage 1, which holds
+    language model, resampler and vision tower alone, becomes what `initialize` writes: a folder with a new AlignerNet for
+    `kosmos-g train align`. It appears atomically.
 
     Args:
-        checkpoint: path of a `.pt` file of the alignment or the final stage, or of a `.safetensors` file with the same
-            keys. Nothing in it is executed.
+        checkpoint: path of a `.pt` file of any stage, or of a `.safetensors` file with the same keys. Nothing in it is
+            executed.
         output: folder to write; must be empty or not exist.
         tokenizer: path of the official `sentencepiece.bpe.model`, or of a folder with a saved KosmosGTokenizer.
         base: Stable Diffusion 1.5 in diffusers' layout, a folder or a Hub id. Gives the scheduler, the safety checker
             and feature extractor if it has them, the U-Net's and VAE's sizes, and their weights when the checkpoint
-            holds none. Its text encoder is not read.
+            holds none. Its text encoder is read for stage 1 alone, where the AlignerNet gets its sizes.
         config: KosmosGTextEncoderConfig, by default of the released size. Head counts cannot be read off weights.
         dtype: torch.float16, torch.bfloat16, torch.float32 or one of these names, for all weights. None keeps the
             checkpoint's; what comes from the base then takes that of the checkpoint's text encoder.
+        seed: of the new AlignerNet of stage 1.
 
     Returns:
         Path of `output`.
@@ -73,14 +78,22 @@ def convert_checkpoint(
             f"The U-Net of {base.source} reads conditions of width {width}, config.aligner_hidden_size is "
             f"{config.aligner_hidden_size}. Pass a base of Stable Diffusion 1.5's architecture, or config= with that width."
         )
+    found = read_checkpoint(checkpoint)
+    is_first_stage = not any(key.startswith(LATER_STAGES) for key in found)
+    if is_first_stage:
+        sizes = aligner_sizes(base_target(base), config.text_config.max_position_embeddings)
+        for name, value in sizes.items():
+            setattr(config, name, value)
     with torch.device("meta"):
         text_encoder, aligner_n = KosmosGTextEncoder(config), AlignerNetN(config)
     pipeline = base.build_pipeline(text_encoder, text_tokenizer)
     models = {"text_encoder": text_encoder, "aligner_n": aligner_n}
     models |= {"unet": pipeline.unet, "vae": pipeline.vae}
-
-    found = read_checkpoint(checkpoint)
-    plan = match_keys(found, {name: model.state_dict() for name, model in models.items()})
+    expected = {name: model.state_dict() for name, model in models.items()}
+    if is_first_stage:
+        text = expected["text_encoder"]
+        expected["text_encoder"] = {name: text[name] for name in text if not name.startswith("aligner.")}
+    plan = match_keys(found, expected)
     if TIED in found and not same_bytes(found[TIED], found[EMBEDDING]):
         raise ValueError(
             f"{TIED} differs from {EMBEDDING}, of which it should be a second name, and would be lost. Was one of them "
@@ -94,6 +107,13 @@ def convert_checkpoint(
     provenance = dict.fromkeys(base.parts, f"the base {base.name}")
     provenance |= dict.fromkeys(plan, f"the checkpoint {checkpoint.name}")
     provenance["tokenizer"] = Path(tokenizer).name
+    if is_first_stage:
+        read = weights["text_encoder"]
+        weights["text_encoder"] = lambda: read() | fresh_aligner_weights(config, base_dtype, seed)
+        provenance["text_encoder"] = f"the checkpoint {checkpoint.name} of stage 1 and {NEW_ALIGNER}"
+        with appearing_atomically(output) as folder:
+            write_to_train(folder, pipeline, weights, provenance, base.source, base_dtype, seed)
+        return output
     with appearing_atomically(output) as folder:
         if "aligner_n" in plan:
             write_model(aligner_n, folder / "aligner_n", weights["aligner_n"]())

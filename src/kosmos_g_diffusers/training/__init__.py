@@ -7,7 +7,7 @@ from ..environment import lazy_names
 if TYPE_CHECKING:
     from ..conversion.target import load_target
     from ..modeling_aligner_n import AlignerNetN
-    from .adapters import load_adapter, merge_adapter, remove_adapter
+    from .adapters import load_adapter, merge_adapter, push_adapter, remove_adapter
     from .config import TrainConfig
     from .loop import TrainingStopped, train
     from .run import build_run, run_stage
@@ -24,6 +24,7 @@ __all__ = [
     "load_adapter",
     "load_target",
     "merge_adapter",
+    "push_adapter",
     "remove_adapter",
     "run_stage",
     "train",
@@ -35,7 +36,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "..conversion.target": "load_target",
         "..modeling_aligner_n": "AlignerNetN",
-        ".adapters": "load_adapter merge_adapter remove_adapter",
+        ".adapters": "load_adapter merge_adapter push_adapter remove_adapter",
         ".config": "TrainConfig",
         ".loop": "TrainingStopped train",
         ".run": "build_run run_stage",

@@ -4,18 +4,24 @@ Adapted are all linear layers of the language model (queries, keys, values and o
 feed-forward networks) and of AlignerNet M (the same, in its cross-attention as well, and its input projection). The
 vision tower, the resampler, embeddings and norms stay as they are: states of images, and so image words, stay valid.
 
-An adapter folder has peft's own format: adapter_config.json and adapter_model.safetensors.
+An adapter folder has peft's own format: adapter_config.json and adapter_model.safetensors. Next to them base.json says which
+model it belongs to, see adapter_base.py.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
-from ..files import follow_umask
+from ..conversion.folder import locate
+from ..files import follow_umask, write_text
 from ..modeling_kosmos_g import KosmosGTextEncoder
+from .adapter_base import CARD, check_base, describe_base, is_hub_id, write_card
+from .adapter_base import FILE as BASE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,18 +30,24 @@ if TYPE_CHECKING:
 
 FOLDER = "adapter"  # in a checkpoint
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FILES = (WEIGHTS, CONFIG, BASE, CARD)
 NAME = "default"  # peft's own
 PREFIX = "base_model.model."  # of peft's files
 LAYERS = r"(language_model|aligner)\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)|aligner\.input_projection"
 
 
 def add_adapter(
-    text_encoder: "KosmosGTextEncoder", rank: int, frozen_dtype: torch.dtype | None = None, seed: int = 0
+    text_encoder: "KosmosGTextEncoder",
+    rank: int,
+    frozen_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    base_name: str = "",
 ) -> None:
     """Put a fresh adapter onto an encoder, in place; only it will train. At first it changes nothing.
 
     Args:
         text_encoder: KosmosGTextEncoder.
+        base_name: of the model, which the adapter keeps with a hash of its weights.
         rank: of the two matrices of each layer; their product counts once (lora_alpha = rank).
         frozen_dtype: torch.float16 or torch.bfloat16 keeps the weights of all linear layers so, which takes half the
             memory and changes nothing under autocast to this dtype, where they would be rounded at every use.
@@ -45,8 +57,18 @@ def add_adapter(
         ValueError: the encoder has an adapter already.
         ImportError: peft is not installed.
     """
-    peft = _import_peft()
+    _import_peft()
     _check_adapter(text_encoder, False)
+    base = describe_base(text_encoder, base_name)
+    inject_adapter(text_encoder, rank, frozen_dtype, seed)
+    text_encoder.adapter_base = base
+
+
+def inject_adapter(
+    text_encoder: "KosmosGTextEncoder", rank: int, frozen_dtype: torch.dtype | None = None, seed: int = 0
+) -> None:
+    """As `add_adapter`, without looking at the weights, which may have no values."""
+    peft = _import_peft()
     if frozen_dtype is not None:
         for module in text_encoder.modules():
             if isinstance(module, torch.nn.Linear):
@@ -83,7 +105,12 @@ def save_adapter(
     weights = peft.get_peft_model_state_dict(text_encoder, state_dict=state_dict, adapter_name=NAME)
     weights = {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    text_encoder.peft_config[NAME].save_pretrained(folder)
+    config, base = text_encoder.peft_config[NAME], getattr(text_encoder, "adapter_base", None)
+    if base is not None:
+        config.base_model_name_or_path = base["name"] if is_hub_id(base["name"]) else None
+        write_text(folder / BASE, json.dumps(base, indent=2) + "\n")
+        write_card(folder, base, config.r)
+    config.save_pretrained(folder)
     follow_umask(folder)
 
 
@@ -95,10 +122,11 @@ def load_adapter(pipeline_or_encoder: "DiffusionPipeline | KosmosGTextEncoder", 
 
     Args:
         pipeline_or_encoder: any pipeline with a KosmosGTextEncoder, or the encoder.
-        folder: an adapter folder, or a checkpoint of `kosmos-g train instruct --lora-rank` with one in it.
+        folder: an adapter folder or a Hub id of one, or a checkpoint of `kosmos-g train instruct --lora-rank` with one in it.
 
     Raises:
-        ValueError: no adapter there, one for another model, or the encoder has one already.
+        ValueError: no adapter there, one of another model (by the hash of its weights; one of an earlier version does not have
+            it, and is taken with a note), or the encoder has one already.
         ImportError: peft is not installed.
     """
     peft = _import_peft()
@@ -122,6 +150,7 @@ def load_adapter(pipeline_or_encoder: "DiffusionPipeline | KosmosGTextEncoder", 
             f"{len(wrong)} of {len(weights)} weights of the adapter in {folder} fit no layer of this encoder"
             f"{', such as ' + wrong[0] if wrong else ''}. Pass the model it was trained on."
         )
+    base = check_base(encoder, folder)
     config.inference_mode = True
     peft.inject_adapter_in_model(config, encoder, NAME)
     result = peft.set_peft_model_state_dict(encoder, weights, NAME)
@@ -132,12 +161,42 @@ def load_adapter(pipeline_or_encoder: "DiffusionPipeline | KosmosGTextEncoder", 
             f"The adapter in {folder} does not have the weights that its {CONFIG} promises: {len(missing)} are missing and "
             f"{len(result.unexpected_keys)} are not its own, such as {(missing or result.unexpected_keys)[0]}. Get it again."
         )
+    encoder.adapter_base = base
     encoder.requires_grad_(False)
     encoder.eval()
 
 
+def push_adapter(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload adapter",
+    create_pr: bool = False,
+) -> str:
+    """Upload an adapter with its model card to the Hub, from where `load_adapter(pipe, repo_id)` takes it.
+
+    Args:
+        folder: as `load_adapter`.
+        repo_id: "owner/name"; made if it is not there. The other keywords are those of huggingface_hub.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        ValueError: no adapter there.
+    """
+    folder, api = find_adapter(folder), HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    options = {"commit_message": commit_message, "create_pr": create_pr, "allow_patterns": FILES}
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+
+
 def find_adapter(folder: str | Path) -> Path:
-    """The folder of an adapter's files: `folder`, or the one in a checkpoint. ValueError if they are not there."""
+    """The folder of an adapter's files: `folder`, the one in a checkpoint, or a download. ValueError if they are not there."""
+    if is_hub_id(str(folder)):
+        folder = locate(folder, "adapter", "what kosmos-g train instruct --lora-rank writes", FILES)
     folder = Path(folder)
     if (folder / FOLDER / CONFIG).is_file():
         folder = folder / FOLDER
@@ -177,6 +236,7 @@ def _unload(pipeline_or_encoder, merge):
             parent, _, child = name.rpartition(".")
             setattr(encoder.get_submodule(parent), child, module.get_base_layer())
     del encoder.peft_config
+    vars(encoder).pop("adapter_base", None)
 
 
 def _encoder_of(pipeline_or_encoder):

@@ -242,7 +242,8 @@ class Saver:
         if progress["processes"] != self.accelerator.num_processes:
             raise ValueError(
                 f"The run in {self.run} was begun on {progress['processes']} processes; this one has "
-                f"{self.accelerator.num_processes}. Continue with as many, or give a new run another --output."
+                f"{self.accelerator.num_processes}. The order of samples and the random states depend on their number. Continue with "
+                f"as many, or begin a new run from its last checkpoint: pass {found[-1]} as --model, with another --output."
             )
         self._check_sources(progress.get("sources"), found[-1])
         self.accelerator.load_state(str(found[-1] / STATE))

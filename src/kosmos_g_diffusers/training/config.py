@@ -78,6 +78,9 @@ class TrainConfig:
         "linear", "decay of the learning rate to zero", choices=("linear", "cosine", "constant")
     )
     warmup_steps: int = setting(375, "optimizer steps until the peak learning rate", low=0)
+    optimizer: str = setting(
+        "adamw", "adamw8bit keeps its moments in 8 bits (needs torchao)", choices=("adamw", "adamw8bit")
+    )
     adam_beta1: float = setting(0.9, "of AdamW", low=0, high=0.999999)
     adam_beta2: float = setting(0.98, "of AdamW", low=0, high=0.999999)
     adam_epsilon: float = setting(1e-6, "of AdamW", low=0)

@@ -30,6 +30,7 @@ from .checkpoints import Saver, begin_run, checkpoint_folder, list_checkpoints, 
 from .config import TrainConfig
 from .lock import hold_run
 from .log import Log, check_tracker
+from .optimizers import build_optimizer
 from .stages import AlignStage
 
 SHARED_MEMORY = "/dev/shm"
@@ -106,14 +107,7 @@ def _train(config, stage, dataset, accelerator, save_model, draw_samples, progre
     if config.gradient_checkpointing:
         stage.gradient_checkpointing_enable()
     stage.train()
-    optimizer = torch.optim.AdamW(
-        trained_parameters(stage),
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimizer = build_optimizer(config, trained_parameters(stage))
     decay = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
     counts = {"num_warmup_steps": config.warmup_steps, "num_training_steps": config.steps}
     schedule = get_scheduler(decay, optimizer, **counts)
@@ -160,7 +154,7 @@ def _train(config, stage, dataset, accelerator, save_model, draw_samples, progre
                 skips.note(batch)
                 tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
                 passes.append({name: value.to(device, non_blocking=True) for name, value in tensors.items()})
-            agree_on_batches(passes, stage, accelerator)
+            agree_on_batches(passes, stage, accelerator, config.bucket_window == 1)
             sums = {}
             for number, tensors in enumerate(passes):
                 last = number + 1 == config.accumulation
@@ -195,7 +189,7 @@ def _train(config, stage, dataset, accelerator, save_model, draw_samples, progre
             if step % config.log_every == 0 or saving:
                 _count(skips, accelerator)
             if step % config.log_every == 0 or step == config.steps:
-                numbers = {"lr": schedule.get_last_lr()[0], "grad_norm": grad_norm}
+                numbers = {"lr": float(schedule.get_last_lr()[0]), "grad_norm": grad_norm}
                 counts = {"left_out": skips.counter.counts, "passed_over": saver.passed_over}
                 bar.set_postfix(log.write(step, sums, **numbers, **counts))
             if saving:
@@ -225,8 +219,10 @@ def _train(config, stage, dataset, accelerator, save_model, draw_samples, progre
     return checkpoint
 
 
-def agree_on_batches(batches: Sequence[dict[str, Any]], stage: nn.Module, accelerator: Accelerator) -> None:
-    """Adjust a step's batches, in place, by what the other processes have.
+def agree_on_batches(
+    batches: Sequence[dict[str, Any]], stage: nn.Module, accelerator: Accelerator, whole_step: bool = False
+) -> None:
+    """Adjust a step's batches, in place, by what the others have, of this process and of all.
 
     So together they learn what one learns from all their samples. Gradients are averaged over processes and over the
     passes of a step, which is right for losses that are means over as many numbers everywhere; these two are not.
@@ -239,6 +235,8 @@ def agree_on_batches(batches: Sequence[dict[str, Any]], stage: nn.Module, accele
         batches: the dicts of this process's forward passes, on the accelerator's device.
         stage: the stage, which knows the id of padding.
         accelerator: accelerate.Accelerator.
+        whole_step: in alignment, pad all passes of a step alike, so that it is what one larger batch would be. Where samples are
+            sorted by length no larger batch would hold the same ones, and padding them alike costs what sorting saves.
     """
     labelled = [batch for batch in batches if "labels" in batch]  # the same passes in all processes
     if labelled:
@@ -246,10 +244,14 @@ def agree_on_batches(batches: Sequence[dict[str, Any]], stage: nn.Module, accele
         total = accelerator.reduce(torch.stack(counts).sum(), "sum").clamp(min=1)
         for batch in labelled:
             batch["n_labels"] = total / (accelerator.num_processes * len(labelled))
-    elif isinstance(stage, AlignStage) and accelerator.num_processes > 1:
-        lengths = [batch["input_ids"].shape[1] for batch in batches]
-        longest = accelerator.gather(torch.tensor([lengths], device=accelerator.device)).amax(0)
-        for batch, length in zip(batches, longest.tolist(), strict=True):
+    elif isinstance(stage, AlignStage):
+        lengths = torch.tensor(
+            [[batch["input_ids"].shape[1] for batch in batches]], device=accelerator.device
+        )
+        longest = accelerator.gather(lengths).amax(0).tolist()
+        if whole_step:
+            longest = [max(longest)] * len(longest)
+        for batch, length in zip(batches, longest, strict=True):
             columns = (0, length - batch["input_ids"].shape[1])
             pad = stage.text_encoder.config.text_config.pad_token_id
             batch["input_ids"] = F.pad(batch["input_ids"], columns, value=pad)
@@ -335,6 +337,14 @@ def _check_sharding(config, accelerator):
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = config.batch_size
         settings["gradient_accumulation_steps"] = 1
+    if (
+        accelerator.distributed_type == DistributedType.FSDP
+        and accelerator.state.fsdp_plugin.fsdp_version == 1
+    ):
+        raise ValueError(
+            "FSDP 1 was asked for, which training does not support: it keeps no names of the weights that train. Use FSDP 2: "
+            "fsdp_version: 2 in accelerate's configuration, --fsdp_version 2 of accelerate launch, or FSDP_VERSION=2."
+        )
     for name in ("ema_decay", "sample_every"):
         if accelerator.distributed_type in SHARDING and getattr(config, name):
             raise ValueError(

@@ -8,6 +8,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from ..conversion.folder import public_name
 from ..conversion.initial_weights import build_fresh
 from ..conversion.target import MODEL_FOLDER, load_target
 from ..data import (
@@ -80,6 +81,17 @@ def build_run(name: str, config: TrainConfig, sources: Sequence[Source] | None =
     return Run(name, config, sources)
 
 
+def check_warmup(config: TrainConfig) -> list[str]:
+    """A note if a run's warm-up is longer than itself."""
+    if config.warmup_steps < config.steps:
+        return []
+    reached = config.lr * (config.steps - 1) / config.warmup_steps
+    return [
+        f"Note: the warm-up of {config.warmup_steps:,} steps is longer than the run of {config.steps:,}: the learning rate "
+        f"ends at {reached:.1e} and never reaches {config.lr:.1e}. Pass --warmup-steps, such as {max(1, config.steps // 10)}."
+    ]
+
+
 def process_state() -> PartialState:
     """accelerate's state of the processes, as `Accelerator` will set it up."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -110,12 +122,7 @@ class Run:
     def __init__(self, name: str, config: TrainConfig, sources: Sequence[Source] | None = None):
         self.config = config = _check_config(name, config)
         self.state, self.notes = process_state(), []
-        if config.warmup_steps >= config.steps:
-            reached = config.lr * (config.steps - 1) / config.warmup_steps
-            self.notes.append(
-                f"Note: the warm-up of {config.warmup_steps:,} steps is longer than the run of {config.steps:,}: the learning rate "
-                f"ends at {reached:.1e} and never reaches {config.lr:.1e}. Pass --warmup-steps, such as {max(1, config.steps // 10)}."
-            )
+        self.notes += check_warmup(config)
         self.folder = locate_model(config.model)
         sources = _build_sources(config, config.data) if sources is None else list(sources)
         lock = begin_run(config, self.state)
@@ -153,6 +160,10 @@ class Run:
             f"{processes} processes) on {self.state.device}, mixed precision {config.mixed_precision}",
             f"output: {config.output}",
         ]
+        if processes > 1:
+            lines.append(
+                f"resumes on {processes} processes alone: the order of samples and the random states depend on their number"
+            )
         return "\n".join([*lines, *self.notes])
 
     def train(self, progress_bar: bool = True) -> Path:
@@ -224,7 +235,8 @@ class Run:
         stage = InstructStage(text_encoder, unet, vae, scheduler, train_vision, config.words_weight)
         if config.lora_rank:
             frozen_dtype = None if config.dtype == torch.float32 else config.dtype
-            adapters.add_adapter(text_encoder, config.lora_rank, frozen_dtype, config.seed)
+            name = public_name(config.model)
+            adapters.add_adapter(text_encoder, config.lora_rank, frozen_dtype, config.seed, name)
         collate = InstructCollate(
             self.processor,
             config.resolution or _own_resolution(unet, vae),

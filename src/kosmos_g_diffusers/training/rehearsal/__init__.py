@@ -1,0 +1,13 @@
+"""A run is tried before it costs anything (`kosmos-g train STAGE --rehearse`)."""
+
+from typing import TYPE_CHECKING
+
+from ...environment import lazy_names
+
+if TYPE_CHECKING:
+    from .rehearsing import Rehearsal, rehearse
+    from .report import describe
+
+__all__ = ["Rehearsal", "describe", "rehearse"]
+
+__getattr__, __dir__ = lazy_names(__name__, {".rehearsing": "Rehearsal rehearse", ".report": "describe"})
