@@ -252,7 +252,7 @@ def no_model_runs():
         def ran(*args, **kwargs):
             raise AssertionError("a model ran")
 
-        with mock.patch.multiple(pipe.text_encoder, forward=ran, get_image_features=ran, _encode=ran):
+        with mock.patch.multiple(pipe.text_encoder, forward=ran, get_image_features=ran, get_condition=ran):
             with mock.patch.object(pipe.unet, "forward", ran):
                 with mock.patch.multiple(pipe.vae, encode=ran, decode=ran):
                     yield
