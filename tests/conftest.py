@@ -3,6 +3,7 @@
 import atexit
 import copy
 import json
+import logging
 import os
 import shutil
 import sys
@@ -42,6 +43,8 @@ from kosmos_g_diffusers.testing import build_random_controlnet, build_tiny_pipel
 
 # the models are tiny: threads would cost more than they bring, above all on a busy machine
 torch.set_num_threads(1)
+# pytest would keep a record of each guard of a graph that is traced
+logging.getLogger("torch.__trace").disabled = True
 # tqdm's own lock is shared with forked children, and stays locked for ever when a test kills the one that holds it
 tqdm.set_lock(threading.RLock())
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -14,15 +15,18 @@ import torch
 from torch import nn
 
 from kosmos_g_diffusers.cli import main
-from kosmos_g_diffusers.export import export_encoder, runner
+from kosmos_g_diffusers.export import export_encoder, runner, trace
+from kosmos_g_diffusers.export.formats import write
 from kosmos_g_diffusers.export.int8 import Int8Embedding, Int8Linear
 from kosmos_g_diffusers.processing_kosmos_g import KosmosGProcessor
 
+REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 MODULES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
     "pt2": (),
 }
+CASES = [case["name"] for case in json.loads((REFERENCE / "cases.json").read_text(encoding="utf-8"))]
 BATCHES = ((0, 0), (1,), (4, 0, 2), (0, 3, 4, 1))
 # imports of torch, transformers, diffusers and this package fail
 WITHOUT = """
@@ -101,11 +105,38 @@ def test_ragged_batches_of_any_length_are_those_of_torch(small, exported, photos
         given, expected = encoder.encode(*batch_of(counts, photos)), encode(small[0], counts, photos)
         assert rms(given, expected) < most
         if dtype == "float32":
-            assert np.abs(given - expected).max() < 1e-5
+            assert np.abs(given - expected).max() < 5e-5  # of states up to 5, of weights that round badly
     with torch.no_grad():
         null = small[0].text_encoder(torch.tensor([[0]]))[0].numpy()
     assert rms(encoder("")[None], null) < most
     assert done.error < most and (dtype == "float32") == (done.error < 1e-5)
+
+
+@pytest.fixture(scope="module")
+def golden_graphs(golden_encoder):
+    return trace(golden_encoder)
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_golden_cases_are_those_of_torch(golden_encoder, golden_graphs, load_case, tmp_path, format):
+    for module in MODULES[format]:
+        pytest.importorskip(module, reason=f"it needs the extra `{format}`")
+    write(format, golden_graphs, tmp_path)
+    encoder = runner.Encoder.__new__(runner.Encoder)
+    encoder.folder, encoder.settings = tmp_path, {"format": format}
+    vision, condition = (encoder._load(name, 1) for name in ("vision", "condition"))
+    config = golden_encoder.config
+    for name in CASES:
+        case = load_case(name)
+        ids, slots = case.tensors["input_ids"], case.tensors["image_mask"].bool()
+        states = np.zeros((0, config.latent_query_num, config.text_config.embed_dim), np.float32)
+        if case.pixel_values is not None:
+            states = vision(pixel_values=case.pixel_values.numpy())
+        masks = {"image_token_mask": slots.numpy(), "attention_mask": ids.ne(1).numpy()}
+        given = torch.from_numpy(condition(input_ids=ids.numpy(), image_embeds=states, **masks))
+        with torch.no_grad():
+            torch.testing.assert_close(given, golden_encoder(**case.inputs)[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(given, case.tensors["condition"], atol=5e-5, rtol=0)
 
 
 def test_graphs_of_torch_are_those_of_torch_and_each_holds_its_own_weights(small, exported, photos):
@@ -122,7 +153,7 @@ def test_graphs_of_torch_are_those_of_torch_and_each_holds_its_own_weights(small
                 states = vision.module()(inputs["pixel_values"])
             masks = inputs["image_token_mask"], inputs["attention_mask"].bool()
             given = condition.module()(inputs["input_ids"], states, *masks).numpy()
-        assert np.abs(given - encode(small[0], counts, photos)).max() < 1e-5
+        assert np.abs(given - encode(small[0], counts, photos)).max() < 5e-5
     with pytest.raises(ValueError, match="is for torch: torch.export.load"):
         runner.Encoder(folder)
 
@@ -170,7 +201,7 @@ def test_runner_works_where_nothing_of_torch_can_be_imported(small, exported, ph
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
     expected = small[0].encode_prompt("<i> in a hat", images=photos[:1])[0][0].detach().numpy()
-    assert np.abs(np.load(tmp_path / "states.npy") - expected).max() < 1e-5
+    assert np.abs(np.load(tmp_path / "states.npy") - expected).max() < 5e-5
     ended = subprocess.run(command[:-1], env=environment, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stderr.startswith(
         "kosmos_g_runner.py: error: Prompt 0 has 1 '<i>'"
