@@ -35,6 +35,7 @@ ORDER = (
 FOREIGN_PRIVATE = {
     "_SubParsersAction",
     "_actions",
+    "_assert_async",
     "_attn_implementation",
     "_compat_pickle",
     "_dynamo",
