@@ -105,7 +105,7 @@ def test_ragged_batches_of_any_length_are_those_of_torch(small, exported, photos
         given, expected = encoder.encode(*batch_of(counts, photos)), encode(small[0], counts, photos)
         assert rms(given, expected) < most
         if dtype == "float32":
-            assert np.abs(given - expected).max() < 5e-5  # of states up to 5, of weights that round badly
+            assert np.abs(given - expected).max() < 2e-4  # weights that round badly
     with torch.no_grad():
         null = small[0].text_encoder(torch.tensor([[0]]))[0].numpy()
     assert rms(encoder("")[None], null) < most
@@ -153,7 +153,7 @@ def test_graphs_of_torch_are_those_of_torch_and_each_holds_its_own_weights(small
                 states = vision.module()(inputs["pixel_values"])
             masks = inputs["image_token_mask"], inputs["attention_mask"].bool()
             given = condition.module()(inputs["input_ids"], states, *masks).numpy()
-        assert np.abs(given - encode(small[0], counts, photos)).max() < 5e-5
+        assert np.abs(given - encode(small[0], counts, photos)).max() < 2e-4
     with pytest.raises(ValueError, match="is for torch: torch.export.load"):
         runner.Encoder(folder)
 
@@ -201,7 +201,7 @@ def test_runner_works_where_nothing_of_torch_can_be_imported(small, exported, ph
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
     expected = small[0].encode_prompt("<i> in a hat", images=photos[:1])[0][0].detach().numpy()
-    assert np.abs(np.load(tmp_path / "states.npy") - expected).max() < 5e-5
+    assert np.abs(np.load(tmp_path / "states.npy") - expected).max() < 2e-4
     ended = subprocess.run(command[:-1], env=environment, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stderr.startswith(
         "kosmos_g_runner.py: error: Prompt 0 has 1 '<i>'"
