@@ -81,13 +81,13 @@ def export_encoder(
         error = None
         if expected is not None:
             shutil.copyfile(runner.__file__, folder / RUNNER)
-            given = runner.Encoder(folder).encode(SAMPLES, _images(processor))
+            given = runner.Encoder(folder).encode(SAMPLES, images_of_samples(processor))
             error = float(np.sqrt(np.square(given - expected).mean() / np.square(expected).mean()))
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return Exported(output, size, error)
 
 
-def _images(processor):
+def images_of_samples(processor):
     """Images of each of SAMPLES, of colours at random in large squares."""
     random, side = np.random.default_rng(0), processor.image_size
     counts = [sample.count(IMAGE_MARK) for sample in SAMPLES]
@@ -97,4 +97,4 @@ def _images(processor):
 
 @torch.no_grad()
 def _conditions(encoder, processor):
-    return encoder(**processor(list(SAMPLES), _images(processor))).last_hidden_state.numpy()
+    return encoder(**processor(list(SAMPLES), images_of_samples(processor))).last_hidden_state.numpy()

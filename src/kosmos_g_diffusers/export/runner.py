@@ -1,29 +1,27 @@
 """Kosmos-G's text encoder without torch: a prompt of words and images -> its states, for whatever draws with them.
 
-It needs numpy, pillow, tokenizers, and onnxruntime or openvino, as kosmos_g.json next to it says.
-
-    python kosmos_g_runner.py states.npy "<i> in a hat" dog.png
+It needs numpy, pillow, tokenizers, and onnxruntime or openvino: python kosmos_g_runner.py states.npy "<i> in a hat" dog.png
 
     encoder = Encoder("folder")
     states = encoder("<i> in a hat", ["dog.png"])  # (77, 768) float32 for the released size; encoder("") is the null condition
 """
 
+import contextlib
 import importlib
+import io
 import json
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 FORMAT_VERSION = 1
-# format -> suffix of its graphs, package that runs them
-FORMATS = {"onnx": ("onnx", "onnxruntime"), "openvino": ("xml", "openvino"), "pt2": ("pt2", "torch")}
+FORMATS = {"onnx": ("onnx", "onnxruntime"), "openvino": ("xml", "openvino")}  # suffix, package that runs it
 SIZES = "image_size latent_query_num language_width max_length pad_id image_id end_of_image_id".split()
-BEGIN_ID, UNKNOWN_ID, N_SPECIAL = 0, 3, 4  # of every Kosmos-G tokenizer
+BEGIN_ID, UNKNOWN_ID, N_SPECIAL, SLOT = 0, 3, 4, -1  # of every Kosmos-G tokenizer; of no token
 MARK, WORD = "<i>", r"<[a-z][a-z0-9-]*>"  # of an image; what looks like an image word
 TEXT = {MARK, "<s>", "<pad>", "<unk>", "<mask>", "<image>"}  # look so as well, and are text
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP
@@ -36,12 +34,11 @@ class Encoder:
     def __init__(self, folder=Path(__file__).parent, threads=None):
         self.folder = Path(folder)
         self.settings = self._read_json("kosmos_g.json", 2**20)
-        version = self.settings.get("format_version")
-        if version != FORMAT_VERSION:
+        if (version := self.settings.get("format_version")) != FORMAT_VERSION:
             raise ValueError(f"{folder} has format version {version!r}, not {FORMAT_VERSION}. {AGAIN}")
         sizes = [self.settings.get(name) for name in SIZES]
         if self.settings.get("format") not in (*FORMATS,) or {int} != {type(size) for size in sizes}:
-            raise ValueError(f"{folder}/kosmos_g.json does not describe an encoder. {AGAIN}")
+            raise ValueError(f"{folder} does not describe graphs of {' or '.join(FORMATS)}. {AGAIN}")
         self.size, self.slots, self.width, self.most, self.pad, self.image_id, self.end_id = sizes
         try:
             vocabulary = self._read_json("tokenizer.json", 2**26)["model"]["vocab"][N_SPECIAL:]
@@ -64,45 +61,43 @@ class Encoder:
         or arrays (H, W, 3) of uint8. With `marks_are_text` a `<i>` is text, as in negative prompts without images.
         """
         images = [()] * len(prompts) if images is None else images
-        if not prompts or len(images) != len(prompts):
+        if isinstance(prompts, str) or not prompts or len(images) != len(prompts):
             raise ValueError(f"{len(images)} lists of images were given for {len(prompts)} prompts.")
-        names = [f"Prompt {index}" for index in range(len(prompts))]
-        rows = [self._read(*row, marks_are_text) for row in zip(names, prompts, images, strict=True)]
-        shape = len(rows), max(2, *(len(ids) for ids, _, _ in rows))  # the graph takes two columns or more
-        ids, slots, mask = np.full(shape, self.pad), np.zeros(shape, bool), np.zeros(shape, bool)
-        for index, (row, row_slots, _) in enumerate(rows):
-            ids[index, : len(row)], slots[index, : len(row)], mask[index, : len(row)] = row, row_slots, True
-        pixels = [image for _, _, own in rows for image in own]
+        rows = [self._read(f"Prompt {n}", prompts[n], images[n], marks_are_text) for n in range(len(prompts))]
+        shape = len(rows), max(2, *(len(ids) for ids, _ in rows))  # the graph takes two columns or more
+        ids, mask = np.full(shape, self.pad, np.int64), np.zeros(shape, bool)
+        for index, (row, _) in enumerate(rows):
+            ids[index, : len(row)], mask[index, : len(row)] = row, True
+        pixels, slots = [image for _, own in rows for image in own], ids == SLOT
         none = np.zeros((0, self.slots, self.width), np.float32)
         states = self.vision(pixel_values=np.stack(pixels)) if pixels else none
-        masks = {"image_token_mask": slots, "attention_mask": mask}
-        return self.condition(input_ids=ids.astype(np.int64), image_embeds=states, **masks)
+        ids = np.where(slots, self.image_id, ids)
+        return self.condition(input_ids=ids, image_embeds=states, image_token_mask=slots, attention_mask=mask)
 
     def _read(self, name, prompt, images, marks_are_text):
-        """(ids, True at slots, (3, S, S) pixels of each image) of one prompt."""
+        """(ids, SLOT for each state of an image; (3, S, S) pixels of each image) of one prompt."""
+        if not isinstance(prompt, str) or not isinstance(images, (list, tuple)):
+            raise ValueError(f"{name} is not a string with a list of images. Pass both; the list may be [].")
         n_marks = 0 if marks_are_text else prompt.count(MARK)
         if n_marks != len(images):
             counts = f"{n_marks} '<i>' marks but {len(images)} images were given"
             raise ValueError(f"{name} has {counts}. Pass one image per '<i>', in reading order.")
         if unknown := sorted(set(re.findall(WORD, prompt)) - TEXT):
             raise ValueError(f"{name} uses {unknown[0]}; an exported encoder does not have image words.")
-        ids, slots, pixels = [BEGIN_ID], [False], []
+        ids, pixels = [BEGIN_ID], []
         for index, text in enumerate(prompt.split(MARK) if n_marks else [prompt]):
             if index:
                 pixels.append(self._preprocess(images[index - 1], f"Image {index - 1} of {name.lower()}"))
-                ids += [self.image_id] * (1 + self.slots) + [self.end_id]
-                slots += [False] + [True] * self.slots + [False]
+                ids += [self.image_id] + [SLOT] * self.slots + [self.end_id]
             ids += self._tokenize(text)
-            slots += [False] * (len(ids) - len(slots))
         if len(ids) > self.most:
             length = f"{len(ids)} tokens long ({len(pixels)} images take {self.slots + 2} each)"
             raise ValueError(f"{name} is {length}; the model reads at most {self.most}. Shorten it.")
-        return ids, slots, pixels
+        return ids, pixels
 
     def _tokenize(self, text):
         """Ids of a text: the best path through it as SentencePiece finds it, whose sums are float32."""
-        ids = []
-        text = self.tokenizer.normalizer.normalize_str(text)
+        ids, text = [], self.tokenizer.normalizer.normalize_str(text)
         for part, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text):
             best, begins = [np.float32(0)] + [None] * len(part), [0] * (len(part) + 1)
             for begin in range(len(part)):
@@ -110,39 +105,31 @@ class Encoder:
                     score = self.scores.get(part[begin:end], self.unknown if end == begin + 1 else None)
                     if score is not None and (best[end] is None or best[begin] + score > best[end]):
                         best[end], begins[end] = best[begin] + score, begin
-            found, end = [], len(part)
+            start, end = len(ids), len(part)
             while end:
                 piece, end = part[begins[end] : end], begins[end]
                 token = self.tokenizer.token_to_id(piece) if piece in self.scores else UNKNOWN_ID
-                if token != UNKNOWN_ID or found[-1:] != [token]:  # unknown letters in a row are one
-                    found.append(token)
-            ids += found[::-1]
+                if token != UNKNOWN_ID or ids[start : start + 1] != [token]:  # unknown ones in a row are one
+                    ids.insert(start, token)
         return ids
 
     def _preprocess(self, image, name):
         """(3, S, S) float32 pixels, normalised, the same as KosmosGProcessor.preprocess computes."""
-        most = PIL.Image.MAX_IMAGE_PIXELS or np.inf
+        most, side = Image.MAX_IMAGE_PIXELS or np.inf, self.size
         try:
-            image = PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image
-            image = image if isinstance(image, PIL.Image.Image) else PIL.Image.open(image)
-            if image.format == "EPS" or image.width * image.height > most:
-                raise ValueError("it is a program, or has more pixels than Pillow's limit")
+            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+            image = image if isinstance(image, Image.Image) else Image.open(image)
+            area = max(image.width * image.height, side**2 * max(image.size) / min(image.size))  # resized too
+            if image.format == "EPS" or image.mode == "F" or area > most:
+                raise ValueError("it is a program, of floats, or has more pixels than Pillow's limit")
             image.load()
-            image = PIL.ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits
-                image = PIL.Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
-            if image.has_transparency_data:  # over white
-                image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-                image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-            image, side = image.convert("RGB"), self.size
-            width, height = (int(side * length / min(image.size)) for length in image.size)
-            if width * height > most:
-                raise ValueError("it is a strip with more pixels, resized, than Pillow's limit")
+            with contextlib.suppress(Exception):  # of damaged EXIF
+                image = ImageOps.exif_transpose(image)
+            image = to_rgb(image)
         except Exception as error:  # damaged bytes make Pillow raise nearly anything
-            raise ValueError(
-                f"{name} cannot be read ({str(error)[:100]}). Pass an image that opens."
-            ) from error
-        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+            raise ValueError(f"{name} cannot be read ({error!s:.99}). Pass an image that opens.") from error
+        sides = tuple(int(side * length / min(image.size)) for length in image.size)
+        image = image.resize(sides, Image.Resampling.BICUBIC)
         left, top = (round((length - side) / 2) for length in image.size)
         pixels = np.array(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1) / 255.0
         return ((pixels - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))).astype(np.float32)
@@ -156,27 +143,17 @@ class Encoder:
     def _read_json(self, name, most):
         """The object in a JSON file of at most `most` bytes."""
         path = self._path(name)
-        if path.stat().st_size > most:
-            raise ValueError(f"{path} is larger than {most:,} bytes. {AGAIN}")
-        try:
-            values = json.loads(path.read_bytes())
-        except (ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} does not hold a JSON object. {AGAIN}")
-        return values
+        with contextlib.suppress(ValueError, RecursionError), open(path, "rb") as file:
+            if isinstance(values := json.loads(file.read(most)), dict):
+                return values
+        raise ValueError(f"{path} does not hold a JSON object of at most {most:,} bytes. {AGAIN}")
 
     def _load(self, name, threads):
         """A function of named arrays -> array, of a graph."""
         suffix, package = FORMATS[self.settings["format"]]
         path = self._path(f"{name}.{suffix}")
-        if package == "torch":
-            raise ValueError(f"{path} is for torch: torch.export.load({str(path)!r}).module() runs it.")
         try:
             runtime = importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(f"{self.folder} needs {package}. Run: pip install {package}") from error
-        try:
             if package == "openvino":
                 options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or 0}
                 model = runtime.Core().compile_model(path, "CPU", options)
@@ -185,15 +162,39 @@ class Encoder:
             options.intra_op_num_threads, options.log_severity_level = threads or 0, 4
             session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             return lambda **arrays: session.run(None, arrays)[0]
+        except ImportError as error:
+            raise ImportError(f"{self.folder} needs {package}. Run: pip install {package}") from error
         except Exception as error:  # a damaged file makes them raise what they like
-            reason = " ".join(str(error).split())[-200:]
-            raise ValueError(f"{path} cannot be loaded ({reason}). {AGAIN}") from error
+            raise ValueError(f"{path} cannot be loaded ({str(error)[-200:]!r}). {AGAIN}") from error
+
+
+def to_rgb(image):
+    """Any image in the colours of sRGB, as its profile says where that is not next to sRGB's, over white where transparent."""
+    if image.mode.startswith("I"):  # 16 bits
+        return Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8)).convert("RGB")
+    transform, mode = None, {"L": "L", "P": "RGB", "R": "RGB", "C": "CMYK"}.get(image.mode[0])
+    with contextlib.suppress(Exception):  # of no profile, of one by anybody, or of a Pillow without them
+        from PIL import ImageCms as cms
+
+        profile = image.info["icc_profile"] if len(image.info["icc_profile"]) <= 2**22 else b""
+        both = cms.ImageCmsProfile(io.BytesIO(profile)), cms.createProfile("sRGB")
+        made = cms.buildTransform(*both, mode, "RGB", 1, flags=cms.Flags.BLACKPOINTCOMPENSATION)
+        levels = np.mgrid[:256:15, :256:15, :256:15].astype(np.uint8).reshape(3, -1, 1).transpose(1, 2, 0)
+        samples = Image.fromarray(levels).convert(mode)
+        change = np.subtract(made.apply(samples), samples.convert("RGB"), dtype=int)
+        transform = made if mode == "CMYK" or np.abs(change).max() > 2 else None
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        alpha, white = image.getchannel("A"), Image.new("RGBA", image.size, "white")
+        image = transform.apply(image.convert(mode)) if transform else image
+        image.putalpha(alpha)
+        return Image.alpha_composite(white, image).convert("RGB")
+    return transform.apply(image.convert(mode)) if transform else image.convert("RGB")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(f"usage: {Path(__file__).name} OUTPUT.npy PROMPT [IMAGE ...]")
+    output, prompt, *images = sys.argv[1:] if len(sys.argv) > 2 else sys.exit(__doc__)
     try:
-        np.save(sys.argv[1], Encoder()(sys.argv[2], sys.argv[3:]))
+        np.save(output, Encoder()(prompt, images))
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")
