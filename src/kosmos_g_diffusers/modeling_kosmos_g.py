@@ -261,6 +261,17 @@ class AlignerNet(nn.Module):
                 hook.remove()
 
 
+class ImageToTextProjection(Kosmos2ImageToTextProjection):
+    """transformers' resampler, without a copy of the query projection's weights for each image of a call."""
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(N, P, V) -> (N, Q, D), and None."""
+        states = self.dense(features)
+        # torch multiplies what is merely expanded one by one, each with its own copy of the weights
+        queries = self.latent_query.expand(states.shape[0], -1, -1).contiguous()
+        return self.x_attn(queries, torch.cat([states, queries], dim=1))
+
+
 class ImageWord(nn.Module):
     """Frozen states of an image word, (n, Q, D) for its n images; called, so that the hooks of offloading fetch them."""
 
@@ -284,19 +295,19 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
 
     language_model: Kosmos2TextModel
     vision_model: Kosmos2VisionModel
-    image_to_text_projection: Kosmos2ImageToTextProjection
+    image_to_text_projection: ImageToTextProjection
     aligner: AlignerNet
     image_words: nn.ModuleList
 
     config_class: type[KosmosGTextEncoderConfig] = KosmosGTextEncoderConfig
     main_input_name = "input_ids"
-    _no_split_modules = ["Kosmos2VisionEncoderLayer", "Kosmos2TextBlock", "Kosmos2ImageToTextProjection"]
+    _no_split_modules = ["Kosmos2VisionEncoderLayer", "Kosmos2TextBlock", "ImageToTextProjection"]
 
     def __init__(self, config: KosmosGTextEncoderConfig):
         super().__init__(config)
         self.language_model = Kosmos2TextModel(config.text_config)
         self.vision_model = Kosmos2VisionModel(config.vision_config)
-        self.image_to_text_projection = Kosmos2ImageToTextProjection(config)
+        self.image_to_text_projection = ImageToTextProjection(config)
         self.aligner = AlignerNet(config)
         self.image_words = nn.ModuleList(
             ImageWord(torch.empty(n_images, config.latent_query_num, config.text_config.embed_dim))
