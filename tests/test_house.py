@@ -128,10 +128,10 @@ def test_rooms_floors_arrows_and_lines_are_few():
     # lost, and rehearsed before they cost anything
     assert len(graph) <= 30
     assert max(floor_of(room, graph) for room in graph) <= 10
-    assert sum(map(len, graph.values())) <= 130
-    assert sum(path.parent == SOURCE for path in FILES) <= 17
-    assert len(FILES) <= 170
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 32_000
+    assert sum(map(len, graph.values())) <= 121
+    assert sum(path.parent == SOURCE for path in FILES) <= 16
+    assert len(FILES) <= 168
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 31_100
 
 
 def test_modules_import_each_other_in_one_direction():

@@ -9,17 +9,23 @@ examples:
   kosmos-g export ./kosmos-g --format openvino --dtype int8 --output ./kosmos-g-int8
 
 then, where numpy, pillow, tokenizers and onnxruntime or openvino are installed:
-  python ./kosmos-g-onnx/kosmos_g_runner.py states.npy "<i> in a hat" dog.png
+  python ./kosmos-g-onnx/kosmos_g_runner.py states.npy "<i> in a hat" dog.png  # 77 states; "" is the null condition
 """
 
 import argparse
 
 from ..export.formats import DTYPES, PACKAGES
+from ..sprites.pretrained import SPRITES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or Hub id")
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder or Hub id (default: the small model that ships, of sprites)",
+    )
     add(
         "--format", choices=tuple(PACKAGES), required=True, help="of the graphs; pt2 is for torch.export.load"
     )
@@ -31,6 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from ..export import export_encoder
 
-    done = export_encoder(arguments.model, arguments.output, arguments.format, arguments.dtype)
+    done = export_encoder(arguments.model or SPRITES, arguments.output, arguments.format, arguments.dtype)
     error = "" if done.error is None else f", RMS error {done.error:.2g} of torch's float32"
     print(f"{done.folder}: {done.size / 2**20:,.1f} MiB{error}")
