@@ -120,9 +120,9 @@ def test_strength_scales_the_states_of_the_picture(exact_pipe, photos, strength)
     close(word, strength * states, 0)
     # what the encoder makes of it: the picture's states, scaled, in the place of the picture
     inputs = processor("<i> in a hat", images=[photos[0]])
-    expected = exact_pipe.text_encoder._encode(
-        inputs["input_ids"], strength * states, inputs["image_token_mask"], None
-    )[0]
+    expected = exact_pipe.text_encoder.get_condition(
+        inputs["input_ids"], strength * states, inputs["image_token_mask"]
+    )
     close(exact_pipe.encode_prompt("<dog> in a hat")[0], expected)
 
 

@@ -72,13 +72,13 @@ def test_encoder_runs_through_forward_alone(worded, draw, photos, monkeypatch):
 
         monkeypatch.setattr(encoder, name, watched)
 
-    for name in ("get_image_features", "get_language_hidden_states", "_encode"):
+    for name in ("get_image_features", "get_language_hidden_states", "get_condition"):
         watch(name, getattr(encoder, name))
     worded.add_image_word("<cat>", photos[1])
     worded.blend([("<dog>", 1), ("a hat", 2)])
     everything(worded, draw, photos)
     draw(borrow(StableDiffusionPipeline, worded), "<dog> by <cat>")
-    assert not inside and {"get_image_features", "get_language_hidden_states", "_encode"} <= set(calls)
+    assert not inside and {"get_image_features", "get_language_hidden_states", "get_condition"} <= set(calls)
 
 
 def test_sequential_offloading(worded, draw, photos, expected):

@@ -300,9 +300,9 @@ def test_prompts_and_negatives_are_two_encoder_calls_and_the_null_condition_is_e
     shared, draw, monkeypatch
 ):
     rows = []
-    encode = shared.text_encoder._encode
+    encode = shared.text_encoder.get_condition
     monkeypatch.setattr(
-        shared.text_encoder, "_encode", lambda ids, *rest: rows.append(len(ids)) or encode(ids, *rest)
+        shared.text_encoder, "get_condition", lambda ids, *rest: rows.append(len(ids)) or encode(ids, *rest)
     )
     draw(shared, ["a hat", "a suit", "furniture"], num_images_per_prompt=2)
     assert rows == [3, 1]

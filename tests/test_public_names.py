@@ -11,6 +11,7 @@ NAMES = {
         "KosmosGTextEncoderConfig KosmosGTokenizer SPRITES VisionCache __version__ convert_checkpoint"
     ),
     "kosmos_g_diffusers.conversion": "convert_checkpoint",
+    "kosmos_g_diffusers.export": "export_encoder trace",
     "kosmos_g_diffusers.control": "CONTROLS control_image control_preview load_annotator load_controlnet",
     "kosmos_g_diffusers.training": (
         "AlignStage AlignerNetN InstructStage PretrainStage TrainConfig TrainingStopped build_run load_adapter load_target "

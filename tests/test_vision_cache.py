@@ -11,6 +11,15 @@ from PIL import Image
 from transformers import set_seed
 
 from kosmos_g_diffusers import SPRITES, KosmosGControlNetPipeline, KosmosGPipeline, VisionCache
+from kosmos_g_diffusers.generation.generate import (
+    draw_images,
+    generate_files,
+    load_pipeline,
+    prompt_arguments,
+    size_arguments,
+)
+from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage
+from kosmos_g_diffusers.provenance import UNMARKED
 from kosmos_g_diffusers.sprites import HEART, STAR
 from kosmos_g_diffusers.testing import build_random_controlnet, build_tiny_pipeline
 
@@ -396,3 +405,38 @@ def test_a_number_of_a_quantised_weight_is_noticed(pipe):
     weight_of(pipe).qdata[0, 0] += 1
     assert torch.equal(encode(pipe), uncached(pipe))
     assert (pipe.vision_cache.hits, pipe.vision_cache.misses) == (1, 2)
+
+
+def test_a_run_with_maps_computes_its_image_and_the_null_condition_once_and_draws_the_same(tmp_path):
+    star = (InputImage("star.png", "0" * 64),)
+    settings = GenerationSettings(
+        "a <i>", images=star, model=str(SPRITES), num_images=2, steps=1, device="cpu"
+    )
+    pictures = []
+    for name in ("ours", "plain"):
+        pipe = load_pipeline(settings)
+        lengths = []
+        pipe.text_encoder.register_forward_hook(
+            lambda module, args, given, output, lengths=lengths: lengths.append(
+                given["input_ids"].shape[1] if "input_ids" in given else 0
+            ),
+            with_kwargs=True,
+        )
+        if name == "plain":
+            pipe.vision_cache = None
+            arguments = prompt_arguments(pipe, settings, [STAR], return_maps=True)
+            del arguments["negative_prompt_embeds"]
+            lengths.clear()
+            size = size_arguments(pipe, settings)
+            for image, _ in draw_images(pipe, settings, size | arguments):
+                pictures.append(image)
+            assert lengths.count(1) == 2
+            continue
+        paths = [tmp_path / f"{number}.png" for number in range(2)]
+        for path in generate_files(
+            pipe, settings, [*paths, tmp_path / "grid.png"], [STAR], maps=True, marker=UNMARKED
+        ):
+            pictures += [Image.open(path)] if path in paths else []
+        assert lengths.count(1) == 1 and lengths.count(0) == 1  # the null condition, the image
+    for ours, plain in zip(pictures[:2], pictures[2:], strict=True):
+        assert ours.tobytes() == plain.tobytes()

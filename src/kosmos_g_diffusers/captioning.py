@@ -104,6 +104,12 @@ def load_answerer(model: str | Path, dtype: "torch.dtype", device: "str | torch.
     Raises:
         OSError: the model cannot be loaded.
     """
+    text_encoder, tokenizer = load_reader(model, dtype)
+    return Answerer(text_encoder.to(device), tokenizer)
+
+
+def load_reader(model: str | Path, dtype: "torch.dtype") -> "tuple[KosmosGTextEncoder, KosmosGTokenizer]":
+    """Text encoder, on the CPU in evaluation mode, and tokenizer of a saved pipeline; raises as `load_answerer`."""
     from .loading import load_pretrained
     from .modeling_kosmos_g import KosmosGTextEncoder
     from .processing_kosmos_g import KosmosGTokenizer
@@ -118,7 +124,7 @@ def load_answerer(model: str | Path, dtype: "torch.dtype", device: "str | torch.
             f"The model {str(model)!r} cannot be loaded ({error}). Pass the folder that kosmos-g convert has written, or a Hub id "
             "that can be fetched."
         ) from error
-    return Answerer(text_encoder.to(device).eval(), tokenizer)
+    return text_encoder.eval(), tokenizer
 
 
 def as_text(text: str) -> str:

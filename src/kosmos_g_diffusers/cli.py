@@ -24,6 +24,7 @@ from .commands import (
     data,
     env,
     evaluate,
+    export,
     generate,
     init,
     show,
@@ -45,6 +46,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     evaluate,
     compare,
     comfyui,
+    export,
     env,
 )
 EXPECTED = (

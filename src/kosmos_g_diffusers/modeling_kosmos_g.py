@@ -219,7 +219,8 @@ class AlignerNet(nn.Module):
         for layer in self.encoder_layers:
             states = layer(states, attention_mask)
         states = self.encoder_layer_norm(states)
-        queries = self.query_embeds.expand(len(states), -1, -1)
+        # len() would make it a constant of a graph
+        queries = self.query_embeds.expand(states.shape[0], -1, -1)
         hidden_states = (queries,)
         for layer in self.query_layers:
             queries = layer(queries, None, states, encoder_attention_mask=attention_mask)
@@ -260,6 +261,17 @@ class AlignerNet(nn.Module):
                 hook.remove()
 
 
+class ImageToTextProjection(Kosmos2ImageToTextProjection):
+    """transformers' resampler, without a copy of the query projection's weights for each image of a call."""
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(N, P, V) -> (N, Q, D), and None."""
+        states = self.dense(features)
+        # torch multiplies what is merely expanded one by one, each with its own copy of the weights
+        queries = self.latent_query.expand(states.shape[0], -1, -1).contiguous()
+        return self.x_attn(queries, torch.cat([states, queries], dim=1))
+
+
 class ImageWord(nn.Module):
     """Frozen states of an image word, (n, Q, D) for its n images; called, so that the hooks of offloading fetch them."""
 
@@ -283,19 +295,19 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
 
     language_model: Kosmos2TextModel
     vision_model: Kosmos2VisionModel
-    image_to_text_projection: Kosmos2ImageToTextProjection
+    image_to_text_projection: ImageToTextProjection
     aligner: AlignerNet
     image_words: nn.ModuleList
 
     config_class: type[KosmosGTextEncoderConfig] = KosmosGTextEncoderConfig
     main_input_name = "input_ids"
-    _no_split_modules = ["Kosmos2VisionEncoderLayer", "Kosmos2TextBlock", "Kosmos2ImageToTextProjection"]
+    _no_split_modules = ["Kosmos2VisionEncoderLayer", "Kosmos2TextBlock", "ImageToTextProjection"]
 
     def __init__(self, config: KosmosGTextEncoderConfig):
         super().__init__(config)
         self.language_model = Kosmos2TextModel(config.text_config)
         self.vision_model = Kosmos2VisionModel(config.vision_config)
-        self.image_to_text_projection = Kosmos2ImageToTextProjection(config)
+        self.image_to_text_projection = ImageToTextProjection(config)
         self.aligner = AlignerNet(config)
         self.image_words = nn.ModuleList(
             ImageWord(torch.empty(n_images, config.latent_query_num, config.text_config.embed_dim))
@@ -431,7 +443,11 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         text = self.language_model.model
         embeds = text.embed_tokens(input_ids)
         if image_embeds is not None:
-            embeds = embeds.masked_scatter(image_token_mask[..., None], image_embeds.to(embeds.dtype))
+            # as masked_scatter, of any number of images in one graph: row 0 stands where no image is
+            rows = image_embeds.reshape(-1, embeds.shape[-1]).to(embeds.dtype)
+            rows = nn.functional.pad(rows, (0, 0, 1, 0))
+            row = image_token_mask.flatten().cumsum(0).view(input_ids.shape) * image_token_mask
+            embeds = torch.where(image_token_mask[..., None], rows[row], embeds)
         # fairseq's positions: counted over real tokens from padding id + 1, padding itself at the padding id (zeros)
         is_token = input_ids.ne(self.config.text_config.pad_token_id)
         positions = (is_token.cumsum(1) * is_token).long() + self.config.text_config.pad_token_id
@@ -474,15 +490,37 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         model.image_to_text_projection = self.image_to_text_projection
         return model.train(self.training)
 
-    def _encode(self, input_ids, image_embeds, image_token_mask, attention_mask):
-        """The tensor function of a whole batch: no checks, nothing that depends on values, so that it compiles."""
+    def get_condition(
+        self,
+        input_ids: torch.Tensor,
+        image_embeds: torch.Tensor | None = None,
+        image_token_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """What `forward` computes of a whole batch, one graph: no checks, nothing that depends on values.
+
+        `torch.export` and `torch.compile(fullgraph=True)` take it, and `get_image_features` for the images, for any number of
+        prompts, tokens (2 or more where the length is to vary) and images.
+
+        Args:
+            input_ids: (B, L) int64, without image words.
+            image_embeds: (N, Q, D) or (N * Q, D), or None.
+            image_token_mask: (B, L) bool, True at the N * Q slots of these images; None without `image_embeds`.
+            attention_mask: (B, L) bool, False at padding; None where no row has any.
+            output_hidden_states: also return the states of the AlignerNet's queries.
+
+        Returns:
+            (B, K, A), the condition; with `output_hidden_states` also a tuple of aligner_layers + 1 (B, K, A).
+        """
         states = self.get_language_hidden_states(input_ids, image_embeds, image_token_mask)
         hidden_states = self.aligner(states, attention_mask)
-        return self.aligner.final_layer_norm(hidden_states[-1]), hidden_states
+        condition = self.aligner.final_layer_norm(hidden_states[-1])
+        return (condition, hidden_states) if output_hidden_states else condition
 
     def compile(self, **kwargs: Any) -> None:
-        """Compile the tensor functions with torch.compile; padding is still trimmed and input checked in eager mode."""
-        self._compiled_encode = torch.compile(self._encode, **kwargs)
+        """Compile `get_condition` with torch.compile; padding is still trimmed and input checked in eager mode."""
+        self._compiled_encode = torch.compile(self.get_condition, **kwargs)
 
     def forward(
         self,
@@ -513,6 +551,9 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         Returns:
             KosmosGTextEncoderOutput. Columns that are padding in every row cost nothing, equal rows are computed once.
 
+        Within `torch.compile` or `torch.export` it is one graph, unless there are image words: every column and row is computed,
+        and what is wrong with ids or masks is a RuntimeError when the graph runs.
+
         Raises:
             ValueError: no input, shapes or counts that do not match, an id that no image word has, a prompt longer
                 than the model's positions, a row of padding alone.
@@ -532,7 +573,10 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             return output if return_dict else output.to_tuple()
         # a stock pipeline gives a negative prompt in the same way as a prompt
         images = pixel_values if image_embeds is None else image_embeds
-        batch = self._arrange(input_ids, attention_mask, images, image_token_mask, "input")
+        arrange = self._arrange
+        if torch.compiler.is_compiling() and not self.config.image_words and not output_attentions:
+            arrange = self._arrange_in_graph
+        batch = arrange(input_ids, attention_mask, images, image_token_mask, "input")
         if pixel_values is not None:
             image_embeds = self.get_image_features(pixel_values)
         slots = batch.gather_image_embeds(image_embeds, self.image_words)
@@ -540,11 +584,11 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         attentions = None
         if output_attentions:
             with self.aligner.record_cross_attention() as attentions:
-                condition, hidden_states = self._encode(*arguments)
+                condition, hidden_states = self.get_condition(*arguments, True)
         elif self._compiled_encode is None:
-            condition, hidden_states = self._encode(*arguments)
+            condition, hidden_states = self.get_condition(*arguments, True)
         else:
-            condition, hidden_states = self._compiled_encode(*self._for_compilation(*arguments))
+            condition, hidden_states = self._compiled_encode(*self._for_compilation(*arguments), True)
         if batch.row_of_prompt is not None:
             condition = condition[batch.row_of_prompt]
             hidden_states = tuple(states[batch.row_of_prompt] for states in hidden_states)
@@ -608,9 +652,7 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                 f"{expected[1]}), as get_image_features returns them."
             )
 
-    def _arrange(self, input_ids, attention_mask, images, image_token_mask, name):
-        """Check the input, spell image words out, drop padding columns and repeated rows (one copy to the host)."""
-        config = self.config
+    def _check_shapes(self, input_ids, attention_mask, image_token_mask):
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             shape = tuple(input_ids.shape)
             raise ValueError(f"input_ids of shape {shape} were given. Expected (prompts, tokens).")
@@ -620,6 +662,30 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
                     f"{kind} of shape {tuple(mask.shape)} was given for input_ids of shape {tuple(input_ids.shape)}. "
                     "Pass both of the same shape."
                 )
+
+    def _arrange_in_graph(self, input_ids, attention_mask, images, image_token_mask, name):
+        """As `_arrange` without a look at values on the host: nothing is dropped, and the graph itself checks them."""
+        self._check_shapes(input_ids, attention_mask, image_token_mask)
+        text, n_images = self.config.text_config, 0 if images is None else images.shape[0]
+        mask = input_ids.ne(text.pad_token_id) if attention_mask is None else attention_mask.bool()
+        slots = torch.zeros_like(mask) if image_token_mask is None else image_token_mask.bool()
+        n_slots = n_images * self.config.latent_query_num
+        wrong = {
+            f"a token id from the vocabulary's size on, {text.vocab_size}": (
+                input_ids >= text.vocab_size
+            ).any(),
+            "</s>, which ends no prompt of Kosmos-G": input_ids.eq(text.eos_token_id).any(),
+            "a row of padding alone": ~mask.any(1).all(),
+            "other slots than there are images for": slots.sum() != n_slots,
+        }
+        for words, is_so in wrong.items():
+            torch._assert_async(~is_so, f"The {name} has {words}.")
+        return _Batch(input_ids, mask, None if images is None else slots, None, [], [])
+
+    def _arrange(self, input_ids, attention_mask, images, image_token_mask, name):
+        """Check the input, spell image words out, drop padding columns and repeated rows (one copy to the host)."""
+        self._check_shapes(input_ids, attention_mask, image_token_mask)
+        config = self.config
         if attention_mask is None:
             attention_mask = input_ids.ne(config.text_config.pad_token_id)
         masks = [mask.bool() for mask in (attention_mask, image_token_mask) if mask is not None]
@@ -957,7 +1023,7 @@ class _PromptRow:
 
 @dataclass
 class _Batch:
-    """What `_encode` takes, on the device, and how its rows map back to the prompts."""
+    """What `get_condition` takes, on the device, and how its rows map back to the prompts."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None  # None when no row has padding

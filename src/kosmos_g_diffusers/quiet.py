@@ -16,6 +16,8 @@ HELD_BACK: dict[str, tuple[str, ...]] = {
     # torchao is installed, and transformers imports it with itself: its kernels for accelerators that are not here
     "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
     "torchao.kernel.intmm": ("Detected no triton",),
+    # the package does without torchvision, and no graph holds its functions
+    "torch.onnx._internal.exporter._registration": ("torchvision is not installed. Skipping",),
     "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),
     "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao` Tensor objects",),
     # diffusers imports image processors with its pipelines; only safety checkers use one, and on the CPU either serves

@@ -88,11 +88,17 @@ def finished(run, tmp_path_factory):
         seen.append(len(pixel_values))
         return original(self, pixel_values)
 
+    def count_nulls(self, input_ids, *arguments):
+        nulls.append(int(input_ids.shape == (1, 1)))
+        return encode(self, input_ids, *arguments)
+
+    nulls, encode = [], KosmosGTextEncoder.get_condition
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KosmosGTextEncoder, "get_image_features", count)
+        patch.setattr(KosmosGTextEncoder, "get_condition", count_nulls)
         run(folder)
-    return SimpleNamespace(folder=folder, n_encoded=sum(seen))
+    return SimpleNamespace(folder=folder, n_encoded=sum(seen), n_nulls=sum(nulls))
 
 
 @pytest.fixture
@@ -130,7 +136,7 @@ def test_every_image_is_marked_and_inputs_are_not(finished, copy, run):
 
 
 def test_each_subject_is_encoded_once(finished):
-    assert finished.n_encoded == 3
+    assert finished.n_encoded == 3 and finished.n_nulls == 1
 
 
 def test_every_image_carries_what_makes_it_alone(finished):

@@ -25,9 +25,16 @@ from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
 from ..files import hash_bytes, hash_folder, remove_partial_files, write_bytes
-from ..generation.generate import download_model, finite_images, load_pipeline
+from ..generation.generate import (
+    VISION_CACHE_BYTES,
+    download_model,
+    finite_images,
+    load_pipeline,
+    null_condition,
+)
 from ..generation.png import read_settings, write_png
 from ..generation.settings import GenerationSettings, InputImage
+from ..modeling_kosmos_g import VisionCache
 from ..processing_kosmos_g import IMAGE_MARK, open_image
 from ..provenance import MARKED, UNMARKED, Marker, read_mark
 from ..sprites.pretrained import SPRITES, with_small_model
@@ -194,11 +201,13 @@ def generate(
     pipe.register_modules(safety_checker=None)  # it paints images black, and the paper's code has none
     pipe.set_progress_bar_config(disable=True)
     pipe.warns_outside_world = False  # a benchmark asks what it asks
+    pipe.vision_cache = VisionCache(VISION_CACHE_BYTES)
     words = _prepare_words(pipe, folder, manifest, state)
+    null = null_condition(pipe) if settings.guidance > 1 else None
     made = 0
     mine = todo[state.process_index :: state.num_processes]
     for tasks in tqdm(mine, desc="batches of images", disable=not state.is_main_process):
-        images, maps = _draw(pipe, manifest, tasks, words)
+        images, maps = _draw(pipe, manifest, tasks, words, null)
         for index, (task, image) in enumerate(zip(tasks, images, strict=True)):
             path = image_path(folder, task)
             if path.exists():
@@ -278,7 +287,7 @@ def _word(digest):
     return f"<picture-{digest[:16]}>"
 
 
-def _draw(pipe, manifest, tasks, words):
+def _draw(pipe, manifest, tasks, words, null):
     """Images of one batch, each from a generator of its own, and their maps if they are kept."""
     prompts, input_images = [], []
     for task in tasks:
@@ -295,6 +304,7 @@ def _draw(pipe, manifest, tasks, words):
     output = pipe(
         prompts,
         images=input_images,
+        negative_prompt_embeds=None if null is None else null.expand(len(tasks), -1, -1),
         height=settings["height"],
         width=settings["width"],
         num_inference_steps=settings["steps"],

@@ -18,6 +18,7 @@ from ..files import first_line
 from ..generation.settings import GenerationSettings
 from ..loading import load_pretrained, load_single_file
 from ..maps.overlay import draw_overlay
+from ..modeling_kosmos_g import VisionCache
 from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
 from ..provenance import MARKED, Marker
 from .grid import enlarge, grid_of
@@ -27,6 +28,7 @@ from .settings import LoraInput
 
 Pipeline = KosmosGPipeline | KosmosGControlNetPipeline
 
+VISION_CACHE_BYTES = 2**26  # states of 128 images of the released size in float32
 LORA_NAME = "lora"  # of the adapter in the U-Net
 UNET_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt")  # of files; a Hub id has none of them
 
@@ -48,6 +50,8 @@ def load_pipeline(settings: GenerationSettings) -> Pipeline:
     pipe = load_model(settings.model, dtype)
     if settings.unet is not None:
         pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, pipe.unet))
+    if settings.num_images > 1:  # each image of a run with maps is drawn from the prompt
+        pipe.vision_cache = VisionCache(VISION_CACHE_BYTES)
     add_loras(pipe, settings.all_loras)
     for words in settings.image_words:
         pipe.load_image_words(words.find(Path(), "Run the command where it is."))
@@ -242,6 +246,8 @@ def prompt_arguments(
     if return_maps or settings.is_guided:
         arguments = {"prompt": pipe.get_processor().parse(settings.prompt, reference_images)}
         arguments |= {"negative_prompt": settings.negative_prompt, "binding": settings.binding}
+        if settings.negative_prompt is None and settings.guidance > 1:
+            arguments["negative_prompt_embeds"] = null_condition(pipe)
         return arguments | {"regions": list(settings.regions) or None, "return_maps": return_maps}
     with torch.no_grad():
         prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(
@@ -251,6 +257,12 @@ def prompt_arguments(
             do_classifier_free_guidance=settings.guidance > 1,
         )
     return {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+
+
+@torch.no_grad()
+def null_condition(pipe: Pipeline) -> torch.Tensor:
+    """(1, K, A) that guidance draws away from where there is no negative prompt: made once for all calls of a pipeline."""
+    return pipe.encode_prompt("", do_classifier_free_guidance=False)[0]
 
 
 def draw_images(

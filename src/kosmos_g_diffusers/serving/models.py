@@ -29,7 +29,6 @@ BUILTIN = "sprites"  # what there is without a folder; settings call it None
 OWN = "the model's own"  # choice of U-Net and of scheduler
 NO_LORA = "none"
 CONTROLNETS_KEPT = 3  # in memory after a run
-VISION_CACHE_BYTES = 2**26  # states of 128 images of the released size in float32
 SMALL_SIDE = 128  # pixels; models that draw no more take sprites as examples, not photos
 
 
@@ -141,7 +140,7 @@ class Models:
                     raise ValueError(f"The model {name!r} cannot be loaded: {reason}") from error
                 pipe.to(self.device)
                 if self._vision_cache is None:  # one for all models, in turn
-                    self._vision_cache = VisionCache(VISION_CACHE_BYTES)
+                    self._vision_cache = VisionCache(drawing().VISION_CACHE_BYTES)
                 pipe.vision_cache = self._vision_cache
                 self.preview = LatentPreview(pipe.vae)
         except FieldError as error:
