@@ -4,6 +4,7 @@ import glob
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -12,8 +13,9 @@ from tqdm.auto import tqdm
 
 from ..files import cache_path, default_cache_dir, read_json, written_atomically
 from ..quiet import SHORT
-from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, composition_sample, edit_sample
-from .sample import IMAGE_LENGTH, BadSample, FilteredSample, Sample, decode_base64_image, find_encoding
+from .recipes import BACKGROUND, WORD_DROPOUT
+from .records import Record
+from .sample import IMAGE_LENGTH, BadSample, FilteredSample, Sample, decode_base64, find_encoding
 
 logger = logging.getLogger(__name__)
 
@@ -96,34 +98,36 @@ class TsvSource:
         return len(columns[0]) + IMAGE_LENGTH * (columns[1].count(b",") + 1 if len(columns) > 1 else 0)
 
     def read(self, index: int, rng: Random) -> Sample:
+        return self.record(index).make_sample(rng, self.word_dropout, self.background)
+
+    def record(self, index: int) -> Record:
+        """Row number `index` as it is stored. Raises BadSample."""
         columns, file, line = self._read_row(index)
         key = f"{file.parent.name}/{file.name}:{line}"
         problem = self._column_problem(columns, file, line)
         if problem:
             raise BadSample("row", problem)
-        return getattr(self, f"_read_{self.kind}")(columns, key, rng)
-
-    def _read_captions(self, columns, key, rng):
-        caption = _text(columns[1], key)
-        sides = [int(side) for side in columns[3:5] if side.isdigit()]
-        if len(sides) == 2 and min(sides) < self.min_side:
-            raise FilteredSample("small", f"{key} is {sides[0]} x {sides[1]}, a side under {self.min_side}")
-        return caption_sample(key, caption, decode_base64_image(columns[2], key))
-
-    def _read_edits(self, columns, key, rng):
-        pair = 2 + 2 * rng.randrange((len(columns) - 2) // 2)
-        source, target = (decode_base64_image(column, key) for column in columns[pair : pair + 2])
-        words, edit = (_text(column, key) for column in columns[:2])
-        return edit_sample(key, words, edit, source, target, None, rng, self.word_dropout)
-
-    def _read_compositions(self, columns, key, rng):
-        def read_cutout(tag, whole):
-            return decode_base64_image(columns[3 + 2 * tag + (not whole)], key)
-
-        caption, tags = (_text(column, key) for column in columns[:2])
-        tags, target = [tag.strip() for tag in tags.split(",")], decode_base64_image(columns[2], key)
-        chances = (self.word_dropout, self.background)
-        return composition_sample(key, caption, tags, read_cutout, target, rng, *chances)
+        if self.kind == "captions":
+            sides = [int(side) for side in columns[3:5] if side.isdigit()]
+            if len(sides) == 2 and min(sides) < self.min_side:
+                message = f"{key} is {sides[0]} x {sides[1]}, a side under {self.min_side}"
+                raise FilteredSample("small", message)
+            content, names = {"caption": _text(columns[1], key)}, {"target": 2}
+        elif self.kind == "edits":
+            words, edit = (_text(column, key) for column in columns[:2])
+            content = {"input": words, "edit": edit}
+            names = {
+                f"{place // 2 - 1}.{'target' if place % 2 else 'source'}": place
+                for place in range(2, len(columns))
+            }
+        else:
+            caption, tags = (_text(column, key) for column in columns[:2])
+            content = {"caption": caption, "entities": [tag.strip() for tag in tags.split(",")]}
+            names = {"target": 2}
+            for tag in range(len(content["entities"])):
+                names |= {f"{tag}": 3 + 2 * tag, f"{tag}.cutout": 4 + 2 * tag}
+        images = {name: partial(decode_base64, columns[place], key) for name, place in names.items()}
+        return Record(key, content, images)
 
     def _read_row(self, index, most=None):
         """(columns as bytes, file, number of the line counted from 1) of row `index`, or of its first `most` bytes."""
