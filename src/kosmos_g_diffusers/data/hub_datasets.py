@@ -106,6 +106,7 @@ class HubDatasetSource:
         streaming: str | bool = False,
         cache_gib: str | float | None = None,
         cache_dir: str | Path | None = None,
+        root: str | None = None,
         **columns: Any,
     ) -> "HubDatasetSource":
         """Load by name from the Hub, or from a folder: one of `save_to_disk`, or one that `load_dataset` reads.
@@ -115,6 +116,7 @@ class HubDatasetSource:
         Args:
             streaming: fetch files of Parquet one by one when they are needed, see `ParquetFiles`; "true" and "false" in lines.
             cache_gib, cache_dir: of `ParquetFiles`.
+            root: another folder that paths of images are relative to.
 
         Raises:
             ImportError: the package datasets is not installed.
@@ -128,7 +130,7 @@ class HubDatasetSource:
                 "Reading Hugging Face datasets needs the package datasets: pip install 'kosmos-g-diffusers[train]'"
             ) from error
         try:
-            root = _root_of(name, data_dir, data_files)
+            root = root or _root_of(name, data_dir, data_files)
             if _is_true(name, streaming):
                 options = {"data_dir": data_dir, "data_files": data_files, "revision": revision}
                 urls = find_parquet_files(name, split, config, **options)

@@ -4,10 +4,10 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import PIL.Image
 
@@ -156,16 +156,26 @@ class ShardWriter:
         return buffer.getvalue()
 
     def _write_shard(self):
-        path = self.folder / f"{self.prefix}-{self._number:06d}.tar"
-        with written_atomically(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for key, members in self._pending:
-                for name, data in members.items():
-                    member = tarfile.TarInfo(f"{key}.{name}")  # time 0: the same samples give the same bytes
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        write_shard(self.folder / f"{self.prefix}-{self._number:06d}.tar", self._pending)
         self.written += len(self._pending)
         self._number += 1
         self._pending = []
+
+
+def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Write a shard atomically: of each sample its key and members, ending -> bytes. The same samples give the same bytes."""
+    with written_atomically(path) as file:
+        pack_shard(file, samples)
+
+
+def pack_shard(file: BinaryIO, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """As `write_shard`, into an open file."""
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for key, members in samples:
+            for name, data in members.items():
+                member = tarfile.TarInfo(f"{key}.{name}")  # time 0
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def write_shard_index(folder: str | Path) -> Path:

@@ -19,11 +19,11 @@ FORMS = """Known forms:
                           with ?image=SUFFIX&caption=SUFFIX, ... members of other names, or json.FIELD
   folder:PATH             images with .txt or .caption files next to them; ?image=SUFFIX&source=SUFFIX&edit=SUFFIX, ...
   datasets:NAME?image=COLUMN&caption=COLUMN   Hugging Face datasets, from the Hub or a folder; also split=, config=,
-                          revision=, data_dir=, data_files=, streaming=true
+                          revision=, data_dir=, data_files=, root=, streaming=true
 Uses: image=, caption=; of edits edit=, source=, input=; of prompts prompt=, images=, marks=omnigen|none; of documents texts=,
 images=, places=; of compositions boxes= or entities=; split_image=left|right, split_border=; score=&min_score=N.
 docs/data.md describes them."""
-DATASET_OPTIONS = (*"split config revision data_dir data_files streaming cache_gib".split(), *USES)
+DATASET_OPTIONS = (*"split config revision data_dir data_files root streaming cache_gib".split(), *USES)
 
 
 def build_source(
