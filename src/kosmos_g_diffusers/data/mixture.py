@@ -172,17 +172,27 @@ class MixtureDataset(torch.utils.data.Dataset[dict[str, Any]]):
         except BadSample:  # counted when it is read
             return 0
 
+    def draw(self, source: int, position: int, attempt: int = 0) -> tuple[Sample, dict[str, Any]]:
+        """The sample at a position of a source's order, or its replacement number `attempt`, and the row that is made of it.
+
+        Raises:
+            BadSample: it cannot be used.
+        """
+        # the seeds hold the position, not the index: a sample is varied anew in every epoch
+        rng = random.Random(stream_seed(self.seed, "sample", source, position, attempt))
+        chosen = self.sources[source]
+        index = self.orders[source][position] if attempt == 0 else rng.randrange(len(chosen))
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "training", source, position))
+        sample = chosen.read(index, rng)
+        return sample, self.collates[source].prepare(sample, generator)
+
     def _prepare(self, number, position, skipped):
         """(key, row) of the sample at a position, or of the first of its replacements that can be used."""
         source, first_error = self.sources[number], None
         for attempt in count():
-            # the seeds hold the position, not the index: a sample is varied anew in every epoch
-            rng = random.Random(stream_seed(self.seed, "sample", number, position, attempt))
-            index = self.orders[number][position] if attempt == 0 else rng.randrange(len(source))
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, "training", number, position))
             try:
-                sample = source.read(index, rng)
-                return sample.key, self.collates[number].prepare(sample, generator)
+                sample, row = self.draw(number, position, attempt)
+                return sample.key, row
             except BadSample as error:
                 skipped.append(error)
                 first_error = first_error or error

@@ -7,6 +7,7 @@ from .cutouts import Segmenter, cut_out
 from .entities import EntityFinder, parse_entities
 from .importing import import_data
 from .instructpix2pix import instructpix2pix
+from .show import show
 
 __all__ = [
     "Captioner",
@@ -21,5 +22,6 @@ __all__ = [
     "import_data",
     "instructpix2pix",
     "parse_entities",
+    "show",
     "write_contact_sheet",
 ]

@@ -135,7 +135,7 @@ def describe_stored(source: Any, index: int) -> dict[str, Any]:
 
 def _mark(caption, entities):
     """The caption as pairs: text, then an entity where training finds one."""
-    pairs, parts = [], interleave(caption, entities)
+    pairs, parts = [], interleave(caption, entities) or [caption]
     for part, following in zip(parts, [*parts[1:], ""], strict=True):
         if isinstance(part, str):
             name = "" if isinstance(following, str) else entities[following].lower()
