@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_compose(actions.add_parser("compose", help="images -> captions with things cut out"))
     _add_instructpix2pix(actions.add_parser("instructpix2pix", help="InstructPix2Pix -> shards of edits"))
     _add_import(actions.add_parser("import", help="a public set, or any source -> shards"))
+    _add_index(
+        actions.add_parser("index", help="find out beforehand where samples lie and how long they are")
+    )
     actions.add_parser("list", help="public data sets that import knows")
     _add_show(actions.add_parser("show", aliases=["sheet"], help="a page of samples as training reads them"))
 
@@ -93,6 +96,12 @@ def _add_import(parser):
     _add_output(parser)
 
 
+def _add_index(parser):
+    add = parser.add_argument
+    add("lines", metavar="LINE", nargs="+", help="as train --data takes them")
+    add("--no-lengths", action="store_true", help="leave out the lengths, which only batches by length need")
+
+
 def _add_show(parser):
     add = parser.add_argument
     add(
@@ -115,6 +124,11 @@ def _add_show(parser):
         choices=("pretrain", "align", "instruct"),
         default="instruct",
         help="of training (default: %(default)s)",
+    )
+    add(
+        "--target",
+        metavar="MODEL",
+        help="of the stage align: Stable Diffusion to imitate (default: what init wrote into --model)",
     )
     add("--resolution", type=int, default=512, metavar="N", help="of images to draw (default: %(default)s)")
     add(
@@ -140,6 +154,12 @@ def _add_output(parser):
 def run(arguments: argparse.Namespace) -> None:
     if arguments.action == "list":
         return print(format_table())
+    if arguments.action == "index":
+        from ..data.indexing import build_index
+
+        for line in arguments.lines:
+            print(f"{line}: {build_index(line, with_lengths=not arguments.no_lengths):,} samples")
+        return None
     if arguments.action in ("show", "sheet"):
         return _show(arguments)
     from ..data.making import compose, import_data, instructpix2pix
@@ -184,6 +204,10 @@ def _show(arguments):
 
     names = ("samples", "read", "model", "stage", "resolution", "seed")
     options = {name: getattr(arguments, name) for name in names}
+    if arguments.model and arguments.stage == "align":
+        from ..conversion.target import load_target
+
+        options["target_tokenizer"] = load_target(arguments.target or arguments.model)[1]
     path, summary = show(arguments.line, arguments.output, **options)
     print(path)
     if arguments.action == "show":

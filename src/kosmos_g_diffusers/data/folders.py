@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from ..files import first_line
+from ..files import first_line, hash_bytes
 from .recipes import BACKGROUND, WORD_DROPOUT
 from .records import Record
 from .sample import MOST_IMAGE_BYTES, BadSample, Sample, decode_text, printable
@@ -29,7 +30,7 @@ class FolderSource:
         uses: use -> ending of its file's name, such as {"image": "_after.png", "source": "_before.png", "edit": ".txt"}, or a
             field of a JSON file, ".json.edit". Without any, every image has its caption in `.txt` or `.caption`.
         word_dropout: probability that an edit loses the words of what its source shows.
-        background: as in `TsvSource`.
+        background, cache_dir: as in `TsvSource`.
 
     Raises:
         ValueError: there is no such folder, or no image in it.
@@ -51,7 +52,9 @@ class FolderSource:
         uses: Uses | None = None,
         word_dropout: float = WORD_DROPOUT,
         background: float = BACKGROUND,
+        cache_dir: str | Path | None = None,
     ):
+        self.cache_dir = cache_dir
         self.folder, self.uses = Path(folder).expanduser(), uses or Uses({"image": ""})
         self.word_dropout, self.background = word_dropout, background
         self.name = name or str(folder)
@@ -72,6 +75,11 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def identify(self, first: int, last: int) -> tuple[Any, ...]:
+        """What the lengths of these samples depend on: their names. That a text has changed since is not looked at."""
+        names = hash_bytes("\n".join(self.keys[first:last]).encode("utf-8", "surrogateescape"))
+        return (self.folder.resolve(), sorted(self.uses.all_names), first, names)
 
     def length(self, index: int) -> int:
         """From the sizes of the files: nothing is read."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TEXT_FORMATS = ("text", "json", "csv")  # names of datasets' own readers
 REPLACED = "\ufffd"  # what they make of bytes in another encoding
+LENGTH_ROWS = 1000  # whose texts are read at a time
 GROUP = 10_000  # rows that are shuffled together: an Arrow table has no files to shuffle
 CAPTION = "text"  # its column, unless said otherwise
 MOST_PATH = 4096  # characters
@@ -37,7 +38,7 @@ class HubDatasetSource:
         caption: column of the caption; with `edit`, of what the edited image shows; with `prompt`, of what the target shows. None or
             "" is none; the default is left out of edits, prompts and documents where there is no such column.
         root: folder that paths of images are relative to; None takes no paths.
-        word_dropout, background: as in `TsvSource`.
+        word_dropout, background, cache_dir: as in `TsvSource`.
         uses: what other columns are, see docs/data.md: image, edit, source, input, prompt, images, marks, texts, places, entities, boxes,
             score, min_score, split_image, split_border.
 
@@ -61,8 +62,10 @@ class HubDatasetSource:
         root: str | Path | None = None,
         word_dropout: float = WORD_DROPOUT,
         background: float = BACKGROUND,
+        cache_dir: str | Path | None = None,
         **uses: Any,
     ):
+        self.cache_dir = cache_dir
         others = any(uses.get(use) for use in ("edit", "prompt", "texts"))
         if (
             caption == CAPTION
@@ -136,7 +139,7 @@ class HubDatasetSource:
                 urls = find_parquet_files(name, split, config, **options)
                 gib = CACHE_GIB if cache_gib is None else _as_gib(name, cache_gib)
                 files = ParquetFiles(urls, cache_dir=cache_dir, cache_gib=gib)
-                return cls(files, name=name, root=root, **columns)
+                return cls(files, name=name, root=root, cache_dir=cache_dir, **columns)
             if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
                 dataset = datasets.load_from_disk(name)
                 if isinstance(dataset, datasets.DatasetDict):
@@ -162,14 +165,44 @@ class HubDatasetSource:
                 else error
             )
             raise ValueError(f"The dataset {name} cannot be read: {first_line(reason)}.") from error
-        return cls(dataset, name=name, root=root, **columns)
+        return cls(dataset, name=name, root=root, cache_dir=cache_dir, **columns)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def length(self, index: int) -> int:
-        row = self._row(self._texts, index) if self.uses.texts else {}
+    def identify(self, first: int, last: int) -> tuple[Any, ...] | None:
+        """What the lengths of these rows depend on; None if `datasets` does not say."""
+        fingerprint = getattr(self.dataset, "fingerprint", None) or getattr(self._texts, "_fingerprint", None)
+        return None if fingerprint is None else (fingerprint, sorted(self.uses.all_names), first, last)
+
+    def lengths(self, first: int, last: int) -> list[int]:
+        """Lengths of many rows."""
+        found = []
+        for start in range(first, last, LENGTH_ROWS):
+            rows = range(start, min(start + LENGTH_ROWS, last))
+            try:
+                values = (
+                    self._texts[rows.start : rows.stop].to_pylist() if self.uses.texts else [{}] * len(rows)
+                )
+            except Exception:  # a row or file that cannot be read: one by one
+                values = []
+            if len(values) == len(rows):
+                found += [self._length_of(row) for row in values]
+            else:
+                found += [self._length_or_none(row) for row in rows]
+        return found
+
+    def _length_or_none(self, index):
+        try:
+            return self.length(index)
+        except BadSample:  # counted when it is read
+            return 0
+
+    def _length_of(self, row):
         return self.uses.length({use: self._value(row, column) for use, column in self.uses.texts.items()})
+
+    def length(self, index: int) -> int:
+        return self._length_of(self._row(self._texts, index) if self.uses.texts else {})
 
     def read(self, index: int, rng: Random) -> Sample:
         return self.record(index).make_sample(rng, self.word_dropout, self.background)

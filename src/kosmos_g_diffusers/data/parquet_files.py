@@ -19,6 +19,7 @@ from ..files import (
     cache_path,
     default_cache_dir,
     first_line,
+    hash_bytes,
     remove_partial_files,
     write_text,
     written_atomically,
@@ -96,6 +97,11 @@ class ParquetFiles:
     def column_names(self) -> list[str]:
         return self.schema.names
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells these files from others."""
+        return hash_bytes(repr((self.urls, self._versions)).encode())
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
@@ -109,13 +115,14 @@ class ParquetFiles:
         """Rows come as Arrow tables in any case."""
         return self
 
-    def __getitem__(self, index: int) -> "pyarrow.Table":
-        """A table of one row. Raises BadSample ("shard") where its file cannot be fetched."""
+    def __getitem__(self, index: int | slice) -> "pyarrow.Table":
+        """A table of one row, or of several of one file. Raises BadSample ("shard") where their file cannot be fetched."""
+        index, rows = (index, 1) if isinstance(index, int) else (index.start, index.stop - index.start)
         number = int(np.searchsorted(self._ends, index, side="right"))
         row = index - int(self._ends[number]) + self.groups[number]
         for attempt in range(2):
             try:
-                return self._table(number).slice(row, 1)
+                return self._table(number).slice(row, rows)
             except FileNotFoundError as error:  # another process has just deleted it to make room
                 if attempt:
                     raise BadSample("shard", f"{self.urls[number]} cannot be kept ({error})") from error

@@ -75,6 +75,18 @@ class ShardSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def cache_dir(self) -> Path:
+        return self.files.cache_dir
+
+    def identify(self, first: int, last: int) -> tuple[Any, ...] | None:
+        """What the lengths of these samples, of one shard, depend on; None if it cannot be read."""
+        number = int(np.searchsorted(self._ends, first, side="right"))
+        uses = None if self.uses is None else sorted(self.uses.all_names)
+        row = first - int(self._ends[number]) + self.groups[number]
+        facts = self.files.identify(number)
+        return None if facts is None else (*facts, uses, row, last - first)
+
     def length(self, index: int) -> int:
         """From the names and sizes of the members: the JSON is little more than the text."""
         members = self._locate(index)[1].members

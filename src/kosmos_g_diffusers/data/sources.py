@@ -59,7 +59,7 @@ def build_source(
         return ShardSource(where, name=spec.partition("?")[0], cache_bytes=cache_bytes, uses=uses, **common)
     if form == "folder" and rest:
         where, uses = _split_uses(spec, rest)
-        return FolderSource(where, name=spec, uses=uses, word_dropout=word_dropout, background=background)
+        return FolderSource(where, name=spec, uses=uses, **common)
     if form == "datasets" and rest:
         name, _, query = rest.partition("?")
         options = dict(parse_qsl(query, keep_blank_values=True))

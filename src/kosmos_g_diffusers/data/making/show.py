@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from ...conversion.target import load_target
 from ...files import check_output_file
 from ...processing_kosmos_g import IMAGE_MEAN, IMAGE_STD, KosmosGProcessor, KosmosGTokenizer
 from ..collate import AlignCollate, Batch, InstructCollate, PretrainCollate, Row, put_image_first
@@ -35,6 +35,7 @@ def show(
     read: int = 1000,
     model: str | Path | None = None,
     stage: str = "instruct",
+    target_tokenizer: PreTrainedTokenizerBase | None = None,
     resolution: int = 512,
     seed: int = 0,
 ) -> tuple[Path, str]:
@@ -48,6 +49,7 @@ def show(
         model: folder of a model, whose tokens are counted and whose limits hold; None counts four characters a token and leaves nothing
             out for its length.
         stage: pretrain, align or instruct.
+        target_tokenizer: of the text encoder that the alignment stage imitates.
         resolution: of the images to draw.
         seed: of the run.
 
@@ -61,7 +63,7 @@ def show(
     if samples < 1:
         raise ValueError(f"{samples} samples were asked for. Ask for at least one.")
     source = build_source(line if line.startswith(FORMS) else f"shards:{line}")
-    collate = _build_collate(model, stage, resolution)
+    collate = _build_collate(model, stage, target_tokenizer, resolution)
     dataset = MixtureDataset([source], collate, batch_size=1, seed=seed)
     with_words = copy.copy(source)
     with_words.word_dropout = 0.0
@@ -100,7 +102,7 @@ class Plain:
         return {}
 
 
-def _build_collate(model, stage, resolution):
+def _build_collate(model, stage, target_tokenizer, resolution):
     """The collate of a stage, of a model's tokenizer."""
     if model is None:
         return Plain()
@@ -109,7 +111,7 @@ def _build_collate(model, stage, resolution):
     if stage == "pretrain":
         return PretrainCollate(processor)
     if stage == "align":
-        return AlignCollate(processor, load_target(model)[1])
+        return AlignCollate(processor, target_tokenizer)
     return InstructCollate(processor, resolution)
 
 
