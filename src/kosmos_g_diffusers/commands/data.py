@@ -163,6 +163,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.action in ("show", "sheet"):
         return _show(arguments)
     from ..data.making import compose, import_data, instructpix2pix
+    from ..data.making.on_ray import import_on_ray
 
     given = vars(arguments)
     common = {name: given[name] for name in ("workers", "sheet_samples")}
@@ -171,7 +172,10 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.action == "import":
             names = ("source", "limit", "min_side", "min_score", "samples_per_shard")
             settings = ImportSettings(**{name: given[name] for name in names})
-            manifest = import_data(arguments.output, settings, data=arguments.data, **common)
+            if arguments.ray:
+                manifest = import_on_ray(arguments.output, settings, arguments.ray, arguments.data)
+            else:
+                manifest = import_data(arguments.output, settings, data=arguments.data, **common)
         elif arguments.action == "compose":
             names = [entry.name for entry in fields(ComposeSettings) if entry.name in given]
             settings = ComposeSettings(**{name: given[name] for name in names})

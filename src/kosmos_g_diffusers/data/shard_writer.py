@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Self
 
 import PIL.Image
 
-from ..files import write_text, written_atomically
+from ..files import write_bytes, written_atomically
 from .recipes import check_caption
 from .shard_files import INDEX_NAME, index_tar
 
@@ -178,6 +178,19 @@ def pack_shard(file: BinaryIO, samples: Iterable[tuple[str, Mapping[str, bytes]]
                 tar.addfile(member, io.BytesIO(data))
 
 
+def pack_shard_bytes(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
+    """The bytes of a shard, see `write_shard`."""
+    buffer = io.BytesIO()
+    pack_shard(buffer, samples)
+    return buffer.getvalue()
+
+
+def pack_index(shards: Sequence[Mapping[str, Any]]) -> bytes:
+    """The bytes of a shards.json of shards with their `url`, `nsamples` and `filesize`."""
+    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": list(shards)}
+    return json.dumps(index, indent=1).encode("utf-8")
+
+
 def write_shard_index(folder: str | Path) -> Path:
     """Count the samples of the shards in a folder and list them in its shards.json. Returns its path.
 
@@ -192,8 +205,7 @@ def write_shard_index(folder: str | Path) -> Path:
         {"url": shard.name, "nsamples": len(index_tar(shard)), "filesize": shard.stat().st_size}
         for shard in shards
     ]
-    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}
-    write_text(folder / INDEX_NAME, json.dumps(index, indent=1))
+    write_bytes(folder / INDEX_NAME, pack_index(listed))
     return folder / INDEX_NAME
 
 

@@ -101,17 +101,23 @@ def import_data(
     return finish_folder(folder, sheet_samples)
 
 
-def resolve(settings: ImportSettings, folder: Path, data: str | Path | None) -> tuple[str, dict[str, str]]:
+def resolve(
+    settings: ImportSettings, folder: Path | None, data: str | Path | None
+) -> tuple[str, dict[str, str]]:
     """(line, note) of what is to be imported: a line as it is; of a name in the table its line, with what it needs fetched and unpacked.
 
     Args:
-        folder: where it is fetched to, in a folder of its own.
+        folder: where it is fetched to, in a folder of its own; None fetches nothing, for nodes that do not share a disk.
         data: where it lies already.
     """
     row, score = find_public_set(settings.source), settings.min_score
     if row is None:
         return settings.source if score is None else f"{settings.source}&min_score={score:g}", {}
-    place = Path(data) if data is not None else folder / "fetched"
+    if data is None and folder is None and "{folder}" in row.line:
+        raise ValueError(
+            f"{row.name} has to be fetched before a cluster reads it. Pass --data with a folder that every node has."
+        )
+    place = Path(data) if data is not None else (folder or Path()) / "fetched"
     if data is None and row.files:
         _fetch(row, place)
     for pattern in row.archives:

@@ -191,30 +191,50 @@ def check_manifest(folder: Path, command: str, settings: Mapping[str, Any]) -> N
     Raises:
         ValueError: settings differ from those in the folder, or shards of unknown origin are there.
     """
-    path, settings = folder / MANIFEST_NAME, json.loads(json.dumps(settings))
-    if not path.is_file():
-        if any(folder.glob("*.tar")):
-            raise ValueError(
-                f"{folder} holds shards but no {MANIFEST_NAME}: they were made by something else. Pass a new or empty folder."
-            )
+    path = folder / MANIFEST_NAME
+    if not path.is_file() and any(folder.glob("*.tar")):
+        raise ValueError(
+            f"{folder} holds shards but no {MANIFEST_NAME}: they were made by something else. Pass a new or empty folder."
+        )
+    there = path.read_bytes() if path.is_file() else None
+    manifest = begin_manifest(there, str(folder), command, settings)
+    if there is None:
+        _write_manifest(folder, manifest)
+
+
+def begin_manifest(
+    there: bytes | None, folder: str, command: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A new manifest, or the one that is there, if it was begun with the same settings.
+
+    Raises:
+        ValueError: it was not, or is not a manifest.
+    """
+    settings = json.loads(json.dumps(settings))
+    if there is None:
         manifest = {"format": FORMAT_VERSION, "command": command, "settings": settings}
-        return _write_manifest(folder, manifest | {"versions": package_versions()})
-    manifest = read_json(path)
+        return manifest | {"versions": package_versions()}
+    manifest = None
+    with suppress(ValueError, RecursionError):
+        manifest = json.loads(there)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path} is not a manifest of format {FORMAT_VERSION}. Pass a new folder.")
-    there = manifest.get("settings")
-    if manifest.get("command") != command or not isinstance(there, dict):
+        raise ValueError(
+            f"{folder}/{MANIFEST_NAME} is not a manifest of format {FORMAT_VERSION}. Pass a new folder."
+        )
+    before = manifest.get("settings")
+    if manifest.get("command") != command or not isinstance(before, dict):
         raise ValueError(
             f"{folder} was made by {manifest.get('command')!r}, not {command!r}. Pass another folder."
         )
-    names = sorted(name for name in settings | there if settings.get(name) != there.get(name))
+    names = sorted(name for name in settings | before if settings.get(name) != before.get(name))
     if names:
-        pairs = ((name, _short(there.get(name)), _short(settings.get(name))) for name in names)
+        pairs = ((name, _short(before.get(name)), _short(settings.get(name))) for name in names)
         differences = "; ".join(f"{name} {old} there, {new} now" for name, old, new in pairs)
         raise ValueError(
             f"What is in {folder} was made with other settings: {differences}. Pass the same to continue, or another folder to begin "
             "anew."
         )
+    return manifest
 
 
 def finish_folder(folder: Path, sheet_samples: int) -> dict[str, Any]:
