@@ -90,6 +90,12 @@ def _lock(descriptor):
     return True
 
 
+def is_local_path(address: str) -> bool:
+    """Whether an address is a path of this machine, and not of something that fsspec reaches (s3://bucket/folder)."""
+    scheme, mark, _ = address.partition("://")
+    return not mark or scheme in ("file", "local")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8 atomically."""
     write_bytes(path, text.encode("utf-8"))

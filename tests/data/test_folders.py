@@ -1,47 +1,14 @@
 """Folders of images with text files, and shards whose members have other names: the uses of a line."""
 
-import io
 import json
 import pickle
 import random
-import tarfile
 
-import numpy as np
-import PIL.Image
 import pytest
+from support.stored_data import encode, read, shade, shown, write_files, write_tar
 
 from kosmos_g_diffusers.data import BadSample, build_source
 from kosmos_g_diffusers.data.sample import IMAGE_LENGTH
-
-
-def make_image(shade):
-    return PIL.Image.new("RGB", (8, 8), (shade, 0, 0))
-
-
-def encode(shade):
-    buffer = io.BytesIO()
-    make_image(shade).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def shade(image):
-    return int(np.asarray(image)[0, 0, 0])
-
-
-def shown(sample):
-    return [part if isinstance(part, str) else shade(part) for part in sample.prompt]
-
-
-def write(folder, files):
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
-
-
-def read(line, index, seed=0, **options):
-    return build_source(line, **options).read(index, random.Random(seed))
-
 
 # Folders -------------------------------------------------------------------------------------------------------------
 
@@ -53,7 +20,9 @@ def test_images_have_their_captions_next_to_them(tmp_path):
         "b.PNG": encode(20),
         "b.caption": "a cat",
     }
-    folder = write(tmp_path, {**files, ".cache/c.png": encode(30), ".d.png": encode(40), "notes.txt": "x"})
+    folder = write_files(
+        tmp_path, {**files, ".cache/c.png": encode(30), ".d.png": encode(40), "notes.txt": "x"}
+    )
     source = build_source(f"folder:{folder}")
     assert (len(source), source.groups, source.length(0)) == (2, [2], 9)
     assert source.read(0, random.Random(0)).key == f"{folder.name}/10_dog/a.png"
@@ -70,7 +39,9 @@ def test_endings_of_a_line_name_the_files_of_edits_and_prompts(tmp_path):
         "1.txt": "make it snow",
         "1.in": "a garden",
     }
-    edits = f"folder:{write(tmp_path / 'a', files)}?image=_after.png&source=_before.png&edit=.txt&input=.in"
+    edits = (
+        f"folder:{write_files(tmp_path / 'a', files)}?image=_after.png&source=_before.png&edit=.txt&input=.in"
+    )
     assert shown(read(edits, 0, word_dropout=0)) == ["a garden", 20, "make it snow"]
     assert (
         shown(read(edits, 0, word_dropout=1)) == [20, "make it snow"] and shade(read(edits, 0).target) == 10
@@ -78,12 +49,12 @@ def test_endings_of_a_line_name_the_files_of_edits_and_prompts(tmp_path):
     assert build_source(edits).length(0) == len("make it snowa garden") + IMAGE_LENGTH
     words = "<img><|image_2|></img> on <img><|image_1|></img>"
     files = {"x.out.png": encode(1), "x.0.png": encode(2), "x.1.png": encode(3), "x.txt": words}
-    prompts = f"folder:{write(tmp_path / 'b', files)}?image=.out.png&images=.0.png,.1.png&prompt=.txt"
+    prompts = f"folder:{write_files(tmp_path / 'b', files)}?image=.out.png&images=.0.png,.1.png&prompt=.txt"
     assert shown(read(prompts, 0)) == [3, " on ", 2] and len(build_source(prompts)) == 1
 
 
 def test_files_that_are_missing_or_damaged_cost_their_sample(tmp_path):
-    folder = write(
+    folder = write_files(
         tmp_path,
         {"a.png": encode(1), "b.png": b"no image", "b.txt": "b", "c.png": encode(3), "c.txt": b"caf\xe9"},
     )
@@ -94,7 +65,7 @@ def test_files_that_are_missing_or_damaged_cost_their_sample(tmp_path):
             read(f"folder:{folder}", index)
         assert caught.value.cause == cause
     with pytest.raises(BadSample, match="a.png has no a_before.png"):
-        write(folder, {"a.txt": "x"})
+        write_files(folder, {"a.txt": "x"})
         read(f"folder:{folder}?image=.png&source=_before.png&edit=.txt", 0)
 
 
@@ -103,8 +74,14 @@ def test_files_that_are_missing_or_damaged_cost_their_sample(tmp_path):
     [
         ("folder:{}/nowhere", "there is no folder"),
         ("folder:{}", "no file below .* ends in .jpg, .jpeg"),
-        ("folder:{}?image=.png&edit=.txt", "has an edit: it needs the endings edit, image, source"),
-        ("folder:{}?image=.png&prompt=.txt", "a prompt needs the endings prompt and images"),
+        (
+            "folder:{}?image=.png&edit=.txt",
+            "was given image=.png, edit=.txt. An edit needs the images before .source. and after",
+        ),
+        (
+            "folder:{}?image=.png&prompt=.txt",
+            "was given image=.png, prompt=.txt. A prompt needs the words .prompt. and its images",
+        ),
         ("folder:{}?image=.png", "names no text"),
     ],
 )
@@ -126,11 +103,7 @@ def edits(tmp_path):
         "7.edit_prompt.txt": b"make it snow",
         "7.json": json.dumps(fields).encode(),
     }
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    write_tar(tmp_path / "a.tar", members)
     return f"shards:{tmp_path}/a.tar?source=original_image.JPG&image=edited_image.jpg"
 
 
@@ -159,23 +132,23 @@ def test_query_of_a_url_stays_its_own(tmp_path, monkeypatch):
     )
     build_source("shards:https://host/{0..9}.tar?signature=a%2Fb&image=jpg&caption=json.text")
     assert seen["where"] == "https://host/{0..9}.tar?signature=a%2Fb"
-    assert seen["uses"] == {"image": "jpg", "caption": "json.text"}
+    assert seen["uses"].names == {"image": "jpg", "caption": "json.text"}
     build_source("shards:https://host/{0..9}.tar?signature=a%2Fb")
-    assert seen["where"] == "https://host/{0..9}.tar?signature=a%2Fb" and seen["uses"] == {}
+    assert seen["where"] == "https://host/{0..9}.tar?signature=a%2Fb" and seen["uses"] is None
 
 
 def test_the_same_captions_are_the_same_samples_in_every_form(tmp_path):
     """Images of a folder, members of other names, rows of a table: what is read does not depend on how it is stored."""
     datasets = pytest.importorskip("datasets")
     rows = {f"{number:03}": (encode(10 * number), f"dog {number}") for number in range(5)}
-    write(tmp_path / "folder", {f"{key}.png": image for key, (image, _) in rows.items()})
-    write(tmp_path / "folder", {f"{key}.txt": text for key, (_, text) in rows.items()})
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for key, (image, text) in rows.items():
-            for name, content in (("photo.png", image), ("json", json.dumps({"about": text}).encode())):
-                info = tarfile.TarInfo(f"{key}.{name}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    write_files(tmp_path / "folder", {f"{key}.png": image for key, (image, _) in rows.items()})
+    write_files(tmp_path / "folder", {f"{key}.txt": text for key, (_, text) in rows.items()})
+    members = [
+        member
+        for key, (image, text) in rows.items()
+        for member in ((f"{key}.photo.png", image), (f"{key}.json", json.dumps({"about": text}).encode()))
+    ]
+    write_tar(tmp_path / "a.tar", members)
     images, texts = zip(*rows.values(), strict=True)
     datasets.Dataset.from_dict({"text": texts, "photo": images}).save_to_disk(tmp_path / "table")
     lines = [

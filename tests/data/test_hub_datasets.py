@@ -1,34 +1,18 @@
 """Hugging Face datasets as sources of captions, texts and edits."""
 
 import base64
-import io
 import json
 import pickle
 import random
 import sys
 
-import numpy as np
-import PIL.Image
 import pytest
+from support.stored_data import encode, make_image, shade, shown
 
 from kosmos_g_diffusers.data import BadSample, HubDatasetSource, build_source
 from kosmos_g_diffusers.data.sample import IMAGE_LENGTH, FilteredSample
 
 datasets = pytest.importorskip("datasets")
-
-
-def make_image(shade):
-    return PIL.Image.new("RGB", (8, 8), (shade, 0, 0))
-
-
-def encode(shade):
-    buffer = io.BytesIO()
-    make_image(shade).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def shade(image):
-    return int(np.asarray(image)[0, 0, 0])
 
 
 @pytest.fixture
@@ -322,9 +306,6 @@ def test_prompts_have_their_images_where_the_words_mark_them(tmp_path, monkeypat
     (tmp_path / "x.jsonl").write_text("".join(lines))
     line = f"datasets:json?data_files={tmp_path}/x.jsonl&image=output_image&prompt=instruction&images=input_images"
 
-    def shown(sample):
-        return [part if isinstance(part, str) else shade(part) for part in sample.prompt]
-
     source = build_source(line)
     assert shown(source.read(0, random.Random(0))) == ["The man of ", 20, " in the coat of ", 10, "."]
     assert shown(source.read(1, random.Random(0))) == [10, 20, "a cat on a sofa"]
@@ -361,7 +342,7 @@ def test_images_of_a_prompt_may_be_several_columns_and_rows_have_scores():
     for wrong, message in (
         ({"min_score": "high"}, "min_score=high. Expected a number"),
         ({"score": None}, "Pass both, or none"),
-        ({"images": None}, "A prompt needs the columns"),
+        ({"images": None}, "A prompt needs the words .prompt. and its images"),
         ({"marks": "mine"}, "marks=mine. Expected one of omnigen, none"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -112,7 +112,7 @@ def test_command_writes_the_page_and_names_it(tmp_path, monkeypatch, capsys):
     assert cli.main(["data", "sheet", str(tmp_path / "shards"), "--output", str(tmp_path / "look.html")]) == 0
 
     assert capsys.readouterr().out.strip() == str(tmp_path / "look.html")
-    assert len(shown((tmp_path / "look.html").read_text())) == 1
+    assert len(shown((tmp_path / "look.html").read_text())) == 2  # as training draws it, and as it is stored
     assert cli.main(["data", "sheet", str(tmp_path / "nothing")]) == 2
     assert "No data found" in capsys.readouterr().err
 

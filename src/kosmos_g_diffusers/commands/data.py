@@ -1,4 +1,7 @@
-"""Make training data: edits from InstructPix2Pix, compositions from images alone.
+"""Get and make training data: public sets, any source as shards, pages to look at; compositions from images alone.
+
+list shows public data sets; import writes one of them, or any source, as shards with its licence and source in each sample; show makes a
+page of samples as training reads them.
 
 compose captions each image, lists the things that the caption names, and cuts each of them out. Samples go to
 WebDataset shards with a manifest and a contact sheet, a page on which to see what was cut out. Stop a run at any moment
@@ -6,6 +9,9 @@ and start it again with the same flags: it continues. On several GPUs, let accel
 each; elsewhere, start the processes yourself, with --num-processes and a --process-index of its own for each.
 
 examples:
+  kosmos-g data list
+  kosmos-g data import magicbrush --output ./magicbrush --min-side 256 --limit 5000
+  kosmos-g data show 'folder:./photos' --model ./kosmos-g
   kosmos-g data compose --images ./images --output ./compositions
   kosmos-g data compose --images ./images --output ./compositions --batch-size 32 --workers 8 \\
       --model-entities Qwen/Qwen2.5-1.5B-Instruct --threshold 0.4
@@ -23,7 +29,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 
-from ..data.settings import COLUMNS, ComposeSettings, EditSettings
+from ..data.public_sets import format_table
+from ..data.settings import COLUMNS, ComposeSettings, EditSettings, ImportSettings
 from ..environment import DTYPES, as_dtype, check_device, default_device, default_dtype
 from ..fields import add_flags
 
@@ -32,11 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
     _add_compose(actions.add_parser("compose", help="images -> captions with things cut out"))
     _add_instructpix2pix(actions.add_parser("instructpix2pix", help="InstructPix2Pix -> shards of edits"))
-    sheet = actions.add_parser("sheet", help="a page that shows samples of any shards")
-    sheet.add_argument("shards", metavar="SHARDS", help="folder of shards, a shard, a pattern or a URL")
-    output = "page to write (default: %(default)s)"
-    sheet.add_argument("--output", default="contact-sheet.html", metavar="FILE", help=output)
-    sheet.add_argument("--samples", type=int, default=100, metavar="N", help="to show (default: %(default)s)")
+    _add_import(actions.add_parser("import", help="a public set, or any source -> shards"))
+    _add_index(
+        actions.add_parser("index", help="find out beforehand where samples lie and how long they are")
+    )
+    actions.add_parser("list", help="public data sets that import knows")
+    _add_show(actions.add_parser("show", aliases=["sheet"], help="a page of samples as training reads them"))
 
 
 def _add_compose(parser):
@@ -65,6 +73,73 @@ def _add_instructpix2pix(parser):
     _add_output(parser)
 
 
+def _add_import(parser):
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="NAME_OR_LINE",
+        help="a name of kosmos-g data list, or a line as train --data takes it",
+    )
+    add(
+        "--data",
+        metavar="FOLDER",
+        help="where the set lies already (default: fetched from the Hub into the output)",
+    )
+    add("--limit", type=int, metavar="N", help="look at the first N samples alone")
+    add("--min-side", type=int, default=0, metavar="N", help="pixels; smaller images to draw are left out")
+    add(
+        "--min-score",
+        type=float,
+        metavar="X",
+        help="samples with a lower score are left out, where there are scores",
+    )
+    _add_output(parser)
+
+
+def _add_index(parser):
+    add = parser.add_argument
+    add("lines", metavar="LINE", nargs="+", help="as train --data takes them")
+    add("--no-lengths", action="store_true", help="leave out the lengths, which only batches by length need")
+
+
+def _add_show(parser):
+    add = parser.add_argument
+    add(
+        "line",
+        metavar="LINE",
+        help="as train --data takes it; or a folder of shards, a shard, a pattern or a URL",
+    )
+    add("--output", default="contact-sheet.html", metavar="FILE", help="page to write (default: %(default)s)")
+    add("--samples", type=int, default=100, metavar="N", help="to show (default: %(default)s)")
+    add(
+        "--read",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="to count lengths, sizes and causes of (default: %(default)s)",
+    )
+    add("--model", metavar="FOLDER", help="whose tokens are counted, and whose limits hold (default: none)")
+    add(
+        "--stage",
+        choices=("pretrain", "align", "instruct"),
+        default="instruct",
+        help="of training (default: %(default)s)",
+    )
+    add(
+        "--target",
+        metavar="MODEL",
+        help="of the stage align: Stable Diffusion to imitate (default: what init wrote into --model)",
+    )
+    add("--resolution", type=int, default=512, metavar="N", help="of images to draw (default: %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the order and the random choices (default: %(default)s)",
+    )
+
+
 def _add_output(parser):
     output = "folder of shards: new, or one to continue"
     parser.add_argument("--output", required=True, metavar="FOLDER", help=output)
@@ -77,15 +152,31 @@ def _add_output(parser):
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ..data.making import compose, instructpix2pix, write_contact_sheet
+    if arguments.action == "list":
+        return print(format_table())
+    if arguments.action == "index":
+        from ..data.indexing import build_index
 
-    if arguments.action == "sheet":
-        return print(write_contact_sheet(arguments.shards, arguments.output, arguments.samples))
+        for line in arguments.lines:
+            print(f"{line}: {build_index(line, with_lengths=not arguments.no_lengths):,} samples")
+        return None
+    if arguments.action in ("show", "sheet"):
+        return _show(arguments)
+    from ..data.making import compose, import_data, instructpix2pix
+    from ..data.making.on_ray import import_on_ray
+
     given = vars(arguments)
-    common = {name: given[name] for name in ("workers", "samples_per_shard", "sheet_samples")}
+    common = {name: given[name] for name in ("workers", "sheet_samples")}
     common["process_index"], common["num_processes"] = _share(arguments)
     with _sigterm_stops():
-        if arguments.action == "compose":
+        if arguments.action == "import":
+            names = ("source", "limit", "min_side", "min_score", "samples_per_shard")
+            settings = ImportSettings(**{name: given[name] for name in names})
+            if arguments.ray:
+                manifest = import_on_ray(arguments.output, settings, arguments.ray, arguments.data)
+            else:
+                manifest = import_data(arguments.output, settings, data=arguments.data, **common)
+        elif arguments.action == "compose":
             names = [entry.name for entry in fields(ComposeSettings) if entry.name in given]
             settings = ComposeSettings(**{name: given[name] for name in names})
             device = arguments.device or _own_device()
@@ -98,16 +189,33 @@ def run(arguments: argparse.Namespace) -> None:
                 device=device,
                 dtype=as_dtype(dtype),
                 batch_size=arguments.batch_size,
+                samples_per_shard=arguments.samples_per_shard,
                 **common,
             )
         else:
             names = ("folder", "dataset", "split", "revision", "size")
             columns = _columns(arguments.column)
             settings = EditSettings(columns=columns, **{name: given[name] for name in names})
-            manifest = instructpix2pix(arguments.output, settings, **common)
+            options = {**common, "samples_per_shard": arguments.samples_per_shard}
+            manifest = instructpix2pix(arguments.output, settings, **options)
     if "samples" in manifest:
         print(f"{manifest['samples']:,} samples in {manifest['shards']:,} shards in {arguments.output}")
         print(manifest["summary"])
+
+
+def _show(arguments):
+    from ..data.making.show import show
+
+    names = ("samples", "read", "model", "stage", "resolution", "seed")
+    options = {name: getattr(arguments, name) for name in names}
+    if arguments.model and arguments.stage == "align":
+        from ..conversion.target import load_target
+
+        options["target_tokenizer"] = load_target(arguments.target or arguments.model)[1]
+    path, summary = show(arguments.line, arguments.output, **options)
+    print(path)
+    if arguments.action == "show":
+        print(summary)
 
 
 def _share(arguments):

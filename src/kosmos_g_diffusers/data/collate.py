@@ -69,6 +69,13 @@ class _Prompts:
         return batch
 
 
+def put_image_first(sample: Sample) -> tuple[str | PIL.Image.Image, ...]:
+    """What stage 1 reads of a sample: of a captioned image the image, then its caption; else the prompt."""
+    if sample.target is not None and sample.prompt == (sample.caption,):
+        return (sample.target, *sample.prompt)
+    return sample.prompt
+
+
 class PretrainCollate:
     """Stage 1, next-token prediction over text, captioned images and interleaved documents.
 
@@ -89,10 +96,7 @@ class PretrainCollate:
         self.prompts = _Prompts(processor, max_text_tokens)
 
     def prepare(self, sample: Sample, generator: torch.Generator) -> Row:
-        prompt = sample.prompt
-        if sample.target is not None and prompt == (sample.caption,):
-            prompt = (sample.target, sample.caption)
-        row = self.prompts.prepare(sample.key, prompt)
+        row = self.prompts.prepare(sample.key, put_image_first(sample))
         tokenizer = self.prompts.processor.tokenizer
         following = [*row["ids"][1:], tokenizer.eos_token_id]
         of_image = [*row["slots"][1:], False]

@@ -1,18 +1,24 @@
 """Images in folders with text files next to them, as kohya's scripts have them, as a source of samples."""
 
+import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from .recipes import WORD_DROPOUT, sample_of_uses
-from .sample import IMAGE_LENGTH, BadSample, Sample, decode_image, decode_text, printable
+from ..files import first_line, hash_bytes
+from .recipes import BACKGROUND, WORD_DROPOUT
+from .records import Record
+from .sample import MOST_IMAGE_BYTES, BadSample, Sample, decode_text, printable
+from .uses import Uses, find_field
 
 GROUP = 10_000  # files that are shuffled together
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 CAPTION_SUFFIXES = (".txt", ".caption")
+JSON_SUFFIX = ".json"
 MOST_TEXT_BYTES = 1024**2
-TEXT_USES, IMAGE_USES = ("caption", "edit", "input", "prompt"), ("source", "image")
 
 
 class FolderSource:
@@ -21,18 +27,20 @@ class FolderSource:
     Args:
         folder: with folders inside or not; hidden files are left out.
         name: for messages; None takes the folder's.
-        uses: use -> ending of its file's name, such as {"image": "_after.png", "source": "_before.png", "edit": ".txt"}. Without
-            any, every image has its caption in `.txt` or `.caption`. `images` of a prompt are endings with commas between them.
+        uses: use -> ending of its file's name, such as {"image": "_after.png", "source": "_before.png", "edit": ".txt"}, or a
+            field of a JSON file, ".json.edit". Without any, every image has its caption in `.txt` or `.caption`.
         word_dropout: probability that an edit loses the words of what its source shows.
+        background, cache_dir: as in `TsvSource`.
 
     Raises:
-        ValueError: there is no such folder, or no image in it; uses that do not go together.
+        ValueError: there is no such folder, or no image in it.
     """
 
     name: str
     folder: Path
-    uses: dict[str, str]
+    uses: Uses
     word_dropout: float
+    background: float
     keys: list[str]
     groups: Sequence[int]
 
@@ -41,20 +49,25 @@ class FolderSource:
         folder: str | Path,
         *,
         name: str | None = None,
-        uses: dict[str, str] | None = None,
+        uses: Uses | None = None,
         word_dropout: float = WORD_DROPOUT,
+        background: float = BACKGROUND,
+        cache_dir: str | Path | None = None,
     ):
-        self.folder, self.uses, self.word_dropout = Path(folder).expanduser(), uses or {}, word_dropout
+        self.cache_dir = cache_dir
+        self.folder, self.uses = Path(folder).expanduser(), uses or Uses({"image": ""})
+        self.word_dropout, self.background = word_dropout, background
         self.name = name or str(folder)
         if not self.folder.is_dir():
             raise ValueError(f"No data found: there is no folder {str(folder)!r}.")
-        endings = (self.uses["image"],) if "image" in self.uses else IMAGE_SUFFIXES
+        ending = self.uses.names.get("image", "")
+        endings = (ending,) if ending else IMAGE_SUFFIXES
         self.keys = sorted(
             os.path.relpath(os.path.join(place, file), self.folder)
             for place, folders, files in os.walk(self.folder)
             if not _hide(folders)
             for file in files
-            if file[0] != "." and (file.endswith(endings) if self.uses else file.lower().endswith(endings))
+            if file[0] != "." and (file.endswith(endings) if ending else file.lower().endswith(endings))
         )
         if not self.keys:
             raise ValueError(f"No data found: no file below {str(folder)!r} ends in {', '.join(endings)}.")
@@ -63,53 +76,75 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def identify(self, first: int, last: int) -> tuple[Any, ...]:
+        """What the lengths of these samples depend on: their names. That a text has changed since is not looked at."""
+        names = hash_bytes("\n".join(self.keys[first:last]).encode("utf-8", "surrogateescape"))
+        return (self.folder.resolve(), sorted(self.uses.all_names), first, names)
+
     def length(self, index: int) -> int:
-        base, size = self._base(index), 0
-        for use in TEXT_USES:
-            file = self._file(base, use)
-            size += file.stat().st_size if file is not None and file.is_file() else 0
-        return size + IMAGE_LENGTH * (("source" in self.uses) + len(self._endings("images")))
+        """From the sizes of the files: nothing is read."""
+        base, texts = self._base(index), {}
+        for use, name in self._text_names(base).items():
+            file = _file_of(base, name)[0]
+            texts[use] = " " * (file.stat().st_size if file.is_file() else 0)
+        return self.uses.length(texts)
 
     def read(self, index: int, rng: Random) -> Sample:
+        return self.record(index).make_sample(rng, self.word_dropout, self.background)
+
+    def record(self, index: int) -> Record:
+        """Sample number `index` as it is stored. Raises BadSample."""
         base, key = self._base(index), printable(f"{self.folder.name}/{self.keys[index]}")
-        texts = {use: self._text(base, use, key) for use in TEXT_USES if use in self.uses or use == "caption"}
-        target = self._image(self.folder / self.keys[index], key)
-        source = self._image(Path(base + self.uses["source"]), key) if "source" in self.uses else None
-        images = [self._image(Path(base + ending), key) for ending in self._endings("images")]
-        return sample_of_uses(key, texts, target, rng, source, images, word_dropout=self.word_dropout)
+        texts = {use: self._text(base, name, key) for use, name in self._text_names(base).items()}
+        self.uses.check_score(key, [self._text(base, name, key) for name in self.uses.scores])
+        target = {"image": self.folder / self.keys[index]}
+
+        def picture(use):
+            return partial(_read_image, target.get(use) or Path(base + self.uses.names[use]), key)
+
+        def pictures():
+            return [partial(_read_image, Path(base + ending), key) for ending in self.uses.images]
+
+        return self.uses.make_record(key, texts, picture, pictures)
 
     def _base(self, index):
         """Path of a sample without the ending of its image."""
-        path = str(self.folder / self.keys[index])
-        return path.removesuffix(self.uses["image"]) if "image" in self.uses else os.path.splitext(path)[0]
+        path, ending = str(self.folder / self.keys[index]), self.uses.names.get("image", "")
+        return path.removesuffix(ending) if ending else os.path.splitext(path)[0]
 
-    def _endings(self, use):
-        return [ending for ending in self.uses.get(use, "").split(",") if ending]
+    def _text_names(self, base):
+        """Use -> ending of each text; without any, the caption's that is there."""
+        if self.uses.texts:
+            return self.uses.texts
+        return {"caption": next((end for end in CAPTION_SUFFIXES if Path(base + end).is_file()), ".txt")}
 
-    def _file(self, base, use):
-        if use in self.uses:
-            return Path(base + self.uses[use]) if self.uses[use] else None
-        if use != "caption" or "edit" in self.uses or "prompt" in self.uses:
-            return None
-        files = [Path(base + ending) for ending in CAPTION_SUFFIXES]
-        return next((file for file in files if file.is_file()), files[0])
-
-    def _text(self, base, use, key):
-        file = self._file(base, use)
-        if file is None:
-            return None
+    def _text(self, base, name, key):
+        file, field = _file_of(base, name)
         try:
             if file.stat().st_size > MOST_TEXT_BYTES:
                 raise BadSample("row", f"{key} has a {file.name} of over {MOST_TEXT_BYTES:,} bytes")
-            return decode_text(file.read_bytes(), key)
+            text = decode_text(file.read_bytes(), key)
+            return text if field is None else find_field(json.loads(text), field)
         except OSError as error:
             raise BadSample("caption", f"{key} has no {file.name} ({error.strerror})") from error
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError) as error:
+            raise BadSample(
+                "row", f"{key} has no {field} in its {file.name} ({first_line(error)})"
+            ) from error
 
-    def _image(self, file, key):
-        try:
-            return decode_image(file.read_bytes(), key)
-        except OSError as error:
-            raise BadSample("image", f"{key} has no {file.name} ({error.strerror})") from error
+
+def _file_of(base, name):
+    """(file, field of its JSON or None) of the ending of a text."""
+    ending, json_suffix, field = name.partition(f"{JSON_SUFFIX}.")
+    return (Path(f"{base}{ending}{JSON_SUFFIX}"), field) if json_suffix else (Path(base + name), None)
+
+
+def _read_image(file, key):
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(MOST_IMAGE_BYTES + 1)
+    except OSError as error:
+        raise BadSample("image", f"{key} has no {file.name} ({error.strerror})") from error
 
 
 def _hide(folders):

@@ -15,6 +15,7 @@ import torch
 import torch.utils.data
 
 from ..files import hash_bytes
+from .lengths import Lengths
 from .sample import BadSample, FilteredSample, Sample, Source
 
 
@@ -105,6 +106,7 @@ class MixtureDataset(torch.utils.data.Dataset[dict[str, Any]]):
             EndlessOrder(source.groups, stream_seed(self.seed, "order", number), shuffle_window)
             for number, source in enumerate(self.sources)
         ]
+        self._lengths = [Lengths(*pair) for pair in zip(self.sources, self.orders, strict=True)]
         self._schedule_blocks = Memo(self._draw_schedule, 4)
         # batches of each source before block b
         self._counts_before = [np.zeros(len(self.sources), dtype=np.int64)]
@@ -162,27 +164,31 @@ class MixtureDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """(W, G) positions: each row a batch of samples of like length."""
         size = self.batch_size * self.num_processes * self.bucket_window
         positions = np.arange(window * size, (window + 1) * size)
-        lengths = [self._length(source, position) for position in positions.tolist()]
+        lengths = self._lengths[source].take(self.orders[source].take(positions))
         batches = positions[np.argsort(lengths, kind="stable")].reshape(self.bucket_window, -1)
         return np.random.default_rng(stream_seed(self.seed, "buckets", source, window)).permutation(batches)
 
-    def _length(self, source, position):
-        try:
-            return self.sources[source].length(self.orders[source][position])
-        except BadSample:  # counted when it is read
-            return 0
+    def draw(self, source: int, position: int, attempt: int = 0) -> tuple[Sample, dict[str, Any]]:
+        """The sample at a position of a source's order, or its replacement number `attempt`, and the row that is made of it.
+
+        Raises:
+            BadSample: it cannot be used.
+        """
+        # the seeds hold the position, not the index: a sample is varied anew in every epoch
+        rng = random.Random(stream_seed(self.seed, "sample", source, position, attempt))
+        chosen = self.sources[source]
+        index = self.orders[source][position] if attempt == 0 else rng.randrange(len(chosen))
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "training", source, position))
+        sample = chosen.read(index, rng)
+        return sample, self.collates[source].prepare(sample, generator)
 
     def _prepare(self, number, position, skipped):
         """(key, row) of the sample at a position, or of the first of its replacements that can be used."""
         source, first_error = self.sources[number], None
         for attempt in count():
-            # the seeds hold the position, not the index: a sample is varied anew in every epoch
-            rng = random.Random(stream_seed(self.seed, "sample", number, position, attempt))
-            index = self.orders[number][position] if attempt == 0 else rng.randrange(len(source))
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, "training", number, position))
             try:
-                sample = source.read(index, rng)
-                return sample.key, self.collates[number].prepare(sample, generator)
+                sample, row = self.draw(number, position, attempt)
+                return sample.key, row
             except BadSample as error:
                 skipped.append(error)
                 first_error = first_error or error
@@ -287,6 +293,20 @@ class EndlessOrder:
         window = int(windows[np.searchsorted(before, rest, side="right") - 1])
         first = int(before[np.searchsorted(windows, window)])
         return int(self._window(epoch, window)[rest - first])
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """The indices at many positions, int64."""
+        epochs, rests = np.divmod(positions, self.total)
+        found = np.empty(len(positions), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            _, before, windows = self._epoch(epoch)
+            of_epoch = np.flatnonzero(epochs == epoch)
+            of_window = windows[np.searchsorted(before, rests[of_epoch], side="right") - 1]
+            for window in np.unique(of_window).tolist():
+                chosen = of_epoch[of_window == window]
+                first = int(before[np.searchsorted(windows, window)])
+                found[chosen] = self._window(epoch, window)[rests[chosen] - first]
+        return found
 
     def _shuffle_groups(self, epoch):
         """(groups in the epoch's order, samples before each, number of the window each belongs to)."""

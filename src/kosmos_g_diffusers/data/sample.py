@@ -170,12 +170,11 @@ def decode_image(data: bytes, key: str) -> PIL.Image.Image:
         raise BadSample("image", f"{key} has an image that cannot be read ({error})") from error
 
 
-def decode_base64_image(text: bytes, key: str) -> PIL.Image.Image:
-    """As `decode_image`, from base64 text (bytes)."""
+def decode_base64(text: bytes, key: str) -> bytes:
+    """Base64 text (bytes) of an image file -> its bytes. Raises BadSample ("image")."""
     if len(text) > MOST_IMAGE_BYTES // 3 * 4:
         raise BadSample("image", f"{key} has an image of {len(text):,} base64 characters, which is too many")
     try:
-        data = base64.b64decode(text, validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadSample("image", f"{key} has an image that is not base64 ({error})") from error
-    return decode_image(data, key)

@@ -71,3 +71,24 @@ class EditSettings:
         if missing:
             raise ValueError(f"No column was given for {', '.join(missing)}. Needed: edit, source and image.")
         check_value("size", self.size, int, low=8, high=8192)
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """What is imported, and what is left out. Kept in the manifest; a resumed run needs the same.
+
+    Raises:
+        TypeError, ValueError: a value of another type, or out of its range.
+    """
+
+    source: str  # a name of the table of public sets, or a line
+    limit: int | None = None  # samples of the source that are looked at, from its beginning
+    min_side: int = 0  # pixels; images to draw with a smaller side are left out
+    min_score: float | None = None
+    samples_per_shard: int = 1000
+
+    def __post_init__(self) -> None:
+        check_value("min_side", self.min_side, int, low=0, high=100_000)
+        check_value("samples_per_shard", self.samples_per_shard, int, low=1, high=1_000_000)
+        if self.limit is not None:
+            check_value("limit", self.limit, int, low=1, high=10**12)

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -88,6 +89,17 @@ class ShardFiles:
         for number in tqdm(missing, f"{self.where}: counting", disable=len(missing) < 2, delay=SHORT):
             self._samples[self.urls[number]] = self._count(number)
         return [self._samples[url] for url in self.urls]
+
+    def identify(self, number: int) -> tuple[Any, ...] | None:
+        """What tells a shard from what it was before: of local ones place, size and time, else what is listed of it. None if it is gone."""
+        url = self.urls[number]
+        if self.remote:
+            return (url, *sorted(self._listed(url).items()))
+        try:
+            stat = os.stat(url)
+        except OSError:
+            return None
+        return (os.path.abspath(url), stat.st_size, stat.st_mtime_ns, self._samples.get(url))
 
     def index(self, number: int) -> "list[TarSample]":
         """The samples of a shard, see `index_tar`. Raises BadSample ("shard")."""
@@ -202,17 +214,21 @@ class ShardFiles:
             stat = self._use(number, os.stat)
             identity = (os.path.abspath(self.urls[number]), stat.st_size, stat.st_mtime_ns)
             cached = cache_path(self.cache_dir, "counts", *identity, suffix=".json")
-            try:
+            with suppress(OSError, ValueError):
                 return int(cached.read_text())
-            except (OSError, ValueError):
+            try:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(f"{cached}.lock"):  # of many processes one counts, the others wait for it
+                    with suppress(OSError, ValueError):
+                        return int(cached.read_text())
+                    samples = len(self.index(number))
+                    write_text(cached, str(samples))
+            except OSError as error:  # costs time only
+                logger.warning("Counts of samples are not kept in %s (%s).", self.cache_dir, error)
                 samples = len(self.index(number))
         except BadSample as error:
             logger.warning("%s", error.message)
             return 1
-        try:
-            write_text(cached, str(samples))
-        except OSError as error:  # costs time only
-            logger.warning("Counts of samples are not kept in %s (%s).", self.cache_dir, error)
         return samples
 
     # Fetching ------------------------------------------------------------------------------------------------------

@@ -4,14 +4,14 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import PIL.Image
 
-from ..files import write_text, written_atomically
+from ..files import write_bytes, written_atomically
 from .recipes import check_caption
 from .shard_files import INDEX_NAME, index_tar
 
@@ -156,16 +156,39 @@ class ShardWriter:
         return buffer.getvalue()
 
     def _write_shard(self):
-        path = self.folder / f"{self.prefix}-{self._number:06d}.tar"
-        with written_atomically(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for key, members in self._pending:
-                for name, data in members.items():
-                    member = tarfile.TarInfo(f"{key}.{name}")  # time 0: the same samples give the same bytes
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        write_shard(self.folder / f"{self.prefix}-{self._number:06d}.tar", self._pending)
         self.written += len(self._pending)
         self._number += 1
         self._pending = []
+
+
+def write_shard(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Write a shard atomically: of each sample its key and members, ending -> bytes. The same samples give the same bytes."""
+    with written_atomically(path) as file:
+        pack_shard(file, samples)
+
+
+def pack_shard(file: BinaryIO, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """As `write_shard`, into an open file."""
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for key, members in samples:
+            for name, data in members.items():
+                member = tarfile.TarInfo(f"{key}.{name}")  # time 0
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def pack_shard_bytes(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
+    """The bytes of a shard, see `write_shard`."""
+    buffer = io.BytesIO()
+    pack_shard(buffer, samples)
+    return buffer.getvalue()
+
+
+def pack_index(shards: Sequence[Mapping[str, Any]]) -> bytes:
+    """The bytes of a shards.json of shards with their `url`, `nsamples` and `filesize`."""
+    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": list(shards)}
+    return json.dumps(index, indent=1).encode("utf-8")
 
 
 def write_shard_index(folder: str | Path) -> Path:
@@ -182,8 +205,7 @@ def write_shard_index(folder: str | Path) -> Path:
         {"url": shard.name, "nsamples": len(index_tar(shard)), "filesize": shard.stat().st_size}
         for shard in shards
     ]
-    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}
-    write_text(folder / INDEX_NAME, json.dumps(index, indent=1))
+    write_bytes(folder / INDEX_NAME, pack_index(listed))
     return folder / INDEX_NAME
 
 

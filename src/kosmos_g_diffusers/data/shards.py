@@ -2,37 +2,28 @@
 
 import json
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from ..files import first_line
-from .recipes import (
-    BACKGROUND,
-    WORD_DROPOUT,
-    caption_sample,
-    check_caption,
-    composition_sample,
-    edit_sample,
-    sample_of_uses,
-)
-from .sample import IMAGE_LENGTH, BadSample, Sample, clean_text, decode_image, decode_text
+from .recipes import BACKGROUND, WORD_DROPOUT
+from .records import ReadImage, Record
+from .sample import IMAGE_LENGTH, BadSample, Sample, decode_text
 from .shard_files import INDEX_NAME, ShardFiles, TarSample
+from .uses import Uses, find_field
 
 logger = logging.getLogger(__name__)
 
 MOST_RECORD_BYTES = 1024**2
-MOST_PARTS = 64  # images and texts of a prompt, pairs of an edit, entities of a composition
 INDEXED_SAMPLES = 262_144  # of the shards whose index is kept; a shuffle window has to fit
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
-TEXTS = ("caption", "edit", "input", "prompt")  # uses of a line
-IMAGE_NAME = re.compile(r"[0-9]{1,3}(\.[a-z]+)?")
+CAPTIONS = ("txt", "caption")  # endings of text alone
 
 
 class ShardSource:
@@ -44,8 +35,7 @@ class ShardSource:
         word_dropout, background: as in `TsvSource`.
         cache_dir: folder for fetched shards and for counts.
         cache_bytes: fetched shards beyond it are deleted, the longest unused first; None keeps all.
-        uses: of shards with other names: use -> member, such as {"source": "original_image.jpg", "image": "edited_image.jpg",
-            "edit": "edit_prompt.txt"}, or a field of a JSON member, "json.edit". `images` are members with commas between them.
+        uses: of shards with other names: what their members are to us, or fields of a JSON member (json.edit); None reads our layout.
 
     Raises:
         ValueError: no data found, or shards missing that shards.json names.
@@ -54,7 +44,7 @@ class ShardSource:
     name: str
     word_dropout: float
     background: float
-    uses: dict[str, str]
+    uses: Uses | None
     files: ShardFiles
     groups: Sequence[int]
 
@@ -67,9 +57,9 @@ class ShardSource:
         background: float = BACKGROUND,
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
-        uses: dict[str, str] | None = None,
+        uses: Uses | None = None,
     ):
-        self.uses = {use: name.removeprefix(".") for use, name in (uses or {}).items()}
+        self.uses = uses
         self.name = name or "shards"
         self.word_dropout, self.background = word_dropout, background
         self.files = ShardFiles(where, cache_dir=cache_dir, cache_bytes=cache_bytes)
@@ -85,77 +75,52 @@ class ShardSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def cache_dir(self) -> Path:
+        return self.files.cache_dir
+
+    def identify(self, first: int, last: int) -> tuple[Any, ...] | None:
+        """What the lengths of these samples, of one shard, depend on; None if it cannot be read."""
+        number = int(np.searchsorted(self._ends, first, side="right"))
+        uses = None if self.uses is None else sorted(self.uses.all_names)
+        row = first - int(self._ends[number]) + self.groups[number]
+        facts = self.files.identify(number)
+        return None if facts is None else (*facts, uses, row, last - first)
+
     def length(self, index: int) -> int:
         """From the names and sizes of the members: the JSON is little more than the text."""
         members = self._locate(index)[1].members
-        if self.uses:
-            texts = {name.lower() for use, name in self.uses.items() if use in TEXTS}
-            text = sum(members.get(name, members.get(name.partition(".")[0], (0, 0)))[1] for name in texts)
-            return text + IMAGE_LENGTH * (("source" in self.uses) + len(_split(self.uses.get("images", ""))))
+        if self.uses is not None:
+            names = {name.removeprefix(".").lower() for name in self.uses.texts.values()}
+            sizes = [members.get(name, members.get(name.partition(".")[0], (0, 0)))[1] for name in names]
+            return self.uses.length({"caption": " " * sum(sizes)})
         images = len({name.partition(".")[0] for name in members if name[0].isdigit()})
         if any(name.startswith("0.source.") for name in members):
             images = 1  # of several pairs, one is drawn
-        text = sum(size for name, (_, size) in members.items() if name in ("json", "txt"))
+        text = sum(size for name, (_, size) in members.items() if name in ("json", *CAPTIONS))
         return text + IMAGE_LENGTH * images
 
     def read(self, index: int, rng: Random) -> Sample:
+        return self.record(index).make_sample(rng, self.word_dropout, self.background)
+
+    def record(self, index: int) -> Record:
+        """Sample number `index` as it is stored. Raises BadSample."""
         shard, sample = self._locate(index)
         members = Members(self.files, shard, sample)
         if sample.problem:
             raise BadSample("shard", f"{members.key} {sample.problem}")
-        if self.uses:
-            return self._read_uses(members, rng)
-        record = members.record()
-        if "prompt" in record:
-            return self._read_prompt(record, members)
-        if "edit" in record:
-            return self._read_edit(record, members, rng)
-        if "entities" in record:
-            return self._read_composition(record, members, rng)
-        return caption_sample(members.key, record.get("caption"), members.target())
+        if self.uses is None:
+            return Record(members.key, members.content(), members.images())
+        texts = {use: members.text(name) for use, name in self.uses.texts.items()}
+        self.uses.check_score(members.key, [members.text(name) for name in self.uses.scores])
 
-    def _read_uses(self, members, rng):
-        texts = {use: members.text(self.uses[use]) for use in TEXTS if self.uses.get(use)}
-        target, source = (
-            members.member_image(self.uses[use]) if self.uses.get(use) else None
-            for use in ("image", "source")
-        )
-        images = [members.member_image(name) for name in _split(self.uses.get("images", ""))]
-        return sample_of_uses(members.key, texts, target, rng, source, images, word_dropout=self.word_dropout)
+        def picture(use):
+            return partial(members.read_image, self.uses.names[use])
 
-    def _read_composition(self, record, members, rng):
-        key, caption, entities = members.key, record.get("caption"), record["entities"]
-        sound = isinstance(entities, list) and all(isinstance(words, str) for words in entities)
-        if not sound or len(entities) > MOST_PARTS:
-            raise BadSample("row", f"{key}: entities is not a list of at most {MOST_PARTS} strings")
-        target, chances = members.target(), (self.word_dropout, self.background)
-        return composition_sample(key, caption, entities, members.entity, target, rng, *chances)
+        def pictures():
+            return [partial(members.read_image, name) for name in self.uses.images]
 
-    def _read_prompt(self, record, members):
-        parts, prompt = record["prompt"], []
-        if not isinstance(parts, list) or not 0 < len(parts) <= MOST_PARTS:
-            raise BadSample("row", f"{members.key}: prompt is not a list of 1 to {MOST_PARTS} parts")
-        for part in parts:
-            if isinstance(part, str):
-                prompt.append(clean_text(part, members.key))
-            elif isinstance(part, dict) and IMAGE_NAME.fullmatch(str(part.get("image"))):
-                prompt.append(members.image(str(part["image"])))
-            else:
-                raise BadSample("row", f'{members.key}: a prompt part is neither text nor {{"image": "0"}}')
-        caption = record.get("caption")
-        caption = check_caption(caption, members.key) if caption is not None else None
-        return Sample(members.key, tuple(prompt), members.target(), caption)
-
-    def _read_edit(self, record, members, rng):
-        pairs = 0
-        while members.has(f"{pairs}.source") and pairs < MOST_PARTS:
-            pairs += 1
-        if not pairs:
-            raise BadSample("row", f"{members.key} is an edit without the images 0.source and 0.target")
-        pair = rng.randrange(pairs)
-        source, target = members.image(f"{pair}.source"), members.image(f"{pair}.target")
-        words, edit, caption = record.get("input"), record["edit"], record.get("caption")
-        return edit_sample(members.key, words, edit, source, target, caption, rng, self.word_dropout)
+        return self.uses.make_record(members.key, texts, picture, pictures)
 
     def _locate(self, index):
         """(number of the shard, TarSample). Raises BadSample for the samples that a shard should have but does not."""
@@ -196,10 +161,6 @@ class ShardSource:
         return found
 
 
-def _split(names):
-    return [name.removeprefix(".") for name in names.split(",") if name]
-
-
 class Members:
     """The members of one sample of a shard, by name."""
 
@@ -212,25 +173,34 @@ class Members:
         self.files, self.shard, self.sample = files, shard, sample
         self.key = f"{files.names[shard]}:{sample.key}"
 
-    def record(self) -> dict[str, Any]:
-        """What the JSON says, a dict; of shards without JSON, the text as a caption."""
-        record, members = {}, self.sample.members
+    def content(self) -> dict[str, Any]:
+        """What the JSON says; of shards without JSON, the text as a caption. Raises BadSample."""
+        content, members = {}, self.sample.members
+        text = next((ending for ending in CAPTIONS if ending in members), None)
         if "json" in members:
-            try:
-                record = json.loads(self._bytes("json", MOST_RECORD_BYTES))
-            except (ValueError, RecursionError) as error:
-                raise BadSample("row", f"{self.key} has a .json that cannot be read ({error})") from error
-            if not isinstance(record, dict):
-                raise BadSample("row", f"{self.key}'s .json holds a {type(record).__name__}, not an object")
-        elif "txt" not in members:
+            content = self._json("json")
+            if not isinstance(content, dict):
+                raise BadSample("row", f"{self.key}'s .json holds a {type(content).__name__}, not an object")
+        elif text is None:
             endings = ", ".join(sorted(members)[:8])
             raise BadSample("row", f"{self.key} has neither .json nor .txt, only {endings}")
-        if record.get("caption") is None and "txt" in members:
-            record["caption"] = decode_text(self._bytes("txt", MOST_RECORD_BYTES), self.key)
-        return record
+        if content.get("caption") is None and text is not None:
+            content["caption"] = decode_text(self._bytes(text, MOST_RECORD_BYTES), self.key)
+        return content
+
+    def images(self) -> dict[str, ReadImage]:
+        """Name without the ending -> function that reads it, the image to draw first, then "0", "0.cutout", "1", ..."""
+        found = {}
+        for ending in IMAGE_ENDINGS:
+            for member in self.sample.members:
+                name, dot, last = member.rpartition(".")
+                if last == ending:
+                    found.setdefault(name, partial(self._bytes, member))
+        return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
     def text(self, name: str) -> Any:
         """A text member, or of "json.a.b" the field b of a of a JSON member. Raises BadSample."""
+        name = name.removeprefix(".")
         member, _, field = name.partition(".")
         if name.lower() in self.sample.members:
             return decode_text(self._bytes(name.lower(), MOST_RECORD_BYTES), self.key)
@@ -239,49 +209,33 @@ class Members:
                 "row", f"{self.key} has no .{name}, only {', '.join(sorted(self.sample.members)[:8])}"
             )
         try:
-            value = json.loads(self._bytes(member, MOST_RECORD_BYTES))
-            for part in field.split("."):
-                value = value[part]
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            return find_field(self._json(member), field)
+        except (KeyError, IndexError, TypeError) as error:
             raise BadSample(
                 "row", f"{self.key} has no field {field} in its .{member} ({first_line(error)})"
             ) from error
-        return value
 
-    def member_image(self, name: str) -> PIL.Image.Image:
-        """The image of a member's whole name. Raises BadSample."""
-        if name.lower() not in self.sample.members:
+    def read_image(self, name: str) -> bytes:
+        """The bytes of a member by its whole name. Raises BadSample."""
+        name = name.removeprefix(".").lower()
+        if name not in self.sample.members:
             raise BadSample(
                 "image", f"{self.key} has no .{name}, only {', '.join(sorted(self.sample.members)[:8])}"
             )
-        return decode_image(self._bytes(name.lower()), self.key)
+        return self._bytes(name)
 
-    def has(self, name: str) -> bool:
-        return self._find(name) is not None
-
-    def image(self, name: str) -> PIL.Image.Image:
-        """The image NAME.jpg, NAME.png, ...; with the name "" the one that has none. Raises BadSample."""
-        member = self._find(name)
-        if member is None:
-            raise BadSample("image", f"{self.key} has no image {name} ({'|'.join(IMAGE_ENDINGS)})")
-        return decode_image(self._bytes(member), self.key)
-
-    def entity(self, number: int, whole: bool) -> PIL.Image.Image:
-        """An entity's image with its background (`whole`) or cut out; the other one where only that is there."""
-        first, second = (f"{number}", f"{number}.cutout") if whole else (f"{number}.cutout", f"{number}")
-        return self.image(second if self.has(second) and not self.has(first) else first)
-
-    def target(self) -> PIL.Image.Image | None:
-        """The image `target`, or the only one that has no name, as in shards made by img2dataset. None without."""
-        return next((self.image(name) for name in ("target", "") if self.has(name)), None)
-
-    def _find(self, name):
-        """The member that holds an image, or None."""
-        members = [f"{name}.{ending}".removeprefix(".") for ending in IMAGE_ENDINGS]
-        return next((member for member in members if member in self.sample.members), None)
+    def _json(self, member):
+        try:
+            return json.loads(self._bytes(member, MOST_RECORD_BYTES))
+        except (ValueError, RecursionError) as error:
+            raise BadSample("row", f"{self.key} has a .{member} that cannot be read ({error})") from error
 
     def _bytes(self, name, most=None):
         offset, size = self.sample.members[name]
         if most is not None and size > most:
             raise BadSample("row", f"{self.key} has a .{name} of {size:,} bytes; at most {most:,} are read")
         return self.files.read(self.shard, offset, size)
+
+
+def _order(name):
+    return name not in ("", "target"), len(name.partition(".")[0]), name

@@ -9,6 +9,7 @@ from .recipes import BACKGROUND, WORD_DROPOUT
 from .sample import Source
 from .shards import ShardSource
 from .tsv import LAYOUTS, TsvSource
+from .uses import USES, parse_uses
 
 FORMS = """Known forms:
   tsv:captions:PATH       LAION rows; PATH is a train.json, its folder, a .tsv file or a pattern
@@ -18,12 +19,11 @@ FORMS = """Known forms:
                           with ?image=SUFFIX&caption=SUFFIX, ... members of other names, or json.FIELD
   folder:PATH             images with .txt or .caption files next to them; ?image=SUFFIX&source=SUFFIX&edit=SUFFIX, ...
   datasets:NAME?image=COLUMN&caption=COLUMN   Hugging Face datasets, from the Hub or a folder; also split=, config=,
-                          revision=, data_dir=, data_files=; for edits edit=, source=, input= (columns), for prompts prompt=,
-                          images=, marks=omnigen|none; score=COLUMN&min_score=N
+                          revision=, data_dir=, data_files=, root=, streaming=true
+Uses: image=, caption=; of edits edit=, source=, input=; of prompts prompt=, images=, marks=omnigen|none; of documents texts=,
+images=, places=; of compositions boxes= or entities=; split_image=left|right, split_border=; score=&min_score=N.
 docs/data.md describes them."""
-FILE_USES = "image caption edit source input prompt images".split()
-DATASET_OPTIONS = "split config revision data_dir data_files image caption edit source input".split()
-DATASET_OPTIONS += "prompt images marks score min_score".split()
+DATASET_OPTIONS = (*"split config revision data_dir data_files root streaming cache_gib".split(), *USES)
 
 
 def build_source(
@@ -59,7 +59,7 @@ def build_source(
         return ShardSource(where, name=spec.partition("?")[0], cache_bytes=cache_bytes, uses=uses, **common)
     if form == "folder" and rest:
         where, uses = _split_uses(spec, rest)
-        return FolderSource(where, name=spec, uses=uses, word_dropout=word_dropout)
+        return FolderSource(where, name=spec, uses=uses, **common)
     if form == "datasets" and rest:
         name, _, query = rest.partition("?")
         options = dict(parse_qsl(query, keep_blank_values=True))
@@ -73,25 +73,20 @@ def build_source(
                 f"{spec!r} has the unknown options {', '.join(unknown)}. Known: {', '.join(DATASET_OPTIONS)}."
             )
         if name:
-            return HubDatasetSource.load(name, word_dropout=word_dropout, **options)
+            chances = {"word_dropout": word_dropout, "background": background}
+            return HubDatasetSource.load(name, cache_dir=cache_dir, **chances, **options)
     raise ValueError(f"{spec!r} is not a source of training data.\n{FORMS}")
 
 
 def _split_uses(spec, rest):
-    """(path or URL, use -> ending) of what follows a form; the rest of a URL's query stays its own."""
+    """(path or URL, Uses or None) of what follows a form; the rest of a URL's query stays its own."""
     where, _, query = rest.partition("?")
-    pairs = parse_qsl(query, keep_blank_values=True)
-    uses = {use: ending for use, ending in pairs if use in FILE_USES}
+    uses = {use: name for use, name in parse_qsl(query, keep_blank_values=True) if use in USES}
     if not uses:
-        return rest, {}
-    own = "&".join(part for part in query.split("&") if part.partition("=")[0] not in FILE_USES)
-    edits = {"edit", "source", "image"}
-    if "edit" in uses and not edits <= set(uses):
-        raise ValueError(f"{spec!r} has an edit: it needs the endings {', '.join(sorted(edits))}.")
-    if ("prompt" in uses) != ("images" in uses) or {"edit", "prompt"} <= set(uses):
-        raise ValueError(f"{spec!r}: a prompt needs the endings prompt and images, and is not an edit.")
-    if not {"caption", "edit", "prompt"} & set(uses):
+        return rest, None
+    own = "&".join(part for part in query.split("&") if part.partition("=")[0] not in USES)
+    if not {"caption", "edit", "prompt", "texts"} & {use for use, name in uses.items() if name}:
         raise ValueError(
             f"{spec!r} names no text. Pass caption=, edit= or prompt= with the ending of its file."
         )
-    return f"{where}?{own}" if own else where, uses
+    return f"{where}?{own}" if own else where, parse_uses(repr(spec), uses)

@@ -4,16 +4,20 @@ import glob
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ..files import cache_path, default_cache_dir, read_json, written_atomically
 from ..quiet import SHORT
-from .recipes import BACKGROUND, WORD_DROPOUT, caption_sample, composition_sample, edit_sample
-from .sample import IMAGE_LENGTH, BadSample, FilteredSample, Sample, decode_base64_image, find_encoding
+from .recipes import BACKGROUND, WORD_DROPOUT
+from .records import Record
+from .sample import IMAGE_LENGTH, BadSample, FilteredSample, Sample, decode_base64, find_encoding
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class TsvSource:
 
     kind: str
     name: str
+    cache_dir: Path
     word_dropout: float
     background: float
     min_side: int
@@ -75,17 +80,37 @@ class TsvSource:
         self.files = find_tsv_files(where)
         for file in self.files:
             self._check_first_row(file)
-        cache_dir = default_cache_dir() if cache_dir is None else cache_dir
+        self.cache_dir = Path(default_cache_dir() if cache_dir is None else cache_dir)
         files = tqdm(self.files, f"{self.name}: rows", disable=len(self.files) == 1, delay=SHORT)
-        self.offsets = [line_offsets(file, cache_dir) for file in files]
+        self.offsets = [line_offsets(file, self.cache_dir) for file in files]
         self.encodings = [encoding_of(file)[0] for file in self.files]
         self.groups = [len(offsets) - 1 for offsets in self.offsets]
         self._ends = np.cumsum(self.groups)
         if not len(self):
             raise ValueError(f"No data found: the {len(self.files)} TSV files at {where} hold no rows.")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # where lines begin lies in a file that workers map as well
+        mapped = [None if isinstance(offsets, np.memmap) else offsets for offsets in self.offsets]
+        return {**self.__dict__, "offsets": mapped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        pairs = zip(self.files, self.offsets, strict=True)
+        self.offsets = [line_offsets(file, self.cache_dir) if kept is None else kept for file, kept in pairs]
+
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def identify(self, first: int, last: int) -> tuple[Any, ...] | None:
+        """What the lengths of these rows, of one file, depend on; None if it cannot be read."""
+        number = int(np.searchsorted(self._ends, first, side="right"))
+        try:
+            stat = self.files[number].stat()
+        except OSError:
+            return None
+        row = first - int(self._ends[number]) + self.groups[number]
+        return (self.kind, self.files[number].resolve(), stat.st_size, stat.st_mtime_ns, row, last - first)
 
     def length(self, index: int) -> int:
         columns = self._read_row(index, TEXT_BYTES)[0]
@@ -96,34 +121,36 @@ class TsvSource:
         return len(columns[0]) + IMAGE_LENGTH * (columns[1].count(b",") + 1 if len(columns) > 1 else 0)
 
     def read(self, index: int, rng: Random) -> Sample:
+        return self.record(index).make_sample(rng, self.word_dropout, self.background)
+
+    def record(self, index: int) -> Record:
+        """Row number `index` as it is stored. Raises BadSample."""
         columns, file, line = self._read_row(index)
         key = f"{file.parent.name}/{file.name}:{line}"
         problem = self._column_problem(columns, file, line)
         if problem:
             raise BadSample("row", problem)
-        return getattr(self, f"_read_{self.kind}")(columns, key, rng)
-
-    def _read_captions(self, columns, key, rng):
-        caption = _text(columns[1], key)
-        sides = [int(side) for side in columns[3:5] if side.isdigit()]
-        if len(sides) == 2 and min(sides) < self.min_side:
-            raise FilteredSample("small", f"{key} is {sides[0]} x {sides[1]}, a side under {self.min_side}")
-        return caption_sample(key, caption, decode_base64_image(columns[2], key))
-
-    def _read_edits(self, columns, key, rng):
-        pair = 2 + 2 * rng.randrange((len(columns) - 2) // 2)
-        source, target = (decode_base64_image(column, key) for column in columns[pair : pair + 2])
-        words, edit = (_text(column, key) for column in columns[:2])
-        return edit_sample(key, words, edit, source, target, None, rng, self.word_dropout)
-
-    def _read_compositions(self, columns, key, rng):
-        def read_cutout(tag, whole):
-            return decode_base64_image(columns[3 + 2 * tag + (not whole)], key)
-
-        caption, tags = (_text(column, key) for column in columns[:2])
-        tags, target = [tag.strip() for tag in tags.split(",")], decode_base64_image(columns[2], key)
-        chances = (self.word_dropout, self.background)
-        return composition_sample(key, caption, tags, read_cutout, target, rng, *chances)
+        if self.kind == "captions":
+            sides = [int(side) for side in columns[3:5] if side.isdigit()]
+            if len(sides) == 2 and min(sides) < self.min_side:
+                message = f"{key} is {sides[0]} x {sides[1]}, a side under {self.min_side}"
+                raise FilteredSample("small", message)
+            content, names = {"caption": _text(columns[1], key)}, {"target": 2}
+        elif self.kind == "edits":
+            words, edit = (_text(column, key) for column in columns[:2])
+            content = {"input": words, "edit": edit}
+            names = {
+                f"{place // 2 - 1}.{'target' if place % 2 else 'source'}": place
+                for place in range(2, len(columns))
+            }
+        else:
+            caption, tags = (_text(column, key) for column in columns[:2])
+            content = {"caption": caption, "entities": [tag.strip() for tag in tags.split(",")]}
+            names = {"target": 2}
+            for tag in range(len(content["entities"])):
+                names |= {f"{tag}": 3 + 2 * tag, f"{tag}.cutout": 4 + 2 * tag}
+        images = {name: partial(decode_base64, columns[place], key) for name, place in names.items()}
+        return Record(key, content, images)
 
     def _read_row(self, index, most=None):
         """(columns as bytes, file, number of the line counted from 1) of row `index`, or of its first `most` bytes."""
@@ -205,22 +232,45 @@ def line_offsets(path: Path, cache_dir: str | Path) -> np.ndarray:
     width, unit = (1, np.uint8) if encoding == "utf-8" else (2, "<u2" if encoding == "utf-16-le" else ">u2")
     identity = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, *([encoding] if start else []))
     cached = cache_path(cache_dir, "lines", *identity, suffix=".npy")
+    offsets = _load_offsets(cached, stat.st_size)
+    if offsets is not None:
+        return offsets
     try:
-        offsets = np.load(cached)
-        if offsets.ndim == 1 and offsets.dtype == np.int64 and 0 <= offsets[-1] <= stat.st_size:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{cached}.lock"):  # of many processes one reads the file, the others wait for it
+            offsets = _load_offsets(cached, stat.st_size)
+            if offsets is None:
+                with written_atomically(cached) as file:
+                    np.save(file, _find_lines(path, stat.st_size, start, width, unit))
+                offsets = _load_offsets(cached, stat.st_size)
             return offsets
-    except (OSError, ValueError, EOFError, IndexError):  # not there yet, or damaged: found again
+    except OSError as error:  # a cache that cannot be written costs time only
+        logger.warning("The lines of %s are not kept in %s (%s).", path, os.fspath(cache_dir), error)
+        return _find_lines(path, stat.st_size, start, width, unit)
+
+
+def _load_offsets(cached, size):
+    """The beginnings of lines that are kept, mapped and not read; None if they are not there or damaged."""
+    try:
+        offsets = np.load(cached, mmap_mode="r")
+        if offsets.ndim == 1 and offsets.dtype == np.int64 and 0 <= offsets[-1] <= size:
+            return offsets
+    except (OSError, ValueError, EOFError, IndexError):  # found again
         pass
+    return None
+
+
+def _find_lines(path, size, start, width, unit):
     offsets = [np.array([start], dtype=np.int64)]
     with open(path, "rb") as file:
         file.seek(start)
-        for begin in range(start, stat.st_size, SCAN_BYTES):
+        for begin in range(start, size, SCAN_BYTES):
             block = file.read(SCAN_BYTES)
             block = np.frombuffer(block[: len(block) // width * width], dtype=unit)
             offsets.append((np.flatnonzero(block == ord("\n")) + 1) * width + begin)
         offsets = np.concatenate(offsets)
-        if offsets[-1] != stat.st_size:  # no newline behind the last line
-            offsets = np.append(offsets, stat.st_size)
+        if offsets[-1] != size:  # no newline behind the last line
+            offsets = np.append(offsets, size)
         while (
             len(offsets) > 1 and offsets[-1] - offsets[-2] <= 2 * width
         ):  # empty lines at the end are not rows
@@ -228,11 +278,6 @@ def line_offsets(path: Path, cache_dir: str | Path) -> np.ndarray:
             if file.read(2 * width).strip(b"\r\n\0"):
                 break
             offsets = offsets[:-1]
-    try:
-        with written_atomically(cached) as file:
-            np.save(file, offsets)
-    except OSError as error:  # a cache that cannot be written costs time only
-        logger.warning("The lines of %s are not kept in %s (%s).", path, os.fspath(cache_dir), error)
     return offsets
 
 

@@ -4,19 +4,21 @@ import base64
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
+import PIL.Image
 
 from ...files import check_output_file, written_atomically
 from ..recipes import interleave
 from ..sample import BadSample
-from ..shard_files import ShardFiles
-from ..shards import IMAGE_ENDINGS, Members
+from ..shards import ShardSource
 
 SHEET_NAME = "contact-sheet.html"
 THUMBNAIL = 160  # pixels of the longer side
 QUALITY = 80
+MOST_TEXT = 1000  # characters of a list of texts or a note
 
 # everything is in the page, and nothing that a text in it says is loaded or run
 PAGE: jinja2.Template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
@@ -30,11 +32,32 @@ img { display: block; border: 1px solid #aaa; background: #fff }
 figcaption, small { color: #666; font-size: 12px }
 mark { background: #fd6 }
 pre { white-space: pre-wrap }
+svg { background: #fff; margin: 0 1em 1em 0 }
+svg text { font: 11px sans-serif; fill: #111 }
+s { color: #a33 }
+.prompt img { display: inline-block; vertical-align: middle; margin: 2px }
 </style>
 <h1>{{ title }}</h1>
 {% if manifest %}<pre>{{ manifest }}</pre>{% endif %}
+{% for plot in plots %}
+<svg width="{{ plot.width }}" height="{{ plot.height }}" role="img" aria-label="{{ plot.title }}"><text x="4" y="14">{{ plot.title }}</text>
+{% for bar in plot.bars %}<rect x="{{ bar.x }}" y="{{ bar.y }}" width="{{ bar.width }}" height="{{ bar.height }}" fill="{{ bar.fill }}"><title>{{ bar.label }}</title></rect>
+{% endfor %}
+{% for mark in plot.marks %}<text x="{{ mark.x }}" y="{{ mark.y }}" text-anchor="{{ mark.anchor }}">{{ mark.text }}</text>
+{% endfor %}
+</svg>
+{% endfor %}
 {% for sample in samples %}
 <article><small>{{ sample.key }}</small>{{ sample.problem }}
+{% if sample.trained %}
+<div class="prompt"><small>prompt</small>
+{% for part in sample.trained.prompt %}{% if part.data %}<img src="data:image/jpeg;base64,{{ part.data }}" alt="">{% elif part.dropped %}<s>{{ part.text }}</s>{% else %}{{ part.text }}{% endif %}
+{% endfor %}
+<small>{{ sample.trained.length }}</small></div>
+{% if sample.trained.target %}<figure><img src="data:image/jpeg;base64,{{ sample.trained.target.data }}" alt=""><figcaption>to draw<br>{{ sample.trained.target.size }}</figcaption></figure>{% endif %}
+{% if sample.trained.caption %}<div><small>caption</small> {{ sample.trained.caption }}</div>{% endif %}
+<div><small>as it is stored</small></div>
+{% endif %}
 {% for name, parts in (sample.texts or {}).items() %}
 <div><small>{{ name }}</small>
 {% for plain, marked in parts %}{{ plain }}{% if marked %}<mark>{{ marked }}</mark>{% endif %}{% endfor %}</div>
@@ -61,60 +84,58 @@ def write_contact_sheet(where: str | Path, path: str | Path, samples: int = 100)
         ValueError: there are no shards, or no samples in them; the page cannot be written.
     """
     path = check_output_file(path)
-    files = ShardFiles(where)
-    counts = files.count()
-    total = sum(counts)
-    if not total or samples < 1:
+    source = ShardSource(where)
+    total = len(source)
+    if samples < 1:
         raise ValueError(f"{samples} of the {total} samples at {where} were asked for. Ask for at least one.")
-    ends = np.cumsum(counts)
     chosen = np.unique(np.linspace(0, total - 1, min(samples, total)).round().astype(int))
-    shown = []
-    for shard in range(len(files)):
-        first = int(ends[shard]) - counts[shard]
-        places = [int(number) - first for number in chosen if first <= number < ends[shard]]
-        if places:
-            shown += _describe_shard(files, shard, places)
+    shown = [describe_stored(source, int(index)) for index in chosen]
     manifest = Path(where) / "manifest.json"
-    page = PAGE.render(
-        title=f"{len(shown)} of {total:,} samples",
-        manifest=manifest.read_text(encoding="utf-8") if manifest.is_file() else None,
-        samples=shown,
-    )
+    text = manifest.read_text(encoding="utf-8") if manifest.is_file() else None
+    return write_page(path, f"{len(shown)} of {total:,} samples", shown, text)
+
+
+def write_page(
+    path: str | Path, title: str, samples: list[dict[str, Any]], text: str | None = None, plots: Any = ()
+) -> Path:
+    """Write the page of samples.
+
+    Args:
+        samples: as `describe_stored` describes them, with `trained` besides: what training reads of them.
+        text: shown above them.
+        plots: `Plot`s, shown above them.
+    """
+    page = PAGE.render(title=title, manifest=text, samples=samples, plots=plots)
     with written_atomically(path) as file:
         file.write(page.encode("utf-8", errors="replace"))
-    return path
+    return Path(path)
 
 
-def _describe_shard(files, shard, places):
-    """What the page shows of samples, as dicts of texts; what is left out of them shows nothing."""
+def describe_stored(source: Any, index: int) -> dict[str, Any]:
+    """What the page shows of a sample of a source as it is stored: texts, images, note, or what is wrong."""
     try:
-        samples = files.index(shard)
+        record = source.record(index)
     except BadSample as problem:
-        return [{"problem": problem}]
-    return [_describe(Members(files, shard, samples[place])) for place in places if place < len(samples)]
-
-
-def _describe(members):
-    try:
-        record = members.record()
-    except BadSample as problem:
-        return {"key": members.key, "problem": problem}
-    entities = record.get("entities")
+        return {"key": f"{source.name}:{index}", "problem": problem}
+    content, entities = record.content, record.content.get("entities")
     entities = [name for name in entities if isinstance(name, str)] if isinstance(entities, list) else []
-    texts = {name: record[name] for name in ("caption", "input", "edit") if isinstance(record.get(name), str)}
-    if "prompt" in record:
-        texts["prompt"] = json.dumps(record["prompt"])[:1000]
+    texts = {
+        name: content[name] for name in ("caption", "input", "edit") if isinstance(content.get(name), str)
+    }
+    for name in ("caption", "edit", "input", "prompt", "prompts", "boxes"):
+        if name in content and name not in texts:
+            texts[name] = json.dumps(content[name], ensure_ascii=False)[:MOST_TEXT]
     return {
-        "key": members.key,
+        "key": record.key,
         "texts": {name: _mark(text, entities if name == "caption" else []) for name, text in texts.items()},
-        "figures": [_describe_image(members, name, entities) for name in _image_names(members)],
-        "note": json.dumps(record.get("note"), ensure_ascii=False)[:500],
+        "figures": [_describe_image(record, name, entities) for name in record.images],
+        "note": json.dumps(content.get("note"), ensure_ascii=False)[:MOST_TEXT],
     }
 
 
 def _mark(caption, entities):
     """The caption as pairs: text, then an entity where training finds one."""
-    pairs, parts = [], interleave(caption, entities)
+    pairs, parts = [], interleave(caption, entities) or [caption]
     for part, following in zip(parts, [*parts[1:], ""], strict=True):
         if isinstance(part, str):
             name = "" if isinstance(following, str) else entities[following].lower()
@@ -123,23 +144,21 @@ def _mark(caption, entities):
     return pairs
 
 
-def _image_names(members):
-    """Names of the images: the one to draw first, then "0", "0.cutout", "1", ..."""
-    parts = (member.rpartition(".") for member in members.sample.members)
-    names = {name for name, _, ending in parts if ending in IMAGE_ENDINGS}
-    return sorted(names, key=lambda name: (name not in ("", "target"), len(name.partition(".")[0]), name))
-
-
-def _describe_image(members, name, entities):
+def _describe_image(record, name, entities):
     number, _, rest = name.partition(".")
     label = name or "target"
     if number.isdigit() and int(number) < len(entities):
         label = f"{entities[int(number)]}{' (' + rest + ')' if rest else ''}"
     try:
-        image = members.image(name)
+        return figure(record.image(name), label)
     except BadSample as problem:
         return {"label": label, "problem": problem.message}
+
+
+def figure(image: PIL.Image.Image, label: str) -> dict[str, str]:
+    """What the page shows of an image."""
     size = f"{image.width} x {image.height}"
+    image = image.copy()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY)

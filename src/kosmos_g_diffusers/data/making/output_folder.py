@@ -32,6 +32,7 @@ from .inputs import Input
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
+SKIPPED_SUFFIX = ".skipped.jsonl"
 FORMAT_VERSION = 1  # of the manifest
 EXAMPLES = 3  # messages kept for each cause
 MOST_SHOWN = 200  # characters of a setting in an error
@@ -99,11 +100,11 @@ class OutputFolder:
             ) from error
         try:
             with filelock.FileLock(self.folder / ".manifest.lock"):
-                self._check_manifest()
+                check_manifest(self.folder, self.command, self.settings)
             remove_partial_files(self.folder, f"{self.prefix}-*")  # of a run that was killed while writing
             self.done = self._read_done()
             self.writer = ShardWriter(self.folder, self.prefix, self.samples_per_shard)
-            self._skips = open(self.folder / f"{self.prefix}.skipped.jsonl", "ab+")
+            self._skips = open(self.folder / f"{self.prefix}{SKIPPED_SUFFIX}", "ab+")
         except BaseException:
             self._lock.release()
             raise
@@ -139,9 +140,7 @@ class OutputFolder:
 
     def skip(self, item: Input, problem: BadSample) -> None:
         """Note that nothing can be made of an input. It is not tried again."""
-        line = {"key": item.key, "source": item.source, "cause": problem.cause, "message": problem.message}
-        # backslashes for what is not ASCII: a message may hold what is not UTF-8
-        self._skips.write(json.dumps(line).encode() + b"\n")
+        self._skips.write(skipped_line(item.key, item.source, problem))
         self._skips.flush()
 
     def progress(self, inputs: Sequence[Input]) -> Any:
@@ -160,59 +159,15 @@ class OutputFolder:
         Raises:
             ValueError: all inputs were skipped.
         """
-        with filelock.FileLock(self.folder / ".manifest.lock"):
-            skipped = self._read_skipped()
-            if not any(self.folder.glob("*.tar")):
-                if self.num_processes == 1:
-                    raise ValueError(f"Nothing could be made of any input. {summarize(skipped)}")
-                logger.warning("No process has made a sample yet. %s", summarize(skipped))
-                return read_json(self.folder / MANIFEST_NAME)
-            index = read_json(write_shard_index(self.folder))
-            manifest = read_json(self.folder / MANIFEST_NAME)
-            manifest["shards"] = len(index["shardlist"])
-            manifest["samples"] = sum(shard["nsamples"] for shard in index["shardlist"])
-            manifest["skipped"] = dict(Counter(line["cause"] for line in skipped).most_common())
-            manifest["summary"] = summarize(skipped)
-            self._write_manifest(manifest)
-            if sheet_samples:
-                write_contact_sheet(self.folder, self.folder / SHEET_NAME, sheet_samples)
-        return manifest
+        if not any(self.folder.glob("*.tar")) and self.num_processes == 1:
+            raise ValueError(f"Nothing could be made of any input. {summarize(read_skipped(self.folder))}")
+        return finish_folder(self.folder, sheet_samples)
 
     # What is there ---------------------------------------------------------------------------------------------------
 
-    def _check_manifest(self):
-        path = self.folder / MANIFEST_NAME
-        if not path.is_file():
-            if any(self.folder.glob("*.tar")):
-                raise ValueError(
-                    f"{self.folder} holds shards but no {MANIFEST_NAME}: they were made by something else. Pass a new or "
-                    "empty folder."
-                )
-            manifest = {"format": FORMAT_VERSION, "command": self.command, "settings": self.settings}
-            return self._write_manifest(manifest | {"versions": package_versions()})
-        manifest = read_json(path)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
-            raise ValueError(f"{path} is not a manifest of format {FORMAT_VERSION}. Pass a new folder.")
-        there, ours = manifest.get("settings"), self.settings
-        if manifest.get("command") != self.command or not isinstance(there, dict):
-            raise ValueError(
-                f"{self.folder} was made by {manifest.get('command')!r}, not {self.command!r}. Pass another folder."
-            )
-        names = sorted(name for name in ours | there if ours.get(name) != there.get(name))
-        if names:
-            pairs = ((name, _short(there.get(name)), _short(ours.get(name))) for name in names)
-            differences = "; ".join(f"{name} {old} there, {new} now" for name, old, new in pairs)
-            raise ValueError(
-                f"What is in {self.folder} was made with other settings: {differences}. Pass the same to continue, or another "
-                "folder to begin anew."
-            )
-
-    def _write_manifest(self, manifest):
-        write_text(self.folder / MANIFEST_NAME, json.dumps(manifest, indent=1))
-
     def _read_done(self):
         """Keys of all inputs that any process has finished."""
-        done = {line["key"] for line in self._read_skipped()}
+        done = {line["key"] for line in read_skipped(self.folder)}
         shards = sorted(self.folder.glob("*.tar"))
         for shard in tqdm(shards, "reading what is done", unit="shard", disable=len(shards) < 100):
             try:
@@ -225,20 +180,103 @@ class OutputFolder:
             done.update(sample.key for sample in samples)
         return done
 
-    def _read_skipped(self):
-        """Lines of all skipped files, one a key. A line that was cut off by a kill counts for nothing."""
-        lines = {}
-        for path in sorted(self.folder.glob("*.skipped.jsonl")):
-            with open(path, "rb") as file:
-                for text in file:
-                    with suppress(ValueError, TypeError, KeyError, RecursionError):
-                        line = json.loads(text)
-                        lines[line["key"]] = {name: str(line[name]) for name in ("key", "cause", "message")}
-        return list(lines.values())
-
     def _ends_torn(self):
         self._skips.seek(-1, os.SEEK_END)
         return self._skips.read(1) != b"\n"
+
+
+def check_manifest(folder: Path, command: str, settings: Mapping[str, Any]) -> None:
+    """Begin a folder's manifest, or compare what is to be made with what it says.
+
+    Raises:
+        ValueError: settings differ from those in the folder, or shards of unknown origin are there.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file() and any(folder.glob("*.tar")):
+        raise ValueError(
+            f"{folder} holds shards but no {MANIFEST_NAME}: they were made by something else. Pass a new or empty folder."
+        )
+    there = path.read_bytes() if path.is_file() else None
+    manifest = begin_manifest(there, str(folder), command, settings)
+    if there is None:
+        _write_manifest(folder, manifest)
+
+
+def begin_manifest(
+    there: bytes | None, folder: str, command: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A new manifest, or the one that is there, if it was begun with the same settings.
+
+    Raises:
+        ValueError: it was not, or is not a manifest.
+    """
+    settings = json.loads(json.dumps(settings))
+    if there is None:
+        manifest = {"format": FORMAT_VERSION, "command": command, "settings": settings}
+        return manifest | {"versions": package_versions()}
+    manifest = None
+    with suppress(ValueError, RecursionError):
+        manifest = json.loads(there)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder}/{MANIFEST_NAME} is not a manifest of format {FORMAT_VERSION}. Pass a new folder."
+        )
+    before = manifest.get("settings")
+    if manifest.get("command") != command or not isinstance(before, dict):
+        raise ValueError(
+            f"{folder} was made by {manifest.get('command')!r}, not {command!r}. Pass another folder."
+        )
+    names = sorted(name for name in settings | before if settings.get(name) != before.get(name))
+    if names:
+        pairs = ((name, _short(before.get(name)), _short(settings.get(name))) for name in names)
+        differences = "; ".join(f"{name} {old} there, {new} now" for name, old, new in pairs)
+        raise ValueError(
+            f"What is in {folder} was made with other settings: {differences}. Pass the same to continue, or another folder to begin "
+            "anew."
+        )
+    return manifest
+
+
+def finish_folder(folder: Path, sheet_samples: int) -> dict[str, Any]:
+    """Write the list of shards, the contact sheet and the counts, of what is there by now; returns the manifest."""
+    with filelock.FileLock(folder / ".manifest.lock"):
+        skipped = read_skipped(folder)
+        if not any(folder.glob("*.tar")):
+            logger.warning("No process has made a sample yet. %s", summarize(skipped))
+            return read_json(folder / MANIFEST_NAME)
+        index = read_json(write_shard_index(folder))
+        manifest = read_json(folder / MANIFEST_NAME)
+        manifest["shards"] = len(index["shardlist"])
+        manifest["samples"] = sum(shard["nsamples"] for shard in index["shardlist"])
+        manifest["skipped"] = dict(Counter(line["cause"] for line in skipped).most_common())
+        manifest["summary"] = summarize(skipped)
+        _write_manifest(folder, manifest)
+        if sheet_samples:
+            write_contact_sheet(folder, folder / SHEET_NAME, sheet_samples)
+    return manifest
+
+
+def read_skipped(folder: Path) -> list[dict[str, str]]:
+    """Lines of all skipped files, one a key. A line that was cut off by a kill counts for nothing."""
+    lines = {}
+    for path in sorted(folder.glob(f"*{SKIPPED_SUFFIX}")):
+        with open(path, "rb") as file:
+            for text in file:
+                with suppress(ValueError, TypeError, KeyError, RecursionError):
+                    line = json.loads(text)
+                    lines[line["key"]] = {name: str(line[name]) for name in ("key", "cause", "message")}
+    return list(lines.values())
+
+
+def skipped_line(key: str, source: str, problem: BadSample) -> bytes:
+    """A line of a skipped file."""
+    line = {"key": key, "source": source, "cause": problem.cause, "message": problem.message}
+    # backslashes for what is not ASCII: a message may hold what is not UTF-8
+    return json.dumps(line).encode() + b"\n"
+
+
+def _write_manifest(folder, manifest):
+    write_text(folder / MANIFEST_NAME, json.dumps(manifest, indent=1))
 
 
 def summarize(skipped: Sequence[Mapping[str, str]]) -> str:
