@@ -26,6 +26,7 @@ from .commands import (
     evaluate,
     generate,
     init,
+    serve,
     show,
     train,
 )
@@ -39,6 +40,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     show,
     control,
     app,
+    serve,
     caption,
     data,
     train,

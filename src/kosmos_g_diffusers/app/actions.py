@@ -16,6 +16,7 @@ from ..serving import image_words
 from ..serving.errors import FieldError, at
 from ..serving.images import MAX_FILES, data_uri, image_file_size, open_shrunk
 from ..serving.job import finished_images
+from ..serving.limits import MAX_PROMPT
 from ..serving.models import Models
 from ..serving.service import Service
 from ..serving.session import Session
@@ -24,7 +25,7 @@ from ..sprites.pretrained import SPRITES_ONLY
 from ..sprites.world import IMAGE_SIZE
 from . import html as render
 from .blocks import caller
-from .form import MAX_PROMPT, NO_CONTROL, presets, read_control, read_values, restore_values
+from .form import NO_CONTROL, presets, read_control, read_values, restore_values
 
 BOARD_SIDE = 768  # pixels of an image to be painted on
 BUILTIN_NOTE = f"{SPRITES_ONLY} Start the app with a model (kosmos-g app --model) for more."

@@ -22,7 +22,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request, cookie_parser
 from starlette.responses import JSONResponse, StreamingResponse
 
-from ..serving.access import Application, Message, Receive, Refused, Send, address_of, refuse
+from ..serving.access import Application, Message, Receive, Refused, Send, address_of, answer_refused
 from ..serving.bodies import read_body, read_json_body, replay
 from ..serving.errors import unexpected
 from ..serving.passwords import Logins
@@ -96,7 +96,7 @@ class Guard:
         try:
             await self._answer(scope, receive, send_noting)
         except Refused as refused:
-            await refuse(refused, scope, receive, send)
+            await answer_refused(refused, scope, receive, send)
         except BrokenOff:
             pass
         except Exception as error:

@@ -16,6 +16,7 @@ from ..generation.schedulers import SCHEDULERS
 from ..serving.access import Access, Gate
 from ..serving.errors import clean
 from ..serving.images import MAX_BYTES, MAX_FILES
+from ..serving.limits import LIMITS, MAX_PROMPT
 from ..serving.models import NO_LORA, OWN
 from ..serving.passwords import Accounts, Logins
 from ..serving.service import Service
@@ -27,7 +28,7 @@ from .actions import Actions
 from .blocks import Blocks
 from .components import Files, Gallery, Image, Upload, board
 from .examples import photo_examples, sprite_examples
-from .form import CONTROL_FIELDS, CONTROL_SLOTS, LIMITS, MAX_PROMPT, NO_CONTROL, PRESETS, defaults
+from .form import CONTROL_FIELDS, CONTROL_SLOTS, NO_CONTROL, PRESETS, defaults
 from .guard import SESSIONS, Guard
 
 STYLE = (Path(__file__).parent / "static" / "page.css").read_text(encoding="utf-8")

@@ -131,7 +131,7 @@ def open_shrunk(path: str | Path | BinaryIO, field: str, side: int) -> PIL.Image
     return _decode(path, field, side)
 
 
-def open_square(path: str | Path, field: str, side: int) -> PIL.Image.Image:
+def open_square(path: str | Path | BinaryIO, field: str, side: int) -> PIL.Image.Image:
     """An image of a prompt as the model's processor cuts it, bit for bit: RGB, `side` pixels a side. Raises FieldError.
 
     Ten images of a prompt would take more than a gigabyte as they are.
