@@ -167,7 +167,7 @@ def test_loras_act_together_with_their_scales(photos, saved, build_pipe, tmp_pat
 
     loras = tmp_path / "loras"
     loras.mkdir()
-    with offering(wait=False) as app:
+    with offering() as app:
         unet = KosmosGPipeline.from_pretrained(app.folder).unet
     for seed, name in enumerate(("one", "two")):
         save_file(with_prefix(make_lora(unet, seed)), loras / f"{name}.safetensors")

@@ -41,6 +41,7 @@ def serving(
     toy=True,
     wait=True,
     controls=True,
+    mcp=False,
     **store,
 ):
     """A running app: `url`, `service`, `folder` (its output folder).
@@ -63,7 +64,7 @@ def serving(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    blocks = serve(service, controls=controls, port=port, auth=auth, block=False)
+    blocks = serve(service, controls=controls, port=port, auth=auth, block=False, mcp=mcp)
     try:
         if wait:
             wait_for(lambda: service.models.state == "ready")

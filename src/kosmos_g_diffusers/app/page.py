@@ -22,6 +22,7 @@ from ..serving.passwords import Accounts, Logins
 from ..serving.service import Service
 from ..serving.session import Session
 from ..serving.store import IMAGES, UPLOADS
+from ..serving.tool import Tool
 from ..serving.web import WebServer
 from ..sprites.pretrained import SPRITES_CONTROL
 from .actions import Actions
@@ -351,6 +352,7 @@ def serve(
     auth: tuple[str, str] | Mapping[str, str] | None = None,
     block: bool = True,
     allowed_hosts: Sequence[str] = (),
+    mcp: bool = False,
 ) -> gr.Blocks:
     """Start the page of a service, and then the service itself: the page answers before anything is loaded.
 
@@ -360,6 +362,7 @@ def serve(
         auth: (user, password), or {user: password or its hash}, or None.
         block: print the address, and wait for Ctrl-C.
         allowed_hosts: names that the app answers to, besides those of this machine and `host`.
+        mcp: also be a tool of the Model Context Protocol.
 
     Returns:
         gr.Blocks, with its address as `local_url`.
@@ -373,8 +376,9 @@ def serve(
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # gradio goes through all of them after every event
     gr.set_static_paths([IMAGES])  # served from where they are; other files would be copied first
     accounts = None if auth is None else Accounts(auth if isinstance(auth, Mapping) else dict([auth]))
-    blocks = Page(service, controls).blocks
-    application = _application(blocks, service, host, port, accounts, allowed_hosts)
+    page = Page(service, controls)
+    blocks, tool = page.blocks, Tool(page.actions.draw_for_tool) if mcp else None
+    application = _application(blocks, service, host, port, accounts, allowed_hosts, tool)
     try:
         blocks.server = server = WebServer(application, host, port, "127.0.0.1" if share else "")
     except OSError as error:
@@ -395,7 +399,7 @@ def serve(
     return blocks
 
 
-def _application(blocks, service, host, port, accounts, allowed_hosts):
+def _application(blocks, service, host, port, accounts, allowed_hosts, tool):
     """gradio's application of a page behind what guards it: gradio's own server would stand before its guards."""
     # the service has queues of its own, with places to tell; gradio's hands everything on at once
     places = 4 * service.worker.capacity + 64
@@ -405,8 +409,9 @@ def _application(blocks, service, host, port, accounts, allowed_hosts):
     no_documents = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
     # no font is fetched: these are names of what the browser has
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    lifespan = None if tool is None else lambda application: tool.running()
     outer = gr.mount_gradio_app(
-        FastAPI(**no_documents),
+        FastAPI(lifespan=lifespan, **no_documents),
         blocks,
         "/",
         server_name=host,
@@ -430,7 +435,7 @@ def _application(blocks, service, host, port, accounts, allowed_hosts):
     blocks.has_launched = True  # from then on gradio takes files from the upload folder alone
     blocks.share_url = None
     logins = None if accounts is None else Logins(accounts)
-    guard = Guard(outer, blocks, service.store, logins)
+    guard = Guard(outer, blocks, service.store, logins, tool)
     return Gate(guard, Access(host, allowed_hosts, lambda: blocks.share_url))
 
 

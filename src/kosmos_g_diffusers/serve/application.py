@@ -27,8 +27,9 @@ from ..provenance import MARKED, Marker
 from ..serving.access import Access, Application, Gate, Message, Receive, Refused, Send, address_of
 from ..serving.bodies import read_body, read_json_body, replay
 from ..serving.errors import FieldError, unexpected
-from ..serving.images import MAX_BYTES, MAX_FILES
+from ..serving.images import MAX_BYTES, MAX_FILES, read_data_url
 from ..serving.queue import Caller, QueueFull
+from ..serving.tool import PATH, Tool
 from ..serving.uploads import int_or_zero
 from .drawer import Unavailable
 from .metrics import Metrics
@@ -43,7 +44,6 @@ from .requests import (
     Request,
     UnknownModel,
     edit_schema,
-    read_data_url,
     read_request,
 )
 from .tokens import Tokens
@@ -57,7 +57,7 @@ OPEN = ("/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-r
 STATIC = "/static-offline-docs/"
 REQUEST_ID = re.compile(r"[\w.-]{1,100}")
 COUNTED = {f"/v1/{name}" for name in ("images/generations", "images/edits", "conditions", "models")}
-COUNTED |= {*OPEN, "/metrics", "/gradio_api/mcp", "/gradio_api/mcp/"}  # by their names; the others together
+COUNTED |= {*OPEN, "/metrics", PATH, f"{PATH}/"}  # by their names; the others together
 READING = 60.0  # seconds that a body may take
 LOOK_AT_MODEL = 5.0  # seconds between two looks whether it has to be loaded again
 DESCRIPTION = """Images from prompts of words and images, in the shape of OpenAI's image API.
@@ -234,19 +234,23 @@ def create_application(
         ImportError: that needs packages which are not installed.
     """
     metrics = metrics or Metrics()
+    api = _Api(drawer, marker, timeout, metrics)
+    tool = Tool(api.draw_for_tool) if mcp else None
 
     @contextlib.asynccontextmanager
     async def lifespan(application: FastAPI) -> AsyncIterator[None]:
         looking = asyncio.create_task(_keep_trying(drawer))
         try:
-            yield
+            async with tool.running() if tool else contextlib.nullcontext():
+                yield
         finally:
             looking.cancel()
 
     application = FastAPIOffline(
         title="Kosmos-G", version=__version__, description=DESCRIPTION, lifespan=lifespan
     )
-    api = _Api(drawer, marker, timeout, metrics)
+    if tool is not None:
+        application.mount(PATH, tool)
     application.state.metrics = metrics
     post: dict[str, Any] = {"methods": ["POST"], "responses": DOCUMENTED}
     for path, call, title, body in (
@@ -355,7 +359,7 @@ class _Api:
     async def _images(self, drawn):
         data = [
             {
-                "b64_json": await asyncio.to_thread(encode_image, image, settings, self._marker),
+                "b64_json": _as_text(await asyncio.to_thread(encode_image, image, settings, self._marker)),
                 "seed": settings.seed,
             }
             for image, settings in drawn
@@ -366,6 +370,24 @@ class _Api:
             Images(created=int(time.time()), data=data, size=f"{width}x{height}").model_dump_json(),
             media_type="application/json",
         )
+
+    async def draw_for_tool(self, given: dict[str, Any], request: HttpRequest | None) -> list[bytes]:
+        """PNGs of fields of a Generation. Raises FieldError."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                body = Generation.model_validate(given)
+                asked = await asyncio.to_thread(read_request, body, await self._drawer.describe())
+                caller = None if request is None else _caller_of(request)
+                drawn = await self._drawer.draw(asked, caller)
+        except ValidationError as error:
+            message, field = _of_validation(error)
+            raise FieldError(field, message) from error
+        except (QueueFull, Unavailable) as error:
+            raise FieldError("run", str(error)) from error
+        except TimeoutError as error:
+            raise FieldError("run", "This took longer than a request may take. Ask for less.") from error
+        self._metrics.sent(len(drawn))
+        return [await asyncio.to_thread(encode_image, *one, self._marker) for one in drawn]
 
     async def _states(self, states):
         from safetensors.torch import save
@@ -414,9 +436,12 @@ class _Api:
         return Response(self._metrics.as_text(), media_type=self._metrics.kind)
 
 
-def encode_image(image: Any, settings: Any, marker: Marker) -> str:
-    """PIL image and its settings -> the PNG that carries them and the mark, in base64."""
-    content = marker.encode(image, "PNG", settings.is_composite, {PNG_KEY: settings.to_json()})
+def encode_image(image: Any, settings: Any, marker: Marker) -> bytes:
+    """PIL image and its settings -> the PNG that carries them and the mark."""
+    return marker.encode(image, "PNG", settings.is_composite, {PNG_KEY: settings.to_json()})
+
+
+def _as_text(content):
     return base64.b64encode(content).decode("ascii")
 
 
@@ -484,7 +509,7 @@ async def _read_form(request) -> Edit:
 
 async def _read_file(name, value):
     if isinstance(value, str):
-        return read_data_url(value, name)
+        return File(read_data_url(value, name))
     if (value.size or 0) > MAX_BYTES:
         raise FieldError(name, f"A file has more than {MAX_BYTES // 2**20} MB.")
     return File(await value.read(), value.filename or "")

@@ -77,6 +77,29 @@ def size_of(request: Request) -> int:
     return request.settings.num_images if request.is_drawn else 1
 
 
+def draw_all(models: Models, requests: Sequence[Request], most: int) -> list[Any]:
+    """Prepare, encode and draw requests of any kinds, for a batcher that is not ours.
+
+    Returns:
+        for each request what `Drawer.draw` returns, or the exception that it ended with.
+    """
+    for request in requests:
+        try:
+            if request.is_drawn:
+                prepare(models, request)
+        except Exception as error:  # noqa: BLE001  of this one alone
+            request.error = error
+    encode(models, requests)
+    results: dict[int, Any] = {id(request): request.error or request.encoded for request in requests}
+    kinds: dict[Hashable, list[Request]] = {}
+    for request in requests:
+        if request.error is None and request.is_drawn:
+            kinds.setdefault(kind_of(request), []).append(request)
+    for together in kinds.values():
+        results |= {id(request): result for request, result in draw(models, together, most)}
+    return [results[id(request)] for request in requests]
+
+
 # The encoder -----------------------------------------------------------------------------------------------------------
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..serving.errors import FieldError, at, unexpected
-from ..serving.models import NO_LORA, Models
+from ..serving.models import Models
 from ..serving.queue import BatchWorker, Caller, Cancelled, QueueFull, Ticket
-from .requests import Offer, Request
+from .requests import Offer, Request, offer_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +81,9 @@ class Drawer:
         models = self.models
         while models.state in ("waiting", "loading"):
             await asyncio.sleep(LOOK)
-        if (pipe := models.pipe) is None:
+        if models.pipe is None:
             raise Unavailable(f"The model cannot be loaded. {models.problem}")
-        return Offer(
-            models.default,
-            models.is_small(models.default),
-            pipe.get_processor().image_size,
-            tuple(name for name in models.loras if name != NO_LORA),
-            models.controls(models.default),
-            models.device,
-            models.dtype,
-            models.is_builtin(models.default),
-        )
+        return offer_of(models)
 
     # Requests --------------------------------------------------------------------------------------------------------
 

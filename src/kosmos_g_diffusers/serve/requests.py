@@ -3,14 +3,12 @@
 Bodies hold images as uploads or as data: URLs. Nothing here opens a path or an address.
 """
 
-import base64
 import io
 import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import unquote_to_bytes
 
 import PIL.Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -18,18 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..files import hash_bytes
 from ..generation.schedulers import SCHEDULERS
 from ..generation.settings import IMAGE_MARK, ControlInput, GenerationSettings, InputImage, LoraInput
-from ..serving.bodies import NOT_FETCHED
 from ..serving.errors import FieldError, at
-from ..serving.images import MAX_BYTES, MAX_FILES, check_image_file, open_square
+from ..serving.images import MAX_FILES, check_image_file, open_square, read_data_url
 from ..serving.job import MAX_SIDE
 from ..serving.limits import LIMITS, MAX_PROMPT
+from ..serving.models import NO_LORA, Models
 
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 STEPS, GUIDANCE = 30, 7.5
 SMALL_STEPS, SMALL_GUIDANCE, SMALL_SCHEDULER = 12, 5.0, "dpm"  # what the small model's scores were drawn with
 MAX_CONTROLS = 3
 MAX_LORAS = 8
-DATA_URL = "An image is a data: URL, such as data:image/png;base64,..."
 
 
 @dataclass
@@ -45,24 +42,6 @@ class File:
         digest = hash_bytes(self.content)
         name = re.sub(r"[^\w.-]+", "_", re.split(r"[/\\]", self.name)[-1]).lstrip(".")[:100]
         return InputImage(name or digest[:16], digest)
-
-
-def read_data_url(text: Any, field: str) -> File:
-    """A data: URL -> File. FieldError for any other text: nothing is fetched or opened."""
-    if not isinstance(text, str) or text[:5].lower() != "data:":
-        raise FieldError(field, NOT_FETCHED)
-    head, comma, body = text[5:].partition(",")
-    if len(body) > MAX_BYTES * 4 // 3 + 4:
-        raise FieldError(field, f"An image has more than {MAX_BYTES // 2**20} MB.")
-    try:
-        content = unquote_to_bytes(body)
-        if head.lower().endswith(";base64"):
-            content = base64.b64decode(content, validate=True)
-        if not comma or not content:
-            raise ValueError
-    except ValueError:
-        raise FieldError(field, f"This is not a data: URL of an image. {DATA_URL}") from None
-    return File(content)
 
 
 # Bodies ----------------------------------------------------------------------------------------------------------------
@@ -223,7 +202,7 @@ def read_request(body: Prompted, offer: Offer) -> Request:
     if body.model not in (None, offer.model):
         raise UnknownModel(body.model, offer.model)
     field = "image" if isinstance(body, Edit) else "images"
-    given = body.image if isinstance(body, Edit) else [read_data_url(url, field) for url in body.images]
+    given = body.image if isinstance(body, Edit) else [File(read_data_url(url, field)) for url in body.images]
     prompt, files = _read_prompt(body.prompt, given, field)
     if not prompt.strip():
         raise FieldError("prompt", f"Say what to draw, with {IMAGE_MARK} for each image.")
@@ -235,7 +214,7 @@ def read_request(body: Prompted, offer: Offer) -> Request:
     controls, changed = [], []
     if isinstance(body, Drawn):
         arguments |= _numbers(body, offer)
-        controls = [read_data_url(control.image, "controls") for control in body.controls]
+        controls = [File(read_data_url(control.image, "controls")) for control in body.controls]
         arguments["controls"] = _controls(body, controls, offer)
         arguments |= _loras(body, offer)
     if isinstance(body, Edit):
@@ -260,6 +239,20 @@ def read_request(body: Prompted, offer: Offer) -> Request:
         [_checked(file, "controls") for file in controls],
         [_checked(file, name) for file, name in zip(changed, ("init_image", "mask"), strict=False)],
         isinstance(body, Drawn),
+    )
+
+
+def offer_of(models: Models) -> Offer:
+    """What loaded models draw."""
+    return Offer(
+        models.default,
+        models.is_small(models.default),
+        models.pipe.get_processor().image_size,
+        tuple(name for name in models.loras if name != NO_LORA),
+        models.controls(models.default),
+        models.device,
+        models.dtype,
+        models.is_builtin(models.default),
     )
 
 
@@ -301,7 +294,7 @@ def _read_prompt(prompt: str | Sequence[Mapping[str, Any]], given: list[File], f
                 "A part of the chat content is neither {'type': 'text', 'text': ...} nor {'type': 'image_url', 'image_url': "
                 "{'url': 'data:...'}}.",
             )
-        files.append(read_data_url(content, "prompt"))
+        files.append(File(read_data_url(content, "prompt")))
         text.append(IMAGE_MARK)
     return " ".join(text), files
 
