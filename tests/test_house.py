@@ -123,14 +123,14 @@ def test_rooms_floors_arrows_and_lines_are_few():
     graph = arrows()
     # above the redrawn house: a room each for marks of images, for what other libraries print, for maps and for ComfyUI;
     # data of every form and encoding, images of other models, the modular pipeline in diffusers' pattern (a file a step),
-    # and what an app on a network promises (a module for each kind of attack); runs that are not lost, and rehearsed before
-    # they cost anything
-    assert len(graph) <= 29
+    # what an app on a network promises (a module for each kind of attack); runs that are not lost, and rehearsed before
+    # they cost anything; the service for programs
+    assert len(graph) <= 30
     assert max(floor_of(room, graph) for room in graph) <= 10
-    assert sum(map(len, graph.values())) <= 112
+    assert sum(map(len, graph.values())) <= 119
     assert sum(path.parent == SOURCE for path in FILES) <= 16
-    assert len(FILES) <= 160
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 30_100
+    assert len(FILES) <= 171
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 32_400
 
 
 def test_modules_import_each_other_in_one_direction():

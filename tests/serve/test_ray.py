@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def url(build_pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ray") / "toy"
     build_pipe().save_pretrained(folder)
     spec = importlib.util.spec_from_file_location("serve_ray", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["serve_ray"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     ray.cloudpickle.register_pickle_by_value(module)  # replicas have no such file on their path
     with socket.socket() as free:

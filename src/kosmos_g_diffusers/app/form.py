@@ -298,6 +298,8 @@ def restore_values(
     ):
         if name is not None and name not in offered:
             notes.append(f"Its {what} is not offered here.")
+    if settings.init_image is not None:
+        notes.append("It was made by changing an image, which this page does not do.")
     if any(control.controlnet for control in settings.controls):
         notes.append("It was made with a ControlNet of its own, which is not offered here.")
     if len(settings.all_loras) > 1:

@@ -214,11 +214,6 @@ class GenerationSettings:
                 raise TypeError(
                     f"{name} holds something other than InputImage; InputImage.from_file makes it."
                 )
-        for name in ("init_image", "mask"):
-            if not isinstance(getattr(self, name), InputImage | None):
-                raise TypeError(
-                    f"{name} is something other than an InputImage; InputImage.from_file makes it."
-                )
         self._check_change()
         if not all(isinstance(control, ControlInput) for control in self.controls):
             raise TypeError("controls holds something other than ControlInput.")

@@ -25,6 +25,7 @@ from ..serving.models import NO_LORA, Models
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 STEPS, GUIDANCE = 30, 7.5
 SMALL_STEPS, SMALL_GUIDANCE, SMALL_SCHEDULER = 12, 5.0, "dpm"  # what the small model's scores were drawn with
+ANY_MODEL = "kosmos-g"  # the model that is served, whatever its name
 MAX_CONTROLS = 3
 MAX_LORAS = 8
 
@@ -73,7 +74,7 @@ class Prompted(Body):
     prompt: str | list[dict[str, Any]] = Field(
         description="Words, and `<i>` for each image; or chat content, whose images are data: URLs."
     )
-    model: str | None = Field(None, description="Its name, if one is given.", max_length=200)
+    model: str | None = Field(None, description="Its name (`GET /v1/models`), or kosmos-g.", max_length=200)
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT, description="What not to draw.")
     user: str | None = Field(None, description="Taken and not used.", max_length=1000)
 
@@ -199,7 +200,7 @@ def read_request(body: Prompted, offer: Offer) -> Request:
     Raises:
         FieldError: with the field that is to be fixed.
     """
-    if body.model not in (None, offer.model):
+    if body.model not in (None, ANY_MODEL, offer.model):
         raise UnknownModel(body.model, offer.model)
     field = "image" if isinstance(body, Edit) else "images"
     given = body.image if isinstance(body, Edit) else [File(read_data_url(url, field)) for url in body.images]
