@@ -235,7 +235,7 @@ def change_arguments(settings: GenerationSettings, image: Any, mask: Any, short_
         ValueError: an image cannot be read or does not fit.
     """
     image = open_image(image, "The image to change")
-    height, width = control_size(image, settings.height, settings.width, short_side, "is no image to change")
+    height, width = control_size(image, settings.height, settings.width, short_side, "cannot be changed")
     arguments = {"height": height, "width": width, "strength": float(settings.strength)}
     if mask is not None:
         mask = read_mask(mask)

@@ -17,7 +17,7 @@ ENDING = 30.0  # seconds that requests have at the end
 
 
 class Service:
-    """What `kosmos-g serve` runs. It answers before a model is loaded, and goes on where none can be.
+    """What `kosmos-g serve` runs. It answers before a model is loaded, and continues where none can be.
 
     Args:
         models: Models, of which the first is served.
