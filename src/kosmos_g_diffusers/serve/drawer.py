@@ -82,7 +82,7 @@ class Drawer:
         while models.state in ("waiting", "loading"):
             await asyncio.sleep(LOOK)
         if models.pipe is None:
-            raise Unavailable(f"The model cannot be loaded. {models.problem}")
+            raise Unavailable(f"{models.problem} The service tries again.")
         return offer_of(models)
 
     # Requests --------------------------------------------------------------------------------------------------------
