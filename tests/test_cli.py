@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -20,6 +21,7 @@ from kosmos_g_diffusers.generation import generate as generation
 from kosmos_g_diffusers.generation.png import read_settings, write_png
 from kosmos_g_diffusers.generation.schedulers import SCHEDULERS, make_scheduler
 from kosmos_g_diffusers.generation.settings import GenerationSettings
+from kosmos_g_diffusers.sprites import STAR
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "images"
 PROMPT = ["<i> in the style of <i>", "--image", "cat.jpg", "--image", "coffee.jpg"]
@@ -75,6 +77,29 @@ def test_image_is_made_again_from_itself(folder, capsys):
     assert generate("--from", "out_1.png", "--output", "again.png", steps=None) == 0
     assert pixels("again.png") == pixels("out_1.png") != pixels("out_0.png")
     assert "other versions" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+def test_image_that_was_changed_is_changed_again_from_itself(folder, controlled):
+    hole = PIL.Image.new("L", (64, 64))
+    hole.paste(255, (0, 0, 32, 64))
+    hole.save("hole.png")
+    shutil.copy(STAR, "photo.png")
+    change = ["a large red dotted heart on a black background", "--init-image", "photo.png", "--seed", "1"]
+    change += ["--control", "canny:photo.png"] if controlled else []
+    assert generate(*change, "--strength", "0.5", "--output", "whole.png", steps=4) == 0
+    assert generate(*change, "--mask", "hole.png", "--output", "part.png", steps=4) == 0
+    for name, strength in (("whole", 0.5), ("part", 1.0)):
+        settings = read_settings(f"{name}.png")
+        assert (settings.strength, settings.init_image.path) == (strength, "photo.png")
+        assert settings.is_composite and (settings.mask is not None) == (name == "part")
+        assert generate("--from", f"{name}.png", "--output", "again.png", "--force", steps=None) == 0
+        assert pixels("again.png") == pixels(f"{name}.png")
+    kept = np.asarray(PIL.Image.open("photo.png").convert("RGB")).astype(int)
+    difference = np.abs(np.asarray(PIL.Image.open("part.png")) - kept).mean(axis=(0, 2))
+    assert 3 * difference[40:].mean() < difference[:24].mean()  # the VAE alone has changed the right half
+    Path("hole.png").write_bytes(Path("photo.png").read_bytes())
+    assert generate("--from", "part.png", "--output", "other.png", steps=None) == 2
 
 
 def test_run_is_made_again_from_its_grid(folder):

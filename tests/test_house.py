@@ -27,7 +27,8 @@ ORDER = (
     ("data",),
     ("training", "evaluation", "sprites"),
     ("serving", "comfyui"),
-    ("app", "commands"),
+    ("app", "serve"),
+    ("commands",),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -27,6 +27,7 @@ from .commands import (
     export,
     generate,
     init,
+    serve,
     show,
     train,
 )
@@ -40,6 +41,7 @@ COMMANDS: tuple[ModuleType, ...] = (
     show,
     control,
     app,
+    serve,
     caption,
     data,
     train,

@@ -236,3 +236,28 @@ def test_grid_holds_every_image_in_reading_order(count, size):
     places = [(x, y) for y in range(0, size[1], 16) for x in range(0, size[0], 8)]
     assert [grid.getpixel(place)[0] for place in places[:count]] == list(range(count))
     assert all(grid.getpixel(place) == (255, 255, 255) for place in places[count:])
+
+
+def test_what_is_changed_is_written_only_where_something_is():
+    assert not {"init_image", "mask", "strength"} & set(json.loads(SETTINGS.to_json()))
+    changed = replace(SETTINGS, init_image=InputImage("a.png", SHA256), mask=InputImage("b.png", SHA256))
+    assert changed.strength == 1.0 and replace(changed, mask=None, strength=None).strength == 0.8
+    assert GenerationSettings.from_json(changed.to_json()) == changed
+    assert [file.path for file in changed.files] == ["dog.png", "a.png", "b.png"]
+    assert changed.is_composite and not SETTINGS.is_composite
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"mask": InputImage("a.png", SHA256)}, "without an image to change"),
+        ({"strength": 0.5}, "without an image to change"),
+        ({"init_image": InputImage("a.png", SHA256), "strength": 0.001}, "leaves no step to draw"),
+        ({"init_image": InputImage("a.png", SHA256), "strength": 1.5}, "from 0 to 1"),
+        ({"init_image": InputImage("a.png", SHA256), "binding": 1.0}, "draw whole images"),
+        ({"init_image": "a.png"}, "expected .*InputImage"),
+    ],
+)
+def test_changes_that_cannot_be_drawn_are_refused(change, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        replace(SETTINGS, **change)

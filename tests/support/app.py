@@ -41,6 +41,7 @@ def serving(
     toy=True,
     wait=True,
     controls=True,
+    mcp=False,
     **store,
 ):
     """A running app: `url`, `service`, `folder` (its output folder).
@@ -58,12 +59,12 @@ def serving(
 
     patches = ExitStack()
     if toy:
-        _put_toy(patches)
+        put_toy(patches)
     service = Service(Models(model_folders, lora_folder, unet_folder), Store(".", **store), capacity)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    blocks = serve(service, controls=controls, port=port, auth=auth, block=False)
+    blocks = serve(service, controls=controls, port=port, auth=auth, block=False, mcp=mcp)
     try:
         if wait:
             wait_for(lambda: service.models.state == "ready")
@@ -77,7 +78,8 @@ def serving(
         os.environ.update(environment)
 
 
-def _put_toy(patches):
+def put_toy(patches):
+    """Have an ExitStack put the toy in the place of the small model; returns its folder."""
     pipe = build_tiny_pipeline()
     folder = patches.enter_context(tempfile.TemporaryDirectory())
     pipe.save_pretrained(folder)
@@ -94,6 +96,7 @@ def _put_toy(patches):
     }.items():
         patches.enter_context(mock.patch(f"kosmos_g_diffusers.{name}", value))
     patches.enter_context(mock.patch.object(Models, "controls", lambda models, name: tuple(CONTROLS)))
+    return folder
 
 
 def wait_for(condition, seconds=PATIENCE):

@@ -13,10 +13,13 @@ import PIL.Image
 
 from ..generation.png import maps_path, read_settings
 from ..serving import image_words
+from ..serving.access import address_of
 from ..serving.errors import FieldError, at
-from ..serving.images import MAX_FILES, data_uri, image_file_size, open_shrunk
+from ..serving.images import MAX_FILES, data_uri, image_file_size, open_shrunk, read_data_url
 from ..serving.job import finished_images
+from ..serving.limits import MAX_PROMPT
 from ..serving.models import Models
+from ..serving.queue import Caller
 from ..serving.service import Service
 from ..serving.session import Session
 from ..serving.store import UPLOADS, Store, on_disk
@@ -24,7 +27,7 @@ from ..sprites.pretrained import SPRITES_ONLY
 from ..sprites.world import IMAGE_SIZE
 from . import html as render
 from .blocks import caller
-from .form import MAX_PROMPT, NO_CONTROL, presets, read_control, read_values, restore_values
+from .form import NO_CONTROL, defaults, presets, read_control, read_values, restore_values
 
 BOARD_SIDE = 768  # pixels of an image to be painted on
 BUILTIN_NOTE = f"{SPRITES_ONLY} Start the app with a model (kosmos-g app --model) for more."
@@ -111,6 +114,35 @@ class Actions:
         parameters = [inspect.Parameter(name, keyword, default=None) for name in ("session", *names)]
         generate.__signature__ = inspect.Signature(parameters)
         return generate
+
+    async def draw_for_tool(self, given: dict[str, Any], request: Any) -> list[bytes]:
+        """PNGs of what a program asks for, fields of the page and `images` as data: URLs. Raises FieldError."""
+        session, images = Session(), given["images"]
+        if len(images) > MAX_FILES:
+            raise FieldError("images", f"A prompt may have {MAX_FILES} images, and {len(images)} were given.")
+        address = address_of(request.scope) if request is not None else ""
+        who = Caller(address, address)
+
+        def keep(ticket):
+            paths = []
+            for content in [read_data_url(image, "images") for image in images]:
+                path = self.store.new_upload_path("image")
+                self.store.make_room(on_disk(len(content)))
+                path.write_bytes(content)
+                paths.append(path)
+            width, _, height = given.get("size", "0x0").partition("x")
+            values = {
+                **defaults(self.models.is_small(self.models.default)),
+                **{name: given[name] for name in ("prompt", "negative_prompt")},
+                **{"pictures": paths, "num_images": given["n"], "width": int(width), "height": int(height)},
+                **{"seed": given.get("seed"), "surprise": "seed" not in given},
+            }
+            return read_values(values, session, self.models, self.store)
+
+        with at("run"):
+            settings = await self.service.carry_out(self.service.reading, keep, "run", who)
+            tickets = [ticket async for ticket in self.service.draw(session, settings, who)]
+            return [path.read_bytes() for path in finished_images(tickets[-1])]
 
     def gallery(self, paths: Iterable[Path]) -> list[tuple[str, str]]:
         """Paths of images -> value of a gallery, with their seeds.

@@ -28,6 +28,7 @@ from ..serving.images import (
     open_image_file,
 )
 from ..serving.libraries import controlling
+from ..serving.limits import LIMITS, MAX_PROMPT
 from ..serving.models import NO_LORA, OWN, Models
 from ..serving.session import MAX_WORDS, Session
 from ..serving.store import Store
@@ -40,19 +41,7 @@ NO_CONTROL = "none"
 # fields of a slot, and what each starts with
 CONTROL_FIELDS: dict[str, Any] = {"kind": NO_CONTROL, "picture": None, "strokes": "", "ready": False}
 CONTROL_FIELDS |= {"scale": 1.0, "start": 0.0, "end": 1.0}
-# what one run of the page may ask for; the command line has no such limits
-LIMITS = {
-    "num_images": (1, 8),
-    "steps": (1, 250),  # as many as the paper's COCO figures take
-    "guidance": (0, 30),
-    "width": (8, 1024),
-    "height": (8, 1024),
-    "lora_scale": (-2, 2),
-    "binding": (0, 10),
-    "seed": (0, 2**53 - 1),  # beyond that a browser's numbers have gaps
-}
 LABELS = {"num_images": "number of images", "steps": "number of steps", "lora_scale": "LoRA scale"}
-MAX_PROMPT = 4_000  # characters
 DEFAULTS: dict[str, Any] = {
     "num_images": 1,
     "steps": 30,
@@ -309,6 +298,8 @@ def restore_values(
     ):
         if name is not None and name not in offered:
             notes.append(f"Its {what} is not offered here.")
+    if settings.init_image is not None:
+        notes.append("It was made by changing an image, which this page does not do.")
     if any(control.controlnet for control in settings.controls):
         notes.append("It was made with a ControlNet of its own, which is not offered here.")
     if len(settings.all_loras) > 1:

@@ -22,11 +22,12 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request, cookie_parser
 from starlette.responses import JSONResponse, StreamingResponse
 
-from ..serving.access import Application, Message, Receive, Refused, Send, address_of, refuse
+from ..serving.access import Application, Message, Receive, Refused, Send, address_of, answer_refused
 from ..serving.bodies import read_body, read_json_body, replay
 from ..serving.errors import unexpected
 from ..serving.passwords import Logins
 from ..serving.store import IMAGES, UPLOADS, Store
+from ..serving.tool import is_tool
 from ..serving.uploads import BrokenOff, int_or_zero, receive_files
 from .blocks import Blocks, bugs
 
@@ -71,6 +72,7 @@ class Guard:
         blocks: Blocks, whose `app` is gradio's application.
         store: Store, which takes the uploads.
         logins: Logins; None where nobody has to log in.
+        tool: Tool, for programs; None where it is not offered.
     """
 
     app: Application
@@ -78,8 +80,15 @@ class Guard:
     store: Store
     logins: Logins | None
 
-    def __init__(self, app: Application, blocks: Blocks, store: Store, logins: Logins | None = None):
-        self.app, self.blocks, self.store, self.logins = app, blocks, store, logins
+    def __init__(
+        self,
+        app: Application,
+        blocks: Blocks,
+        store: Store,
+        logins: Logins | None = None,
+        tool: Application | None = None,
+    ):
+        self.app, self.blocks, self.store, self.logins, self._tool = app, blocks, store, logins, tool
         self._uploading = set()  # their ids
         self._sessions = OrderedDict()  # name -> address, the one that was used last at the end
 
@@ -96,7 +105,7 @@ class Guard:
         try:
             await self._answer(scope, receive, send_noting)
         except Refused as refused:
-            await refuse(refused, scope, receive, send)
+            await answer_refused(refused, scope, receive, send)
         except BrokenOff:
             pass
         except Exception as error:
@@ -112,6 +121,8 @@ class Guard:
 
     async def _answer(self, scope, receive, send):
         path, method = scope["path"], scope["method"]
+        if self._tool is not None and is_tool(path):
+            return await self._tool(scope, receive, send)
         if not ROUTES.fullmatch(path):
             raise Refused(404, "There is nothing here.")
         if self.logins is not None and not PUBLIC.fullmatch(path) and self._user_of(scope) is None:

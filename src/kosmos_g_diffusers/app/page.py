@@ -16,18 +16,20 @@ from ..generation.schedulers import SCHEDULERS
 from ..serving.access import Access, Gate
 from ..serving.errors import clean
 from ..serving.images import MAX_BYTES, MAX_FILES
+from ..serving.limits import LIMITS, MAX_PROMPT
 from ..serving.models import NO_LORA, OWN
 from ..serving.passwords import Accounts, Logins
 from ..serving.service import Service
 from ..serving.session import Session
 from ..serving.store import IMAGES, UPLOADS
+from ..serving.tool import Tool
 from ..serving.web import WebServer
 from ..sprites.pretrained import SPRITES_CONTROL
 from .actions import Actions
 from .blocks import Blocks
 from .components import Files, Gallery, Image, Upload, board
 from .examples import photo_examples, sprite_examples
-from .form import CONTROL_FIELDS, CONTROL_SLOTS, LIMITS, MAX_PROMPT, NO_CONTROL, PRESETS, defaults
+from .form import CONTROL_FIELDS, CONTROL_SLOTS, NO_CONTROL, PRESETS, defaults
 from .guard import SESSIONS, Guard
 
 STYLE = (Path(__file__).parent / "static" / "page.css").read_text(encoding="utf-8")
@@ -350,6 +352,7 @@ def serve(
     auth: tuple[str, str] | Mapping[str, str] | None = None,
     block: bool = True,
     allowed_hosts: Sequence[str] = (),
+    mcp: bool = False,
 ) -> gr.Blocks:
     """Start the page of a service, and then the service itself: the page answers before anything is loaded.
 
@@ -359,6 +362,7 @@ def serve(
         auth: (user, password), or {user: password or its hash}, or None.
         block: print the address, and wait for Ctrl-C.
         allowed_hosts: names that the app answers to, besides those of this machine and `host`.
+        mcp: also be a tool of the Model Context Protocol.
 
     Returns:
         gr.Blocks, with its address as `local_url`.
@@ -372,8 +376,9 @@ def serve(
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # gradio goes through all of them after every event
     gr.set_static_paths([IMAGES])  # served from where they are; other files would be copied first
     accounts = None if auth is None else Accounts(auth if isinstance(auth, Mapping) else dict([auth]))
-    blocks = Page(service, controls).blocks
-    application = _application(blocks, service, host, port, accounts, allowed_hosts)
+    page = Page(service, controls)
+    blocks, tool = page.blocks, Tool(page.actions.draw_for_tool) if mcp else None
+    application = _application(blocks, service, host, port, accounts, allowed_hosts, tool)
     try:
         blocks.server = server = WebServer(application, host, port, "127.0.0.1" if share else "")
     except OSError as error:
@@ -394,7 +399,7 @@ def serve(
     return blocks
 
 
-def _application(blocks, service, host, port, accounts, allowed_hosts):
+def _application(blocks, service, host, port, accounts, allowed_hosts, tool):
     """gradio's application of a page behind what guards it: gradio's own server would stand before its guards."""
     # the service has queues of its own, with places to tell; gradio's hands everything on at once
     places = 4 * service.worker.capacity + 64
@@ -404,8 +409,9 @@ def _application(blocks, service, host, port, accounts, allowed_hosts):
     no_documents = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
     # no font is fetched: these are names of what the browser has
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    lifespan = None if tool is None else lambda application: tool.running()
     outer = gr.mount_gradio_app(
-        FastAPI(**no_documents),
+        FastAPI(lifespan=lifespan, **no_documents),
         blocks,
         "/",
         server_name=host,
@@ -429,7 +435,7 @@ def _application(blocks, service, host, port, accounts, allowed_hosts):
     blocks.has_launched = True  # from then on gradio takes files from the upload folder alone
     blocks.share_url = None
     logins = None if accounts is None else Logins(accounts)
-    guard = Guard(outer, blocks, service.store, logins)
+    guard = Guard(outer, blocks, service.store, logins, tool)
     return Gate(guard, Access(host, allowed_hosts, lambda: blocks.share_url))
 
 

@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora-dir", metavar="DIR", help="folder of .safetensors files to offer as LoRAs")
     add("--unet-dir", metavar="DIR", help="folder of U-Net folders to offer in the place of the model's")
     controls = "show the controls (kosmos-g control --list); the small model has canny"
+    tool = "be a tool of the Model Context Protocol too, at /gradio_api/mcp/"
+    add("--mcp", action="store_true", help=tool)
     add("--control", action="store_true", help=controls)
     add("--output", default="kosmos-g-app", metavar="DIR", help="folder to write into (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
@@ -63,6 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
         return print_hash()
     auth = read_accounts(arguments.auth, arguments.auth_file)
     check_output_folder(arguments.output)
+    if arguments.mcp and auth is not None:
+        raise ValueError(
+            "--mcp cannot log in. Leave the password out, or use kosmos-g serve --mcp, which takes tokens."
+        )
     if auth is None and (arguments.share or arguments.host not in LOCAL_HOSTS):
         note = "Note: anyone who reaches this address can use it. --auth-file FILE asks for a name and a password."
         print(note, file=sys.stderr)
@@ -108,6 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.share,
             auth,
             allowed_hosts=arguments.allowed_host,
+            mcp=arguments.mcp,
         )
     finally:
         service.close()

@@ -16,6 +16,7 @@ examples:
       --unet anime.safetensors --lora watercolour.safetensors --lora-scale 0.8 --lora grain.safetensors
   kosmos-g generate "<i> and <i> on a white background" --image star.png --image heart.png --maps --binding 1 \\
       --region 0,0,0.5,1 --region 0.5,0,1,1
+  kosmos-g generate "<i> on a beach" --image dog.png --model ./kosmos-g --init-image photo.png --mask hole.png
   kosmos-g generate --from jungle_2.png --output again.png
   kosmos-g generate --from jungle_2.png --steps 100 --height 768 --output finer.png
   kosmos-g generate --from jungle_2.png --show
@@ -67,6 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "X0,Y0,X1,Y1: where the next image of the prompt shall be, in fractions; none: anywhere; repeat it"
     )
     repeated("--region", dest="regions", metavar="BOX", help=region)
+    change = "image to change (--strength); with --mask a part of it"
+    add("--init-image", metavar="FILE", help=change)
+    hole = "image of the same shape: its transparent parts, or else its light ones, are drawn anew"
+    add("--mask", metavar="FILE", help=hole)
     words = "image words that the prompt uses (pipe.save_image_words, kosmos-g app); repeat it"
     repeated("--image-words", help=words)
     add("--output", default="out.png", metavar="FILE", help="PNG to write (default: out.png)")
@@ -119,7 +124,7 @@ def _belonging(values, records, flag, owner):
 
 
 def run(arguments: argparse.Namespace) -> None:
-    settings, images, control_images = _read(vars(arguments))
+    settings, images, control_images, changed = _read(vars(arguments))
     if arguments.show:
         return print(as_text(settings))
     from ..generation.generate import generate_files, load_pipeline
@@ -143,14 +148,14 @@ def run(arguments: argparse.Namespace) -> None:
     pipe = load_pipeline(with_small_model(settings))
     options = {"overwrite": force, "resume": resume, "enlarged": enlarged, "marker": marker}
     options["maps"] = arguments.maps
-    for path in generate_files(pipe, settings, paths, images, control_images, **options):
+    for path in generate_files(pipe, settings, paths, images, control_images, changed, **options):
         print(path)
     if settings.model is None:
         print(SPRITES_NOTE, file=sys.stderr)
 
 
 def _read(arguments):
-    """Flags, over the settings of --from, over defaults -> settings, and the paths of images and of control images."""
+    """Flags, over the settings of --from, over defaults -> settings, and the paths of images, of control images, and of what is changed."""
     names = [entry.name for entry in fields(GenerationSettings) if entry.name in arguments]
     given = {name: arguments[name] for name in names if name not in ("loras", "lora_scale")}
     images = given.get("images", [])
@@ -159,6 +164,8 @@ def _read(arguments):
     given["images"] = tuple(InputImage.from_file(path) for path in images)
     if "image_words" in given:
         given["image_words"] = tuple(InputImage.from_file(path) for path in given["image_words"])
+    changed = {name: given[name] for name in ("init_image", "mask") if name in given}
+    given.update({name: InputImage.from_file(path) for name, path in changed.items()})
     if arguments["source"] is None:
         if "prompt" not in given:
             example = 'kosmos-g generate "<i> in the snow" --image x.png'
@@ -170,13 +177,13 @@ def _read(arguments):
         settings = GenerationSettings(**given, versions=package_versions())  # checks the device's name
         if "dtype" not in given:
             settings = replace(settings, dtype=default_dtype(settings.device))
-        return settings, images, control_images
+        return settings, images, control_images, list(changed.values())
     from ..generation.png import read_settings
     from ..processing_kosmos_g import IMAGE_MARK
 
     recorded = read_settings(arguments["source"])
     if arguments["show"]:
-        return recorded, [], []
+        return recorded, [], [], []
     folder = Path(arguments["source"]).parent
     # a new prompt of words alone drops them
     if not images and IMAGE_MARK in given.get("prompt", IMAGE_MARK):
@@ -195,12 +202,17 @@ def _read(arguments):
         found = [words.find(folder, "Pass --image-words anew.") for words in recorded.image_words]
         given["image_words"] = tuple(InputImage.from_file(path) for path in found)
     given["controls"], control_images = _read_controls(arguments, recorded.controls)
+    for name in ("init_image", "mask"):
+        if name not in changed and (file := getattr(recorded, name)) is not None:
+            changed[name] = file.find(folder, f"Pass {_flag(name)} anew.")
     versions = package_versions()
     written = recorded.versions.items()
     other = [f"{name!r} {version!r}" for name, version in written if versions.get(name) != version]
     if other:
         print(f"Note: made with other versions ({', '.join(other)}): pixels may differ.", file=sys.stderr)
-    return replace(recorded, **given, index=None, versions=versions), images, control_images
+    settings = replace(recorded, **given, index=None, versions=versions)
+    paths = [changed[name] for name in ("init_image", "mask") if name in changed]
+    return settings, images, control_images, paths
 
 
 def _not_here(label, place, flag):

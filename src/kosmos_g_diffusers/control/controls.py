@@ -152,13 +152,18 @@ def control_image(
 
 
 def control_size(
-    image: PIL.Image.Image, height: int | None = None, width: int | None = None, short_side: int | None = None
+    image: PIL.Image.Image,
+    height: int | None = None,
+    width: int | None = None,
+    short_side: int | None = None,
+    unfit: str = "makes no control image",
 ) -> tuple[int, int]:
     """Size for the control image of a PIL image -> (height, width), multiples of 8, of the image's shape.
 
     Args:
         height, width: of the image to be made; what is not given follows from the other.
         short_side: without both, pixels of the shorter side; None takes the image's own.
+        unfit: what an error says of an image that is too small or too thin.
 
     Raises:
         ValueError: the size is not a multiple of 8 or of another shape than the image, or the image is too small or too
@@ -167,7 +172,7 @@ def control_size(
     sides = (image.height, image.width)
     if min(sides) < SIDE_MULTIPLE or max(sides) > MAX_SIDE_RATIO * min(sides):
         raise ValueError(
-            f"An image of {_text(image.size)} pixels makes no control image. Pass one with sides of at least "
+            f"An image of {_text(image.size)} pixels {unfit}. Pass one with sides of at least "
             f"{SIDE_MULTIPLE} pixels, the longer at most {MAX_SIDE_RATIO} times the shorter."
         )
     given, multiple = (height, width), SIDE_MULTIPLE
@@ -183,7 +188,7 @@ def control_size(
     for index, side in enumerate(given):
         if side is not None and abs(side - exact[index]) >= multiple:
             raise ValueError(
-                f"An image of {width} x {height} pixels was asked for, and the image of the control, {_text(image.size)}, "
+                f"An image of {width} x {height} pixels was asked for, and the image given for it, {_text(image.size)}, "
                 f"has another shape: {fitting[1]} x {fitting[0]} fits. Ask for that, or crop the image."
             )
     return tuple(own if side is None else side for side, own in zip(given, fitting, strict=True))

@@ -12,14 +12,22 @@ import PIL.Image
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
-from ..control.controls import control_image, load_controlnet, open_control
+from ..control.controls import control_image, control_size, load_controlnet, open_control
 from ..environment import as_dtype, check_device, package_versions
 from ..files import first_line
 from ..generation.settings import GenerationSettings
 from ..loading import load_pretrained, load_single_file
 from ..maps.overlay import draw_overlay
 from ..modeling_kosmos_g import VisionCache
-from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
+from ..pipeline_kosmos_g import (
+    KosmosGControlNetImg2ImgPipeline,
+    KosmosGControlNetInpaintPipeline,
+    KosmosGControlNetPipeline,
+    KosmosGImg2ImgPipeline,
+    KosmosGInpaintPipeline,
+    KosmosGPipeline,
+)
+from ..processing_kosmos_g import open_image, open_mask, read_image
 from ..provenance import MARKED, Marker
 from .grid import enlarge, grid_of
 from .png import maps_path, read_kept, write_png
@@ -27,6 +35,15 @@ from .schedulers import make_scheduler
 from .settings import LoraInput
 
 Pipeline = KosmosGPipeline | KosmosGControlNetPipeline
+# whether there are controls, an image to change, a mask -> what draws
+PIPELINES: dict[tuple[bool, bool, bool], Any] = {
+    (False, False, False): KosmosGPipeline,
+    (False, True, False): KosmosGImg2ImgPipeline,
+    (False, True, True): KosmosGInpaintPipeline,
+    (True, False, False): KosmosGControlNetPipeline,
+    (True, True, False): KosmosGControlNetImg2ImgPipeline,
+    (True, True, True): KosmosGControlNetInpaintPipeline,
+}
 
 VISION_CACHE_BYTES = 2**26  # states of 128 images of the released size in float32
 LORA_NAME = "lora"  # of the adapter in the U-Net
@@ -55,9 +72,8 @@ def load_pipeline(settings: GenerationSettings) -> Pipeline:
     add_loras(pipe, settings.all_loras)
     for words in settings.image_words:
         pipe.load_image_words(words.find(Path(), "Run the command where it is."))
-    if settings.controls:
-        sources = [control.controlnet or control.name for control in settings.controls]
-        pipe = with_controlnets(pipe, [load_controlnet(source, dtype) for source in sources])
+    sources = [control.controlnet or control.name for control in settings.controls]
+    pipe = pipeline_for(pipe, settings, [load_controlnet(source, dtype) for source in sources])
     if settings.scheduler is not None:
         pipe.scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
     if settings.offload == "model":
@@ -121,11 +137,16 @@ def load_unet(source: str | Path, like: UNet2DConditionModel) -> UNet2DCondition
 
 def add_loras(pipe: Pipeline, loras: Sequence[LoraInput]) -> None:
     """Let LoRAs act on the U-Net of a pipeline, all at once; `loras` are LoraInputs. Raises as `add_lora`."""
-    names = [LORA_NAME if index == 0 else f"{LORA_NAME}_{index}" for index in range(len(loras))]
+    names = adapter_names(len(loras))
     for name, lora in zip(names, loras, strict=True):
         add_lora(pipe, lora.path, lora.scale, name)
     if len(loras) > 1:  # each that was added took the place of those before
         pipe.set_adapters(names, [float(lora.scale) for lora in loras])
+
+
+def adapter_names(count: int) -> list[str]:
+    """Names of the adapters of so many LoRAs."""
+    return [LORA_NAME if index == 0 else f"{LORA_NAME}_{index}" for index in range(count)]
 
 
 def add_lora(pipe: Pipeline, source: str | Path, scale: float, name: str = LORA_NAME) -> None:
@@ -151,10 +172,18 @@ def add_lora(pipe: Pipeline, source: str | Path, scale: float, name: str = LORA_
     pipe.set_adapters([name], [float(scale)])
 
 
-def with_controlnets(pipe: Pipeline, controlnets: Sequence[ControlNetModel]) -> KosmosGControlNetPipeline:
-    """The pipeline that draws under these ControlNets, with the components of `pipe`."""
-    controlnet = controlnets if len(controlnets) > 1 else controlnets[0]
-    return KosmosGControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
+def pipeline_for(
+    pipe: KosmosGPipeline, settings: GenerationSettings, controlnets: Sequence[ControlNetModel] = ()
+) -> Pipeline:
+    """The pipeline that draws settings: text-to-image, image-to-image or inpainting, with the components of `pipe`.
+
+    Args:
+        controlnets: one for each control of the settings.
+    """
+    pipeline = PIPELINES[bool(settings.controls), settings.init_image is not None, settings.mask is not None]
+    if not settings.controls:
+        return pipe if pipeline is KosmosGPipeline else pipeline.from_pipe(pipe)
+    return pipeline.from_pipe(pipe, controlnet=controlnets if len(controlnets) > 1 else controlnets[0])
 
 
 def control_arguments(
@@ -199,6 +228,44 @@ def control_arguments(
     return {"height": size[0], "width": size[1], **lists}
 
 
+def change_arguments(settings: GenerationSettings, image: Any, mask: Any, short_side: int) -> dict[str, Any]:
+    """What a pipeline is called with for the image that the settings change; it gets its size as `control_arguments` says.
+
+    Args:
+        image: what `open_image` takes.
+        mask: the same, of the image's shape, or None.
+
+    Raises:
+        ValueError: an image cannot be read or does not fit.
+    """
+    image = open_image(image, "The image to change")
+    height, width = control_size(image, settings.height, settings.width, short_side, "cannot be changed")
+    arguments = {"height": height, "width": width, "strength": float(settings.strength)}
+    if mask is not None:
+        mask = read_mask(mask)
+        if abs(mask.width * image.height - mask.height * image.width) > max(*mask.size, *image.size):
+            raise ValueError(
+                f"The mask has {mask.width} x {mask.height} pixels and the image {image.width} x {image.height}. Pass a mask of "
+                "the image's shape."
+            )
+        arguments["mask_image"] = mask.resize((width, height), PIL.Image.Resampling.NEAREST)
+    arguments["image"] = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    return arguments
+
+
+def read_mask(mask: Any) -> PIL.Image.Image:
+    """A mask -> L PIL image, light where an image is drawn anew: where the mask is transparent, or light where nothing of it is.
+
+    ValueError, TypeError: as `open_mask`; or it marks nothing.
+    """
+    image = read_image(mask, "The mask", any_channels=True)
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema()[0] < 255:
+            return alpha.point(lambda value: 255 - value)
+    return open_mask(image, "The mask")
+
+
 def _size_of(image):
     """PIL image or tensor (1, 3, H, W) -> (H, W)."""
     return tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else (image.height, image.width)
@@ -209,14 +276,16 @@ def generate_images(
     settings: GenerationSettings,
     reference_images: Sequence[Any],
     control_images: Sequence[str | Path] = (),
+    changed: Sequence[Any] = (),
 ) -> Iterator[tuple[PIL.Image.Image, GenerationSettings]]:
     """Make the images of a run, one after the other, and yield each with settings that make it alone.
 
     Args:
         reference_images: what `images=` of the pipeline takes, one for each `<i>` of the prompt.
         control_images: paths, see `control_arguments`.
+        changed: see `size_arguments`.
     """
-    arguments = size_arguments(pipe, settings, control_images)
+    arguments = size_arguments(pipe, settings, control_images, changed)
     arguments.update(prompt_arguments(pipe, settings, reference_images))
     yield from draw_images(pipe, settings, arguments)
 
@@ -229,14 +298,29 @@ def own_size(pipe: Pipeline) -> tuple[int, int]:
 
 
 def size_arguments(
-    pipe: Pipeline, settings: GenerationSettings, control_images: Sequence[str | Path] = ()
+    pipe: Pipeline,
+    settings: GenerationSettings,
+    control_images: Sequence[str | Path] = (),
+    changed: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """What a pipeline is called with for the size of an image and its controls, if there are any."""
+    """What a pipeline is called with for the size of an image, its controls, and what is changed, if there is any of it.
+
+    Args:
+        changed: of settings with `init_image`, that image, and its mask if they have one; what `open_image` takes.
+    """
     # diffusers ignores a height without a width, and the other way round
     height, width = own_size(pipe)
+    short_side, change = min(height, width), {}
+    if settings.init_image is not None:
+        image, mask = (*changed, None)[:2]
+        change = change_arguments(settings, image, mask, short_side)
+        settings = replace(settings, height=change["height"], width=change["width"])
     if settings.controls:
-        return control_arguments(settings, control_images, min(height, width))
-    return {"height": settings.height or height, "width": settings.width or width}
+        arguments = control_arguments(settings, control_images, short_side)
+        if change:
+            arguments["control_image"] = arguments.pop("image")
+        return {**change, **arguments}
+    return change or {"height": settings.height or height, "width": settings.width or width}
 
 
 def prompt_arguments(
@@ -299,9 +383,7 @@ def draw_images(
         pipe.warns_outside_world = index == 0  # all images of a run have one size
         try:
             output = pipe(
-                **arguments,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
+                **call_arguments(pipe, settings, arguments),
                 generator=torch.Generator("cpu").manual_seed(seed),
                 callback_on_step_end=callback_on_step_end,
                 output_type="np",
@@ -313,6 +395,14 @@ def draw_images(
             take_maps(output.maps[0], output.map_labels[0])
         made = {"seed": seed, "num_images": 1, "index": index, "versions": package_versions(), **size}
         yield image, replace(settings, **made)
+
+
+def call_arguments(pipe: Pipeline, settings: GenerationSettings, arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments` with what the settings alone decide, for a pipeline of the settings' task."""
+    if settings.init_image is not None and settings.mask is None and not settings.controls:
+        # image-to-image takes the size of its image
+        arguments = {name: value for name, value in arguments.items() if name not in ("height", "width")}
+    return {**arguments, "num_inference_steps": settings.steps, "guidance_scale": settings.guidance}
 
 
 def finite_images(pipe: Pipeline, pixels: np.ndarray, seeds: Sequence[int]) -> list[PIL.Image.Image]:
@@ -341,6 +431,7 @@ def generate_files(
     paths: Sequence[Path],
     reference_images: Sequence[Any],
     control_images: Sequence[str | Path] = (),
+    changed: Sequence[Any] = (),
     *,
     overwrite: bool = False,
     resume: bool = False,
@@ -354,7 +445,7 @@ def generate_files(
         pipe: of `load_pipeline`.
         paths: of `output_paths`: for each image, then, if there are several, for a grid of them with the settings of the
             whole run, then for an enlarged copy of the last of these.
-        reference_images, control_images: as in `generate_images`.
+        reference_images, control_images, changed: as in `generate_images`.
         overwrite: replace files that are there.
         resume: keep those that are there.
         enlarged: how many times as long the sides of the enlarged copy are; 1 makes none.
@@ -364,7 +455,7 @@ def generate_files(
     Raises:
         ValueError: an image that is to be kept was made with other settings, see `read_kept`; one is not finite.
     """
-    arguments = size_arguments(pipe, settings, control_images)
+    arguments = size_arguments(pipe, settings, control_images, changed)
     settings = replace(settings, height=arguments["height"], width=arguments["width"], index=None)
     kept = read_kept(settings, paths) if resume else {}
     missing = [

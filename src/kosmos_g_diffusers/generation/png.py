@@ -65,9 +65,8 @@ def read_settings(path: str | Path) -> GenerationSettings:
     try:
         settings = GenerationSettings.from_json(text)
         places = [settings.model, settings.unet, *(lora.path for lora in settings.all_loras)]
-        places += [file.path for name in FILES for file in getattr(settings, name)]
-        for control in settings.controls:
-            places += [control.picture.path, control.controlnet]
+        places += [file.path for file in settings.files]
+        places += [control.controlnet for control in settings.controls]
         for place in places:
             # on Windows, only looking at a path like this makes it log in at a server that the PNG names
             if place is not None and place.startswith(("//", "\\\\")):

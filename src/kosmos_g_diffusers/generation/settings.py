@@ -39,7 +39,11 @@ NEWER = (
     "loras",
     "binding",
     "regions",
+    "init_image",
+    "mask",
+    "strength",
 )  # fields that are written only where they say something: older packages refuse names that they do not know
+STRENGTH = 0.8  # of a change, as in diffusers' image-to-image
 MAX_TEXT = 100_000  # characters of a prompt or path
 
 
@@ -158,6 +162,16 @@ class GenerationSettings:
     image_words: tuple[
         InputImage, ...
     ] = ()  # an InputImage for each file of image words that the prompt uses
+    # an image that is changed, and what of it: where it has no transparency light, else transparent is drawn anew
+    init_image: InputImage | None = None
+    mask: InputImage | None = None
+    strength: float | None = setting(
+        None,
+        "of the change of --init-image: 1 draws it anew (default: 0.8; with --mask 1)",
+        low=0,
+        high=1,
+        metavar="SHARE",
+    )
     # image k of a run is made with seed + k
     seed: int = setting(0, "of the first image (default: drawn, and stored)", low=0, high=2**63 - 1)
     num_images: int = setting(1, "images to make", low=1, high=1000)
@@ -200,6 +214,7 @@ class GenerationSettings:
                 raise TypeError(
                     f"{name} holds something other than InputImage; InputImage.from_file makes it."
                 )
+        self._check_change()
         if not all(isinstance(control, ControlInput) for control in self.controls):
             raise TypeError("controls holds something other than ControlInput.")
         if not all(isinstance(lora, LoraInput) for lora in self.loras):
@@ -232,10 +247,41 @@ class GenerationSettings:
         if len(texts) > 200 or not all(isinstance(text, str) and len(text) <= 100 for text in texts):
             raise TypeError("versions must hold at most 100 pairs of short strings: package and version.")
 
+    def _check_change(self):
+        if self.init_image is None:
+            for name in ("mask", "strength"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"A {name} was given without an image to change. Pass --init-image as well."
+                    )
+            return
+        if self.is_guided:
+            raise ValueError("Binding and regions draw whole images. Leave them or --init-image out.")
+        if self.strength is None:
+            object.__setattr__(self, "strength", STRENGTH if self.mask is None else 1.0)
+        if int(self.steps * self.strength) < 1:
+            raise ValueError(
+                f"strength={self.strength} of {self.steps} steps leaves no step to draw. Expected {1 / self.steps:.3g} or more, "
+                "or more steps."
+            )
+
+    @property
+    def files(self) -> tuple[InputImage, ...]:
+        """An InputImage for each file that is needed to make the image again."""
+        changed = [file for file in (self.init_image, self.mask) if file is not None]
+        return (
+            *self.images,
+            *self.image_words,
+            *(control.picture for control in self.controls),
+            *changed,
+        )
+
     @property
     def is_composite(self) -> bool:
-        """Whether a control shows the image itself, to be kept or changed, and not edges or the like: image-to-image by ControlNet."""
-        return any(find_control(control.name).annotator is None for control in self.controls)
+        """Whether it shows another image, kept or changed: image-to-image, inpainting, or a control that shows the image itself."""
+        return self.init_image is not None or any(
+            find_control(control.name).annotator is None for control in self.controls
+        )
 
     @property
     def is_guided(self) -> bool:
@@ -287,6 +333,9 @@ class GenerationSettings:
                 images = _read_records(InputImage, "images of controls", [control.get("picture")])
                 control["picture"] = images[0]
         record["controls"] = _read_records(ControlInput, "controls", controls)
+        for name in ("init_image", "mask"):
+            if record.get(name) is not None:
+                (record[name],) = _read_records(InputImage, name, [record[name]])
         regions = record.get("regions", [])
         if not isinstance(regions, list):
             raise TypeError("regions must be a list.")

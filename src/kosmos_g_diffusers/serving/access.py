@@ -178,13 +178,21 @@ class Gate:
         app: what it stands before: everything that the server answers.
         access: Access.
         websockets: whether the application has any.
+        refuse: what answers a request that is not let through; None takes `answer_refused`.
     """
 
     app: Application
     access: Access
 
-    def __init__(self, app: Application, access: Access, websockets: bool = False):
+    def __init__(
+        self,
+        app: Application,
+        access: Access,
+        websockets: bool = False,
+        refuse: "Callable[[Refused, Message, Receive, Send], Awaitable[None]] | None" = None,
+    ):
         self.app, self.access, self._websockets = app, access, websockets
+        self._refuse = refuse or answer_refused
         self._open, self._posts = Counter(), Counter()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -199,7 +207,7 @@ class Gate:
             self._count(scope, counted)
             await self.app(scope, receive, send)
         except Refused as refused:
-            await refuse(refused, scope, receive, send)
+            await self._refuse(refused, scope, receive, send)
         finally:
             for counter, address in counted:
                 counter[address] -= 1
@@ -224,7 +232,7 @@ class Gate:
                 counted.append((counter, address))
 
 
-async def refuse(refused: Refused, scope: Message, receive: Receive, send: Send) -> None:
+async def answer_refused(refused: Refused, scope: Message, receive: Receive, send: Send) -> None:
     """Answer a request as a Refused says."""
     if scope["type"] == "websocket":
         await receive()

@@ -23,6 +23,9 @@ class FieldError(Exception):
         super().__init__(message)
         self.field, self.message = field, message
 
+    def __reduce__(self):  # an exception is made of its arguments again, which are two here
+        return FieldError, (self.field, self.message)
+
 
 def clean(text: object) -> str:
     """One line of text without paths of the server, and with the command line's flags as words."""

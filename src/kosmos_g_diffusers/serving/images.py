@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote_to_bytes
 
 import PIL.Image
 
 from ..provenance import UNMARKED, Marker
+from .bodies import NOT_FETCHED
 from .errors import FieldError
 from .libraries import reading
 
@@ -27,6 +29,25 @@ MAX_WEBP_PIXELS = 20_000_000  # whose decoder holds two more of it
 MAX_FILES = 10  # at once: images of a prompt, or of an image word
 SMALL_PIXELS = 4_000_000  # images that may be decoded beside another
 SHRINKABLE = ("RGB", "RGBA", "L", "CMYK", "YCbCr")  # modes whose colours can be averaged as they are
+
+
+def read_data_url(text: object, field: str) -> bytes:
+    """Bytes of the image in a data: URL. FieldError for any other text: nothing is fetched or opened."""
+    if not isinstance(text, str) or text[:5].lower() != "data:":
+        raise FieldError(field, NOT_FETCHED)
+    head, comma, body = text[5:].partition(",")
+    if len(body) > MAX_BYTES * 4 // 3 + 4:
+        raise FieldError(field, f"An image has more than {MAX_BYTES // 2**20} MB.")
+    try:
+        content = unquote_to_bytes(body)
+        if head.lower().endswith(";base64"):
+            content = base64.b64decode(content, validate=True)
+        if not comma or not content:
+            raise ValueError
+    except ValueError:
+        example = "data:image/png;base64,..."
+        raise FieldError(field, f"This is not a data: URL of an image, such as {example}") from None
+    return content
 
 
 class _Decoding:
@@ -131,7 +152,7 @@ def open_shrunk(path: str | Path | BinaryIO, field: str, side: int) -> PIL.Image
     return _decode(path, field, side)
 
 
-def open_square(path: str | Path, field: str, side: int) -> PIL.Image.Image:
+def open_square(path: str | Path | BinaryIO, field: str, side: int) -> PIL.Image.Image:
     """An image of a prompt as the model's processor cuts it, bit for bit: RGB, `side` pixels a side. Raises FieldError.
 
     Ten images of a prompt would take more than a gigabyte as they are.

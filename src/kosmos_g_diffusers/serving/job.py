@@ -76,8 +76,7 @@ class Drawing:
         self.reference_images = store.find_all(settings.images, "pictures")
         self.control_images = store.find_all([control.picture for control in settings.controls], "controls")
         self.words = store.find_all(settings.image_words, "words")
-        store.hold(self, [*settings.images, *settings.image_words])
-        store.hold(self, [control.picture for control in settings.controls])
+        store.hold(self, settings.files)
 
     def __call__(self, ticket: "Ticket") -> None:
         settings, paths = self.settings, []

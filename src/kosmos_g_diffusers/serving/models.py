@@ -7,11 +7,12 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..control.table import CONTROLS
-from ..environment import default_device, default_dtype
+from ..environment import check_device, default_device, default_dtype
 from ..files import read_json
 from ..generation.schedulers import make_scheduler
 from ..sprites.pretrained import SPRITES, SPRITES_CONTROL, with_small_model
@@ -40,6 +41,7 @@ class Models:
         lora_folder: of .safetensors files.
         unet_folder: of folders in diffusers' format.
         device, dtype: of every model, as settings name them; None takes the accelerator if there is one, and what suits it.
+        must_exist: without it a model that is not there is an error when it is loaded, and may be there by then.
 
     Raises:
         ValueError: a folder that is not there.
@@ -61,12 +63,12 @@ class Models:
         unet_folder: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        must_exist: bool = True,
     ):
         self._device, self._dtype = device, dtype
-        folders = [_folder(path, "model") for path in model_folders]
-        for folder in folders:
-            if not (folder / "model_index.json").is_file():
-                raise ValueError(f"There is no model in {str(folder)!r}. Pass what kosmos-g convert wrote.")
+        folders = [_folder(path, "model") if must_exist else Path(path).resolve() for path in model_folders]
+        for folder in folders if must_exist else ():
+            _check_model(folder)
         self.models = _by_name(folders) or {BUILTIN: None}
         loras = sorted(_folder(lora_folder, "LoRA").glob("*.safetensors")) if lora_folder else []
         self.loras = {NO_LORA: None, **_by_name(loras)}
@@ -77,7 +79,8 @@ class Models:
         self.problem = None  # why it failed
         self.preview = None  # LatentPreview of the loaded VAE
         self.pipe = None
-        self._model = self._unet = self._lora = None  # names of what is loaded
+        self._model = self._unet = None  # names of what is loaded
+        self._loras = ()
         self._own_unet = self._own_scheduler = None
         self._vision_cache = None
         self._controlnets = OrderedDict()  # kind of control -> ControlNet
@@ -112,6 +115,10 @@ class Models:
         """Kinds of control that there are ControlNets for, with a model."""
         return (SPRITES_CONTROL,) if self.is_builtin(name) else tuple(CONTROLS)
 
+    def vision_cache_count(self, name: str) -> int:
+        """The `hits` or `misses` of the cache of vision states."""
+        return getattr(self._vision_cache, name, 0)
+
     def short_side(self) -> int:
         """Pixels of the shorter side of what the loaded model draws unless it is told otherwise."""
         pipe = self.pipe  # another thread may load a model meanwhile
@@ -123,7 +130,8 @@ class Models:
         if name == self._model:
             return
         self.state, self.pipe, self.preview, self._model = "loading", None, None, None
-        self._own_unet = self._own_scheduler = self._unet = self._lora = None
+        self._own_unet = self._own_scheduler = self._unet = None
+        self._loras = ()
         self._controlnets.clear()
         try:
             with at("model"):
@@ -132,8 +140,10 @@ class Models:
                 from ..modeling_kosmos_g import VisionCache
                 from .preview import LatentPreview
 
+                check_device(self.device)
                 source = self.models[name] or SPRITES
                 try:
+                    _check_model(Path(source))
                     pipe = drawing().load_model(source, self.dtype)
                 except (OSError, ValueError) as error:  # users know it by its name
                     reason = str(error).replace(str(source), name)
@@ -147,8 +157,8 @@ class Models:
             self.state, self.problem = "failed", error.message
             raise
         self._own_unet, self._own_scheduler = pipe.unet, pipe.scheduler
-        self.pipe, self._model, self._unet, self._lora = pipe, name, OWN, NO_LORA
-        self.state = "ready"
+        self.pipe, self._model, self._unet = pipe, name, OWN
+        self.state, self.problem = "ready", None
 
     def prepare(self, settings: "GenerationSettings") -> "KosmosGPipeline | KosmosGControlNetPipeline":
         """The pipeline that draws these settings, whose model, U-Net and LoRA are names of what is offered.
@@ -158,12 +168,14 @@ class Models:
         """
         self.load(settings.model)
         self._set_unet(settings.unet or OWN)
-        self._set_lora(settings.lora or NO_LORA, settings.lora_scale)
+        self._set_loras(settings.all_loras)
         pipe = self.pipe
         if settings.controls:
             with at("controls"):
-                pipe = drawing().with_controlnets(pipe, self._find_controlnets(settings))
+                pipe = drawing().pipeline_for(pipe, settings, self._find_controlnets(settings))
                 pipe.check_widths()
+        else:
+            pipe = drawing().pipeline_for(pipe, settings)
         if settings.scheduler is None:
             pipe.scheduler = self._own_scheduler
         else:
@@ -173,7 +185,7 @@ class Models:
     def _set_unet(self, name):
         if name == self._unet:
             return
-        self._set_lora(NO_LORA, 1.0)
+        self._set_loras(())
         with at("unet"):
             if name == OWN:
                 unet = self._own_unet
@@ -191,21 +203,28 @@ class Models:
             self.pipe.register_modules(unet=unet)
         self._unet = name
 
-    def _set_lora(self, name, scale):
-        if name != self._lora:
-            if self._lora != NO_LORA:
-                self.pipe.unload_lora_weights()
-                self._lora = NO_LORA
-            if name != NO_LORA:
-                with at("lora"):
-                    path = self.loras[name]
-                    try:
-                        drawing().add_lora(self.pipe, path, scale)
-                    except ValueError as error:  # users know it by its name
-                        raise ValueError(str(error).replace(str(path), name)) from error
-                self._lora = name
-        elif name != NO_LORA:
-            self.pipe.set_adapters([drawing().LORA_NAME], [float(scale)])
+    def _set_loras(self, loras):
+        """LoraInputs, whose paths are names of what is offered."""
+        names, scales = tuple(lora.path for lora in loras), [float(lora.scale) for lora in loras]
+        if names == self._loras:
+            if names:
+                self.pipe.set_adapters(drawing().adapter_names(len(names)), scales)
+            return
+        if self._loras:
+            self.pipe.unload_lora_weights()
+            self._loras = ()
+        found = [replace(lora, path=str(self.loras[lora.path])) for lora in loras]
+        with at("lora"):
+            try:
+                drawing().add_loras(self.pipe, found)
+            except ValueError as error:  # users know them by their names
+                if len(found) > 1:
+                    self.pipe.unload_lora_weights()
+                text = str(error)
+                for name, lora in zip(names, found, strict=True):
+                    text = text.replace(lora.path, name)
+                raise ValueError(text) from error
+        self._loras = names
 
     def _find_controlnets(self, settings):
         found = []
@@ -244,6 +263,11 @@ def _folder(path, what):
     if not folder.is_dir():
         raise ValueError(f"There is no folder {str(path)!r} to look for a {what} in. Pass one that is there.")
     return folder.resolve()
+
+
+def _check_model(folder):
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"There is no model in {str(folder)!r}. Pass what kosmos-g convert wrote.")
 
 
 def _by_name(paths):

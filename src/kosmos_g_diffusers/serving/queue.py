@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ RECENT = 8  # runs whose length is the estimate of the next one's
 LISTENER_COMES = 30.0  # seconds that a run waits for somebody to listen
 LISTENER_BACK = 5.0  # seconds in which a listener may come back
 LOOK = 0.2  # seconds between two looks for listeners
+LINGER = 0.1  # share of the time of the last batch that the next one waits for those who were in it
 
 
 class QueueFull(Exception):
@@ -64,9 +65,11 @@ class Ticket:
     caller: Caller | None
     joined: int
 
-    def __init__(self, worker: "Worker", job: Job, caller: Caller | None = None):
+    def __init__(self, worker: "Worker", job: Any, caller: Caller | None = None):
         self._worker, self._job, self.caller = worker, job, caller
         self._cancelled = threading.Event()
+        self._ending = threading.Lock()
+        self._told = []  # functions to call at the end
         self.state = "waiting"  # then "running", then "done", "failed" or "cancelled"
         self.progress = None  # whatever the job last said of itself
         self.result = None  # what the job returned
@@ -88,7 +91,7 @@ class Ticket:
 
     def check(self) -> None:
         """Raises Cancelled if the run was cancelled; the job calls it as often as it can stop."""
-        if self._cancelled.is_set() or self.is_left():
+        if self.is_cancelled():
             raise Cancelled
 
     def is_listened_to(self) -> bool:
@@ -105,6 +108,33 @@ class Ticket:
         patience = LISTENER_BACK if self._was_heard else LISTENER_COMES
         return time.monotonic() - self._heard > patience
 
+    @property
+    def job(self) -> Any:
+        """What was put into the queue, until the run has ended."""
+        return self._job
+
+    def when_ended(self, call: Callable[[], Any]) -> None:
+        """Have a function called at the end, by the thread that ends it; at once if that was before."""
+        with self._ending:
+            if not self.ended.is_set():
+                self._told.append(call)
+                return
+        call()
+
+    def is_cancelled(self) -> bool:
+        """Whether `check` would raise."""
+        return self._cancelled.is_set() or self.is_left()
+
+    def finish(self, result: Any) -> None:
+        """End a run of a batch with its result."""
+        self.result = result
+        self._end("done")
+
+    def fail(self, error: BaseException) -> None:
+        """End a run of a batch with what went wrong."""
+        self.error = error
+        self._end("cancelled" if isinstance(error, Cancelled) else "failed")
+
     def _run(self):
         self.state = "running"
         try:
@@ -118,9 +148,14 @@ class Ticket:
             self._end("failed")
 
     def _end(self, state):
-        self.state = state
-        self._job = None  # frees the images that it holds
-        self.ended.set()
+        with self._ending:
+            if self.ended.is_set():
+                return
+            self.state = state
+            self._job = None  # frees the images that it holds
+            self.ended.set()
+        for call in self._told:
+            call()
 
 
 class Worker:
@@ -205,13 +240,16 @@ class Worker:
         ticket._end("cancelled")
 
     def _is_busy(self):
-        return self._running is not None and not self._running.ended.is_set()
+        return not all(ticket.ended.is_set() for ticket in self._under_way())
+
+    def _under_way(self):
+        return [] if self._running is None else [self._running]
 
     def close(self) -> None:
         """Cancel every run and end the thread; one that loads a model is not waited for."""
         with self._condition:
             self._closed = True
-            tickets = [*self._waiting, *([self._running] if self._running else [])]
+            tickets = [*self._waiting, *self._under_way()]
             self._condition.notify()
         for ticket in tickets:
             ticket.cancel()
@@ -249,15 +287,18 @@ class Worker:
                 self._condition.wait(LOOK if self._waiting else None)
             if self._closed:
                 return None
-            self._waiting.remove(ticket)
-            self._begun += 1
             present = {key for other in self._waiting for key in _turn_keys(other)}
             # who has nothing waiting may be forgotten, but not at once: they are about to ask again
             if len(self._turns) > 1000:
                 self._turns = {key: turn for key, turn in self._turns.items() if key in present}
-            self._turns.update(dict.fromkeys(_turn_keys(ticket), self._begun))
+            self._begin(ticket)
             self._running = ticket
             return ticket
+
+    def _begin(self, ticket):
+        self._waiting.remove(ticket)
+        self._begun += 1
+        self._turns.update(dict.fromkeys(_turn_keys(ticket), self._begun))
 
     def _work(self):
         while (ticket := self._take()) is not None:
@@ -267,6 +308,88 @@ class Worker:
                 self._durations.append(time.monotonic() - started)
             elif ticket.state == "failed":
                 logger.info("a run failed", exc_info=ticket.error)
+
+
+class BatchWorker(Worker):
+    """A thread that carries out jobs, of any type, together with those of the same kind that wait.
+
+    Nothing waits while nothing else is there: a batch is what came while the last one was carried out. Only after a batch of
+    several the thread waits a moment for their clients to ask again, as most do at once.
+
+    Args:
+        carry_out: function of a list of tickets, which ends each of them (`finish`, `fail`).
+        kind_of: job -> what the jobs of a batch have in common.
+        size_of: job -> places that it takes.
+        most: places of a batch; a larger job is a batch of its own.
+        capacity, per_session: as of Worker.
+    """
+
+    most: int
+
+    def __init__(
+        self,
+        carry_out: Callable[[list[Ticket]], None],
+        kind_of: Callable[[Any], Hashable],
+        size_of: Callable[[Any], int],
+        most: int,
+        capacity: int,
+        name: str = "worker",
+        per_session: int = PER_SESSION,
+    ):
+        self._carry_out, self._kind_of, self._size_of, self.most = carry_out, kind_of, size_of, most
+        self._batch, self._last_took = [], 0.0
+        super().__init__(capacity, name, per_session)
+
+    def waiting(self) -> Sequence[Ticket]:
+        """Those who wait and are listened to, in the order in which they will begin."""
+        with self._condition:
+            return [ticket for ticket in self._order() if ticket.is_listened_to()]
+
+    def count_waiting(self) -> int:
+        return len(self._waiting)
+
+    def is_alive(self) -> bool:
+        """Whether the thread is there, which ends only with the process."""
+        return self._thread.is_alive()
+
+    def _under_way(self):
+        return self._batch or super()._under_way()
+
+    def _take_batch(self):
+        before = len(self._batch)
+        with self._condition:
+            self._batch = []
+            if before > 1 and not self._closed:
+                several = LINGER * self._last_took
+                self._condition.wait_for(lambda: len(self._waiting) >= before or self._closed, several)
+        if (first := self._take()) is None:
+            return []
+        kind, room = self._kind_of(first.job), self.most - self._size_of(first.job)
+        with self._condition:
+            batch = [first]
+            for ticket in self._order():
+                job = ticket.job
+                if job is None or not ticket.is_listened_to() or self._kind_of(job) != kind:
+                    continue
+                if self._size_of(job) <= room:
+                    room -= self._size_of(job)
+                    self._begin(ticket)
+                    batch.append(ticket)
+            self._batch = batch
+        return batch
+
+    def _work(self):
+        while batch := self._take_batch():
+            started = time.monotonic()
+            for ticket in batch:
+                ticket.state = "running"
+            try:
+                self._carry_out(batch)
+            except BaseException as error:  # noqa: BLE001  as in a run
+                for ticket in batch:
+                    ticket.fail(error)
+            self._last_took = time.monotonic() - started
+            self._durations.append(self._last_took)
 
 
 def _turn_keys(ticket):

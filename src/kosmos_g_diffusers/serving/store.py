@@ -308,8 +308,7 @@ def _measure(files):
 
 
 def _inputs_of(settings):
-    files = [*settings.images, *settings.image_words, *(control.picture for control in settings.controls)]
-    return frozenset(file.sha256 for file in files)
+    return frozenset(file.sha256 for file in settings.files)
 
 
 def _upload_of(path):

@@ -78,11 +78,11 @@ class WebServer:
         finally:
             connection.close()
 
-    def close(self) -> None:
-        """End it; answers that take longer than `ENDING` seconds are cut off."""
+    def close(self, ending: float = ENDING) -> None:
+        """End it; answers that take longer than `ending` seconds are cut off."""
         self._server.should_exit = True
         if self._thread.is_alive():
-            self._thread.join(timeout=ENDING)
+            self._thread.join(timeout=ending)
         if self._thread.is_alive():
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that they are cut off is expected
             self._server.force_exit = True

@@ -1,0 +1,121 @@
+"""A tool for programs that speak the Model Context Protocol: gradio's MCP server, of one function, without a page or files.
+
+gradio's own routes for it would take addresses of images, write what it draws to a folder and encode it again, without its
+settings and its mark. So the function takes `data:` URLs, and what it returns goes out as it is.
+"""
+
+import base64
+import contextlib
+import json
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+
+from .access import Message, Receive, Refused, Send
+from .bodies import read_body, read_json_body, replay
+from .errors import FieldError
+
+PATH = "/gradio_api/mcp"  # where gradio has it
+MAX_BODY = 64 * 2**20  # bytes
+INSTALL = "pip install 'kosmos-g-diffusers[app,mcp]'"
+
+# (fields of a request for images, who asks) -> PNGs with their settings
+Draw = Callable[[dict[str, Any], Request | None], Awaitable[list[bytes]]]
+
+
+class Tool:
+    """An ASGI application for requests to `PATH`; `running` is open as long as it answers.
+
+    Args:
+        draw: what draws.
+
+    Raises:
+        ImportError: gradio or mcp is not installed.
+    """
+
+    def __init__(self, draw: Draw):
+        try:
+            import gradio
+            import mcp  # noqa: F401
+            from gradio.mcp import GradioMCPServer
+        except ImportError as error:
+            raise ImportError(f"--mcp needs gradio and mcp ({error}). Run: {INSTALL}") from error
+
+        class Server(GradioMCPServer):
+            def postprocess_output_data(self, data: Any, root_url: str) -> Any:
+                """PNGs as they were drawn, in base64."""
+                return [
+                    self.types.ImageContent(type="image", data=image, mimeType="image/png")
+                    for image in json.loads(data[0])
+                ]
+
+        async def draw_image(
+            request: gradio.Request,
+            prompt: str,
+            images: list[str] | None = None,
+            negative_prompt: str = "",
+            width: int = 0,
+            height: int = 0,
+            seed: int = -1,
+            n: int = 1,
+        ) -> str:
+            given = {"prompt": prompt, "images": images or [], "negative_prompt": negative_prompt, "n": n}
+            if width or height:
+                given["size"] = f"{width}x{height}"
+            if seed >= 0:
+                given["seed"] = seed
+            try:
+                pngs = await draw(given, getattr(request, "request", request))
+            except FieldError as error:
+                raise gradio.Error(
+                    f"{error.field}: {error.message}", visible=False, print_exception=False
+                ) from None
+            return json.dumps([base64.b64encode(png).decode("ascii") for png in pngs])
+
+        draw_image.__doc__ = DESCRIPTION
+        with gradio.Blocks(analytics_enabled=False, title="Kosmos-G") as blocks:
+            gradio.api(draw_image, api_name="draw_image", queue=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._server = Server(blocks)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with self._server.manager.run():
+            yield
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Raises Refused for a call that names a path or an address."""
+        if not is_tool(scope["path"]):
+            raise Refused(404, "There is nothing here.")
+        if scope["method"] == "POST":
+            headers = Headers(scope=scope)
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise Refused(415, "A call is application/json.")
+            body = await read_body(receive, MAX_BODY)
+            read_json_body(body)
+            receive = replay(body, receive)
+        scope = {**scope, "path": PATH}
+        await self._server.handle_streamable_http(scope, receive, send)
+
+
+DESCRIPTION = """Draw images of a prompt of words and images, where <i> stands for an image, and return them as PNGs.
+
+Args:
+    prompt: What to draw, with <i> where an image belongs.
+    images: The images of the <i>, in that order, as data: URLs such as data:image/png;base64,... Paths and addresses are refused.
+    negative_prompt: What the images should not show.
+    width: In pixels, a multiple of 8; 0 is the model's own.
+    height: In pixels, a multiple of 8; 0 is the model's own.
+    seed: Decides what is drawn; -1 draws one.
+    n: How many images.
+"""
+
+
+def is_tool(path: str) -> bool:
+    """Whether a request is for the tool."""
+    return path.rstrip("/") == PATH
