@@ -3,11 +3,25 @@ const board = element.querySelector("canvas")
 const brush = element.querySelector("input")
 const pen = board.getContext("2d")
 let last = null
+let drawn = ""  // the value that is on the board
 
 function fit(width, height) {
+  const strokes = props.value === drawn ? "" : props.value  // those that came with the image stay
   board.width = width
   board.height = height
-  props.value = ""
+  drawn = ""
+  if (strokes) {
+    show(strokes)
+  } else if (props.value) {
+    props.value = ""
+  }
+}
+
+function show(strokes) {
+  drawn = strokes
+  const image = new Image()
+  image.onload = () => pen.drawImage(image, 0, 0, board.width, board.height)
+  image.src = strokes
 }
 
 function setImage() {
@@ -52,11 +66,21 @@ board.addEventListener("pointerdown", event => {
 board.addEventListener("pointermove", paint)
 for (const end of ["pointerup", "pointercancel"]) {
   board.addEventListener(end, () => {
-    if (last) props.value = board.toDataURL("image/png")
+    if (last) props.value = drawn = board.toDataURL("image/png")
     last = null
   })
 }
-element.querySelector("button").addEventListener("click", setImage)
+element.querySelector("button").addEventListener("click", () => {
+  drawn = props.value
+  setImage()
+})
 watch("image", setImage)
-watch("value", () => { if (!props.value) pen.clearRect(0, 0, board.width, board.height) })
+watch("value", () => {
+  if (!props.value) {
+    pen.clearRect(0, 0, board.width, board.height)
+    drawn = ""
+  } else if (props.value !== drawn) {
+    show(props.value)
+  }
+})
 setImage()
