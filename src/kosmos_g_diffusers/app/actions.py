@@ -294,6 +294,9 @@ class Actions:
         """The board of the image that is changed; a mask that was restored with the image is on it."""
         restored, session.restored_mask = session.restored_mask, None
         is_its = restored is not None and restored[0] == path
+        if not is_its and path == session.board_path:  # told again, when its part of the page is unfolded
+            return gr.skip()
+        session.board_path = path
         return await self.board(path, restored[1] if is_its else "")
 
     async def board(self, path: str | None, strokes: str = "") -> gr.HTML:

@@ -56,7 +56,7 @@ TAKE_SIZE = """(size, width, height) => {
 TAKE_ORDER = """(paths, files) => {
     const known = new Map((files ?? []).map(file => [file.path, file]))
     const kept = (paths ?? []).map(path => known.get(path)).filter(Boolean)
-    return kept.length ? kept : null
+    return [kept.length ? kept : null]
 }"""
 # the place of another LoRA is shown when the one before it is taken
 SHOW_LORAS = """(...names) => names.slice(0, -1).map((name, place) => ({
@@ -74,6 +74,12 @@ CHANGE_HELP = (
 # field of a message -> other fields by which its cause may go
 CAUSES = {name: ["lora", "unet", "model"] for name in ("unet", "model", *(name for name, _ in LORAS))}
 CAUSES |= {"width": ["height"], "height": ["width"], "regions": ["prompt", "binding"]}
+# where the theme's own colours are too close to each other to be read
+COLOURS = {f"block_{what}_text_color": "*primary_700" for what in ("title", "label")}
+COLOURS |= {"button_primary_background_fill": "*primary_600", "input_placeholder_color": "*neutral_500"}
+COLOURS |= {"button_primary_background_fill_hover": "*primary_700", "body_text_color_subdued": "*neutral_600"}
+COLOURS |= {"link_text_color": "*primary_700", "link_text_color_dark": "*primary_300"}
+COLOURS |= {"body_text_color_subdued_dark": "*neutral_300", "input_placeholder_color_dark": "*neutral_300"}
 QUICK: dict[str, Any] = {
     "api_visibility": "private",
     "show_progress": "hidden",
@@ -543,6 +549,7 @@ def _application(blocks, service, host, port, accounts, allowed_hosts, tool):
     no_documents = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
     # no font is fetched: these are names of what the browser has
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme.set(**COLOURS)
     lifespan = None if tool is None else lambda application: tool.running()
     outer = gr.mount_gradio_app(
         FastAPI(lifespan=lifespan, **no_documents),

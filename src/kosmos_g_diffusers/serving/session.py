@@ -30,6 +30,7 @@ class Session:
     shown: list[Path] = field(default_factory=list)  # paths of the images of the last run
     chosen: Path | None = None  # path of the image whose settings are shown
     tickets: list["Ticket"] = field(default_factory=list)  # of its runs that have not ended
+    board_path: str | None = None  # of the image to change that is painted on
     restored_mask: tuple[str, str] | None = None  # path of an image to change, and strokes that belong on it
     error: object = None  # FieldError of the last action, until the page has shown it
 

@@ -4,17 +4,15 @@ const brush = element.querySelector("input")
 const pen = board.getContext("2d")
 let last = null
 let drawn = ""  // the value that is on the board
+let coming = props.value  // strokes that belong to the image that comes with them
 
 function fit(width, height) {
-  const strokes = props.value === drawn ? "" : props.value  // those that came with the image stay
   board.width = width
   board.height = height
-  drawn = ""
-  if (strokes) {
-    show(strokes)
-  } else if (props.value) {
-    props.value = ""
-  }
+  const strokes = coming
+  coming = drawn = ""
+  if (strokes) show(strokes)
+  if ((props.value || "") !== (strokes || "")) props.value = strokes || ""
 }
 
 function show(strokes) {
@@ -71,16 +69,18 @@ for (const end of ["pointerup", "pointercancel"]) {
   })
 }
 element.querySelector("button").addEventListener("click", () => {
-  drawn = props.value
+  coming = ""
   setImage()
 })
 watch("image", setImage)
 watch("value", () => {
-  if (!props.value) {
-    pen.clearRect(0, 0, board.width, board.height)
+  if (props.value === drawn) return
+  coming = props.value
+  pen.clearRect(0, 0, board.width, board.height)
+  if (coming) {
+    show(coming)
+  } else {
     drawn = ""
-  } else if (props.value !== drawn) {
-    show(props.value)
   }
 })
 setImage()

@@ -13,6 +13,20 @@ document.addEventListener("click", event => {
   try { localStorage.setItem(THEME, theme) } catch { /* it lasts as long as the page */ }
 })
 
+// What gradio leaves to be fixed for screen readers: a button that takes files in another one, named by a key of its texts, and
+// empty places that have a label and no role
+function nameParts() {
+  for (const empty of document.querySelectorAll('.empty[aria-label]:not([role])')) empty.setAttribute("role", "img")
+  for (const button of document.querySelectorAll(".icon-button:has(.upload-container)")) {
+    if (button.getAttribute("role") === "group") continue
+    button.setAttribute("role", "group")
+    button.tabIndex = -1
+    button.title = "Add files"
+    button.setAttribute("aria-label", "Add files")
+  }
+}
+new MutationObserver(nameParts).observe(document.body, {childList: true, subtree: true})
+
 // Keys
 const isRunning = () => find('.kg-run[data-state="running"], .kg-run[data-state="waiting"]')
 const isOpen = () => find('[role="listbox"], [role="dialog"], #images .preview, #maps-shown .preview') || document.fullscreenElement
