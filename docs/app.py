@@ -33,7 +33,11 @@ def main():
             draw(page, 0)
             RESULT.write_bytes(saved(page))
     with tempfile.TemporaryDirectory() as folder, serving(folder, toy=False) as app, chromium() as browser:
-        for name, width, scheme in (("1280", 1280, "light"), ("1280-dark", 1280, "dark"), ("400", 400, "light")):
+        for name, width, scheme in (
+            ("1280", 1280, "light"),
+            ("1280-dark", 1280, "dark"),
+            ("400", 400, "light"),
+        ):
             with visiting(browser, app) as page:
                 page.emulate_media(color_scheme=scheme)
                 page.set_viewport_size({"width": width, "height": 900})

@@ -74,10 +74,13 @@ CHANGE_HELP = (
 # field of a message -> other fields by which its cause may go
 CAUSES = {name: ["lora", "unet", "model"] for name in ("unet", "model", *(name for name, _ in LORAS))}
 CAUSES |= {"width": ["height"], "height": ["width"], "regions": ["prompt", "binding"]}
+# clients may give a field by its place: those that came later stand last
+LATER = ("init_image", "mask", "strength", *(name for slot in LORAS[1:] for name in slot))
 # where the theme's own colours are too close to each other to be read
 COLOURS = {f"block_{what}_text_color": "*primary_700" for what in ("title", "label")}
 COLOURS |= {"button_primary_background_fill": "*primary_600", "input_placeholder_color": "*neutral_500"}
 COLOURS |= {"button_primary_background_fill_hover": "*primary_700", "body_text_color_subdued": "*neutral_600"}
+COLOURS["background_fill_primary"] = "*neutral_50"  # the theme's own, which set() forgets
 COLOURS |= {"link_text_color": "*primary_700", "link_text_color_dark": "*primary_300"}
 COLOURS |= {"body_text_color_subdued_dark": "*neutral_300", "input_placeholder_color_dark": "*neutral_300"}
 QUICK: dict[str, Any] = {
@@ -85,6 +88,10 @@ QUICK: dict[str, Any] = {
     "show_progress": "hidden",
     "queue": False,
 }  # events of the page alone
+
+
+# by way of gradio's queue: its failures are told, and are no failed requests
+FAILING = {**QUICK, "queue": True}
 
 
 class Page:
@@ -147,6 +154,8 @@ class Page:
                     self._build_words()
                 with gr.Column(scale=2, min_width=300):
                     self._build_results()
+            for name in LATER:
+                self.fields[name] = self.fields.pop(name)
             self._connect()
 
     # Where things stand ------------------------------------------------------------------------------------------
@@ -221,11 +230,9 @@ class Page:
             seed = {"label": "Seed (empty or -1: random)"}
             row(
                 ("seed", gr.Number, -1, seed),
+                # what clients call it that were written before an empty seed meant that
+                ("surprise", gr.Checkbox, False, {"label": "A new seed", "visible": "hidden"}),
                 ("scheduler", gr.Dropdown, start["scheduler"], schedulers),
-            )
-            # what clients that were written before an empty seed meant it call it
-            self._add(
-                "surprise", gr.Checkbox(False, label="A new seed", elem_id="surprise", visible="hidden")
             )
             own = {"label": "Size", "choices": sizes(models.own_side(models.default))}
             self.size = gr.Dropdown(value=OWN_SIZE, elem_id="size", **own)
@@ -447,15 +454,15 @@ class Page:
         self.history.select(actions.choose_from_history, self.session, self.details, **QUICK)
         failed = {"fn": actions.show_error, "inputs": self.session, "outputs": [*self.messages.values()]}
         inputs = [self.prompt, self.references]
-        used = self.use.click(actions.use_as_input, [self.session, *inputs], inputs, **QUICK)
+        used = self.use.click(actions.use_as_input, [self.session, *inputs], inputs, **FAILING)
         used.failure(**failed, **QUICK)
         changed = [self.fields["init_image"], self.change]
-        used = self.change_it.click(actions.change_it, self.session, changed, **QUICK)
+        used = self.change_it.click(actions.change_it, self.session, changed, **FAILING)
         used.failure(**failed, **QUICK)
         outputs = [*self.fields.values(), self.messages["restore"], self.words]
         outputs += [self.size, self.other_size, self.change]
         restore = partial(actions.restore, names=list(self.fields))
-        back = self.restored.upload(restore, [self.session, self.restored], outputs, **QUICK)
+        back = self.restored.upload(restore, [self.session, self.restored], outputs, **FAILING)
         back.failure(**failed, **QUICK)
         for end in (back.success, back.failure):
             end(lambda: None, None, self.restored, **QUICK)  # ready for the next

@@ -91,7 +91,9 @@ function offer(field) {
     option.addEventListener("pointerdown", event => { event.preventDefault(); take(place) })
     return option
   }))
-  field.parentElement.append(box)
+  const place = field.getBoundingClientRect()
+  Object.assign(box.style, {left: `${place.left + scrollX}px`, top: `${place.bottom + scrollY}px`})
+  document.body.append(box)  // nothing there cuts it off
   field.setAttribute("aria-controls", "kg-offer")
   current = 0
   mark()
