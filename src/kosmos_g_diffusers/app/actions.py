@@ -327,9 +327,10 @@ class Actions:
     ) -> gr.Dropdown:
         """Make images an image word of this session, to be used in prompts."""
         with self.errors(session, "words"):
-            given = (self.chosen(model), name or "", pictures or ())
+            images = pictures or ()
+            given = (self.chosen(model), name or "", images)
             word = await image_words.add_word(self.service, session, *given, caller())
-            session.word_images[word] = await self._read(_thumbnails, pictures[:SHOWN], field="words")
+            session.word_images[word] = await self._read(_thumbnails, images[:SHOWN], field="words")
             return self.word_list(session, word)
 
     def after_word(self, session: Session, word: str) -> tuple[str, None, gr.HTML]:

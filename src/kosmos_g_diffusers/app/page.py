@@ -177,7 +177,7 @@ class Page:
         self.prompt_line = gr.HTML(elem_id="prompt-line")
         label = "Images, in the order of <i>"
         several = {"file_count": "multiple", "file_types": ["image"], "height": 130}
-        with gr.Column(elem_id="pictures"):
+        with gr.Column(elem_id="pictures", elem_classes="kg-images"):
             self.references = self.fields["pictures"] = Files(label=label, **several)
             self.strip = strip("Images of the prompt, in their order")
         self._add_message("pictures")
