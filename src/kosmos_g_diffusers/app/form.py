@@ -337,7 +337,7 @@ def _choice(values, name, offered, own=None):
     value = values.get(name)
     if value in (None, own):
         return None
-    if value not in offered:
+    if not isinstance(value, str) or value not in offered:
         raise FieldError(name, "This is not offered here. Choose one of the list.")
     return value
 
