@@ -11,9 +11,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from support.marks import DRAWN, term_of
 
 from kosmos_g_diffusers import SPRITES
 from kosmos_g_diffusers.app import html as render
+from kosmos_g_diffusers.app.examples import RESULT, placeholder, result_uri, sprite_examples
 from kosmos_g_diffusers.app.form import (
     LORAS,
     PRESETS,
@@ -27,7 +29,7 @@ from kosmos_g_diffusers.app.form import (
 )
 from kosmos_g_diffusers.control.controls import CONTROLS
 from kosmos_g_diffusers.data.sample import decode_image
-from kosmos_g_diffusers.generation.png import write_png
+from kosmos_g_diffusers.generation.png import read_settings, write_png
 from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage, LoraInput
 from kosmos_g_diffusers.processing_kosmos_g import open_image
 from kosmos_g_diffusers.serving.errors import FieldError, at, clean
@@ -525,6 +527,15 @@ def test_mistake_in_a_change_is_told_by_its_field(ask, tmp_path):
     # strokes that mark nothing are none, and neither is a strength without an image
     assert ask(init_image=image, mask=strokes_uri((64, 48), (0, 0, 0, 0))).mask is None
     assert ask(strength=0.5).init_image is None
+
+
+def test_example_that_the_page_begins_with_is_the_first_and_was_drawn_by_the_small_model():
+    settings = read_settings(RESULT)
+    assert settings.prompt == sprite_examples()[0].prompt == placeholder(True)
+    assert (settings.model, len(settings.images), term_of(RESULT)) == (None, 1, DRAWN)
+    assert not Path(settings.images[0].path).is_absolute()
+    html = render.first_example(settings.prompt, sprite_examples()[0].thumbnails(), result_uri(), "")
+    assert html.count("<img") == 2 and "<i>" not in html
 
 
 # Sizes, seeds, progress ----------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def unfold(page, title):
     )
 
 
-def drop(page, selector, *paths):
+def drop(page, selector, *paths, onto="button:has(input[type=file])"):
     """Drop files as a hand does: with a DataTransfer, on the drop zone."""
     files = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in map(Path, paths)]
     transfer = page.evaluate_handle(
@@ -192,7 +192,7 @@ def drop(page, selector, *paths):
         }""",
         files,
     )
-    page.dispatch_event(f"{selector} button:has(input[type=file])", "drop", {"dataTransfer": transfer})
+    page.dispatch_event(f"{selector} {onto}", "drop", {"dataTransfer": transfer})
 
 
 def run(page):

@@ -378,8 +378,6 @@ def restore_values(
     ):
         if name is not None and name not in offered:
             notes.append(f"Its {what} is not offered here.")
-    if settings.init_image is not None:
-        notes.append("It was made by changing an image, which this page does not do.")
     if any(control.controlnet for control in settings.controls):
         notes.append("It was made with a ControlNet of its own, which is not offered here.")
     loras = [lora for lora in settings.all_loras if lora.path in models.loras]

@@ -91,6 +91,17 @@ for (const end of ["pointerup", "pointercancel"]) {
     if (moved) tell()
   })
 }
+// With images in it gradio takes files on a small button alone: here on all of it
+const card = element.closest(".kg-images")
+const brings = event => tiles.length && event.dataTransfer.types.includes("Files") && !event.target.closest("button:has(input)")
+card?.addEventListener("dragover", event => { if (brings(event)) event.preventDefault() })
+card?.addEventListener("drop", event => {
+  const input = card.querySelector("input[type=file]")
+  if (!brings(event) || !input) return
+  event.preventDefault()
+  input.files = event.dataTransfer.files
+  input.dispatchEvent(new Event("change", {bubbles: true}))
+})
 watch("images", () => {
   if (dragged !== null) return
   const focused = placeOf(document.activeElement)
