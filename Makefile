@@ -8,7 +8,7 @@ PYTEST_FLAGS ?= -n 2
 PYTEST_ENV = OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-oldest test-comfyui comfyui-figures comfyui-path style bench figures docs dist clean
+.PHONY: help env demo test test-oldest test-comfyui comfyui-figures comfyui-path app-figures style bench figures docs dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ test-comfyui: comfyui-path env  ## run the nodes in a real ComfyUI: make test-co
 
 comfyui-figures: comfyui-path env  ## write ComfyUI's example workflows and the screenshot of docs/comfyui.md again, with COMFYUI=path
 	$(PYTEST_ENV) PYTHONPATH=tests $(VENV)/bin/python docs/comfyui.py $(abspath $(COMFYUI))
+
+app-figures: env  ## make the screenshots of docs/app.md, and the example that the app begins with, again
+	$(PYTEST_ENV) PYTHONPATH=tests $(VENV)/bin/python docs/app.py
 
 comfyui-path:
 	@test -n "$(COMFYUI)" || { echo "Say where ComfyUI is: COMFYUI=path"; exit 2; }

@@ -16,7 +16,12 @@ from kosmos_g_diffusers.sprites.reader import read
 from kosmos_g_diffusers.sprites.world import HELD_OUT_TRIPLES, Scene, is_held_out, make_rng, render
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-DEMOS = ("app_client.py", "common.py", "demo.py", "serve_ray.py")  # what the others share, and what other tests run
+DEMOS = (
+    "app_client.py",
+    "common.py",
+    "demo.py",
+    "serve_ray.py",
+)  # what the others share, and what other tests run
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.name not in DEMOS)
 TILE = 256  # pixels: images of 64 are written four times as large
 CAPTION = 40  # pixels below each tile

@@ -2,11 +2,13 @@
 
 import base64
 import inspect
+import io
 import os
 import re
 import runpy
 import shlex
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from support.app import serving, slow_steps, wait_for
 from support.marks import COMPOSITE, DRAWN, term_of
 
+from kosmos_g_diffusers import KosmosGImg2ImgPipeline, KosmosGInpaintPipeline
 from kosmos_g_diffusers.app.html import again_command
 from kosmos_g_diffusers.cli import main
 from kosmos_g_diffusers.commands.app import read_auth
@@ -26,7 +29,7 @@ from kosmos_g_diffusers.generation import generate as generation
 from kosmos_g_diffusers.generation.generate import generate_images
 from kosmos_g_diffusers.generation.png import read_settings
 from kosmos_g_diffusers.generation.schedulers import make_scheduler
-from kosmos_g_diffusers.generation.settings import GenerationSettings
+from kosmos_g_diffusers.generation.settings import GenerationSettings, LoraInput
 from kosmos_g_diffusers.provenance import UNMARKED
 from kosmos_g_diffusers.sprites import pretrained
 from kosmos_g_diffusers.testing import build_tiny_pipeline
@@ -50,6 +53,8 @@ def given(tmp_path_factory):
     good = {f"{layer}A.weight": (4, 16), f"{layer}B.weight": (16, 4)}
     good = {name: torch.randn(shape, generator=generator) for name, shape in good.items()}
     save_file(good, folder / "loras" / "good.safetensors")
+    more = {name: torch.randn(value.shape, generator=generator) for name, value in good.items()}
+    save_file(more, folder / "loras" / "more.safetensors")
     save_file({f"{layer}A.weight": torch.zeros(4, 999)}, folder / "loras" / "foreign.safetensors")
     (folder / "loras" / "damaged.safetensors").write_bytes(b"no tensors")
     pipe.unet.save_pretrained(folder / "unets" / "same")
@@ -195,10 +200,21 @@ def test_every_endpoint_is_documented(client):
         ({"steps": 2.5}, "steps: The number of steps is 2.5. Give a whole number"),
         ({"num_images": 9}, "num_images: The number of images is 9. Give a number from 1 to 8"),
         ({"guidance": -1}, "guidance: "),
-        ({"seed": -1}, "seed: The seed is -1"),
+        ({"seed": -2}, "seed: The seed is -2"),
         ({"width": 60, "height": 64}, "width: The width is 60 pixels. Take a multiple of 8: 56 or 64"),
         ({"height": 2048}, "height: The height is 2048"),
         ({"lora": "foreign.safetensors"}, "lora: 1 of 1 layers of this LoRA do not fit the U-Net"),
+        (
+            {"lora": "good.safetensors", "lora_3": "foreign.safetensors"},
+            "lora: 1 of 1 layers of this LoRA do not fit",
+        ),
+        (
+            {"lora": "good.safetensors", "lora_2": "good.safetensors"},
+            "lora_2: The LoRA 'good.safetensors' is",
+        ),
+        ({"mask": "data:image/png;base64,AAAA"}, "init_image: This file is not an image"),
+        ({"strength": 0.1, "init_image": CAT}, "run: "),
+        ({"init_image": CAT, "width": 64, "height": 64}, "init_image: An image of 64 x 64 pixels was asked"),
         ({"lora": "damaged.safetensors"}, "lora: The LoRA 'damaged.safetensors' cannot be loaded"),
         ({"unet": "narrow"}, "unet: The U-Net 'narrow' reads states of width 8, the model gives 32"),
         ({"control_2_kind": "tile"}, "control_2: The control 'tile' needs an image"),
@@ -214,6 +230,8 @@ def test_mistake_is_told_with_the_field_it_belongs_to(client, fields, message):
     fields = {"prompt": "a hat", **STEPS, **fields}
     if "pictures" in fields:
         fields["pictures"] = [gradio_client.handle_file(path) for path in fields["pictures"]]
+    if "init_image" in fields:
+        fields["init_image"] = gradio_client.handle_file(fields["init_image"])
     if "control_1_start" in fields:
         fields["control_1_picture"] = gradio_client.handle_file(CAT)
     told = fails(client, **fields)
@@ -261,6 +279,56 @@ def test_lora_unet_and_scheduler_count_and_leave_no_trace(client):
     assert pixels(generate(client, unet="same")[0][0]) == plain
     recorded = read_settings(generate(client, unet="tuned", lora="good.safetensors", lora_scale=0.5)[0][0])
     assert (recorded.unet, recorded.lora, recorded.lora_scale) == ("tuned", "good.safetensors", 0.5)
+
+
+def test_several_loras_act_together_each_with_its_scale(client, given):
+    fields = {"lora": "good.safetensors", "lora_2": "more.safetensors", "lora_2_scale": -0.5}
+    paths, (settings,), _ = generate(client, **fields)
+    assert settings["LoRAs"] == ["good.safetensors, scale 1", "more.safetensors, scale -0.5"]
+    pipe = generation.load_model(pretrained.SPRITES, torch.float32)
+    loras = [LoraInput(str(given / "loras" / "good.safetensors"))]
+    loras += [LoraInput(str(given / "loras" / "more.safetensors"), -0.5)]
+    generation.add_loras(pipe, loras)
+    wanted = GenerationSettings("a hat", seed=3, steps=2, guidance=5.0, scheduler="dpm")
+    pipe.scheduler = make_scheduler("dpm", pipe.scheduler.config)
+    ((image, _),) = generate_images(pipe, wanted, [])
+    assert pixels(paths[0]) == image.tobytes()
+    assert pixels(generate(client, **{**fields, "lora_2_scale": 0.5})[0][0]) != pixels(paths[0])
+    assert len({pixels(generate(client, **some)[0][0]) for some in ({}, {"lora": "good.safetensors"})}) == 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_image_is_changed_as_the_pipelines_do_and_made_again_by_the_command_line(
+    app, client, tmp_path, masked
+):
+    mask, fields = PIL.Image.new("L", (96, 64)), {"strength": 0.6, "steps": 5}
+    mask.paste(255, (0, 0, 48, 64))
+    if masked:
+        strokes = PIL.Image.new("RGBA", (96, 64))
+        strokes.paste("black", mask=mask)
+        file = io.BytesIO()
+        strokes.save(file, format="PNG")
+        fields["mask"] = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    image = PIL.Image.open(CAT).convert("RGB").resize((96, 64), PIL.Image.Resampling.LANCZOS)
+    image.save(tmp_path / "cat.png")
+    given = gradio_client.handle_file(str(tmp_path / "cat.png"))
+    paths, (settings,), progress = generate(client, "<i>", [COFFEE], init_image=given, **fields)
+    assert "strength 0.6" in settings["changed"] and "Done: 1 image" in progress
+    assert term_of(paths[0]) == COMPOSITE
+    pipe = generation.load_model(pretrained.SPRITES, torch.float32)
+    pipe.scheduler = make_scheduler("dpm", pipe.scheduler.config)
+    pipe = (KosmosGInpaintPipeline if masked else KosmosGImg2ImgPipeline).from_pipe(pipe)
+    wanted = {"image": image, "strength": 0.6, "num_inference_steps": 5, "guidance_scale": 5.0}
+    wanted |= {"mask_image": mask, "height": 64, "width": 96} if masked else {}
+    wanted["generator"] = torch.Generator().manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (expected,) = pipe("<i>", images=[COFFEE], **wanted).images
+    difference = [abs(a - b) for a, b in zip(pixels(paths[0]), expected.tobytes(), strict=True)]
+    assert max(difference) <= 1  # the coffee was encoded alone
+    kept = app.folder / "images" / Path(paths[0]).name
+    assert main(["generate", "--from", str(kept), "--output", str(tmp_path / "again.png")]) == 0
+    assert pixels(tmp_path / "again.png") == pixels(paths[0])
 
 
 def test_control_image_is_the_librarys_and_controls_add_up(client):

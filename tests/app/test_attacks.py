@@ -245,16 +245,20 @@ def test_what_would_be_drawn_too_large_is_refused_by_the_header(app, connect, ht
         ({"control_1_picture": png(2048, 2048), "control_1_ready": True}, "1024 are possible"),
         ({"control_1_picture": png(8 * 700, 700), "height": 1024}, "1024 are possible"),
         ({"control_1_strokes": png(3000, 3000, "RGBA")}, "The strokes have 3000 x 3000 pixels"),
+        ({"init_image": png(8 * 700, 700), "height": 1024}, "1024 are possible"),
+        ({"mask": png(3000, 3000, "RGBA")}, "The strokes have 3000 x 3000 pixels"),
     ):
-        if "control_1_picture" in fields:
-            file = Path(client.output_dir) / f"{secrets.token_hex(4)}.png"
-            file.write_bytes(fields["control_1_picture"])
-            fields["control_1_picture"] = gradio_client.handle_file(str(file))
-        else:
-            text = base64.b64encode(fields["control_1_strokes"]).decode()
-            fields["control_1_strokes"] = f"data:image/png;base64,{text}"
+        for name, content in fields.items():
+            if name in ("control_1_picture", "init_image"):
+                file = Path(client.output_dir) / f"{secrets.token_hex(4)}.png"
+                file.write_bytes(content)
+                fields[name] = gradio_client.handle_file(str(file))
+            elif name in ("control_1_strokes", "mask"):
+                fields[name] = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        if any(name.startswith("control_1") for name in fields):
+            fields["control_1_kind"] = "tile"
         with pytest.raises(gradio_client.exceptions.AppError, match=message):
-            client.predict(prompt="a hat", steps=1, control_1_kind="tile", **fields, api_name="/generate")
+            client.predict(prompt="a hat", steps=4, **fields, api_name="/generate")
 
 
 def test_images_with_wide_channels_may_have_fewer_pixels(http):
@@ -464,6 +468,10 @@ def test_run_of_the_simple_endpoint_is_drawn_when_its_stream_is_opened(app, http
         ),
         ({"prompt": "x", "control_1_kind": "tile", "control_1_strokes": 5}, ""),
         ({"prompt": "x", "control_1_kind": ["tile"]}, ""),
+        ({"prompt": "x", "init_image": reference("uploads/x/y.png")}, "no longer"),
+        ({"prompt": "x", "mask": 5}, ""),
+        ({"prompt": "x", "strength": "much", "init_image": reference("uploads/x/y.png")}, ""),
+        ({"prompt": "x", "lora_2": ["none"]}, ""),
     ],
 )
 def test_nonsense_is_answered_with_a_sentence_and_leaves_no_traceback(http, capfd, caplog, changes, message):

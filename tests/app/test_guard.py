@@ -123,7 +123,10 @@ def test_string_in_the_place_of_an_image_is_never_opened(app, http, path, monkey
         assert str(app.folder) not in told.replace(path, "")
     control = {"control_1_kind": "tile", "control_1_picture": {**reference(path), "url": path}}
     assert '"success":true' not in call(http, app, None, prompt="x", **control)
+    change = {"init_image": {**reference(path), "url": path}}
+    assert '"success":true' not in call(http, app, None, prompt="x", **change)
     assert '"success":true' not in call(http, app, None, prompt="x", lora=path)
+    assert '"success":true' not in call(http, app, None, prompt="x", lora_2=path)
     assert '"success":true' not in call(http, app, None, prompt="x", model=path)
     assert not asked and not opened
 

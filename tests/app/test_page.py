@@ -26,7 +26,7 @@ from support.app import (
 from kosmos_g_diffusers.cli import main
 from kosmos_g_diffusers.control.controls import control_image
 from kosmos_g_diffusers.generation.png import read_settings, write_png
-from kosmos_g_diffusers.generation.settings import GenerationSettings
+from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "images"
 CAT, COFFEE = PHOTOS / "cat.jpg", PHOTOS / "coffee.jpg"
@@ -35,7 +35,10 @@ PROMPT = "#prompt textarea"
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("app")) as running:
+    loras = tmp_path_factory.mktemp("loras")
+    for name in "ab":
+        (loras / f"{name}.safetensors").touch()
+    with serving(tmp_path_factory.mktemp("app"), lora_folder=loras) as running:
         yield running
 
 
@@ -61,8 +64,28 @@ def ask(page, prompt, *images, steps=2, **numbers):
 
 
 def seed_of(page, seed):
-    page.uncheck("#surprise input")
     page.fill("#seed input", str(seed))
+
+
+def choose(page, name, text):
+    page.click(f"#{name} input")
+    page.click(f"[role=option]:has-text('{text}')")
+
+
+def shown_images(page):
+    """Names of the thumbnails of the prompt's images, in their order."""
+    return page.locator("#pictures .kg-tile img").evaluate_all("images => images.map(image => image.alt)")
+
+
+def paint(page, canvas):
+    """A stroke across the middle of a board."""
+    wait_for(lambda: canvas.evaluate("canvas => canvas.style.backgroundImage.length > 10"))
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5, steps=4)
+    page.mouse.up()
 
 
 def test_two_images_and_a_prompt_give_images_and_their_settings(app, page, tmp_path):
@@ -93,8 +116,9 @@ def test_page_says_what_is_missing_and_a_run_says_it_by_the_prompt(page):
     assert page.locator("#prompt-line .kg-hole").count() == 1
     page.click("#run")
     page.wait_for_selector("#prompt-message:has-text('one image is missing')")
-    page.set_input_files("#pictures input[type=file]", COFFEE)  # the button next to the list
+    page.set_input_files("#pictures input[type=file]", COFFEE)  # the button above the thumbnails
     page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 images')")
+    page.wait_for_selector("#prompt-message", state="hidden")  # the cause of the old error is gone
     page.fill("#steps input", "1")
     run(page)
     assert not page.locator("#prompt-message").is_visible()
@@ -109,11 +133,17 @@ def test_page_says_what_is_missing_and_a_run_says_it_by_the_prompt(page):
         ("guidance", "99", "Give a number from 0 to 30"),
     ],
 )
-def test_bad_number_is_told_by_its_field(page, field, value, message):
+def test_bad_number_is_told_by_its_field_until_it_is_another(page, field, value, message):
     page.fill(PROMPT, "a hat")
+    if field == "width":
+        choose(page, "size", "another size")
     page.fill(f"#{field} input", value)
     page.click("#run")
     page.wait_for_selector(f"#{field}-message:has-text('{message}')")
+    page.fill("#steps input" if field != "steps" else "#guidance input", "4")
+    assert page.locator(f"#{field}-message").is_visible()  # that was not its cause
+    page.fill(f"#{field} input", "8")
+    page.wait_for_selector(f"#{field}-message", state="hidden")
 
 
 def choose_control(page, kind):
@@ -138,14 +168,7 @@ def test_strokes_on_the_board_are_the_mask_and_the_drawing(page):
     page.click("#control_1_look")
     page.wait_for_selector("#control_1-message:has-text('Paint over what is to be filled')")
     unfold(page, "text=Draw, or paint")
-    canvas = page.locator("#control_1_strokes canvas")
-    wait_for(lambda: canvas.evaluate("canvas => canvas.style.backgroundImage.length > 10"))
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5, steps=4)
-    page.mouse.up()
+    paint(page, page.locator("#control_1_strokes canvas"))
     holes = control_image_of(page).convert("RGBA").getchannel("A")
     assert holes.getpixel((holes.width // 2, holes.height // 2)) == 0
     assert holes.getpixel((5, 5)) == 255
@@ -233,7 +256,8 @@ def test_image_becomes_input_and_stays_in_the_history(page):
     ask(page, "a hat", steps=1)
     run(page)
     page.click("#use")
-    page.wait_for_selector("#prompt-line:has-text('0 <i>, 1 image')")
+    page.wait_for_selector("#prompt-line:has-text('1 <i>, 1 image')")
+    assert page.input_value(PROMPT) == "a hat <i>"
     page.fill(PROMPT, "<i> in the snow")
     page.wait_for_selector("#prompt-line:has-text('1 <i>, 1 image')")
     run(page)
@@ -248,8 +272,18 @@ def test_image_becomes_a_word_of_this_session_alone(app, page, browser):
     page.wait_for_selector("#word-pictures .file-preview :text('cat')")
     page.fill("#word-name textarea, #word-name input", "my-cat")
     page.click("#word-add")
-    wait_for(lambda: page.input_value("#words input") == "<my-cat>")
+    page.wait_for_selector("#words-message:has-text('<my-cat> is an image word now')")
+    assert page.locator("#words-message img").count() == 1
+    wait_for(lambda: page.input_value("#word-name textarea, #word-name input") == "")
+    page.wait_for_selector("#word-pictures .file-preview", state="detached")
+    page.wait_for_selector("#prompt-line [data-word='<my-cat>'] img")
+    page.focus(PROMPT)
+    page.keyboard.type("two <m")
+    page.wait_for_selector("#kg-offer [role=option]:has-text('<my-cat>') img")
+    page.keyboard.press("Enter")
+    assert page.input_value(PROMPT) == "two <my-cat>"
     ask(page, "<my-cat> in the snow", steps=1)
+    assert page.locator("#prompt-line .kg-prompt img").count() == 1
     run(page)
     page.click("#words-save")
     page.wait_for_selector("text=.safetensors")
@@ -263,10 +297,138 @@ def test_image_becomes_a_word_of_this_session_alone(app, page, browser):
 
 
 def test_example_loads_with_one_click_and_draws(page):
+    page.wait_for_selector("#first img[alt='what was drawn of this prompt']")  # one with its result, at first
+    assert not page.locator("#images").is_visible()
+    assert page.locator(".kg-example >> nth=1").locator("img").count() == 2
     page.click(".kg-example >> nth=1")
     page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 images')")
     page.fill("#steps input", "1")
     run(page)
+    assert page.locator("#images").is_visible() and not page.locator("#first").is_visible()
+
+
+def test_thumbnails_are_put_in_order_by_hand_and_by_keys(page, tmp_path):
+    ask(page, "<i> and <i>", CAT, COFFEE, steps=1)
+    wait_for(lambda: shown_images(page) == ["cat.jpg", "coffee.jpg"])
+    page.drag_and_drop("#pictures .kg-tile >> nth=0", "#pictures .kg-tile >> nth=1")
+    page.wait_for_function(
+        "() => document.querySelectorAll('#prompt-line .kg-thumbnail')[0].src == "
+        "document.querySelectorAll('#pictures .kg-tile img')[0].src"
+    )
+    assert shown_images(page) == ["coffee.jpg", "cat.jpg"]
+    run(page)
+    (tmp_path / "a.png").write_bytes(saved(page))
+    kept = [image.sha256 for image in read_settings(tmp_path / "a.png").images]
+    assert kept == [InputImage.from_file(path).sha256 for path in (COFFEE, CAT)]
+    page.locator("#pictures .kg-tile").nth(1).press("ArrowLeft")
+    wait_for(lambda: shown_images(page) == ["cat.jpg", "coffee.jpg"])
+    page.locator("#pictures .kg-tile").nth(0).press("Delete")
+    page.wait_for_selector("#prompt-line:has-text('2 <i>, 1 image')")
+    assert shown_images(page) == ["coffee.jpg"]
+    drop(page, "#pictures", CAT, onto=".kg-tiles")
+    wait_for(lambda: shown_images(page) == ["coffee.jpg", "cat.jpg"])
+    for left in (1, 0):
+        page.click("#pictures .kg-remove >> nth=0")
+        page.wait_for_selector(f"#prompt-line:has-text('2 <i>, {left} image')")
+
+
+def test_size_is_one_choice_and_places_for_loras_come_one_by_one(page):
+    page.fill(PROMPT, "a hat")
+    page.fill("#steps input", "1")
+    assert page.input_value("#size input") == "64 x 64, the model's own"
+    assert not page.locator("#width").is_visible()
+    choose(page, "size", "96 x 64")
+    run(page)
+    assert (table(page)["width"], table(page)["height"]) == ("96", "64")
+    assert not page.locator("#lora_2").is_visible()
+    choose(page, "lora", "b.safetensors")
+    page.wait_for_selector("#lora_2_scale input >> nth=0")
+    assert not page.locator("#lora_3").is_visible()
+
+
+def test_keys_run_and_cancel(app, page):
+    page.fill(PROMPT, "a hat")
+    page.keyboard.press("Escape")  # nothing runs
+    with slow_steps(app.service, 0.2):
+        page.fill("#steps input", "200")
+        page.press("#steps input", "Control+Enter")
+        page.wait_for_selector("#progress .kg-preview")
+        assert page.locator("#progress progress").get_attribute("max") == "100"
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#progress:has-text('Cancelled at step')")
+
+
+def test_image_is_changed_where_it_was_painted_on_and_comes_back_with_its_mask(app, page, tmp_path):
+    page.fill(PROMPT, "a hat")
+    page.fill("#steps input", "4")
+    unfold(page, "#change >> text=Change an image")
+    page.set_input_files("#init_image input[type=file]", CAT)
+    page.wait_for_selector("#init_image img")
+    paint(page, page.locator("#mask canvas"))
+    run(page)
+    assert table(page)["changed"] == "a part of an image, strength 0.8"
+    (tmp_path / "mine.png").write_bytes(saved(page))
+    assert read_settings(tmp_path / "mine.png").init_image.sha256 == InputImage.from_file(CAT).sha256
+    command = shlex.split(table(page)["again"])
+    assert main([*command[1:-1], str(tmp_path / "again.png")]) == 0
+    assert saved_pixels(tmp_path / "again.png") == saved_pixels(tmp_path / "mine.png")
+    page.goto(app.url)
+    page.wait_for_selector("text=Ready.")
+    drop(page, "#restore", tmp_path / "mine.png")
+    page.wait_for_selector("#restore-message:has-text('settings are back')")
+    painted = (
+        "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean)"
+    )
+    wait_for(lambda: page.locator("#mask canvas").evaluate(painted))
+    run(page)
+    (tmp_path / "restored.png").write_bytes(saved(page))
+    assert saved_pixels(tmp_path / "restored.png") == saved_pixels(tmp_path / "mine.png")
+
+
+def test_on_a_phone_the_images_follow_the_run_button(page):
+    page.set_viewport_size({"width": 400, "height": 800})
+    page.fill(PROMPT, "a hat")
+    page.fill("#steps input", "1")
+    run(page)
+    button, bar, images, examples = (
+        page.locator(name).bounding_box() for name in ("#run", "#progress", "#images", "#examples")
+    )
+    assert button["y"] < bar["y"] < images["y"] < examples["y"]
+    # between the button and the images there is the bar alone
+    assert images["y"] - button["y"] - button["height"] - bar["height"] < 120
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_axe_finds_no_serious_fault_in_any_theme_and_width(page):
+    """By axe-core, as its Python wheel carries it."""
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python"
+    )
+
+    def serious():
+        found = axe.Axe().run(page).response["violations"]
+        return [
+            (fault["id"], fault["nodes"][0]["html"])
+            for fault in found
+            if fault["impact"] in ("serious", "critical")
+        ]
+
+    assert not serious()
+    page.click(".kg-example >> nth=1")
+    page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 images')")
+    page.fill("#steps input", "1")
+    run(page)
+    for title in ("#change >> text=Change an image", "#controls >> text=Controls", "text=Image words"):
+        unfold(page, title)
+    for title in ("text=Where each image goes", "text=History of this session"):
+        unfold(page, title)
+    assert not serious()
+    page.click("#theme button")
+    page.wait_for_selector("body.dark")
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert not serious()
+    page.reload()
+    page.wait_for_selector("body.dark")  # it is remembered
 
 
 def test_page_asks_no_one_else_and_tells_no_path(app, browser, tmp_path):
@@ -281,7 +443,7 @@ def test_page_asks_no_one_else_and_tells_no_path(app, browser, tmp_path):
     ask(page, "<i>", CAT, steps=1)
     run(page)
     page.click("#use")
-    page.wait_for_selector("#prompt-line:has-text('1 <i>, 2 images')")
+    page.wait_for_selector("#prompt-line:has-text('2 <i>, 2 images')")
     assert {url.split("/")[2] for url in asked if url.startswith("http")} == {app.url.split("/")[2]}
     told = page.content()
     for response in bodies:

@@ -1,26 +1,35 @@
 """The parts of the app that need no page: queue, previews, fields, messages, files."""
 
+import base64
+import io
+import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from support.marks import DRAWN, term_of
 
 from kosmos_g_diffusers import SPRITES
 from kosmos_g_diffusers.app import html as render
+from kosmos_g_diffusers.app.examples import RESULT, placeholder, result_uri, sprite_examples
 from kosmos_g_diffusers.app.form import (
+    LORAS,
     PRESETS,
     count_line,
     defaults,
     presets,
     read_values,
     restore_values,
+    size_choice,
+    sizes,
 )
 from kosmos_g_diffusers.control.controls import CONTROLS
 from kosmos_g_diffusers.data.sample import decode_image
-from kosmos_g_diffusers.generation.png import write_png
+from kosmos_g_diffusers.generation.png import read_settings, write_png
 from kosmos_g_diffusers.generation.settings import GenerationSettings, InputImage, LoraInput
 from kosmos_g_diffusers.processing_kosmos_g import open_image
 from kosmos_g_diffusers.serving.errors import FieldError, at, clean
@@ -423,13 +432,143 @@ def test_history_has_an_end():
     assert session.history[:2] == ["newest", MAX_HISTORY + 4] and len(session.history) == MAX_HISTORY
 
 
-def test_image_of_several_loras_brings_back_one_and_says_so(tmp_path):
+def test_image_of_several_loras_brings_back_those_that_are_offered(tmp_path):
     (tmp_path / "loras").mkdir()
-    (tmp_path / "loras" / "b.safetensors").touch()
+    for name in "bcdef":
+        (tmp_path / "loras" / f"{name}.safetensors").touch()
     models = Models(lora_folder=tmp_path / "loras")
-    loras = (LoraInput("a.safetensors"), LoraInput("b.safetensors", 0.5))
+    loras = (
+        LoraInput("a.safetensors"),
+        LoraInput("c.safetensors", 0.5),
+        LoraInput("b.safetensors", -1.0),
+    )
     write_png(PIL.Image.new("RGB", (8, 8)), tmp_path / "a.png", GenerationSettings("a hat", loras=loras))
     values, notes = restore_values(tmp_path / "a.png", Session(), models, Store(tmp_path), False)
-    assert (values["lora"], values["lora_scale"]) == ("b.safetensors", 0.5)
+    chosen = [(values[name], values[scale]) for name, scale in LORAS]
+    assert chosen == [("c.safetensors", 0.5), ("b.safetensors", -1.0), ("none", 1.0), ("none", 1.0)]
     assert "Its LoRA is not offered here." in notes
-    assert any("2 LoRAs, and this page takes one" in note for note in notes)
+    many = tuple(LoraInput(f"{name}.safetensors") for name in "bcdef")
+    write_png(PIL.Image.new("RGB", (8, 8)), tmp_path / "b.png", GenerationSettings("a hat", loras=many))
+    values, notes = restore_values(tmp_path / "b.png", Session(), models, Store(tmp_path), False)
+    assert [values[name] for name, _ in LORAS] == [f"{name}.safetensors" for name in "bcde"]
+    assert "It was made with 5 LoRAs; the first 4 are here." in notes
+
+
+def test_loras_of_the_page_are_those_of_the_settings(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").touch()
+    models, store = Models(lora_folder=tmp_path), Store(tmp_path / "out")
+
+    def ask(**values):
+        return read_values({**defaults(False), "prompt": "a hat", **values}, Session(), models, store)
+
+    one = ask(lora_3="b.safetensors", lora_3_scale=0.5)
+    assert (one.lora, one.lora_scale, one.loras) == ("b.safetensors", 0.5, ())
+    both = ask(lora="b.safetensors", lora_2="a.safetensors", lora_2_scale=-0.5)
+    assert both.loras == (LoraInput("b.safetensors"), LoraInput("a.safetensors", -0.5))
+    assert render.described(both)["LoRAs"] == ["b.safetensors, scale 1", "a.safetensors, scale -0.5"]
+    assert ".../b.safetensors --lora .../a.safetensors" in render.again_command(both, Path("images/x.png"))
+    for values, field, message in (
+        ({"lora": "a.safetensors", "lora_4": "a.safetensors"}, "lora_4", "chosen twice"),
+        ({"lora_2": "../x"}, "lora_2", "not offered"),
+        ({"lora_2": "a.safetensors", "lora_2_scale": 3}, "lora_2_scale", "from -2 to 2"),
+    ):
+        with pytest.raises(FieldError, match=message) as caught:
+            ask(**values)
+        assert caught.value.field == field
+
+
+# An image to change --------------------------------------------------------------------------------------------------
+
+
+def strokes_uri(size, box):
+    """What the board of the page sends: black in a box, elsewhere transparent."""
+    strokes = PIL.Image.new("RGBA", size)
+    strokes.paste("black", box)
+    file = io.BytesIO()
+    strokes.save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def test_image_to_change_and_its_mask_are_kept_and_come_back(ask, tmp_path):
+    PIL.Image.new("RGB", (64, 48), "red").save(tmp_path / "mine.png")
+    strokes = strokes_uri((128, 96), (0, 0, 64, 96))
+    settings = ask(init_image=str(tmp_path / "mine.png"), mask=strokes, strength=0.5, steps=10)
+    assert settings.strength == 0.5 and settings.is_composite
+    store = Store(tmp_path / "out")
+    mask = PIL.Image.open(store.find(settings.mask))
+    assert (mask.mode, mask.size) == ("L", (128, 96))
+    assert (mask.getpixel((32, 50)), mask.getpixel((96, 50))) == (255, 0)  # white is drawn anew
+    assert store.find(settings.init_image).read_bytes() == (tmp_path / "mine.png").read_bytes()
+    assert render.described(settings)["changed"] == "a part of an image, strength 0.5"
+    path = store.new_image_path()
+    write_png(PIL.Image.new("RGB", (8, 8)), path, settings)
+    assert settings.init_image.find(path.parent).is_file()  # as `kosmos-g generate --from` looks for it
+    values, notes = restore_values(path, Session(), Models(), store, False)
+    assert not notes and values["strength"] == 0.5
+    assert Path(values["init_image"]).read_bytes() == (tmp_path / "mine.png").read_bytes()
+    again = ask(init_image=values["init_image"], mask=values["mask"], strength=0.5, steps=10)
+    assert (again.init_image, again.mask) == (settings.init_image, settings.mask)
+
+
+def test_mistake_in_a_change_is_told_by_its_field(ask, tmp_path):
+    PIL.Image.new("RGB", (64, 48), "red").save(tmp_path / "mine.png")
+    image, strokes = str(tmp_path / "mine.png"), strokes_uri((64, 48), (0, 0, 9, 9))
+    for values, field, message in (
+        ({"mask": strokes}, "init_image", "without an image"),
+        ({"init_image": image, "strength": 1.5}, "strength", "from 0 to 1"),
+        ({"init_image": image, "strength": 0.1, "steps": 3}, "run", "leaves no step"),
+        ({"init_image": image, "mask": "/etc/passwd,x"}, "init_image", "did not arrive"),
+        ({"init_image": str(tmp_path / "gone.png")}, "init_image", "no longer on the server"),
+    ):
+        with pytest.raises(FieldError, match=message) as caught:
+            ask(**values)
+        assert caught.value.field == field
+    # strokes that mark nothing are none, and neither is a strength without an image
+    assert ask(init_image=image, mask=strokes_uri((64, 48), (0, 0, 0, 0))).mask is None
+    assert ask(strength=0.5).init_image is None
+
+
+def test_example_that_the_page_begins_with_is_the_first_and_was_drawn_by_the_small_model():
+    settings = read_settings(RESULT)
+    assert settings.prompt == sprite_examples()[0].prompt == placeholder(True)
+    assert (settings.model, len(settings.images), term_of(RESULT)) == (None, 1, DRAWN)
+    assert not Path(settings.images[0].path).is_absolute()
+    html = render.first_example(settings.prompt, sprite_examples()[0].thumbnails(), result_uri(), "")
+    assert html.count("<img") == 2 and "<i>" not in html
+
+
+# Sizes, seeds, progress ----------------------------------------------------------------------------------------------
+
+
+def test_sizes_begin_with_the_models_own_and_are_those_that_it_can_draw():
+    for side in (64, 512):
+        (label, first), *others, (_, last) = sizes(side)
+        assert (first, last) == ("own", "other") and label.startswith(f"{side} x {side}")
+        for _, choice in others:
+            width, height = map(int, choice.split("x"))
+            assert min(width, height) == side and not width % 8 and not height % 8
+            assert size_choice(width, height, side) == choice
+        assert size_choice(0, 0, side) == size_choice(None, None, side) == "own"
+        assert size_choice(8, 1024, side) == "other"
+    assert [choice for _, choice in sizes(None)] == ["own", "other"]
+    assert Models().own_side("sprites") == 64
+
+
+@pytest.mark.parametrize("seed", [None, -1])
+def test_empty_seed_or_minus_one_draws_one(ask, seed):
+    assert len({ask(seed=seed, surprise=False).seed for _ in range(4)}) == 4
+
+
+def test_bar_counts_all_images_of_a_run_from_0_to_100():
+    def bar(state, **progress):
+        ticket = SimpleNamespace(state=state, progress=Progress("drawing", **progress), place=0)
+        return int(re.search(r'<progress value="(\d+)" max="100"', render.run_state(ticket))[1])
+
+    told = [bar("running", steps=0)]
+    for step in range(25):
+        images = (Path("x"),) * (step // 12)
+        told.append(bar("running", step=step, steps=24, num_images=2, images=images))
+    told.append(bar("done", images=(Path("x"),) * 2))
+    assert told[0] == 0 and told[-1] == 100 and told == sorted(told)
+    assert 45 <= told[13] <= 55  # the first of two images is done

@@ -156,11 +156,15 @@ def visiting(browser, app):
     opened = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     opened.set_default_timeout(1000 * PATIENCE * slowness())
     opened.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
+    errors = []
+    opened.on("console", lambda told: errors.append(told.text) if told.type == "error" else None)
+    opened.on("pageerror", lambda error: errors.append(str(error)))
     opened.goto(app.url)
     opened.wait_for_selector("text=Ready.")
     yield opened
     opened.close()
     wait_for(lambda: app.service.worker._running is None)  # a page that is closed ends its run
+    assert not errors, errors
 
 
 def unfold(page, title):
@@ -174,7 +178,7 @@ def unfold(page, title):
     )
 
 
-def drop(page, selector, *paths):
+def drop(page, selector, *paths, onto="button:has(input[type=file])"):
     """Drop files as a hand does: with a DataTransfer, on the drop zone."""
     files = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in map(Path, paths)]
     transfer = page.evaluate_handle(
@@ -188,7 +192,7 @@ def drop(page, selector, *paths):
         }""",
         files,
     )
-    page.dispatch_event(f"{selector} button:has(input[type=file])", "drop", {"dataTransfer": transfer})
+    page.dispatch_event(f"{selector} {onto}", "drop", {"dataTransfer": transfer})
 
 
 def run(page):

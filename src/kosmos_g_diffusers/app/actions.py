@@ -12,6 +12,7 @@ import gradio as gr
 import PIL.Image
 
 from ..generation.png import maps_path, read_settings
+from ..generation.settings import IMAGE_MARK
 from ..serving import image_words
 from ..serving.access import address_of
 from ..serving.errors import FieldError, at
@@ -27,8 +28,20 @@ from ..sprites.pretrained import SPRITES_ONLY
 from ..sprites.world import IMAGE_SIZE
 from . import html as render
 from .blocks import caller
-from .form import NO_CONTROL, defaults, presets, read_control, read_values, restore_values
+from .examples import placeholder
+from .form import (
+    NO_CONTROL,
+    OTHER_SIZE,
+    defaults,
+    presets,
+    read_control,
+    read_values,
+    restore_values,
+    size_choice,
+    sizes,
+)
 
+SHOWN = 4  # images of a word, at most
 BOARD_SIDE = 768  # pixels of an image to be painted on
 BUILTIN_NOTE = f"{SPRITES_ONLY} Start the app with a model (kosmos-g app --model) for more."
 REMOVED = "removed: the disk space of the server was used up"
@@ -191,25 +204,53 @@ class Actions:
             session.chosen = paths[index]
         return self.details(session)
 
-    def use_as_input(self, session: Session, paths: Sequence[str] | None) -> list[str]:
-        """The images of the prompt, with the chosen one as the last."""
-        with self.errors(session):
-            if session.chosen is None:
-                raise FieldError("run", "There is no image yet. Run, then choose one.")
-            if not session.chosen.is_file():
-                raise FieldError("run", REMOVED_NOTE)
-            return [*(paths or ()), os.path.relpath(session.chosen)]
+    def _chosen_image(self, session):
+        if session.chosen is None:
+            raise FieldError("run", "There is no image yet. Run, then choose one.")
+        if not session.chosen.is_file():
+            raise FieldError("run", REMOVED_NOTE)
+        return os.path.relpath(session.chosen)
 
-    def restore(self, session: Session, path: str, names: Sequence[str]) -> list[Any]:
-        """Values of the fields `names` from a PNG that was made here; a message; the words of the session."""
+    def use_as_input(
+        self, session: Session, prompt: str | None, paths: Sequence[str] | None
+    ) -> tuple[str, list[str]]:
+        """The prompt and its images, with the chosen image as the last, and an <i> for it."""
+        with self.errors(session):
+            images, prompt = [*(paths or ()), self._chosen_image(session)], prompt or ""
+            if prompt.count(IMAGE_MARK) < len(images):
+                prompt = f"{prompt.rstrip()} {IMAGE_MARK}".lstrip()
+            return prompt, images
+
+    def change_it(self, session: Session) -> tuple[str, gr.Accordion]:
+        """The chosen image as the one to be changed, and the part of the page where that is done."""
+        with self.errors(session):
+            return self._chosen_image(session), gr.Accordion(open=True)
+
+    async def restore(self, session: Session, path: str, names: Sequence[str]) -> list[Any]:
+        """Values of the fields `names` from a PNG that was made here; a message, the words of the session, the size, and the
+        parts of the page that are hidden where nothing is chosen in them."""
         with self.errors(session, "restore"):
             if path is None:
-                return [gr.skip()] * (len(names) + 2)
+                return [gr.skip()] * (len(names) + 5)
             has_controls = "control_1_kind" in names
-            values, notes = restore_values(path, session, self.models, self.store, has_controls)
+            given = (path, session, self.models, self.store, has_controls)
+            values, notes = await self._read(restore_values, *given, field="restore")
             note = render.message(" ".join(notes)) if notes else "<div>Its settings are back.</div>"
+            model = self.chosen(values.get("model"))
+            # the board takes it when it has the image
+            mask, values["mask"] = values["mask"], ""
+            session.restored_mask = (values["init_image"], mask) if values["init_image"] else None
+            shown = self.size_fields(
+                model, size_choice(values["width"], values["height"], self.models.own_side(model))
+            )
             values = [values.get(name, gr.skip()) for name in names]
-            return [*values, gr.HTML(note, visible=True), self.word_list(session)]
+            change = gr.Accordion(open=True) if session.restored_mask else gr.skip()
+            return [*values, gr.HTML(note, visible=True), self.word_list(session), *shown, change]
+
+    def size_fields(self, model: str, choice: str) -> tuple[gr.Dropdown, gr.Row]:
+        """The choice of a size, of those that suit a model; and the fields of another size, which are hidden unless it is chosen."""
+        offered = sizes(self.models.own_side(model))
+        return gr.Dropdown(choices=offered, value=choice), gr.Row(visible=choice == OTHER_SIZE)
 
     # Controls, image words, the model --------------------------------------------------------------------------
 
@@ -249,13 +290,22 @@ class Actions:
         path.write_bytes(content)
         return os.path.relpath(path)
 
-    async def board(self, path: str | None) -> gr.HTML:
-        """The drawing board with an image on it."""
+    async def change_board(self, session: Session, path: str | None) -> gr.HTML:
+        """The board of the image that is changed; a mask that was restored with the image is on it."""
+        restored, session.restored_mask = session.restored_mask, None
+        is_its = restored is not None and restored[0] == path
+        if not is_its and path == session.board_path:  # told again, when its part of the page is unfolded
+            return gr.skip()
+        session.board_path = path
+        return await self.board(path, restored[1] if is_its else "")
+
+    async def board(self, path: str | None, strokes: str = "") -> gr.HTML:
+        """The drawing board with an image on it, and strokes on that."""
         uri = ""
         if path is not None:
             with contextlib.suppress(FieldError):  # said when the control is used
                 uri = await self._read(self._board_image, path)
-        return gr.HTML("", image=uri)
+        return gr.HTML(strokes, image=uri)
 
     def _board_image(self, path):
         return data_uri(open_shrunk(path, "controls", BOARD_SIDE), side=0)
@@ -277,9 +327,16 @@ class Actions:
     ) -> gr.Dropdown:
         """Make images an image word of this session, to be used in prompts."""
         with self.errors(session, "words"):
-            given = (self.chosen(model), name or "", pictures or ())
+            images = pictures or ()
+            given = (self.chosen(model), name or "", images)
             word = await image_words.add_word(self.service, session, *given, caller())
+            session.word_images[word] = await self._read(_thumbnails, images[:SHOWN], field="words")
             return self.word_list(session, word)
+
+    def after_word(self, session: Session, word: str) -> tuple[str, None, gr.HTML]:
+        """An empty form for the next word, and that the last was made."""
+        note = render.word_note(word, session.word_images.get(word, ()))
+        return "", None, gr.HTML(note, visible=True)
 
     async def save_words(self, session: Session, model: str | None) -> str:
         """A file with all image words of this session."""
@@ -306,30 +363,50 @@ class Actions:
 
     async def prompt_line(
         self, session: Session, prompt: str | None, paths: Sequence[str] | None, model: str | None
-    ) -> str:
+    ) -> tuple[str, gr.HTML]:
+        """The line below the prompt, and the thumbnails of its images."""
         paths = (paths or ())[: 2 * MAX_FILES]
         is_builtin = self.models.is_builtin(self.chosen(model))
 
         def look():
             sizes = [image_file_size(path) for path in paths] if is_builtin else ()
             is_larger = any(size is not None and max(size) > IMAGE_SIZE for size in sizes)
-            return is_larger, [render.thumbnail(path) for path in paths]
+            return is_larger, _thumbnails(paths)
 
         is_larger, images = False, [None] * len(paths)
         if paths:
             with contextlib.suppress(FieldError):  # too busy; the line is worth less than a run
                 is_larger, images = await self._read(look)
         note = LARGE_NOTE if is_larger else ""
-        return render.prompt_line((prompt or "")[:MAX_PROMPT], images, session.words, note)
+        words = {word: session.word_images.get(word, ()) for word in session.words}
+        line = render.prompt_line((prompt or "")[:MAX_PROMPT], images, words, note)
+        entries = zip(paths, images, strict=True)
+        shown = [{"path": path, "name": Path(path).name, "source": source} for path, source in entries]
+        return line, gr.HTML(images=shown)
 
     def preset(self, name: str, model: str | None) -> list[Any]:
         """Values of a preset that suit a model."""
         return list(presets(self.models.is_small(self.chosen(model)))[name].values())
 
-    def example_groups(self, model: str | None) -> list[gr.Row]:
-        """Sprites for a small model, photos for any other."""
+    def suit_model(self, model: str | None, size: str) -> list[Any]:
+        """Examples, a prompt to begin with and sizes that suit a model: sprites for a small one, photos for any other."""
+        model = self.chosen(model)
         is_small = self.models.is_small(model)
-        return [gr.Row(visible=is_small is small) for small in (True, False)]
+        groups = [gr.HTML(visible=is_small is small) for small in (True, False)]
+        prompt = gr.Textbox(placeholder=placeholder(is_small))
+        offered = sizes(self.models.own_side(model))
+        known = size in (choice for _, choice in offered)
+        return [*groups, prompt, gr.Dropdown(choices=offered, value=size if known else OTHER_SIZE)]
+
+    def load_example(
+        self, number: str, examples: Sequence[tuple[str, list[str] | None]]
+    ) -> tuple[str, list[str] | None]:
+        """The prompt and the images of the example that was clicked."""
+        if not (
+            isinstance(number, str) and number.isdecimal() and len(number) < 3 and int(number) < len(examples)
+        ):
+            return gr.skip(), gr.skip()
+        return examples[int(number)]
 
     def model_state(self) -> tuple[str, gr.Timer]:
         """Whether the model is loaded; and a timer that asks again as long as it is not."""
@@ -337,6 +414,10 @@ class Actions:
         note = BUILTIN_NOTE if models.is_builtin(models.default) else ""
         html = render.model_state(models.state, models.problem, note)
         return html, gr.Timer(active=models.state in ("waiting", "loading"))
+
+
+def _thumbnails(paths):
+    return [render.thumbnail(path) for path in paths]
 
 
 def _texts(given: Iterable[Any]) -> Iterator[str]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-BOARD = """<div class="kg-board"><canvas></canvas>
+STATIC = Path(__file__).parent / "static"
+BOARD = """<div class="kg-board"><canvas role="img" aria-label="{}: a board to paint on"></canvas>
 <label>Brush <input type="range" min="1" max="40" value="8"></label><button type="button">Clear</button></div>"""
 
 
@@ -57,11 +58,35 @@ class Gallery(OwnFiles, gr.Gallery):
     pass
 
 
+def read_static(name: str) -> str:
+    """The text of a file of static/."""
+    return (STATIC / name).read_text(encoding="utf-8")
+
+
+def strip(label: str, **options: Any) -> gr.HTML:
+    """Thumbnails to be dragged into order: gr.HTML whose property `images` is a list of {path, name, source}, the source a
+    data: URI or None; its event `input` tells the paths in their new order, as its value.
+
+    gr.File lets its files be dragged, but shows their names alone; gr.Gallery shows them, but has another value.
+    """
+    template = f'<ul class="kg-tiles" aria-label="{label}"></ul>'
+    script = read_static("strip.js")
+    return gr.HTML(
+        None, label=label, html_template=template, js_on_load=script, images=[], padding=False, **options
+    )
+
+
+def example_buttons(html: str, **options: Any) -> gr.HTML:
+    """Buttons with an attribute `data-example`: gr.HTML whose event `click` tells the attribute of one, as its value."""
+    script = read_static("examples.js")
+    return gr.HTML("", html_template=html, js_on_load=script, **options)
+
+
 def board(label: str, **options: Any) -> gr.HTML:
     """An image to paint on: gr.HTML whose property `image` is a data: URI, and its value the strokes, likewise.
 
     gr.ImageEditor draws with WebGL, which browsers without a graphics card do not have, and keeps every drawing that was
     ever begun in the server's memory.
     """
-    script = (Path(__file__).parent / "static" / "board.js").read_text(encoding="utf-8")
-    return gr.HTML("", label=label, html_template=BOARD, js_on_load=script, image="", **options)
+    script = read_static("board.js")
+    return gr.HTML("", label=label, html_template=BOARD.format(label), js_on_load=script, image="", **options)

@@ -1,11 +1,17 @@
 """What a user can load with one click: sprites for small models, photos for the real one."""
 
+import base64
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
+
+from ..serving.images import data_uri
 from ..sprites.world import Scene, Sprite, make_rng, render
 
+# what the first example became, drawn by the small model with `make app-figures`; it carries its settings
+RESULT = Path(__file__).parent / "static" / "example.png"
 PHOTOS = Path(__file__).parent / "static" / "pictures"  # CC0; PROVENANCE.txt there says whose
 
 
@@ -13,6 +19,29 @@ PHOTOS = Path(__file__).parent / "static" / "pictures"  # CC0; PROVENANCE.txt th
 class Example:
     prompt: str
     images: tuple[Any, ...] = ()  # (name of the file, PIL image or path of a file of this package) for each
+
+    def thumbnails(self, side: int = 64) -> list[str]:
+        """data: URIs of its images."""
+        found = []
+        for _, image in self.images:
+            if isinstance(image, Path):
+                with PIL.Image.open(image) as opened:
+                    opened.thumbnail((side, side))  # as JPEG, which is read at an eighth of its size
+                    image = opened.convert("RGB")
+            found.append(data_uri(image, side=0))
+        return found
+
+
+def placeholder(is_small: bool) -> str:
+    """A prompt that a model can draw, for a small one or another."""
+    return (sprite_examples() if is_small else photo_examples())[0].prompt
+
+
+def result_uri() -> str | None:
+    """The result of the first example as a data: URI, with its mark and its settings; None where it was not drawn yet."""
+    if not RESULT.is_file():
+        return None
+    return f"data:image/png;base64,{base64.b64encode(RESULT.read_bytes()).decode()}"
 
 
 def _sprite(colour, pattern, shape, background):

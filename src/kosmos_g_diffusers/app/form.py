@@ -15,7 +15,14 @@ from safetensors import SafetensorError
 from ..control.table import find_control
 from ..generation.png import NoSettings, read_settings
 from ..generation.schedulers import SCHEDULERS
-from ..generation.settings import IMAGE_MARK, IMAGE_WORD_PATTERN, ControlInput, GenerationSettings
+from ..generation.settings import (
+    IMAGE_MARK,
+    IMAGE_WORD_PATTERN,
+    STRENGTH,
+    ControlInput,
+    GenerationSettings,
+    LoraInput,
+)
 from ..maps.boxes import read_region, region_text
 from ..serving.errors import FieldError, at
 from ..serving.image_words import read_words
@@ -26,6 +33,7 @@ from ..serving.images import (
     check_image_file,
     image_file_size,
     open_image_file,
+    open_shrunk,
 )
 from ..serving.libraries import controlling
 from ..serving.limits import LIMITS, MAX_PROMPT
@@ -41,17 +49,22 @@ NO_CONTROL = "none"
 # fields of a slot, and what each starts with
 CONTROL_FIELDS: dict[str, Any] = {"kind": NO_CONTROL, "picture": None, "strokes": "", "ready": False}
 CONTROL_FIELDS |= {"scale": 1.0, "start": 0.0, "end": 1.0}
+LORA_SLOTS = 4
+# fields of a LoRA and of its scale, for each slot
+LORAS = [(name, f"{name}_scale") for name in ("lora", *(f"lora_{slot}" for slot in range(2, LORA_SLOTS + 1)))]
 LABELS = {"num_images": "number of images", "steps": "number of steps", "lora_scale": "LoRA scale"}
 DEFAULTS: dict[str, Any] = {
     "num_images": 1,
     "steps": 30,
     "guidance": 7.5,
     "scheduler": OWN,
-    "lora_scale": 1.0,
     "binding": 0.0,
+    "strength": STRENGTH,
 }
 # what the small model's scores were drawn with
 SMALL_FAST: dict[str, Any] = {"steps": 12, "guidance": 5.0, "scheduler": "dpm"}
+OWN_SIZE, OTHER_SIZE = "own", "other"  # choices of the size of an image, besides WIDTHxHEIGHT
+SHAPES = ((4, 5), (5, 4), (2, 3), (3, 2))
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"steps": 15, "guidance": 6.0, "scheduler": "dpm"},
     "paper": {"steps": 100, "guidance": 7.5, "scheduler": "dpm"},  # DreamBench: 100 steps of DPM-Solver
@@ -66,6 +79,26 @@ def defaults(is_small: bool) -> dict[str, Any]:
 def presets(is_small: bool) -> dict[str, dict[str, Any]]:
     """Values of fields, by the name of a preset."""
     return {**PRESETS, "fast": SMALL_FAST} if is_small else PRESETS
+
+
+def sizes(side: int | None) -> list[tuple[str, str]]:
+    """What is offered as the size of an image, for a model that draws `side` pixels a side: (label, choice), its own first."""
+    if side is None:
+        return [("the model's own", OWN_SIZE), ("another size", OTHER_SIZE)]
+    offered = [(f"{side} x {side}, the model's own", OWN_SIZE)]
+    for width, height in SHAPES:
+        # the shorter side is the model's: it knows no smaller parts of images
+        width, height = (round(side * part / min(width, height) / 8) * 8 for part in (width, height))
+        offered.append((f"{width} x {height}", f"{width}x{height}"))
+    return [*offered, ("another size", OTHER_SIZE)]
+
+
+def size_choice(width: int | None, height: int | None, side: int | None) -> str:
+    """The choice of `sizes` that a width and a height are."""
+    if not width and not height:
+        return OWN_SIZE
+    choice = f"{width}x{height}"
+    return choice if choice in dict(map(reversed, sizes(side))) else OTHER_SIZE
 
 
 def read_values(values: dict[str, Any], session: Session, models: Models, store: Store) -> GenerationSettings:
@@ -84,10 +117,11 @@ def read_values(values: dict[str, Any], session: Session, models: Models, store:
         slot = {name: values.get(f"{field}_{name}", start) for name, start in CONTROL_FIELDS.items()}
         controls.append(read_control(field, store, **slot))
     images = tuple(store.keep_upload(path, "pictures") for path in paths)
+    changed = _read_change(values, store)
     prompt, negative_prompt = (values.get(name) or "" for name in ("prompt", "negative_prompt"))
     words = session.words_of(values.get("model") or models.default)
     _check_prompts(prompt, negative_prompt, len(images), words)
-    numbers = {name: _number(values, name) for name in ("num_images", "steps", "guidance", "lora_scale")}
+    numbers = {name: _number(values, name) for name in ("num_images", "steps", "guidance")}
     # a client that was written before it was there leaves it out
     numbers["binding"] = 0.0 if values.get("binding") is None else _number(values, "binding")
     for name in ("width", "height"):  # 0: the model's own
@@ -99,11 +133,12 @@ def read_values(values: dict[str, Any], session: Session, models: Models, store:
     chosen = {
         "model": None if models.is_builtin(model) else model,
         "unet": _choice(values, "unet", models.unets, OWN),
-        "lora": _choice(values, "lora", models.loras, NO_LORA),
         "scheduler": _choice(values, "scheduler", SCHEDULERS, OWN),
     }
     used = [words[word] for word in IMAGE_WORD_PATTERN.findall(prompt) if word in words]
-    is_seed_drawn = values.get("surprise") or values.get("seed") is None
+    # -1 as in other pages
+    is_seed_drawn = values.get("surprise") or values.get("seed") in (None, -1)
+    loras = GenerationSettings.lora_fields(_read_loras(values, models))
     with at("run"):
         return GenerationSettings(
             prompt=prompt,
@@ -116,8 +151,41 @@ def read_values(values: dict[str, Any], session: Session, models: Models, store:
             dtype=models.dtype,
             regions=_read_regions(values.get("regions") or ""),
             **chosen,
+            **changed,
+            **loras,
             **numbers,
         )
+
+
+def _read_change(values, store):
+    """Settings of the image that is changed, which is kept in the store with its mask; none where there is no image."""
+    path, mask = values.get("init_image"), read_strokes(values.get("mask") or "", "init_image")
+    if path is None:
+        if mask is not None:
+            raise FieldError(
+                "init_image", "A mask was painted without an image. Drop the image to be changed."
+            )
+        return {}
+    changed: dict[str, Any] = {"init_image": store.keep_upload(path, "init_image")}
+    if values.get("strength") is not None:
+        changed["strength"] = _number(values, "strength")
+    if mask is not None:
+        changed["mask"] = store.keep_drawn(mask.point(lambda value: 255 if value > 127 else 0))
+    return changed
+
+
+def _read_loras(values, models):
+    """A LoraInput of each slot in which one is chosen."""
+    loras = {}
+    for field, scale in LORAS:
+        name = _choice(values, field, models.loras, NO_LORA)
+        if name is None:
+            continue
+        if name in loras:
+            raise FieldError(field, f"The LoRA {name!r} is chosen twice. Give it one scale.")
+        given = {"lora_scale": 1.0 if values.get(scale) is None else values[scale]}
+        loras[name] = LoraInput(name, _number(given, "lora_scale", scale))
+    return tuple(loras.values())
 
 
 def read_control(
@@ -201,6 +269,16 @@ def read_strokes(text: str, field: str) -> PIL.Image.Image | None:
     return alpha if alpha.getbbox() else None
 
 
+def strokes_of(path: str | Path) -> str:
+    """A mask that was kept -> what `read_strokes` reads: black where it is light."""
+    mask = open_shrunk(path, "restore", PAINTED_SIDE).convert("L")
+    strokes = PIL.Image.new("LA", mask.size)
+    strokes.putalpha(mask)
+    file = io.BytesIO()
+    strokes.save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def count_line(prompt: str, n_images: int) -> tuple[str, bool]:
     """What the prompt still needs, such as "2 <i>, 1 image: one image is missing"; and whether all is there."""
     n_marks = prompt.count(IMAGE_MARK)
@@ -234,17 +312,18 @@ def _check_prompts(prompt, negative_prompt, n_images, words):
         raise FieldError("prompt", f"{unknown[0]} is not an image word. {known} Make it one below.")
 
 
-def _number(values, name):
+def _number(values, name, field=None):
+    """The number `name`, within its limits; a mistake belongs to `field`, which has that name unless another is given."""
     value, (low, high) = values.get(name), LIMITS[name]
-    label = LABELS.get(name, name)
+    label, field = LABELS.get(name, name), field or name
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise FieldError(name, f"The {label} is missing. Give a number from {low} to {high}.")
+        raise FieldError(field, f"The {label} is missing. Give a number from {low} to {high}.")
     if not low <= value <= high:  # also for NaN
-        raise FieldError(name, f"The {label} is {value}. Give a number from {low} to {high}.")
-    if name in ("guidance", "lora_scale", "binding"):
+        raise FieldError(field, f"The {label} is {value}. Give a number from {low} to {high}.")
+    if name in ("guidance", "lora_scale", "binding", "strength"):
         return float(value)
     if value != int(value):
-        raise FieldError(name, f"The {label} is {value}. Give a whole number.")
+        raise FieldError(field, f"The {label} is {value}. Give a whole number.")
     return int(value)
 
 
@@ -258,7 +337,7 @@ def _choice(values, name, offered, own=None):
     value = values.get(name)
     if value in (None, own):
         return None
-    if value not in offered:
+    if not isinstance(value, str) or value not in offered:
         raise FieldError(name, "This is not offered here. Choose one of the list.")
     return value
 
@@ -289,7 +368,8 @@ def restore_values(
     # lent under names that nobody can guess: what a file is called among the inputs says what it holds
     images = [_lend(store, image) for image in settings.images]
     control_images = [_lend(store, control.picture) for control in settings.controls]
-    if lost := [*images, *control_images].count(None):
+    changed = [_lend(store, file) for file in (settings.init_image, settings.mask) if file is not None]
+    if lost := [*images, *control_images, *changed].count(None):
         notes.append(f"{lost} of its images are not on this server: drop them again.")
     for what, name, offered in (
         ("model", model, models.models),
@@ -298,14 +378,11 @@ def restore_values(
     ):
         if name is not None and name not in offered:
             notes.append(f"Its {what} is not offered here.")
-    if settings.init_image is not None:
-        notes.append("It was made by changing an image, which this page does not do.")
     if any(control.controlnet for control in settings.controls):
         notes.append("It was made with a ControlNet of its own, which is not offered here.")
-    if len(settings.all_loras) > 1:
-        first = "the first that is offered here is chosen"
-        notes.append(f"It was made with {len(settings.all_loras)} LoRAs, and this page takes one: {first}.")
-    lora = next((lora for lora in settings.all_loras if lora.path in models.loras), None)
+    loras = [lora for lora in settings.all_loras if lora.path in models.loras]
+    if len(loras) > LORA_SLOTS:
+        notes.append(f"It was made with {len(loras)} LoRAs; the first {LORA_SLOTS} are here.")
     _restore_words(settings, session, models, store, notes)
     names = ("prompt", "num_images", "steps", "guidance", "seed", "binding")
     values = {
@@ -314,13 +391,17 @@ def restore_values(
         "negative_prompt": settings.negative_prompt or "",
         "regions": " ".join(map(region_text, settings.regions)),
         "unet": settings.unet if settings.unet in models.unets else OWN,
-        "lora": NO_LORA if lora is None else lora.path,
-        "lora_scale": settings.lora_scale if lora is None else lora.scale,
+        "init_image": os.path.relpath(changed[0]) if changed and changed[0] else None,
+        "mask": strokes_of(changed[1]) if len(changed) > 1 and all(changed) else "",
+        "strength": STRENGTH if settings.strength is None else settings.strength,
         "width": settings.width or 0,
         "height": settings.height or 0,
         "surprise": False,
         "scheduler": settings.scheduler or OWN,
     }
+    for index, (field, scale) in enumerate(LORAS):
+        lora = loras[index] if index < len(loras) else LoraInput(NO_LORA)
+        values |= {field: lora.path, scale: lora.scale}
     if model in models.models:
         values["model"] = model
     offered = models.controls(values.get("model", models.default)) if has_controls else ()

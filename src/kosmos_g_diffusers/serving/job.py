@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..generation.png import maps_path, write_png
 from ..provenance import MARKED, Marker
 from .errors import FieldError, at
-from .images import data_uri, decoding_of, image_file_size, open_square
+from .images import data_uri, decoding_of, image_file_size, open_image_file, open_square
 from .libraries import drawing
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Drawing:
     reference_images: list[Path]
     control_images: list[Path]
     words: list[Path]
+    changed: list[Path]  # the image to change and its mask, where there are any
 
     maps: bool
 
@@ -76,6 +77,8 @@ class Drawing:
         self.reference_images = store.find_all(settings.images, "pictures")
         self.control_images = store.find_all([control.picture for control in settings.controls], "controls")
         self.words = store.find_all(settings.image_words, "words")
+        changed = [file for file in (settings.init_image, settings.mask) if file is not None]
+        self.changed = store.find_all(changed, "init_image")
         store.hold(self, settings.files)
 
     def __call__(self, ticket: "Ticket") -> None:
@@ -109,10 +112,13 @@ class Drawing:
         for control, path in zip(self.settings.controls, self.control_images, strict=True):
             if control.ready:  # it decides the size of what is drawn
                 check_side("controls", *(image_file_size(path) or (0, 0)))
-        with at("controls"), decoding_of(self.control_images):
-            arguments = drawing().size_arguments(pipe, self.settings, self.control_images)
-        check_side("controls", arguments["height"], arguments["width"])
-        # opened here, so that the library's errors name no file of the server
+        # what decides the size of the image
+        field = "controls" if self.settings.controls else "init_image" if self.changed else "run"
+        with at(field), decoding_of([*self.control_images, *self.changed]):
+            # opened here, so that the library's errors name no file of the server
+            changed = [open_image_file(path, "init_image") for path in self.changed]
+            arguments = drawing().size_arguments(pipe, self.settings, self.control_images, changed)
+        check_side(field, arguments["height"], arguments["width"])
         side = pipe.get_processor().image_size
         reference_images = [open_square(path, "pictures", side) for path in self.reference_images]
         with at("negative_prompt"):
@@ -143,7 +149,10 @@ class _Follower:
     def __init__(self, ticket, settings, preview, paths, marker):
         self.ticket, self.settings, self.make_preview, self.paths = ticket, settings, preview, paths
         self.marker = marker
-        self.planned = settings.steps  # of an image; schedulers of second order take more
+        # of an image; schedulers of second order take more
+        self.planned = settings.steps
+        if settings.strength is not None:
+            self.planned = max(1, int(settings.steps * settings.strength))
         self.started, self.done, self.preview = time.monotonic(), 0, None
         self._tell()
 

@@ -7,6 +7,7 @@ LIMITS = {
     "width": (8, 1024),
     "height": (8, 1024),
     "lora_scale": (-2, 2),
+    "strength": (0, 1),
     "binding": (0, 10),
     "seed": (0, 2**53 - 1),  # beyond that a browser's numbers have gaps
 }

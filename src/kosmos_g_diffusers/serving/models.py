@@ -102,14 +102,17 @@ class Models:
 
     def is_small(self, name: str) -> bool:
         """Whether a model draws images so small that sprites suit it."""
-        folder = self.models[name]
-        if folder is None:
-            return True
+        side = self.own_side(name)
+        return self.models[name] is None or (side is not None and side <= SMALL_SIDE)
+
+    def own_side(self, name: str) -> int | None:
+        """Pixels a side of what a model draws unless it is told otherwise, by its configuration; None if that cannot be read."""
+        folder = Path(self.models[name] or SPRITES)
         try:
             unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
-            return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1) <= SMALL_SIDE
+            return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            return None
 
     def controls(self, name: str) -> tuple[str, ...]:
         """Kinds of control that there are ControlNets for, with a model."""

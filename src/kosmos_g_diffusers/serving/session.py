@@ -23,10 +23,15 @@ class Session:
     models: dict[str, str] = field(
         default_factory=dict
     )  # name of a word -> name of the model that it was made with
+    word_images: dict[str, list[str | None]] = field(
+        default_factory=dict
+    )  # name of a word -> what its images look like, as data: URIs, where it was made here
     history: list[Path] = field(default_factory=list)  # paths of images, the newest first
     shown: list[Path] = field(default_factory=list)  # paths of the images of the last run
     chosen: Path | None = None  # path of the image whose settings are shown
     tickets: list["Ticket"] = field(default_factory=list)  # of its runs that have not ended
+    board_path: str | None = None  # of the image to change that is painted on
+    restored_mask: tuple[str, str] | None = None  # path of an image to change, and strokes that belong on it
     error: object = None  # FieldError of the last action, until the page has shown it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
@@ -48,3 +53,4 @@ class Session:
     def forget_word(self, name: str) -> None:
         self.words.pop(name, None)
         self.models.pop(name, None)
+        self.word_images.pop(name, None)

@@ -3,11 +3,23 @@ const board = element.querySelector("canvas")
 const brush = element.querySelector("input")
 const pen = board.getContext("2d")
 let last = null
+let drawn = ""  // the value that is on the board
+let coming = props.value  // strokes that belong to the image that comes with them
 
 function fit(width, height) {
   board.width = width
   board.height = height
-  props.value = ""
+  const strokes = coming
+  coming = drawn = ""
+  if (strokes) show(strokes)
+  if ((props.value || "") !== (strokes || "")) props.value = strokes || ""
+}
+
+function show(strokes) {
+  drawn = strokes
+  const image = new Image()
+  image.onload = () => pen.drawImage(image, 0, 0, board.width, board.height)
+  image.src = strokes
 }
 
 function setImage() {
@@ -52,11 +64,23 @@ board.addEventListener("pointerdown", event => {
 board.addEventListener("pointermove", paint)
 for (const end of ["pointerup", "pointercancel"]) {
   board.addEventListener(end, () => {
-    if (last) props.value = board.toDataURL("image/png")
+    if (last) props.value = drawn = board.toDataURL("image/png")
     last = null
   })
 }
-element.querySelector("button").addEventListener("click", setImage)
+element.querySelector("button").addEventListener("click", () => {
+  coming = ""
+  setImage()
+})
 watch("image", setImage)
-watch("value", () => { if (!props.value) pen.clearRect(0, 0, board.width, board.height) })
+watch("value", () => {
+  if (props.value === drawn) return
+  coming = props.value
+  pen.clearRect(0, 0, board.width, board.height)
+  if (coming) {
+    show(coming)
+  } else {
+    drawn = ""
+  }
+})
 setImage()
