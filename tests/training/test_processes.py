@@ -30,6 +30,7 @@ from support.training_runs import (  # noqa: F401  fixtures
 )
 
 from kosmos_g_diffusers.training import build_run, checkpoints, train
+from kosmos_g_diffusers.training.rehearsal import describe, rehearse
 
 
 def train_toy(config):
@@ -145,6 +146,18 @@ def test_without_agreement_they_differ(make_config, monkeypatch, stage):
     assert run_processes(train_stage, two) == [0, 0]
     given = trained_weights(checkpoints.list_checkpoints(two.output)[-1])
     assert max((expected[name] - given[name]).abs().max() for name in expected) > 1e-4
+
+
+def rehearse_together(config):
+    found = rehearse("align", config, timed=1)
+    assert found.figures["processes"] == 2 and found.samples_a_step == 2 * config.batch_size
+    assert "2 processes" in describe(found)
+
+
+def test_two_processes_rehearse_in_one_folder_and_leave_nothing(make_config, tmp_path):
+    config = make_config("align", batch_size=2)
+    assert run_processes(rehearse_together, config) == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
 
 
 FSDP = {

@@ -95,13 +95,23 @@ def counted_only(monkeypatch, first):
 
 def test_where_memory_is_short_settings_that_fit_are_tried(make_config, model, monkeypatch):
     config = make_config("align", batch_size=8, accumulation=1)
-    largest = {"tokens": 40, "images": 0, "shown": [], "samples": 60, "left_out": {}, "looked_at": 60}
+    largest = {
+        "tokens": 40,
+        "images": 0,
+        "mean_tokens": 20,
+        "mean_images": 0,
+        "shown": [],
+        "samples": 60,
+        "left_out": {},
+        "looked_at": 60,
+    }
     figures = FIGURES | {"sources": [{"name": "captions", **largest}], "parts": {}, "notes": []}
     figures |= {"fastest_step": 1.0, "slowest_step": 1.0, "read_back_seconds": 1.0}
     cost = count(config, Sizes.of_folder("align", model), Shape(40, 0, 0))
     most, least = (cost.memory(config.replace(batch_size=size)) / 0.75 / GIB for size in (8, 1))
     tried = counted_only(monkeypatch, figures)
     short = rehearse("align", config, for_memory=(most + least) / 2)
+    assert 0 < short.operations < short.cost.operations
     assert short.is_short and [proposal.changes for proposal in short.proposals] == [
         {name: value for name, value in vars(settings).items() if value != getattr(config, name)}
         for settings in tried[1:]

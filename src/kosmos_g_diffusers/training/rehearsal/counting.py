@@ -252,6 +252,6 @@ def run_pass(
         loss.backward()
 
 
-def gpu_seconds(cost: Cost, samples: float, peak: float, utilisation: float = UTILISATION) -> float:
-    """Seconds that a GPU of so many operations a second takes for so many samples."""
-    return samples * cost.operations / (peak * utilisation)
+def gpu_seconds(operations: float, peak: float, utilisation: float = UTILISATION) -> float:
+    """Seconds that a GPU of so many operations a second takes."""
+    return operations / (peak * utilisation)

@@ -17,7 +17,7 @@ from ..config import TrainConfig
 from ..model_folder import locate_model
 from ..run import process_state
 from .counting import GIB, SPARE, Cost, Shape, Sizes, count
-from .trial import TIMED, run_trial
+from .trial import TIMED, machine_memory, run_trial
 
 MOST_PROPOSALS = 3
 ADAPTER_RANK = 16
@@ -46,8 +46,10 @@ class Rehearsal:
         config: TrainConfig of the run.
         figures: of `run_trial`; has `error` alone where the trial failed.
         shape: largest sample, or None.
-        cost: by count, for a GPU; None where no sample was read.
-        for_memory: GiB of the GPU that was asked for, or of the one that is there; None on a CPU.
+        cost: by count, for a GPU, of such samples; None where none was asked for.
+        operations: of a sample as long as the mean of those that were looked at; None as `cost`.
+        for_memory: GiB of the GPU that was asked for, or of the one that is there; None on a CPU, but where a trial took all of
+            its memory.
         price: of an hour of a GPU, or None.
         proposals: where memory is short.
     """
@@ -58,6 +60,7 @@ class Rehearsal:
     cost: Cost | None = None
     for_memory: float | None = None
     price: float | None = None
+    operations: float | None = None
     proposals: list[Proposal] = field(default_factory=list)
 
     @property
@@ -130,6 +133,8 @@ def rehearse(
         raise ValueError(figures["error"])
     if for_memory is None and default_device() == "cuda":
         for_memory = torch.cuda.mem_get_info()[1] / GIB
+    if for_memory is None and figures.get("memory"):
+        for_memory = machine_memory() / GIB
     if figures.get("memory"):
         shape = _shape_without_trial(config)
     else:
@@ -139,10 +144,27 @@ def rehearse(
     if for_memory is not None or figures.get("memory"):
         say("Counting what a GPU would need ...")
         sizes = Sizes.of_folder(name, locate_model(config.model), config.target)
-        found = Rehearsal(config, figures, shape, count(config, sizes, shape), for_memory, price)
+        cost = count(config, sizes, shape)
+        operations = (
+            cost.operations if "error" in figures else _typical_operations(config, figures, sizes, shape)
+        )
+        found = Rehearsal(config, figures, shape, cost, for_memory, price, operations)
         if found.is_short:
             found.proposals.extend(_propose(found, sizes, sources, apart, say))
     return found
+
+
+def _typical_operations(config, figures, sizes, shape):
+    """Operations of a sample of the mean length, over the sources as the run draws them."""
+    weights = config.data_weights or (1.0,) * len(config.data)
+    sources = figures["sources"][: len(weights)] or figures["sources"]
+    weights = weights if len(weights) == len(sources) else (1.0,) * len(sources)
+    pairs = list(zip(sources, weights, strict=True))
+    tokens, images = (
+        sum(source[name] * weight for source, weight in pairs) / sum(weights)
+        for name in ("mean_tokens", "mean_images")
+    )
+    return count(config, sizes, Shape(round(tokens), images, shape.side)).operations
 
 
 def _try_apart(config):
@@ -163,8 +185,6 @@ def _try_apart(config):
 def _propose(found, sizes, sources, apart, say) -> Iterator[Proposal]:
     """Settings that fit by count and were tried, the least different first."""
     config, limit, proposed = found.config, found.for_memory, 0
-    if limit is None:
-        return
     for changes in _ways(config):
         changed = config.replace(**changes)
         cost = count(changed, sizes, found.shape)

@@ -1,15 +1,13 @@
 """What a rehearsal says, in lines for a person: data, memory, time, cost, disk, what runs out and what to change."""
 
 import math
-import os
 import shutil
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from .counting import GIB, PEAKS, SPARE, UTILISATION, gpu_seconds
 from .rehearsing import Rehearsal, describe_changes
-from .trial import free_bytes
+from .trial import free_bytes, machine_memory
 
 SHARED_MEMORY = "/dev/shm"
 LONGEST = 90  # characters of a prompt that is shown
@@ -106,14 +104,6 @@ def cache_need(rehearsal: Rehearsal) -> float:
     return figures["cache_bytes"] * max(1.0, read / tried)
 
 
-def machine_memory() -> int:
-    """Bytes of main memory that this process may have: the machine's, or its container's."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
-
-
 def _describe_source(source: dict[str, Any]) -> list[str]:
     left = source["left_out"]
     causes = f"; left out: {', '.join(f'{count} {cause}' for cause, count in left.items())}" if left else ""
@@ -175,11 +165,11 @@ def _describe_count(rehearsal):
     samples = config.steps * rehearsal.samples_a_step
     times = []
     for gpu, peak in PEAKS.items():
-        days = gpu_seconds(cost, samples, peak) / 86400
+        days = gpu_seconds(samples * rehearsal.operations, peak) / 86400
         price = "" if rehearsal.price is None else f" ({days * 24 * rehearsal.price:,.2f})"
         times.append(f"{days:.2g} days{price} on {gpu}")
     lines.append(
-        f"  {cost.operations / 1e12:.3g} TFLOP a sample of {rehearsal.shape.tokens} tokens; if a GPU reaches {UTILISATION:.0%} of "
+        f"  {rehearsal.operations / 1e12:.3g} TFLOP a sample; if a GPU reaches {UTILISATION:.0%} of "
         f"its peak (not measured): {', '.join(times)}"
     )
     return lines

@@ -16,11 +16,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ...data import BadSample, Source
@@ -30,7 +32,7 @@ from ..checkpoints import list_checkpoints, trained_parameters
 from ..config import TrainConfig
 from ..loop import train
 from ..optimizers import MOMENT_BYTES
-from ..run import Run, build_run, check_warmup
+from ..run import Run, build_run, check_warmup, process_state
 
 TIMED = 6  # steps whose median is the time of a step
 LOOKED_AT = 64  # samples of each source, among which the one that needs most memory is looked for
@@ -46,8 +48,7 @@ def run_trial(
         dict of figures, in seconds and bytes: see the keys below.
     """
     baseline = peak_memory()
-    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=_place_for(config.output)) as folder:
-        folder = Path(folder)
+    with _shared_folder(_place_for(config.output)) as folder:
         largest_steps = (len(config.data) if sources is None else len(sources)) + len(config.words)
         # the first step and those of the largest batches are not timed; the last has no next one that ends it
         steps = 1 + largest_steps + timed + 1
@@ -229,6 +230,20 @@ def _read_back(run):
     return time.perf_counter() - start
 
 
+@contextmanager
+def _shared_folder(place):
+    """A temporary folder that all processes of a run know, removed when all are done with it."""
+    state = process_state()
+    path = [tempfile.mkdtemp(prefix=".rehearsal-", dir=place) if state.is_main_process else None]
+    broadcast_object_list(path)
+    try:
+        yield Path(path[0])
+        state.wait_for_everyone()
+    finally:
+        if state.is_main_process:
+            shutil.rmtree(path[0], ignore_errors=True)
+
+
 def _place_for(output):
     """The folder that a run's folder lies in, so that the same disk is tried; the system's temporary one if it is not there."""
     place = Path(output).absolute().parent if output else None
@@ -253,6 +268,14 @@ def free_bytes(path: str | Path) -> int:
     return shutil.disk_usage(place).free
 
 
+def machine_memory() -> int:
+    """Bytes of main memory that this process may have: the machine's, or its container's."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
 def main(settings: str, result: str) -> int:
     """Make the trial of a JSON file of settings; the figures, or an `error`, become another."""
     try:
@@ -261,7 +284,10 @@ def main(settings: str, result: str) -> int:
     except (torch.OutOfMemoryError, MemoryError) as error:
         figures = {"error": str(error).partition("\n")[0], "memory": True}
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        figures = {"error": str(error), "kind": type(error).__name__, "memory": False}
+        figures = {
+            "error": str(error),
+            "memory": "can't allocate memory" in str(error),
+        }  # as torch says it of a CPU
     Path(result).write_text(json.dumps({"settings": asdict(config), **figures}), encoding="utf-8")
     return 0
 
