@@ -97,6 +97,30 @@ def test_run_that_cannot_begin_gives_the_folder_free(tmp_path):
     assert child.exitcode == 0
 
 
+def hold_until_told(folder, says):
+    with hold_run(folder):
+        says.put("held")
+        says.get()
+
+
+def test_lock_of_a_machine_that_has_gone_is_taken_over_when_it_is_said_so(tmp_path):
+    """As file servers keep it: the file is locked, and nobody renews its time."""
+    says = FORK.Queue()
+    owner = FORK.Process(target=hold_until_told, args=(tmp_path, says))
+    owner.start()
+    assert says.get() == "held"
+    then = time.time() - 301
+    os.utime(tmp_path / NAME, (then, then))
+    with pytest.raises(ValueError, match=rf"^Process {owner.pid} on .*Pass --take-over if it is gone"):
+        hold_run(tmp_path)
+    with hold_run(tmp_path, take_over=True):
+        assert json.loads((tmp_path / NAME).read_text())["process"] == os.getpid()
+        says.put("end")
+        owner.join()
+        # it leaves alone what is not its own
+        assert json.loads((tmp_path / NAME).read_text())["process"] == os.getpid()
+
+
 def refused(config, words):
     with pytest.raises(ValueError, match=words):
         train_toy(config)

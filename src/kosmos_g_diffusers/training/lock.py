@@ -36,7 +36,8 @@ def hold_run(run: str | Path, take_over: bool = False) -> "RunLock":
     """The lock of a run's folder, which must be there. A process that has it already gets it again.
 
     Args:
-        take_over: a process that is known by its time stamp alone counts as dead at once.
+        take_over: a process that is known by its time stamp alone counts as dead at once, one whose lock is still there when it has
+            not been heard of for DEAD seconds.
 
     Raises:
         ValueError: another process trains there; the message says which, and how to go on.
@@ -51,7 +52,7 @@ class RunLock:
     """The lock that `hold_run` gives.
 
     Attributes:
-        is_ours: False from when another process has taken the run over (`--take-over`, where there are no locks).
+        is_ours: False from when another process has taken the run over (`--take-over`).
     """
 
     path: Path
@@ -62,15 +63,12 @@ class RunLock:
 
     def __init__(self, run: Path, take_over: bool):
         self.path, self.is_ours = run / NAME, True
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._open()
         try:
-            self.has_flock = _flock(self.descriptor)
             earlier = self._read()
             if self.has_flock is None:
-                raise ValueError(
-                    f"{_describe(run, earlier)} End that one first; this command then resumes the run."
-                )
-            if earlier and not take_over:
+                self._break(run, earlier, take_over)
+            elif earlier and not take_over:
                 self._check_dead(run, earlier)
             self.owner = {
                 "host": socket.gethostname(),
@@ -103,6 +101,27 @@ class RunLock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+    def _open(self):
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.has_flock = _flock(self.descriptor)
+
+    def _break(self, run, earlier, take_over):
+        """Leave the file to whoever has it locked, and lock a new one, if that process has not been heard of for long.
+
+        Some file servers keep the locks of machines that have gone. ValueError otherwise.
+        """
+        is_silent = self._now() - os.fstat(self.descriptor).st_mtime >= DEAD
+        if not (is_silent and take_over):
+            advice = "Pass --take-over if it is gone: it has not been heard of for 5 minutes. " * is_silent
+            raise ValueError(
+                f"{_describe(run, earlier)} {advice}End that one first; this command then resumes the run."
+            )
+        os.close(self.descriptor)
+        self.path.unlink(missing_ok=True)
+        self._open()
+        if self.has_flock is None:
+            raise ValueError(f"{_describe(run, self._read())} It began at the same moment.")
 
     def _read(self):
         """Who holds the run, or did when it died; nothing for nobody, and for what is no record."""
@@ -160,11 +179,10 @@ class RunLock:
     def _renew(self):
         while not self._ended.wait(RENEWED):
             with suppress(OSError):  # a network that may be well again next time
-                if not self.has_flock:
-                    owner = self._read()
-                    if owner and owner.get("token") != self.owner["token"]:
-                        self.is_ours = False
-                        return
+                owner = self._read()
+                if owner and owner.get("token") != self.owner["token"]:
+                    self.is_ours = False
+                    return
                 os.utime(self.path)
 
 
