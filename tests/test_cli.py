@@ -626,12 +626,12 @@ def test_convert_passes_its_flags_on(monkeypatch, capsys):
 
     monkeypatch.setattr(conversion, "convert_checkpoint", convert_checkpoint)
     flags = "--checkpoint a.pt --tokenizer b.model --base sd --output ./folder".split()
-    assert main(["convert", *flags, "--dtype", "float16"]) == 0
+    assert main(["convert", *flags, "--dtype", "float16", "--seed", "3"]) == 0
     assert main(["convert", *flags]) == 0
     expected = {"tokenizer": "b.model", "base": "sd"}
     assert calls == [
-        (("a.pt", "./folder"), {**expected, "dtype": torch.float16}),
-        (("a.pt", "./folder"), {**expected, "dtype": None}),
+        (("a.pt", "./folder"), {**expected, "dtype": torch.float16, "seed": 3}),
+        (("a.pt", "./folder"), {**expected, "dtype": None, "seed": 0}),
     ]
     assert capsys.readouterr().out.split() == ["./folder", "./folder"]
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -180,13 +181,15 @@ def _modules_stay() -> Iterator[None]:
 def _bytes_kept(name, stage, batch_size, shape, half):
     """Bytes that autograd keeps, weights not counted."""
     models = (stage, *stage.frozen_models)
-    weights = {parameter.untyped_storage()._cdata for model in models for parameter in model.parameters()}
+    weights = {
+        StorageWeakRef(parameter.untyped_storage()) for model in models for parameter in model.parameters()
+    }
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, so that no other takes its place
+        if StorageWeakRef(storage) not in weights:
+            kept[StorageWeakRef(storage)] = storage  # held, so that no other takes its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
