@@ -53,7 +53,7 @@ SPECIAL = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
 
 def write_data(folder):
     """Folders of images with text files, and shards of edits as others name their members; a dict of --data lines."""
-    for name, kind in (("pictures", "pictures"), ("captioned", "captions")):
+    for name, kind in (("seen", "pictures"), ("captioned", "captions")):
         if not (folder / name).is_dir():
             partial = folder / f".{name}"
             partial.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def write_data(folder):
         partial.rename(shard)
     edits = f"shards:{shard}?source=original_image.png&image=edited_image.png&edit=edit_prompt.txt"
     captions = f"folder:{folder / 'captioned'}"
-    return {"pretrain": [f"folder:{folder / 'pictures'}"], "align": [captions], "instruct": [captions, edits]}
+    return {"pretrain": [f"folder:{folder / 'seen'}"], "align": [captions], "instruct": [captions, edits]}
 
 
 def _png(image):

@@ -124,7 +124,7 @@ class RunLock:
             raise ValueError(f"{_describe(run, self._read())} It began at the same moment.")
 
     def _read(self):
-        """Who holds the run, or did when it died; nothing for nobody, and for what is no record."""
+        """Who holds the run, or did when it died; nothing for nobody, and for a record that cannot be read."""
         try:
             owner = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
