@@ -1,10 +1,13 @@
 """The service over HTTP: what it draws is what `kosmos-g generate` draws, what it refuses is a sentence."""
 
+import base64
 import io
 import json
+import re
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -322,6 +325,38 @@ def test_large_images_are_refused_by_their_headers(app):
         GENERATIONS, content=b" " * (65 * 2**20), headers={"content-type": "application/json"}
     )
     assert "64 MB" in error_of(answer, 413)["message"]
+
+
+def resident(name):
+    return (
+        int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1e6
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not count it")
+def test_many_large_images_take_little_memory(app):
+    large = io.BytesIO()
+    PIL.Image.new("1", (6000, 6000), 1).save(large, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(large.getvalue()).decode()}"
+    controls = [{"kind": kind, "image": url} for kind in ("canny", "canny", "canny")]
+    form = {**QUICK, "prompt": "<i> and <i>", "controls": json.dumps(controls), "strength": 1}
+    files = [(name, large.getvalue()) for name in ("image", "image", "init_image", "mask")]
+    images_of(app.http.post(GENERATIONS, json={**QUICK, "prompt": "a hat"}))
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    answers = []
+
+    def ask():
+        answers.append(app.http.post(EDITS, data=form, files=files))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for answer in answers:
+        images_of(answer)
+    assert resident("VmHWM") - before < 1.0
 
 
 # Who may ask ---------------------------------------------------------------------------------------------------------
