@@ -473,3 +473,37 @@ def test_full_queue_is_told_and_the_others_get_their_images():
         assert refused and len(answers) - len(refused) >= 2
         for answer in refused:
             assert error_of(answer, 429)["code"] == "queue_full" and answer.headers["retry-after"]
+
+
+def test_command_ends_its_requests_and_itself_when_it_is_told_to(tmp_path):
+    import signal
+    import socket
+    import subprocess
+    import sys
+
+    import httpx
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "kosmos_g_diffusers",
+        "serve",
+        "--port",
+        str(port),
+        "--model",
+        str(tmp_path / "none"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert f":{port}/docs" in process.stdout.readline()
+        note = process.stderr.readline()
+        assert "There is no model in 'none'" in note and "lives on" in note
+        assert httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
