@@ -243,3 +243,9 @@ def test_folder_of_a_process_that_was_killed_is_removed_by_the_next(tmp_path):
     with partial_folder(tmp_path / "model") as first, partial_folder(tmp_path / "model") as second:
         assert first.is_dir() and second.is_dir() and not left.exists()
     assert os.listdir(tmp_path) == [".model-notes"]
+
+
+def test_error_that_is_its_own_cause_ends_the_look_for_a_full_disk(tmp_path):
+    error, cause = ValueError("one"), ValueError("two")
+    error.__cause__, cause.__context__ = cause, error
+    assert not is_full_disk(error, tmp_path)

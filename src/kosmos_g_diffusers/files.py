@@ -290,7 +290,9 @@ def is_full_disk(error: BaseException, folder: str | Path | None = None) -> bool
     Args:
         folder: where it was written. Some libraries (torch) say nothing of the disk; then what is free there tells.
     """
-    while error is not None:
+    seen = set()
+    while error is not None and id(error) not in seen:  # a cause may have what it caused as its context
+        seen.add(id(error))
         number = getattr(error, "errno", None)
         if number in FULL or any(words in str(error) for words in FULL_WORDS):
             return True

@@ -1,10 +1,13 @@
 """The service over HTTP: what it draws is what `kosmos-g generate` draws, what it refuses is a sentence."""
 
+import base64
 import io
 import json
+import re
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -324,6 +327,38 @@ def test_large_images_are_refused_by_their_headers(app):
     assert "64 MB" in error_of(answer, 413)["message"]
 
 
+def resident(name):
+    return (
+        int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1e6
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not count it")
+def test_many_large_images_take_little_memory(app):
+    large = io.BytesIO()
+    PIL.Image.new("1", (6000, 6000), 1).save(large, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(large.getvalue()).decode()}"
+    controls = [{"kind": kind, "image": url} for kind in ("canny", "canny", "canny")]
+    form = {**QUICK, "prompt": "<i> and <i>", "controls": json.dumps(controls), "strength": 1}
+    files = [(name, large.getvalue()) for name in ("image", "image", "init_image", "mask")]
+    images_of(app.http.post(GENERATIONS, json={**QUICK, "prompt": "a hat"}))
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    answers = []
+
+    def ask():
+        answers.append(app.http.post(EDITS, data=form, files=files))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for answer in answers:
+        images_of(answer)
+    assert resident("VmHWM") - before < 1.0
+
+
 # Who may ask ---------------------------------------------------------------------------------------------------------
 
 
@@ -438,3 +473,37 @@ def test_full_queue_is_told_and_the_others_get_their_images():
         assert refused and len(answers) - len(refused) >= 2
         for answer in refused:
             assert error_of(answer, 429)["code"] == "queue_full" and answer.headers["retry-after"]
+
+
+def test_command_ends_its_requests_and_itself_when_it_is_told_to(tmp_path):
+    import signal
+    import socket
+    import subprocess
+    import sys
+
+    import httpx
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "kosmos_g_diffusers",
+        "serve",
+        "--port",
+        str(port),
+        "--model",
+        str(tmp_path / "none"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert f":{port}/docs" in process.stdout.readline()
+        note = process.stderr.readline()
+        assert "There is no model in 'none'" in note and "lives on" in note
+        assert httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()

@@ -16,6 +16,7 @@ examples:
 
 import argparse
 import logging
+import signal
 import sys
 
 from ..environment import DTYPES
@@ -80,6 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.timeout,
         arguments.mcp,
     )
+    signal.signal(signal.SIGTERM, lambda *_: service.end())
     try:
         service.start()
         print(
@@ -87,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
             flush=True,
         )
         told = False
-        while not service.is_told_to_end(1.0):
+        while not service.is_ending(1.0):
             if models.state == "failed" and not told:
                 told = True
                 note = f"Note: {models.problem} The service lives on, says so at /ready and tries again."

@@ -46,6 +46,7 @@ PIPELINES: dict[tuple[bool, bool, bool], Any] = {
 }
 
 VISION_CACHE_BYTES = 2**26  # states of 128 images of the released size in float32
+UNCHANGEABLE = "cannot be changed"  # what is said of an image that is too small or too thin
 LORA_NAME = "lora"  # of the adapter in the U-Net
 UNET_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt")  # of files; a Hub id has none of them
 
@@ -239,7 +240,7 @@ def change_arguments(settings: GenerationSettings, image: Any, mask: Any, short_
         ValueError: an image cannot be read or does not fit.
     """
     image = open_image(image, "The image to change")
-    height, width = control_size(image, settings.height, settings.width, short_side, "cannot be changed")
+    height, width = control_size(image, settings.height, settings.width, short_side, UNCHANGEABLE)
     arguments = {"height": height, "width": width, "strength": float(settings.strength)}
     if mask is not None:
         mask = read_mask(mask)
@@ -260,9 +261,10 @@ def read_mask(mask: Any) -> PIL.Image.Image:
     """
     image = read_image(mask, "The mask", any_channels=True)
     if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
+        alpha = (image if image.mode in ("RGBA", "LA") else image.convert("RGBA")).getchannel("A")
         if alpha.getextrema()[0] < 255:
             return alpha.point(lambda value: 255 - value)
+        image = image.convert("RGB")
     return open_mask(image, "The mask")
 
 

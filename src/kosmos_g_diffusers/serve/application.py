@@ -461,7 +461,8 @@ async def _read_json(request, kind: type[Prompted]):
         raise Refused(415, "The body is application/json.")
     length = int_or_zero(request.headers.get("content-length"))
     body = await read_body(request.receive, MAX_BODY, length)
-    return kind.model_validate(read_json_body(body))
+    # a large body takes a while, and others are to be answered meanwhile
+    return kind.model_validate(await asyncio.to_thread(read_json_body, body))
 
 
 async def _read_form(request) -> Edit:

@@ -12,11 +12,19 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..control.controls import control_size
 from ..environment import package_versions
-from ..generation.generate import call_arguments, finite_images, size_arguments
+from ..generation.generate import (
+    UNCHANGEABLE,
+    call_arguments,
+    finite_images,
+    own_size,
+    read_mask,
+    size_arguments,
+)
 from ..generation.settings import GenerationSettings
 from ..serving.errors import FieldError, at
-from ..serving.images import DECODING, image_file_size, open_image_file
+from ..serving.images import DECODING, FORMATS, image_file_size, open_image_file
 from ..serving.job import check_side
 from ..serving.models import Models
 from ..serving.queue import Cancelled
@@ -43,16 +51,45 @@ def prepare(models: Models, request: Request) -> None:
         raise FieldError("model", "The model is not loaded.")
     field = "init_image" if request.changed_files else "controls" if request.control_files else "size"
     with DECODING, at(field):
-        opened = [
-            [open_image_file(io.BytesIO(content), name, with_alpha=name == "mask") for content, name in files]
-            for files in (
-                [(content, "controls") for content in request.control_files],
-                zip(request.changed_files, ("init_image", "mask"), strict=False),
-            )
-        ]
+        opened = _open_files(request, min(own_size(pipe)))
         request.arguments = size_arguments(pipe, settings, *opened)
     request.control_files = request.changed_files = []
     check_side("size", request.arguments["height"], request.arguments["width"])
+
+
+def _open_files(request, short_side):
+    """(control images, image to change and mask), all but one of them as small as they are drawn, one after the other."""
+    settings, changed = request.settings, []
+    size = (settings.height, settings.width)
+    if request.changed_files:
+        image, *masks = request.changed_files
+        for content in masks:
+            with at("mask"):
+                changed.append(_open_mask(content))
+        changed.insert(0, open_image_file(io.BytesIO(image), "init_image"))
+        size = control_size(changed[0], *size, short_side, UNCHANGEABLE)
+    controls = list(zip(settings.controls, request.control_files, strict=True))
+    if size == (None, None):
+        ready = (image_file_size(io.BytesIO(content)) for control, content in controls if control.ready)
+        size = next(ready, size[::-1])[::-1]
+    opened = []
+    for control, content in controls:
+        image = open_image_file(io.BytesIO(content), "controls")
+        if not control.ready:  # as the library begins with it
+            fitting = control_size(image, *size, short_side)
+            image = image.resize(fitting[::-1], PIL.Image.Resampling.LANCZOS)
+        opened.append(image)
+    return opened, changed
+
+
+def _open_mask(content):
+    """L image of a mask: a quarter of what it takes with its colours."""
+    with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        has_alpha = image.has_transparency_data
+    mask = open_image_file(io.BytesIO(content), "mask", with_alpha=has_alpha)
+    if not has_alpha:
+        mask = mask.convert("L")
+    return read_mask(mask)
 
 
 def kind_of(request: Request) -> Hashable:

@@ -1,6 +1,5 @@
 """A service on its address: the thread that draws, the application, and what stands before it."""
 
-import signal
 import threading
 from collections.abc import Sequence
 
@@ -80,13 +79,15 @@ class Service:
 
     def start(self) -> None:
         """Answer requests, and begin to load the model; returns when the first was answered."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: self._told.set())
         self._server.start()
         self.drawer.start()
 
-    def is_told_to_end(self, seconds: float) -> bool:
-        """Whether the process was told to end (SIGTERM), after so many seconds at most; Ctrl-C is a KeyboardInterrupt."""
+    def end(self) -> None:
+        """Have `is_ending` return; for a handler of signals."""
+        self._told.set()
+
+    def is_ending(self, seconds: float) -> bool:
+        """Whether `end` was called, after so many seconds at most."""
         return self._told.wait(seconds)
 
     def close(self) -> None:
