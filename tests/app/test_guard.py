@@ -263,6 +263,21 @@ def test_file_of_another_cannot_act_as_a_page(app, http):
     assert headers["x-content-type-options"] == "nosniff" and "sandbox" in headers["content-security-policy"]
 
 
+def test_page_that_is_not_the_first_of_its_process_may_tell_that_it_was_opened(app, http):
+    for entry in http.get("/config").json()["dependencies"]:
+        if [app.blocks._id, "load"] in entry["targets"]:
+            body = {
+                "data": [],
+                "fn_index": entry["id"],
+                "trigger_id": app.blocks._id,
+                "session_hash": "opening",
+            }
+            if not entry["inputs"]:
+                assert http.post("/gradio_api/run/predict", json=body).status_code == 200
+    body["trigger_id"] = 10**6
+    assert http.post("/gradio_api/run/predict", json=body).status_code == 400
+
+
 def test_answers_to_nonsense_hold_no_trace(app, http):
     for body in (
         "{",

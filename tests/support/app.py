@@ -157,7 +157,12 @@ def visiting(browser, app):
     opened.set_default_timeout(1000 * PATIENCE * slowness())
     opened.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
     errors = []
-    opened.on("console", lambda told: errors.append(told.text) if told.type == "error" else None)
+
+    def note(told):
+        if told.type == "error":
+            errors.append(f"{told.text} {told.location.get('url')}")
+
+    opened.on("console", note)
     opened.on("pageerror", lambda error: errors.append(str(error)))
     opened.goto(app.url)
     opened.wait_for_selector("text=Ready.")

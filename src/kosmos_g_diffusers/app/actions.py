@@ -106,8 +106,9 @@ class Actions:
         async def generate(session, **values):
             """Draw a prompt of words and images. Yields how far it is, and at the end the drawn images and their settings.
 
-            Write <i> in the prompt for each of its images, which `pictures` holds in that order. With surprise off, the
-            seed decides what is drawn.
+            Write <i> in the prompt for each of its images, which `pictures` holds in that order. The seed decides what is
+            drawn; empty or -1, and with surprise, one is drawn. An init_image is changed, as far as strength says; a mask, a
+            PNG as a data: URI, is painted where it is drawn anew.
             """
             with self.errors(session):
                 settings = await self._read(

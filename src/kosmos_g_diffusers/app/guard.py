@@ -189,7 +189,7 @@ class Guard:
         # some are the page's alone, which calls them without the server
         if "fn_index" in given and (function is None or function.fn is None):
             raise Refused(400, "There is no such function here. Reload the page.")
-        if given.get("trigger_id") and given["trigger_id"] not in self.blocks.blocks:
+        if given.get("trigger_id") and given["trigger_id"] not in self._triggers:
             raise Refused(400, "There is no such component here. Reload the page.")
         if function is not None and function.collects_event_data:
             event = given.get("event_data")
@@ -216,6 +216,12 @@ class Guard:
         ]
         if missing:
             raise Refused(400, f"This call has no {missing[0]}.")
+
+    @cached_property
+    def _triggers(self):
+        """Ids of what a call may come from: the components, and the page itself, which tells that it was opened."""
+        targets = {target for function in self.blocks.fns.values() for target, _ in function.targets}
+        return targets | self.blocks.blocks.keys()
 
     @cached_property
     def _parameters(self):

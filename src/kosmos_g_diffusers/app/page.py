@@ -68,8 +68,8 @@ SPRITES_CONTROLS = (
     "`kosmos-g app --model` there are all kinds of `kosmos-g control --list`. Start and end are shares of the steps."
 )
 CHANGE_HELP = (
-    "The strength says how much of it is drawn anew: little keeps it, 1 none of it. Paint what is to be drawn anew, and the rest "
-    "stays as it is."
+    "The strength says how much of it is drawn anew: little keeps it, 1 keeps none of it. What you paint on the image below is "
+    "drawn anew, and the rest is kept, but for what the model's VAE loses."
 )
 # field of a message -> other fields by which its cause may go
 CAUSES = {name: ["lora", "unet", "model"] for name in ("unet", "model", *(name for name, _ in LORAS))}
