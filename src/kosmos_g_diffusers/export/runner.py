@@ -50,8 +50,7 @@ class Encoder:
             raise ValueError(f"{folder}/tokenizer.json is not a tokenizer of Kosmos-G. {AGAIN}") from error
         self.vision, self.condition = (self._load(name, threads) for name in ("vision", "condition"))
 
-    def __call__(self, prompt, images=(), marks_are_text=False):
-        """One prompt -> (K, A) float32. See `encode`."""
+    def __call__(self, prompt, images=(), marks_are_text=False):  # one prompt -> (K, A), see encode
         return self.encode([prompt], [images], marks_are_text)[0]
 
     def encode(self, prompts, images=None, marks_are_text=False):
@@ -156,6 +155,7 @@ class Encoder:
             runtime = importlib.import_module(package)
             if package == "openvino":
                 options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or 0}
+                options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 128  # states, where weights are int8
                 model = runtime.Core().compile_model(path, "CPU", options)
                 return lambda **arrays: model(arrays)[0]
             options = runtime.SessionOptions()
