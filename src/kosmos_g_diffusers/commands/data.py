@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         actions.add_parser("index", help="find out beforehand where samples lie and how long they are")
     )
     actions.add_parser("list", help="public data sets that import knows")
-    _add_show(actions.add_parser("show", aliases=["sheet"], help="a page of samples as training reads them"))
+    _add_show(actions.add_parser("show", help="a page of samples as training reads them"))
+    _add_show(actions.add_parser("sheet", help="the same as show"))
 
 
 def _add_compose(parser):
