@@ -26,7 +26,7 @@ import webdataset
 from kosmos_g_diffusers.data import MixtureDataset, build_source
 from kosmos_g_diffusers.data.lengths import Lengths
 from kosmos_g_diffusers.data.mixture import EndlessOrder
-from kosmos_g_diffusers.data.shard_writer import write_shard
+from kosmos_g_diffusers.data.shard_writer import pack_index, write_shard
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 PROCESSES = (1, 8, 64, 256)
@@ -60,6 +60,8 @@ def write_data(folder, count):
     write_shard(folder / "000000.tar", members)
     for number in range(1, count // SHARD):
         shutil.copyfile(folder / "000000.tar", folder / f"{number:06d}.tar")
+    listed = [{"url": f"{number:06d}.tar", "nsamples": SHARD} for number in range(count // SHARD)]
+    (folder / "shards.json").write_bytes(pack_index(listed))
 
 
 def as_tensor(image):
@@ -208,8 +210,9 @@ def main():
             json.dumps(measure(arguments.way, folder, cache, int(arguments.processes), int(arguments.bucket)))
         )
         return
+    sizes = [size for size in SIZES if size <= (SIZES[0] if arguments.tiny else arguments.largest)]
     with tempfile.TemporaryDirectory() as place:
-        folder, cache = compare_ways(SIZES[:1] if arguments.tiny else SIZES, Path(place))
+        folder, cache = compare_ways(sizes, Path(place))
         compare_processes(folder, cache, 1 if arguments.tiny else arguments.rounds)
 
 
