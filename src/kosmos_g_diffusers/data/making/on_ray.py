@@ -128,7 +128,9 @@ def import_on_ray(
             logger.info("%d shards are to be made, %d are there", len(todo), rows.shards - len(todo))
             items = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
             arguments = {"fn_constructor_args": (line, settings, note, place.address), "batch_size": 1}
-            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(todo)))
+            # an actor for each processor of the cluster at most: each holds the package and reads one shard at a time
+            most = max(1, min(len(todo), int(ray.cluster_resources().get("CPU", 1))))
+            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
             made = items.map_batches(ShardMaker, compute=pool, **arguments)
             for _ in made.iter_rows():
                 pass
