@@ -201,15 +201,10 @@ def main():
     parser.add_argument(
         "--rounds", type=int, default=3, help="pairs of which the median is taken (default: %(default)s)"
     )
-    for name in ("--way", "--folder", "--cache", "--processes", "--bucket"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    largest = "samples of the largest data set (default: %(default)s); the plain loader takes 2 GiB for 10^6"
+    parser.add_argument("--largest", type=int, default=SIZES[-1], metavar="N", help=largest)
     arguments = parser.parse_args()
-    if arguments.way:
-        folder, cache = Path(arguments.folder), Path(arguments.cache)
-        print(
-            json.dumps(measure(arguments.way, folder, cache, int(arguments.processes), int(arguments.bucket)))
-        )
-        return
+    torch.set_num_threads(1)
     sizes = [size for size in SIZES if size <= (SIZES[0] if arguments.tiny else arguments.largest)]
     with tempfile.TemporaryDirectory() as place:
         folder, cache = compare_ways(sizes, Path(place))
