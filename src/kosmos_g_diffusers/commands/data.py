@@ -97,6 +97,7 @@ def _add_import(parser):
         metavar="X",
         help="samples with a lower score are left out, where there are scores",
     )
+    add("--ray", metavar="ADDRESS", help=RAY)
     _add_output(parser)
 
 
