@@ -216,6 +216,10 @@ def test_the_table_is_shown_and_unknown_names_are_named(tmp_path, capsys):
     assert (
         "'magicbrus' is not a known data set. Known: instructpix2pix, magicbrush" in capsys.readouterr().err
     )
+    with pytest.raises(
+        ValueError, match="grit is not fetched by this command.* img2dataset .* pass it as --data"
+    ):
+        run("grit", tmp_path / "out")
     with pytest.raises(ValueError, match="magicbrush has no scores"):
         run("magicbrush", tmp_path / "out", min_score=3)
 
