@@ -50,7 +50,7 @@ class Place:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, which is there whole or not at all."""
+        """Write a file, which appears atomically."""
         path = posixpath.join(self.path, name)
         if self.is_local:
             return write_bytes(path, data)
