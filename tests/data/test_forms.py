@@ -219,7 +219,7 @@ def test_compositions(sprites, collate, tmp_path):
 
 
 def test_prompts(sprites, collate, tmp_path):
-    """Today's form is that of our shards; others have marks, lists, or one picture of two views."""
+    """Today's form is that of our shards; others have marks, lists, or one image of two views."""
     keys = [f"{number:03}" for number in range(COUNT)]
     ours, theirs, rows, files = [], [], [], {}
     for key, (target, one, two, words) in zip(keys, sprites, strict=True):

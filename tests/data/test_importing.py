@@ -89,6 +89,27 @@ def test_samples_are_filtered_and_the_source_is_looked_at_from_its_beginning(tmp
     assert (manifest["samples"], manifest["skipped"]) == (1, {"small": 1, "score": 1})
 
 
+def test_the_command_imports_and_says_how_much(tmp_path, capsys):
+    folder = folder_of(tmp_path, 3)
+    arguments = [
+        "data",
+        "import",
+        f"folder:{folder}",
+        "--output",
+        str(tmp_path / "out"),
+        "--workers",
+        "0",
+        "--limit",
+        "2",
+    ]
+    assert cli.main([*arguments, "--sheet-samples", "1"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"2 samples in 1 shards in {tmp_path / 'out'}", "No input was skipped."]
+    assert (tmp_path / "out" / "contact-sheet.html").is_file()
+    assert cli.main([*arguments, "--min-side", "9"]) == 2
+    assert "other settings: min_side 0 there, 9 now" in capsys.readouterr().err
+
+
 def test_settings_have_to_stay_the_same_and_two_processes_do_not_write_the_same(tmp_path):
     folder = folder_of(tmp_path, 3)
     run(f"folder:{folder}", tmp_path / "out")
@@ -195,6 +216,10 @@ def test_the_table_is_shown_and_unknown_names_are_named(tmp_path, capsys):
     assert (
         "'magicbrus' is not a known data set. Known: instructpix2pix, magicbrush" in capsys.readouterr().err
     )
+    with pytest.raises(
+        ValueError, match="grit is not fetched by this command.* img2dataset .* pass it as --data"
+    ):
+        run("grit", tmp_path / "out")
     with pytest.raises(ValueError, match="magicbrush has no scores"):
         run("magicbrush", tmp_path / "out", min_score=3)
 

@@ -1,14 +1,26 @@
-"""Importing with Ray Data: the shards of one machine, a worker killed on the way, outputs at an fsspec address."""
+"""Importing and composing with Ray Data: the shards of one machine, a worker killed on the way, outputs at an fsspec address."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
+from support.making_models import save_models
 from support.stored_data import encode, make_image, write_files
 
-from kosmos_g_diffusers.data.making import ImportSettings, import_data
+from kosmos_g_diffusers.data.making import (
+    ComposeSettings,
+    ImportSettings,
+    compose,
+    entities,
+    import_data,
+    on_ray,
+)
 from kosmos_g_diffusers.data.making.on_ray import Place, ShardMaker, connected, import_on_ray
 
 
@@ -78,16 +90,7 @@ def test_a_worker_that_is_killed_loses_nothing_and_nothing_is_made_twice(alone, 
     pytest.importorskip("ray.data")
     settings, manifest, expected = alone
     monkeypatch.setattr("kosmos_g_diffusers.data.making.on_ray.ShardMaker", Mortal)
-    monkeypatch.setenv(
-        "PYTHONPATH",
-        os.pathsep.join(
-            [
-                os.environ.get("PYTHONPATH", ""),
-                os.path.dirname(__file__),
-                os.path.dirname(os.path.dirname(__file__)),
-            ]
-        ),
-    )
+    let_workers_find_this(monkeypatch)
     made = import_on_ray(str(tmp_path / "out"), settings, "local")
     assert (tmp_path / "out" / "died").exists() and shards_of(tmp_path / "out") == expected
     assert (made["samples"], made["shards"], made["skipped"]) == (
@@ -99,3 +102,107 @@ def test_a_worker_that_is_killed_loses_nothing_and_nothing_is_made_twice(alone, 
     assert listed == json.loads((tmp_path / "alone" / "shards.json").read_text())["shardlist"]
     again = import_on_ray(str(tmp_path / "out"), settings, "local")  # nothing is left to make
     assert again["samples"] == made["samples"]
+
+
+# Composing ------------------------------------------------------------------------------------------------------------
+
+
+class Here:
+    """What of Ray is used, run in this process."""
+
+    def __init__(self):
+        self.data, self.DataContext, self.execution_options = self, self, self
+
+    def ActorPoolStrategy(self, **sizes):
+        return sizes
+
+    def cluster_resources(self):
+        return {"CPU": 2}
+
+    def get_current(self):
+        return self
+
+    def from_items(self, items, override_num_blocks):
+        self.items = items
+        return self
+
+    def map_batches(self, actor, fn_constructor_args, batch_size, **others):
+        self.actor = actor(*fn_constructor_args)
+        return self
+
+    def iter_rows(self):
+        for item in self.items:
+            made = self.actor({name: [value] for name, value in item.items()})
+            yield {name: values[0] for name, values in made.items()}
+
+
+def name_first_words(self, captions):
+    """In place of a language model whose random weights name nothing."""
+    return [caption.split()[:1] for caption in captions]
+
+
+class Naming(on_ray.ComposeActor):
+    """With the names above, in a process of its own."""
+
+    def __init__(self, *arguments):
+        entities.EntityFinder.__call__ = name_first_words
+        super().__init__(*arguments)
+
+
+def let_workers_find_this(monkeypatch):
+    here = Path(__file__).parent
+    paths = [os.environ.get("PYTHONPATH", ""), str(here), str(here.parent)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def composing(tmp_path, models, monkeypatch):
+    """What one machine makes of five images, one of which is damaged."""
+    monkeypatch.setattr(entities.EntityFinder, "__call__", name_first_words)
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        image = PIL.Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8))
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        image.save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "photos" / "3.png").write_bytes(b"no image")
+    settings = ComposeSettings(
+        **{name: str(folder) for name, folder in models.items()},
+        min_side=8,
+        size=32,
+        threshold=0.0,
+        min_area=0.0,
+    )
+    options = {"batch_size": 2, "samples_per_shard": 2, "sheet_samples": 0}
+    manifest = compose(tmp_path / "photos", tmp_path / "alone", settings, workers=0, **options)
+    return settings, options, manifest, shards_of(tmp_path / "alone")
+
+
+def test_compositions_of_a_cluster_are_those_of_one_machine(composing, tmp_path, monkeypatch):
+    settings, options, manifest, expected = composing
+    monkeypatch.setattr(on_ray, "connected", lambda address: contextlib.nullcontext(Here()))
+    made = on_ray.compose_on_ray(tmp_path / "photos", str(tmp_path / "out"), settings, "here", **options)
+    assert shards_of(tmp_path / "out") == expected and made["skipped"] == manifest["skipped"]
+    # an address: what is there is taken up, and nothing is made again
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    on_ray.compose_on_ray(tmp_path / "photos", "memory://bucket/made", settings, "here", **options)
+    place = Place("memory://bucket/made")
+    assert {name: place.read(name) for name in place.names() if name.startswith("part-")} == expected
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another-home"))
+    monkeypatch.setattr(on_ray, "connected", None)
+    again = on_ray.compose_on_ray(tmp_path / "photos", "memory://bucket/made", settings, "here", **options)
+    assert again["skipped"] == manifest["skipped"]
+
+
+@pytest.mark.slow
+def test_compositions_are_made_by_actors_of_ray(composing, tmp_path, monkeypatch):
+    pytest.importorskip("ray.data")
+    monkeypatch.setattr(on_ray, "ComposeActor", Naming)
+    let_workers_find_this(monkeypatch)
+    settings, options, manifest, expected = composing
+    made = on_ray.compose_on_ray(tmp_path / "photos", str(tmp_path / "out"), settings, "local", **options)
+    assert shards_of(tmp_path / "out") == expected and made["skipped"] == manifest["skipped"]

@@ -752,3 +752,20 @@ def test_names_that_are_not_utf8_are_printable_in_keys_and_messages(tmp_path, so
         read(shards, 1)
     for text in (read(shards, 0).key, str(caught.value), caught.value.message):
         assert text.isprintable() and text.encode("utf-8")
+
+
+def test_where_members_lie_is_found_once_and_kept(tmp_path, source, monkeypatch):
+    with ShardWriter(tmp_path / "shards") as writer:
+        for number in range(5):
+            writer.write_caption(f"k{number}", f"dog {number}", make_image(number))
+    first = source(tmp_path / "shards")
+    keys = [first.read(index, random.Random(0)).caption for index in range(5)]
+    monkeypatch.setattr(
+        "kosmos_g_diffusers.data.shard_files.index_tar", None
+    )  # a second look at the headers would raise
+    again = source(tmp_path / "shards")
+    assert [again.read(index, random.Random(0)).caption for index in range(5)] == keys
+    monkeypatch.undo()
+    for kept in tmp_path.rglob("members/*.json"):
+        kept.write_text('[["k", {"json": 7}, null]]')
+    assert source(tmp_path / "shards").read(4, random.Random(0)).caption == "dog 4"

@@ -1,4 +1,4 @@
-"""Layouts of public data sets, each in one line: documents, compositions with boxes, pictures of two views, texts within lists."""
+"""Layouts of public data sets, each in one line: documents, compositions with boxes, images of two views, texts within lists."""
 
 import json
 import random
@@ -26,7 +26,7 @@ def save(folder, rows, **casts):
     return f"datasets:{folder}"
 
 
-# Pictures of two views ------------------------------------------------------------------------------------------------
+# Images of two views ------------------------------------------------------------------------------------------------
 
 
 def two_views(left, right, border=2, side=8):
@@ -50,7 +50,7 @@ def subjects(tmp_path):
     return save(tmp_path / "subjects", rows, image=datasets.Image())
 
 
-def test_of_a_picture_of_two_views_one_is_shown_and_one_is_drawn(subjects):
+def test_of_an_image_of_two_views_one_is_shown_and_one_is_drawn(subjects):
     line = f"{subjects}?image=image&split_image=right&split_border=2&prompt=description.description_1"
     sample = read(line, 0)
     assert (shown(sample), shade(sample.target)) == ([10, "a cup on a desk"], 20)
@@ -60,7 +60,7 @@ def test_of_a_picture_of_two_views_one_is_shown_and_one_is_drawn(subjects):
     assert (shown(other), shade(other.target)) == ([20, "a cup"], 10)
     assert read(f"{subjects}?image=image&split_image=left&edit=description.item", 0).prompt[-1] == "cup"
     assert build_source(line).length(0) == len("a cup on a desk") + IMAGE_LENGTH
-    with pytest.raises(BadSample, match="has a picture of 24 x 12, too small for two views"):
+    with pytest.raises(BadSample, match="has an image of 24 x 12, too small for two views"):
         read(line.replace("border=2", "border=6"), 0)
 
 

@@ -34,6 +34,8 @@ from ..data.settings import COLUMNS, ComposeSettings, EditSettings, ImportSettin
 from ..environment import DTYPES, as_dtype, check_device, default_device, default_dtype
 from ..fields import add_flags
 
+RAY = "a Ray cluster that does the work: auto, ray://HOST:10001, or local; the output may then be s3://... or the like"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
@@ -44,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         actions.add_parser("index", help="find out beforehand where samples lie and how long they are")
     )
     actions.add_parser("list", help="public data sets that import knows")
-    _add_show(actions.add_parser("show", aliases=["sheet"], help="a page of samples as training reads them"))
+    _add_show(actions.add_parser("show", help="a page of samples as training reads them"))
+    _add_show(actions.add_parser("sheet", help="the same as show"))
 
 
 def _add_compose(parser):
@@ -54,6 +57,7 @@ def _add_compose(parser):
     add("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator, of this process, if there is one)")
     add("--dtype", choices=DTYPES, help="of the models (default: float32 on cpu, else bfloat16)")
     add("--batch-size", type=int, default=8, metavar="N", help="images a step (default: %(default)s)")
+    add("--ray", metavar="ADDRESS", help=RAY)
     _add_output(parser)
 
 
@@ -93,6 +97,7 @@ def _add_import(parser):
         metavar="X",
         help="samples with a lower score are left out, where there are scores",
     )
+    add("--ray", metavar="ADDRESS", help=RAY)
     _add_output(parser)
 
 
@@ -163,7 +168,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.action in ("show", "sheet"):
         return _show(arguments)
     from ..data.making import compose, import_data, instructpix2pix
-    from ..data.making.on_ray import import_on_ray
+    from ..data.making.on_ray import compose_on_ray, import_on_ray
 
     given = vars(arguments)
     common = {name: given[name] for name in ("workers", "sheet_samples")}
@@ -182,16 +187,15 @@ def run(arguments: argparse.Namespace) -> None:
             device = arguments.device or _own_device()
             check_device(device)
             dtype = arguments.dtype or default_dtype(device, half="bfloat16")
-            manifest = compose(
-                arguments.images,
-                arguments.output,
-                settings,
-                device=device,
-                dtype=as_dtype(dtype),
-                batch_size=arguments.batch_size,
-                samples_per_shard=arguments.samples_per_shard,
-                **common,
-            )
+            options = {"device": device, "dtype": as_dtype(dtype), "batch_size": arguments.batch_size}
+            options["samples_per_shard"] = arguments.samples_per_shard
+            if arguments.ray:
+                options["sheet_samples"] = arguments.sheet_samples
+                manifest = compose_on_ray(
+                    arguments.images, arguments.output, settings, arguments.ray, **options
+                )
+            else:
+                manifest = compose(arguments.images, arguments.output, settings, **options, **common)
         else:
             names = ("folder", "dataset", "split", "revision", "size")
             columns = _columns(arguments.column)

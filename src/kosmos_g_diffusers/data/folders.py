@@ -99,13 +99,13 @@ class FolderSource:
         self.uses.check_score(key, [self._text(base, name, key) for name in self.uses.scores])
         target = {"image": self.folder / self.keys[index]}
 
-        def picture(use):
+        def read_one(use):
             return partial(_read_image, target.get(use) or Path(base + self.uses.names[use]), key)
 
-        def pictures():
+        def read_several():
             return [partial(_read_image, Path(base + ending), key) for ending in self.uses.images]
 
-        return self.uses.make_record(key, texts, picture, pictures)
+        return self.uses.make_record(key, texts, read_one, read_several)
 
     def _base(self, index):
         """Path of a sample without the ending of its image."""

@@ -11,7 +11,7 @@ from .parquet_files import CACHE_GIB, ParquetFiles, find_parquet_files
 from .recipes import BACKGROUND, WORD_DROPOUT
 from .records import Record
 from .sample import MOST_IMAGE_BYTES, BadSample, Sample, decode_base64, decode_image, find_encoding
-from .uses import PICTURES, Uses, parse_uses, walk
+from .uses import SINGLE_IMAGES, Uses, parse_uses, walk
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,7 +87,7 @@ class HubDatasetSource:
         # as Arrow has them, only those that are used: decoding is ours, where a bad image costs one sample
         self.dataset = _select(dataset, self._places.values())
         self._texts = _select(dataset, [self._places[column] for column in self.uses.texts.values()])
-        for use in PICTURES:
+        for use in SINGLE_IMAGES:
             if use in self.uses.names:
                 self._check_images(self.uses.names[use], is_list_allowed=False)
         for column in self.uses.images:
@@ -216,17 +216,17 @@ class HubDatasetSource:
         if self.name in TEXT_FORMATS and any(REPLACED in text for text in _strings(list(texts.values()))):
             raise BadSample("row", f"{key} has text that is not UTF-8. Save it as UTF-8")
 
-        def picture(use):
+        def read_one(use):
             return partial(self._read_image, self._value(row, self.uses.names[use]), key)
 
-        def pictures():
+        def read_several():
             columns = [self._value(row, column) for column in self.uses.images]
             if None in columns:
                 raise BadSample("image", f"{key} has no images")
             values = [one for value in columns for one in (value if isinstance(value, list) else [value])]
             return [None if one is None else partial(self._read_image, one, key) for one in values]
 
-        return self.uses.make_record(key, texts, picture, pictures)
+        return self.uses.make_record(key, texts, read_one, read_several)
 
     def _row(self, dataset, index):
         try:

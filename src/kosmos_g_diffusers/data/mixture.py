@@ -115,7 +115,8 @@ class MixtureDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, step: int) -> dict[str, Any]:
         source, batch = self.locate(step)
         first = self.process_index * self.batch_size
-        positions = self.positions(source, batch)[first : first + self.batch_size]
+        positions = self._positions(source, batch)[first : first + self.batch_size]
+        positions = positions.tolist() if isinstance(positions, np.ndarray) else positions
         skipped = []
         keys, rows = zip(*[self._prepare(source, position, skipped) for position in positions], strict=True)
         result = self.collates[source](list(rows))
@@ -150,11 +151,16 @@ class MixtureDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def positions(self, source: int, batch: int) -> Sequence[int]:
         """Positions in a source's endless order that its global batch number `batch` holds: G integers."""
+        positions = self._positions(source, batch)
+        return positions.tolist() if isinstance(positions, np.ndarray) else positions
+
+    def _positions(self, source, batch):
+        """As `positions`, an array or a range."""
         size = self.batch_size * self.num_processes
         if self.bucket_window == 1:
             return range(batch * size, (batch + 1) * size)
         window, rest = divmod(batch, self.bucket_window)
-        return self._bucket(source, window)[rest].tolist()
+        return self._bucket(source, window)[rest]
 
     def _draw_schedule(self, block):
         rng = np.random.default_rng(stream_seed(self.seed, "schedule", block))
@@ -165,6 +171,8 @@ class MixtureDataset(torch.utils.data.Dataset[dict[str, Any]]):
         size = self.batch_size * self.num_processes * self.bucket_window
         positions = np.arange(window * size, (window + 1) * size)
         lengths = self._lengths[source].take(self.orders[source].take(positions))
+        if 0 <= lengths.min() and lengths.max() <= np.iinfo(np.uint16).max:
+            lengths = lengths.astype(np.uint16)  # which numpy sorts in one pass
         batches = positions[np.argsort(lengths, kind="stable")].reshape(self.bucket_window, -1)
         return np.random.default_rng(stream_seed(self.seed, "buckets", source, window)).permutation(batches)
 

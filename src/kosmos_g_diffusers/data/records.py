@@ -26,7 +26,7 @@ from .sample import BadSample, Sample, clean_text, decode_image
 
 MOST_PARTS = 64  # images and texts of a prompt, pairs of an edit, entities of a composition
 IMAGE_NAME = re.compile(r"[0-9]{1,3}(\.[a-z]+)?")
-SIDES = ("left", "right")  # of a picture of two views
+SIDES = ("left", "right")  # of an image of two views
 
 Image = PIL.Image.Image
 ReadImage = Callable[[], bytes | Image]  # bytes of an image file, or RGB PIL image; raises BadSample
@@ -212,10 +212,10 @@ def interleave_document(
 
 
 class TwoViews:
-    """A picture of two views next to each other, as two images, decoded once.
+    """Two views next to each other in one image, as two images, decoded once.
 
     Args:
-        read: reads the picture.
+        read: reads the image of both.
         border: pixels that are cut off every side of each half.
     """
 
@@ -224,19 +224,19 @@ class TwoViews:
     key: str
 
     def __init__(self, read: ReadImage, border: int, key: str):
-        self.read, self.border, self.key, self._picture = read, border, key, None
+        self.read, self.border, self.key, self._whole = read, border, key, None
 
     def side(self, name: str) -> Image:
         """The "left" or "right" half, RGB. Raises BadSample."""
-        if self._picture is None:
-            picture = self.read()
-            self._picture = decode_image(picture, self.key) if isinstance(picture, bytes) else picture
-        half, start = self._picture.width // 2, SIDES.index(name) * (self._picture.width // 2)
-        if min(half, self._picture.height) <= 2 * self.border:
-            size = f"{self._picture.width} x {self._picture.height}"
-            raise BadSample("image", f"{self.key} has a picture of {size}, too small for two views")
+        if self._whole is None:
+            whole = self.read()
+            self._whole = decode_image(whole, self.key) if isinstance(whole, bytes) else whole
+        half, start = self._whole.width // 2, SIDES.index(name) * (self._whole.width // 2)
+        if min(half, self._whole.height) <= 2 * self.border:
+            size = f"{self._whole.width} x {self._whole.height}"
+            raise BadSample("image", f"{self.key} has an image of {size}, too small for two views")
         edges = (start + self.border, self.border, start + half - self.border)
-        return self._picture.crop((*edges, self._picture.height - self.border))
+        return self._whole.crop((*edges, self._whole.height - self.border))
 
 
 def image_file(image: bytes | Image, kept: Sequence[str] = ("JPEG", "PNG", "WEBP")) -> tuple[str, bytes]:

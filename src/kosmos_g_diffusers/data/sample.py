@@ -8,6 +8,7 @@ import binascii
 import codecs
 import io
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +30,7 @@ BYTE_ORDER_MARKS: dict[bytes, str] = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 BYTE_ORDER_MARK = "\ufeff"
+OBJECT = re.compile(r" ?<\S+ object at 0x[0-9a-f]+>")  # what Pillow calls bytes without a name
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ def decode_image(data: bytes, key: str) -> PIL.Image.Image:
     try:
         return open_image(PIL.Image.open(io.BytesIO(data), formats=FORMATS), "the image")
     except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything
-        raise BadSample("image", f"{key} has an image that cannot be read ({error})") from error
+        reason = OBJECT.sub("", str(error))  # the same bytes give the same message, in every process
+        raise BadSample("image", f"{key} has an image that cannot be read ({reason})") from error
 
 
 def decode_base64(text: bytes, key: str) -> bytes:

@@ -106,12 +106,38 @@ class ShardFiles:
 
         def index(path):
             try:
-                return index_tar(path)
+                return self._read_or_make_index(path)
             except BadSample as error:
                 message = error.message.replace(str(path), _plain(self.urls[number]))
                 raise BadSample(error.cause, message) from error
 
         return self._use(number, index)
+
+    def _read_or_make_index(self, path):
+        """The samples of a tar file; once found they are kept, for all processes that read of it."""
+        cached = _members_path(path) if self.remote else self._kept_members(path)
+        if (samples := _load_samples(cached)) is not None:
+            return samples
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(
+                f"{cached}.lock"
+            ):  # of many processes one reads all headers, the others wait for it
+                if (samples := _load_samples(cached)) is None:
+                    samples = index_tar(path)
+                    kept = [[sample.key, sample.members, sample.problem] for sample in samples]
+                    write_text(cached, json.dumps(kept, ensure_ascii=True, separators=(",", ":")))
+                return samples
+        except OSError:
+            if not os.path.exists(path):
+                raise
+            return index_tar(path)  # a cache that cannot be written costs time only
+
+    def _kept_members(self, path):
+        stat = os.stat(path)
+        return cache_path(
+            self.cache_dir, "members", os.path.abspath(path), stat.st_size, stat.st_mtime_ns, suffix=".json"
+        )
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Bytes of a shard. Raises BadSample ("shard"; "image" when they are too many)."""
@@ -280,6 +306,7 @@ class ShardFiles:
 
     def _fetch(self, url, path):
         facts = _ask(url)
+        _members_path(path).unlink(missing_ok=True)  # those of the copy before
         try:
             # the stream is closed first, and that raises when the command behind it failed
             with written_atomically(path) as file, _webdataset().gopen(url, "rb") as stream:
@@ -316,6 +343,7 @@ class ShardFiles:
                 total -= size
                 file.unlink(missing_ok=True)
                 _facts_path(file).unlink(missing_ok=True)
+                _members_path(file).unlink(missing_ok=True)
 
     def _fetch_json(self, url):
         with _webdataset().gopen(url, "rb") as stream:
@@ -347,6 +375,11 @@ def _ask(url):
 
 def _facts_path(path):
     return path.with_suffix(".json")
+
+
+def _members_path(path):
+    """Where the members of a copy are kept: next to it, since the time of a copy is that of its last use."""
+    return path.with_suffix(".members")
 
 
 def _read_facts(path):
@@ -451,6 +484,18 @@ def index_tar(path: str | Path) -> list[TarSample]:
     if damage and samples[-1].problem is None:  # members of the last sample may be missing
         samples[-1].problem = f"is the last before the damage of its shard ({damage})"
     return samples
+
+
+def _load_samples(cached):
+    """The samples that are kept of a tar file, None if they are not there or damaged."""
+    try:
+        kept = json.loads(cached.read_bytes())
+        return [
+            TarSample(key, {name: (offset, size) for name, (offset, size) in members.items()}, problem)
+            for key, members, problem in kept
+        ]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _add_member(samples, member, size):

@@ -114,13 +114,13 @@ class ShardSource:
         texts = {use: members.text(name) for use, name in self.uses.texts.items()}
         self.uses.check_score(members.key, [members.text(name) for name in self.uses.scores])
 
-        def picture(use):
+        def read_one(use):
             return partial(members.read_image, self.uses.names[use])
 
-        def pictures():
+        def read_several():
             return [partial(members.read_image, name) for name in self.uses.images]
 
-        return self.uses.make_record(members.key, texts, picture, pictures)
+        return self.uses.make_record(members.key, texts, read_one, read_several)
 
     def _locate(self, index):
         """(number of the shard, TarSample). Raises BadSample for the samples that a shard should have but does not."""

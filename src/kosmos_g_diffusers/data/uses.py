@@ -9,10 +9,10 @@ from .records import SIDES, ReadImage, Record, TwoViews, interleave_document, pl
 from .sample import IMAGE_LENGTH, BadSample, FilteredSample
 
 TEXTS = ("caption", "edit", "input", "prompt", "texts", "places", "entities", "boxes")  # of a name each
-PICTURES = ("image", "source")
+SINGLE_IMAGES = ("image", "source")
 MARKS = ("omnigen", "none")
 OPTIONS = ("marks", "min_score", "split_image", "split_border")
-USES = (*PICTURES, *TEXTS, "images", "score", *OPTIONS)
+USES = (*SINGLE_IMAGES, *TEXTS, "images", "score", *OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,20 @@ class Uses:
         self,
         key: str,
         texts: Mapping[str, Any],
-        picture: Callable[[str], ReadImage],
-        pictures: Callable[[], Sequence[ReadImage | None]],
+        read_one: Callable[[str], ReadImage],
+        read_several: Callable[[], Sequence[ReadImage | None]],
     ) -> Record:
         """The record of a sample.
 
         Args:
             texts: use -> text, list of texts, or what else is there.
-            picture: use ("image", "source") -> function that reads it.
-            pictures: gives those of `images`, None where there is none.
+            read_one: use ("image", "source") -> function that reads it.
+            read_several: gives those of `images`, None where there is none.
 
         Raises:
             BadSample: what is there does not make a sample.
         """
-        images = {"target": picture("image")} if "image" in self.names else {}
+        images = {"target": read_one("image")} if "image" in self.names else {}
         content = {use: texts[use] for use in ("caption", "input", "edit") if texts.get(use) is not None}
         shown = []
         if self.split_image is not None:
@@ -102,19 +102,19 @@ class Uses:
             shown = [partial(views.side, SIDES[1 - SIDES.index(self.split_image)])]
         if "edit" in self.names:
             content.setdefault("edit", None)
-            source = shown[0] if shown else picture("source")
+            source = shown[0] if shown else read_one("source")
             return Record(key, content, {"0.source": source, "0.target": images["target"]})
         if "prompt" in self.names:
-            shown = shown or [_there(image, key) for image in pictures()]
+            shown = shown or [_there(image, key) for image in read_several()]
             content |= self._place(key, texts.get("prompt"), len(shown))
         elif "texts" in self.names:
-            found = pictures() if self.images else []
+            found = read_several() if self.images else []
             content["prompt"], shown = interleave_document(
                 key, texts.get("texts"), found, texts.get("places")
             )
         elif "entities" in self.names or "boxes" in self.names:
             content |= _entities(key, texts)
-            shown = [_there(image, key) for image in pictures()] if self.images else []
+            shown = [_there(image, key) for image in read_several()] if self.images else []
             if shown and len(shown) != len(content["entities"]):
                 entities = len(content["entities"])
                 raise BadSample("row", f"{key} has {entities} entities and {len(shown)} images of them")
@@ -142,7 +142,7 @@ def parse_uses(what: str, options: Mapping[str, Any]) -> Uses:
         ValueError: uses that do not go together, or values that are not known.
     """
     given = {use: options.get(use) or None for use in USES}
-    names = {use: given[use] for use in (TEXTS[0], *PICTURES, *TEXTS[1:]) if given[use] is not None}
+    names = {use: given[use] for use in (TEXTS[0], *SINGLE_IMAGES, *TEXTS[1:]) if given[use] is not None}
     images, scores = _split(given["images"]), _split(given["score"])
     marks, split, border = given["marks"] or MARKS[0], given["split_image"], given["split_border"] or 0
 

@@ -54,8 +54,7 @@ def compose(
     """
     settings = settings or ComposeSettings()
     inputs = find_images(images, leave_out=output)
-    # the folder's own name: it may lie elsewhere tomorrow, and images are known by their path within it
-    recorded = {"images": Path(images).resolve().name, **asdict(settings), "question": build_chat("...")}
+    recorded = recorded_settings(images, settings)
     with OutputFolder(output, "compose", recorded, process_index, num_processes, samples_per_shard) as folder:
         todo = folder.todo(inputs)
         if todo:
@@ -63,7 +62,7 @@ def compose(
             composer = Composer(settings, device=device, dtype=dtype, batch_size=batch_size)
             with folder.progress(todo) as bar:
                 for batch in batches:
-                    _write(folder, composer, batch)
+                    write_compositions(folder, compose_batch(composer, batch))
                     bar.update(len(batch))
     return folder.finish(sheet_samples)
 
@@ -191,15 +190,33 @@ class Captioner:
         return [" ".join(text.split()) for text in texts]
 
 
-def _write(folder, composer, batch):
-    """Compose the images of a batch and write them, in its order."""
+def compose_batch(
+    composer: Composer, batch: Sequence[tuple[Input, PIL.Image.Image | BadSample]]
+) -> list[tuple[Input, Composition | BadSample]]:
+    """What comes of the images of a batch of `SquareImages`, in its order."""
     images = [image for _, image in batch if not isinstance(image, BadSample)]
-    made = iter(composer(images) if images else ())
+    made, results = iter(composer(images) if images else ()), []
     for item, image in batch:
         result = image if isinstance(image, BadSample) else next(made)
+        if isinstance(result, BadSample) and result is not image:
+            result = BadSample(result.cause, f"{item.source}: {result.message}")
+        results.append((item, result))
+    return results
+
+
+def write_compositions(
+    folder: OutputFolder, results: Sequence[tuple[Input, Composition | BadSample]]
+) -> None:
+    """Write what came of a batch, or why nothing did."""
+    for item, result in results:
         if isinstance(result, BadSample):
-            message = result.message if result is image else f"{item.source}: {result.message}"
-            folder.skip(item, BadSample(result.cause, message))
+            folder.skip(item, result)
         else:
             note = {"source": item.source, "areas": result.areas}
             folder.writer.write_composition(item.key, result.caption, result.target, result.entities, note)
+
+
+def recorded_settings(images: str | Path, settings: ComposeSettings) -> dict[str, Any]:
+    """What a folder's manifest keeps of how it was made."""
+    # the folder's own name: it may lie elsewhere tomorrow, and images are known by their path within it
+    return {"images": Path(images).resolve().name, **asdict(settings), "question": build_chat("...")}

@@ -117,6 +117,8 @@ def resolve(
         raise ValueError(
             f"{row.name} has to be fetched before a cluster reads it. Pass --data with a folder that every node has."
         )
+    if data is None and "{folder}" in row.line and not row.files:
+        raise ValueError(f"{row.name} is not fetched by this command, and no folder was given. {row.remark}")
     place = Path(data) if data is not None else (folder or Path()) / "fetched"
     if data is None and row.files:
         _fetch(row, place)
@@ -205,8 +207,8 @@ def _write_shards(folder, rows, todo, workers):
 
 def _advance(batches, bar) -> Iterator[tuple[str, Members | BadSample]]:
     for batch in batches:
-        yield from batch
         bar.update(len(batch))
+        yield from batch
 
 
 def write_import(folder: Path, shard: int, samples: Sequence[tuple[str, Members | BadSample]]) -> None:

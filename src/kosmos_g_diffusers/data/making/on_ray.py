@@ -1,20 +1,25 @@
-"""Importing over a cluster with Ray Data: every node reads its share of the samples and writes shards to an address that all reach."""
+"""Importing and composing over a cluster with Ray Data: the same samples, in the same shards, as one machine makes."""
 
 import json
 import logging
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from ...files import first_line, is_local_path, write_bytes
+import numpy as np
+
+from ...files import cache_path, default_cache_dir, first_line, is_local_path, write_bytes
 from ..sample import BadSample
-from ..settings import ImportSettings
+from ..settings import ComposeSettings, ImportSettings
 from ..shard_files import INDEX_NAME
 from ..shard_writer import pack_index, pack_shard_bytes
+from .compose import Composer, SquareImages, compose_batch, recorded_settings, write_compositions
 from .importing import Rows, resolve
-from .output_folder import MANIFEST_NAME, SKIPPED_SUFFIX, begin_manifest, skipped_line
+from .inputs import Input, find_images
+from .output_folder import MANIFEST_NAME, SKIPPED_SUFFIX, OutputFolder, begin_manifest, skipped_line
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +50,7 @@ class Place:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, which is there whole or not at all."""
+        """Write a file, which appears atomically."""
         path = posixpath.join(self.path, name)
         if self.is_local:
             return write_bytes(path, data)
@@ -128,11 +133,116 @@ def import_on_ray(
             logger.info("%d shards are to be made, %d are there", len(todo), rows.shards - len(todo))
             items = ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
             arguments = {"fn_constructor_args": (line, settings, note, place.address), "batch_size": 1}
-            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(todo)))
+            # an actor for each processor of the cluster at most: each holds the package and reads one shard at a time
+            most = max(1, min(len(todo), int(ray.cluster_resources().get("CPU", 1))))
+            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
             made = items.map_batches(ShardMaker, compute=pool, **arguments)
             for _ in made.iter_rows():
                 pass
     return _finish(place, manifest, rows)
+
+
+class ComposeActor:
+    """What an actor of Ray does for `compose`: it holds the models, and composes the images of one batch after the other.
+
+    Args:
+        images: folder of the images, which every node has.
+        inputs: all that are to be done.
+        settings, batch_size, options: of the `Composer`.
+    """
+
+    def __init__(
+        self,
+        images: str,
+        inputs: Sequence[Input],
+        settings: ComposeSettings,
+        batch_size: int,
+        options: Mapping[str, Any],
+    ):
+        self.images, self.batch_size = SquareImages(images, inputs, settings.min_side), batch_size
+        self.composer = Composer(settings, batch_size=batch_size, **options)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Numbers of batches -> what comes of their images, a list each."""
+        made = np.empty(len(batch["batch"]), dtype=object)
+        for place, number in enumerate(batch["batch"]):
+            first = int(number) * self.batch_size
+            items = range(first, min(first + self.batch_size, len(self.images)))
+            made[place] = compose_batch(self.composer, [self.images[index] for index in items])
+        return {"made": made}
+
+
+def compose_on_ray(
+    images: str | Path,
+    output: str,
+    settings: ComposeSettings,
+    address: str,
+    *,
+    batch_size: int = 8,
+    samples_per_shard: int = 1000,
+    sheet_samples: int = 100,
+    **options: Any,
+) -> dict[str, Any]:
+    """As `compose`, over a cluster: the models live in actors, one for each GPU or processor, and this process writes what they make.
+
+    Args:
+        images: folder that every node has under this path.
+        output: an fsspec address, or a path here.
+        address: as in `import_on_ray`.
+        options: `device` and `dtype` of the models.
+    """
+    inputs = find_images(images, leave_out=output if is_local_path(output) else None)
+    with staged(output) as place:
+        recorded = recorded_settings(images, settings)
+        with OutputFolder(place, "compose", recorded, samples_per_shard=samples_per_shard) as folder:
+            todo = folder.todo(inputs)
+            if todo:
+                with connected(address) as ray, folder.progress(todo) as bar:
+                    for results in _compose(ray, str(images), todo, settings, batch_size, options):
+                        write_compositions(folder, results)
+                        bar.update(len(results))
+        return folder.finish(sheet_samples)
+
+
+def _compose(ray, images, todo, settings, batch_size, options):
+    """What comes of each batch, in order."""
+    kind = "CPU" if str(options.get("device", "cpu")) == "cpu" else "GPU"
+    most = max(1, int(ray.cluster_resources().get(kind, 1)))
+    count = -(-len(todo) // batch_size)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    items = ray.data.from_items([{"batch": number} for number in range(count)], override_num_blocks=count)
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, count))
+    arguments = (images, todo, settings, batch_size, options)
+    resources = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
+    made = items.map_batches(
+        ComposeActor, compute=pool, fn_constructor_args=arguments, batch_size=1, **resources
+    )
+    for row in made.iter_rows():
+        yield row["made"]
+
+
+@contextmanager
+def staged(address: str) -> Iterator[Path]:
+    """A folder on this disk for what lies, and in the end shall lie, at an address; a path is the folder itself."""
+    if is_local_path(address):
+        yield Path(address)
+        return
+    place = Place(address)
+    folder = cache_path(default_cache_dir(), "staged", address, suffix="")
+    folder.mkdir(parents=True, exist_ok=True)
+    there = place.names()
+    for name, size in there.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            write_bytes(path, place.read(name) or b"")
+    try:
+        yield folder
+    finally:
+        for path in sorted(folder.iterdir()):
+            changes = path.suffix != ".tar" or there.get(path.name) != path.stat().st_size
+            if path.is_file() and path.name[0] != "." and changes:
+                place.write(path.name, path.read_bytes())
 
 
 def _finish(place, manifest, rows):

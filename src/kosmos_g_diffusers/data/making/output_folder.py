@@ -22,7 +22,7 @@ import filelock
 from tqdm.auto import tqdm
 
 from ...environment import package_versions
-from ...files import check_output_folder, read_json, remove_partial_files, write_text
+from ...files import check_output_folder, first_line, read_json, remove_partial_files, write_text
 from ..sample import BadSample
 from ..shard_files import index_tar
 from ..shard_writer import ShardWriter, write_shard_index
@@ -214,9 +214,12 @@ def begin_manifest(
     if there is None:
         manifest = {"format": FORMAT_VERSION, "command": command, "settings": settings}
         return manifest | {"versions": package_versions()}
-    manifest = None
-    with suppress(ValueError, RecursionError):
+    try:
         manifest = json.loads(there)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder}/{MANIFEST_NAME} is not JSON ({first_line(error)}). Pass a new folder."
+        ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
         raise ValueError(
             f"{folder}/{MANIFEST_NAME} is not a manifest of format {FORMAT_VERSION}. Pass a new folder."
