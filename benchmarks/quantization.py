@@ -76,7 +76,7 @@ class Weights:
             return gains
         if name.endswith("bias"):
             return torch.zeros(shape) if plain else normal(*shape) * self.std
-        if "quer" in name:
+        if "quer" in name.rpartition(".")[2]:
             return normal(*shape)
         weights = normal(*shape) * self.std
         if plain or len(shape) != 2:
@@ -266,8 +266,10 @@ def main():
         rows.append([name, f"{error:.4f}", of_weights and f"{of_weights:.4f}"])
         print(*rows[-1], sep=" | ", flush=True)
 
-    for dtype in (torch.bfloat16, torch.float16) if not arguments.only else ():
-        tell(str(dtype).removeprefix("torch."), conditions(copy.deepcopy(encoder).to(dtype)))
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        if not arguments.only or any(words in name for words in arguments.only):
+            tell(name, conditions(copy.deepcopy(encoder).to(dtype)))
     for run, (rounding_of, stays) in runs.items():
         errors = []
         fits = {name: module for name, module in linears.items() if name not in stays}
