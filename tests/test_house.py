@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # from the ground up; rooms of one step may use each other as long as there is no circle
 ORDER = (
     ("files", "environment", "fields", "quiet"),
-    ("loading", "provenance"),
+    ("loading", "provenance", "quantization"),
     ("processing_kosmos_g",),
     ("modeling_kosmos_g",),
     ("modeling_aligner_n",),

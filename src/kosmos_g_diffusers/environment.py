@@ -141,6 +141,25 @@ def default_dtype(device: "str | torch.device", half: str = "float16") -> str:
     return "float32" if str(device).partition(":")[0] == "cpu" else half
 
 
+def free_memory(device: "str | torch.device") -> int | None:
+    """Bytes that are free on a device, in the machine for "cpu"; None where torch does not know."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cpu":
+        if find_spec("psutil"):  # comes with accelerate
+            import psutil
+
+            return psutil.virtual_memory().available
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else None
+    module = torch.get_device_module(kind)
+    if hasattr(module, "mem_get_info"):
+        return module.mem_get_info(torch.device(device))[0]
+    if hasattr(module, "recommended_max_memory"):  # Apple's chips share the memory of the machine
+        return module.recommended_max_memory() - module.current_allocated_memory()
+    return None
+
+
 def describe_devices() -> str:
     """One line about the devices that torch sees: names, memory, and what this torch was built for."""
     import torch

@@ -20,6 +20,8 @@ HELD_BACK: dict[str, tuple[str, ...]] = {
     "torch.onnx._internal.exporter._registration": ("torchvision is not installed. Skipping",),
     "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),
     "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao` Tensor objects",),
+    # bitsandbytes is installed, and accelerate and peft import it: a faster product for CPUs that is not here
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     # diffusers imports image processors with its pipelines; only safety checkers use one, and on the CPU either serves
     "transformers.utils.import_utils": (
         "`CLIPImageProcessor` requires torchvision",

@@ -149,6 +149,7 @@ def read_values(values: dict[str, Any], session: Session, models: Models, store:
             seed=secrets.randbelow(2**32) if is_seed_drawn else _number(values, "seed"),
             device=models.device,
             dtype=models.dtype,
+            quantize=models.quantize,
             regions=_read_regions(values.get("regions") or ""),
             **chosen,
             **changed,

@@ -20,8 +20,10 @@ from pathlib import Path
 
 from ..environment import DTYPES, check_device
 from ..files import check_output_folder
+from ..generation import memory
 from ..provenance import add_flags as add_mark_flags
 from ..provenance import read_flags as read_mark_flags
+from ..quantization import QUANTIZATIONS
 from ..serving.queue import CAPACITY
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -57,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--queue", type=int, default=CAPACITY, metavar="N", help=f"runs that may wait (default: {CAPACITY})")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)")
     add("--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, else float16)")
+    add("--quantize", choices=QUANTIZATIONS, help="weights of the text encoder (default: none)")
+    memory.add_flag(add)
     add_mark_flags(add)
 
 
@@ -97,7 +101,8 @@ def run(arguments: argparse.Namespace) -> None:
     Access(arguments.host, arguments.allowed_host)  # says at once which name is not one
     marker = read_mark_flags(arguments)
     folders = (arguments.model, arguments.lora_dir, arguments.unet_dir)
-    models = Models(*folders, arguments.device, arguments.dtype)
+    held = {"quantize": arguments.quantize, "memory_flag": arguments.memory}
+    models = Models(*folders, arguments.device, arguments.dtype, **held)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     # files are named from here, so that no page learns where the server keeps them

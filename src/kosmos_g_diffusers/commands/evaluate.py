@@ -26,13 +26,19 @@ from ..environment import DTYPES, default_device, default_dtype
 from ..evaluation.benchmarks import BENCHMARKS
 from ..evaluation.manifest import OWN_PICTURES
 from ..evaluation.scorers import SCORERS
+from ..generation import memory
 from ..generation.schedulers import SCHEDULERS
+from ..generation.settings import GenerationSettings
 from ..provenance import add_flags as add_mark_flags
 from ..provenance import read_flags as read_mark_flags
-from ..sprites.pretrained import SPRITES_NOTE
+from ..quantization import QUANTIZATIONS, check_library
+from ..sprites.pretrained import SPRITES_NOTE, with_small_model
 
 # flags of drawing: beside --generated they would do nothing
-DRAWING = ("model", "repair", "steps", "guidance", "scheduler", "dtype", "batch_size", "c2pa_cert")
+DRAWING = (
+    *("model", "repair", "steps", "guidance", "scheduler", "dtype", "quantize", "memory", "batch_size"),
+    "c2pa_cert",
+)
 RESUMED = (
     "A command that was stopped is resumed when you repeat it. When it is done, look at report.md and sheets/index.html of "
     "--output."
@@ -76,6 +82,8 @@ def _add_common(parser, benchmark):
         add(f"--{name}", type=kind, metavar="N", help=f"(default: {settings[name]})")
     add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"(default: {settings['scheduler']})")
     add("--dtype", choices=DTYPES, help="of the weights (default: float32 on the CPU, else float16)")
+    add("--quantize", choices=QUANTIZATIONS, help="weights of the text encoder (default: none)")
+    memory.add_flag(add)
     add("--device", help="cpu, cuda, mps, ... (default: an accelerator if there is one)")
     images = f"images at once (default: {batch_size})"
     add("--batch-size", type=int, metavar="N", help=images)
@@ -88,17 +96,17 @@ def run(arguments: argparse.Namespace) -> None:
 
     benchmark = BENCHMARKS[arguments.benchmark]
     device, marker = arguments.device or default_device(), read_mark_flags(arguments)
-    settings = {}
+    settings, offload = {}, "none"
     if arguments.generated is None:
         settings = {"height": None, "width": None, **benchmark.SETTINGS, "dtype": default_dtype(device)}
         given = {
             name: getattr(arguments, name) for name in ("steps", "guidance", "scheduler", "dtype", "seed")
         }
         settings |= {name: value for name, value in given.items() if value is not None}
-        if getattr(
-            arguments, "binding", None
-        ):  # a benchmark's own; without it runs are named as they always were
+        # without these runs are named as they always were; the first is a benchmark's own
+        if getattr(arguments, "binding", None):
             settings["binding"] = arguments.binding
+        settings, offload = _plan(arguments, settings, device, benchmark)
     else:
         _refuse_drawing(arguments)
     manifest = benchmark.plan(arguments)
@@ -113,12 +121,29 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=benchmark.BATCH_SIZE if arguments.batch_size is None else arguments.batch_size,
         repair=arguments.repair,
         marker=marker,
+        offload=offload,
     )
     if report is not None:  # else another process has written it
         print(scores_table(report))
         print(f"\n{arguments.output}/report.md")
     if arguments.model is None and arguments.generated is None and arguments.benchmark != "sprites":
         print(SPRITES_NOTE, file=sys.stderr)
+
+
+def _plan(arguments, settings, device, benchmark):
+    """Settings of a run -> these with what --quantize and --memory add, and how the model is offloaded."""
+    asked = GenerationSettings(
+        "", model=arguments.model, device=device, quantize=arguments.quantize or "none", **settings
+    )
+    check_library(asked.quantize)
+    if (budget := memory.find_budget(arguments.memory, device)) is not None:
+        fixed = [name for name in ("dtype", "quantize") if getattr(arguments, name) is not None]
+        batch = benchmark.BATCH_SIZE if arguments.batch_size is None else arguments.batch_size
+        plan = memory.plan_memory(with_small_model(asked), budget, fixed=fixed, batch=batch, images=2)
+        print(plan, file=sys.stderr)
+        asked = plan.applied_to(asked)
+    changed = {"dtype": asked.dtype} | ({} if asked.quantize == "none" else {"quantize": asked.quantize})
+    return settings | changed, asked.offload
 
 
 def _refuse_drawing(arguments):

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from ..environment import default_device, default_dtype, package_versions
 from ..fields import add_flags, check_value
+from ..generation import memory
 from ..generation.settings import ControlInput, GenerationSettings, InputImage, LoraInput
 from ..maps.boxes import read_region
 from ..provenance import add_flags as add_mark_flags
@@ -92,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora", action="append", dest="loras", metavar=metavar, help=text)
     _add_belonging(parser, "--lora-scale", "loras", float, lora_scale)
     add_flags(parser, GenerationSettings, leave_out=("lora", "lora_scale"))
+    memory.add_flag(add)
 
 
 def _flag(name):
@@ -127,7 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings, images, control_images, changed = _read(vars(arguments))
     if arguments.show:
         return print(as_text(settings))
-    from ..generation.generate import generate_files, load_pipeline
+    from ..generation.generate import encode_first, generate_files, load_pipeline
     from ..generation.png import find_seed, output_paths, read_kept
 
     marker, force, resume, enlarged = (
@@ -144,10 +146,24 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.source is None and "seed" not in arguments:
             seed = find_seed(paths, settings.num_images)
             settings = settings if seed is None else replace(settings, seed=seed)
+    encode = memory.TOGETHER
+    if (budget := memory.find_budget(arguments.memory, settings.device)) is not None:
+        # what a PNG says of its weights decides its image
+        fixed = {*vars(arguments)} | ({"dtype", "quantize"} if arguments.source is not None else set())
+        encodes_first = not (arguments.maps or settings.is_guided or changed)
+        plan = memory.plan_memory(
+            with_small_model(settings), budget, fixed=fixed, encodes_first=encodes_first
+        )
+        print(plan, file=sys.stderr)
+        settings, encode = plan.applied_to(settings), plan.encode
+    if resume:
         read_kept(settings, paths)  # what is wrong is said before a model is loaded
-    pipe = load_pipeline(with_small_model(settings))
+    loaded, encoded = with_small_model(settings), None
+    if encode != memory.TOGETHER:
+        encoded = encode_first(loaded, images, by_layer=encode == memory.BY_LAYER)
+    pipe = load_pipeline(loaded, encoded is not None)
     options = {"overwrite": force, "resume": resume, "enlarged": enlarged, "marker": marker}
-    options["maps"] = arguments.maps
+    options |= {"maps": arguments.maps, "encoded": encoded}
     for path in generate_files(pipe, settings, paths, images, control_images, changed, **options):
         print(path)
     if settings.model is None:

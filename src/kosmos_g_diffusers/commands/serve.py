@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     marker = read_mark_flags(arguments)
     folders = [] if arguments.model is None else [arguments.model]
-    models = Models(folders, arguments.lora_dir, None, arguments.device, arguments.dtype, must_exist=False)
+    held = {"must_exist": False, "memory_flag": "off"}
+    models = Models(folders, arguments.lora_dir, None, arguments.device, arguments.dtype, **held)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     service = Service(
         models,

@@ -51,6 +51,7 @@ IN_IMAGES = (
     "scheduler",
     "dtype",
     "binding",
+    "quantize",
 )  # settings of a run that images carry unchanged
 INSTALL = "pip install 'kosmos-g-diffusers[eval]'"
 
@@ -173,6 +174,7 @@ def generate(
     device: str,
     repair: bool = False,
     marker: Marker = MARKED,
+    offload: str = "none",
 ) -> int:
     """Make the images that are not there.
 
@@ -182,6 +184,7 @@ def generate(
         device: where to, if this process is alone; several take one each of the kind that `state` knows.
         repair: make images again that cannot be read.
         marker: a `provenance.Marker`.
+        offload: of GenerationSettings.
 
     Returns:
         Number of images that this process has made.
@@ -197,7 +200,7 @@ def generate(
     if not todo:
         return 0
     settings = _base_settings(manifest, device if state.num_processes == 1 else state.device)
-    pipe = load_pipeline(with_small_model(settings))
+    pipe = load_pipeline(replace(with_small_model(settings), offload=offload))
     pipe.register_modules(safety_checker=None)  # it paints images black, and the paper's code has none
     pipe.set_progress_bar_config(disable=True)
     pipe.warns_outside_world = False  # a benchmark asks what it asks

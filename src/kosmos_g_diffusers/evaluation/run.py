@@ -28,6 +28,7 @@ def evaluate(
     batch_size: int,
     repair: bool = False,
     marker: Marker = MARKED,
+    offload: str = "none",
 ) -> dict[str, Any] | None:
     """Make the images of a benchmark, score them and write the report; whatever is there already stays.
 
@@ -38,11 +39,13 @@ def evaluate(
         output: results folder, new or of this very run.
         scorers: what scores the images next to the benchmark's own, see scoring.py.
         model: folder, Hub id, or None for the small model that ships.
-        settings: dict of steps, guidance, scheduler, height, width, dtype and seed; {} where nothing is drawn.
+        settings: dict of steps, guidance, scheduler, height, width, dtype and seed, with binding and
+            quantize as far as they say something; {} where nothing is drawn.
         device: "cpu", "cuda", ...; with several processes each takes its own of that kind.
         batch_size: images at once. It changes images by rounding at most.
         repair: make images again that cannot be read.
         marker: a `provenance.Marker` of the images that are made now.
+        offload: how the model is kept off the device, as GenerationSettings has it; it does not change images.
 
     Returns:
         The report as a dict; None in all processes but the first.
@@ -68,7 +71,7 @@ def evaluate(
     if manifest.generated:
         copy_generated(output, manifest, state)
     else:
-        generate(output, manifest, state, device, repair, marker)
+        generate(output, manifest, state, device, repair, marker, offload)
     for scorer in scorers:
         score(output, manifest, scorer, state)
     distance = manifest.distance and manifest.distance.measure(output, manifest, state, device)

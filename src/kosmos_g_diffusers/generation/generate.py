@@ -1,5 +1,6 @@
 """From settings to images and files: what `kosmos-g generate` does once its flags are read, and `kosmos-g app`."""
 
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from ..pipeline_kosmos_g import (
 )
 from ..processing_kosmos_g import open_image, open_mask, read_image
 from ..provenance import MARKED, Marker
+from ..quantization import quantization_config, saved_quantization
 from .grid import enlarge, grid_of
 from .png import maps_path, read_kept, write_png
 from .schedulers import make_scheduler
@@ -51,46 +53,102 @@ LORA_NAME = "lora"  # of the adapter in the U-Net
 UNET_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt")  # of files; a Hub id has none of them
 
 
-def load_pipeline(settings: GenerationSettings) -> Pipeline:
+def load_pipeline(settings: GenerationSettings, encoded: bool = False) -> Pipeline:
     """Load the model that the settings name, on their device, with their scheduler.
 
     Settings without a model mean the small one that ships: `sprites.pretrained.with_small_model` says where it is.
+
+    Args:
+        encoded: prompts are encoded (`encode_first`): the pipeline gets no text encoder.
 
     Raises:
         ValueError: the device is not there, or there is nothing to offload from.
         OSError: the model cannot be loaded.
     """
-    device = torch.device(settings.device)
-    check_device(device)
-    if settings.offload != "none" and device.type == "cpu":
+    check_device(settings.device)
+    if settings.offload != "none" and torch.device(settings.device).type == "cpu":
         raise ValueError(f"Offload {settings.offload!r} saves memory of accelerators; the device is the CPU.")
     dtype = as_dtype(settings.dtype)
-    pipe = load_model(settings.model, dtype)
+    pipe = load_model(settings.model, dtype, "none", text_encoder=None) if encoded else _load_whole(settings)
     if settings.unet is not None:
         pipe = KosmosGPipeline.from_pipe(pipe, unet=load_unet(settings.unet, pipe.unet))
     if settings.num_images > 1:  # each image of a run with maps is drawn from the prompt
         pipe.vision_cache = VisionCache(VISION_CACHE_BYTES)
     add_loras(pipe, settings.all_loras)
-    for words in settings.image_words:
-        pipe.load_image_words(words.find(Path(), "Run the command where it is."))
     sources = [control.controlnet or control.name for control in settings.controls]
     pipe = pipeline_for(pipe, settings, [load_controlnet(source, dtype) for source in sources])
     if settings.scheduler is not None:
         pipe.scheduler = make_scheduler(settings.scheduler, pipe.scheduler.config)
-    if settings.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif settings.offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        pipe.to(device)
+    place(pipe, settings.device, settings.offload)
     return pipe
 
 
-def load_model(model: str | Path, dtype: torch.dtype | str) -> KosmosGPipeline:
-    """The pipeline of a folder or Hub id, on the CPU; `dtype` is torch's or its name."""
+def _load_whole(settings, **without):
+    """The pipeline of the settings with their image words, on the CPU."""
+    pipe = load_model(settings.model, as_dtype(settings.dtype), settings.quantize, **without)
+    for words in settings.image_words:
+        pipe.load_image_words(words.find(Path(), "Run the command where it is."))
+    return pipe
+
+
+def load_model(
+    model: str | Path, dtype: torch.dtype | str, quantize: str = "none", **without: None
+) -> KosmosGPipeline:
+    """The pipeline of a folder or Hub id, on the CPU.
+
+    Args:
+        dtype: torch's, or its name.
+        quantize: how the weights of the text encoder are rounded while they are loaded, see quantization.py.
+        without: parts that are not loaded, such as `unet=None`.
+
+    Raises:
+        ValueError: the weights were rounded before they were saved, and cannot be again.
+        ImportError: the library that rounds them is not installed.
+        OSError: the model cannot be loaded.
+    """
     dtype = as_dtype(dtype) if isinstance(dtype, str) else dtype
+    if quantize != "none":
+        if saved := saved_quantization(model):
+            raise ValueError(
+                f"The text encoder of {str(model)!r} was saved with quantised weights ({saved}), and quantize {quantize!r} was "
+                "asked for. Leave out --quantize, or take the model that it was made of."
+            )
+        without["quantization_config"] = quantization_config(quantize, dtype)
     # Kosmos-G folders never hold pickle files; refuse to load any
-    return KosmosGPipeline.from_pretrained(model, use_safetensors=True, dtype=dtype)
+    return KosmosGPipeline.from_pretrained(model, use_safetensors=True, dtype=dtype, **without)
+
+
+def place(pipe: Pipeline, device: str | torch.device, offload: str = "none") -> None:
+    """Put a pipeline on a device: whole, or one part or one layer at a time ("model", "sequential")."""
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+
+
+def encode_first(
+    settings: GenerationSettings, reference_images: Sequence[Any], by_layer: bool = False
+) -> dict[str, Any]:
+    """`prompt_arguments` by a pipeline that has nothing but the text encoder, which is freed before the rest is loaded.
+
+    Args:
+        by_layer: only one layer of the text encoder at a time is on the device.
+
+    Raises:
+        ValueError: the device is not there.
+        OSError: the model cannot be loaded.
+    """
+    check_device(settings.device)
+    pipe = _load_whole(settings, unet=None, vae=None)
+    place(pipe, settings.device, "sequential" if by_layer else "none")
+    arguments = prompt_arguments(pipe, settings, reference_images)
+    del pipe
+    gc.collect()
+    if torch.device(settings.device).type != "cpu":
+        torch.accelerator.empty_cache()
+    return arguments
 
 
 def download_model(model: str) -> Path:
@@ -440,6 +498,7 @@ def generate_files(
     enlarged: int = 1,
     maps: bool = False,
     marker: Marker = MARKED,
+    encoded: dict[str, Any] | None = None,
 ) -> Iterator[Path]:
     """Make the images of a run and write them; yields each path once its file is complete.
 
@@ -453,6 +512,7 @@ def generate_files(
         enlarged: how many times as long the sides of the enlarged copy are; 1 makes none.
         maps: also write, next to each image, where each image of the prompt went (`maps_path`).
         marker: a `provenance.Marker`.
+        encoded: of `encode_first`, for a pipeline without a text encoder; not with `maps`.
 
     Raises:
         ValueError: an image that is to be kept was made with other settings, see `read_kept`; one is not finite.
@@ -466,7 +526,7 @@ def generate_files(
         if path not in kept or (maps and not (resume and maps_path(path).exists()))
     ]
     if missing:
-        arguments.update(prompt_arguments(pipe, settings, reference_images, maps))
+        arguments.update(encoded or prompt_arguments(pipe, settings, reference_images, maps))
     found, images = [], []
     take_maps = (lambda *of_image: found.append(of_image)) if maps else None
     indices = [paths.index(path) for path in missing]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PNG_KEY = "kosmos_g"
 # settings in which an image that is kept may differ from those of the run
-MAY_DIFFER = ("device", "versions", "index")
+MAY_DIFFER = ("device", "offload", "versions", "index")
 
 
 class NoSettings(ValueError):
@@ -136,7 +136,7 @@ def read_kept(settings: GenerationSettings, paths: Sequence[Path]) -> dict[Path,
         paths: of `output_paths`.
 
     Raises:
-        ValueError: one cannot be read, or was made with other settings; the first that differs is named. Where (device),
+        ValueError: one cannot be read, or was made with other settings; the first that differs is named. Where (device, offload),
             by which versions and at which place of a run an image was made may differ.
     """
     import PIL.Image

@@ -11,6 +11,7 @@ from ..environment import DTYPES
 from ..fields import check, check_value, is_of_type, setting
 from ..files import hash_file
 from ..maps.boxes import Box, read_box
+from ..quantization import QUANTIZATIONS
 from .schedulers import SCHEDULERS
 
 FORMAT_VERSION = 1  # of the JSON object; raise it when an older package would read a new one wrongly
@@ -42,6 +43,7 @@ NEWER = (
     "init_image",
     "mask",
     "strength",
+    "quantize",
 )  # fields that are written only where they say something: older packages refuse names that they do not know
 STRENGTH = 0.8  # of a change, as in diffusers' image-to-image
 MAX_TEXT = 100_000  # characters of a prompt or path
@@ -190,6 +192,12 @@ class GenerationSettings:
     dtype: str = setting(
         "float32", f"one of {', '.join(DTYPES)} (default: by the device)", choices=DTYPES, metavar="NAME"
     )
+    quantize: str = setting(
+        "none",
+        f"weights of the text encoder, one of {', '.join(QUANTIZATIONS)} (default: none)",
+        choices=QUANTIZATIONS,
+        metavar="NAME",
+    )
     device: str = setting(
         "cpu", "cpu, cuda, cuda:1, mps, ... (default: an accelerator if there is one)", metavar="DEVICE"
     )
@@ -303,7 +311,10 @@ class GenerationSettings:
 
     def as_record(self) -> dict[str, Any]:
         """The settings as a dict, as far as `to_json` writes them."""
-        return {name: value for name, value in asdict(self).items() if value or name not in NEWER}
+        plain = {entry.name: entry.default for entry in fields(self) if entry.name in NEWER}
+        return {
+            name: value for name, value in asdict(self).items() if name not in plain or value != plain[name]
+        }
 
     def to_json(self) -> str:
         """One line of ASCII JSON."""

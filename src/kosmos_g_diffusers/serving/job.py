@@ -1,7 +1,7 @@
 """One run on the worker's thread: from settings to PNGs, with what can be seen of it meanwhile."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,8 @@ class Drawing:
         settings, paths = self.settings, []
         ticket.progress = Progress("getting the model ready", num_images=settings.num_images)
         pipe = self.models.prepare(settings)
+        # a plan may have chosen otherwise when the model was loaded
+        settings = replace(settings, dtype=self.models.dtype, quantize=self.models.quantize)
         try:
             with self.models.image_words(settings.model, self.words):
                 arguments = self._read_inputs(pipe)

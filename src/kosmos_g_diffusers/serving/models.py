@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 from ..control.table import CONTROLS
 from ..environment import check_device, default_device, default_dtype
 from ..files import read_json
+from ..generation import memory
 from ..generation.schedulers import make_scheduler
+from ..generation.settings import GenerationSettings
+from ..quantization import check_library
 from ..sprites.pretrained import SPRITES, SPRITES_CONTROL, with_small_model
 from .errors import FieldError, at
 from .libraries import controlling, drawing
 
 if TYPE_CHECKING:
-    from ..generation.settings import GenerationSettings
     from ..pipeline_kosmos_g import KosmosGControlNetPipeline, KosmosGPipeline
     from .preview import LatentPreview
 
@@ -40,11 +42,14 @@ class Models:
         model_folders: Kosmos-G folders; none of them means the small model that needs no folder.
         lora_folder: of .safetensors files.
         unet_folder: of folders in diffusers' format.
-        device, dtype: of every model, as settings name them; None takes the accelerator if there is one, and what suits it.
+        device, dtype, quantize: of every model, as settings name them; None takes the accelerator if there is one, and what
+            suits it.
+        memory_flag: what `memory.read_flag` read; each model is planned when it is loaded.
         must_exist: without it a model that is not there is an error when it is loaded, and may be there by then.
 
     Raises:
         ValueError: a folder that is not there.
+        ImportError: the library that `quantize` needs is not installed.
     """
 
     models: dict[str, Path | None]
@@ -64,8 +69,13 @@ class Models:
         device: str | None = None,
         dtype: str | None = None,
         must_exist: bool = True,
+        quantize: str | None = None,
+        memory_flag: str | float | None = None,
     ):
-        self._device, self._dtype = device, dtype
+        check_library(quantize or "none")
+        self._device, self._memory = device, memory_flag
+        self._given = {"dtype": dtype, "quantize": quantize}
+        self._plan = None  # of the model that is loaded
         folders = [_folder(path, "model") if must_exist else Path(path).resolve() for path in model_folders]
         for folder in folders if must_exist else ():
             _check_model(folder)
@@ -94,7 +104,15 @@ class Models:
 
     @property
     def dtype(self) -> str:
-        return self._dtype or default_dtype(self.device)
+        """Of the loaded model, or before one is loaded of those to come."""
+        plan = self._plan  # another thread may load a model meanwhile
+        return plan.dtype if plan else self._given["dtype"] or default_dtype(self.device)
+
+    @property
+    def quantize(self) -> str:
+        """As `dtype`: how the weights of the text encoder are held."""
+        plan = self._plan
+        return plan.quantize if plan else self._given["quantize"] or "none"
 
     def is_builtin(self, name: str) -> bool:
         """Whether this is the small model that needs no folder."""
@@ -133,7 +151,7 @@ class Models:
         if name == self._model:
             return
         self.state, self.pipe, self.preview, self._model = "loading", None, None, None
-        self._own_unet = self._own_scheduler = self._unet = None
+        self._own_unet = self._own_scheduler = self._unet = self._plan = None
         self._loras = ()
         self._controlnets.clear()
         try:
@@ -147,11 +165,12 @@ class Models:
                 source = self.models[name] or SPRITES
                 try:
                     _check_model(Path(source))
-                    pipe = drawing().load_model(source, self.dtype)
+                    self._plan_memory(source)
+                    pipe = drawing().load_model(source, self.dtype, self.quantize)
                 except (OSError, ValueError) as error:  # users know it by its name
                     reason = str(error).replace(str(source), name)
                     raise ValueError(f"The model {name!r} cannot be loaded: {reason}") from error
-                pipe.to(self.device)
+                drawing().place(pipe, self.device, self._offload)
                 if self._vision_cache is None:  # one for all models, in turn
                     self._vision_cache = VisionCache(drawing().VISION_CACHE_BYTES)
                 pipe.vision_cache = self._vision_cache
@@ -183,7 +202,24 @@ class Models:
             pipe.scheduler = self._own_scheduler
         else:
             pipe.scheduler = make_scheduler(settings.scheduler, self._own_scheduler.config)
+        if self._offload != "none":  # parts that came since have no hooks
+            drawing().place(pipe, self.device, self._offload)
         return pipe
+
+    @property
+    def _offload(self):
+        return "none" if self._plan is None else self._plan.offload
+
+    def _plan_memory(self, source):
+        """Choose how the model of a folder is held, for a run with two images and a ControlNet."""
+        budget = memory.find_budget(self._memory, self.device)
+        if budget is not None:
+            asked = GenerationSettings(
+                "", model=str(source), device=self.device, dtype=self.dtype, quantize=self.quantize
+            )
+            fixed = [name for name, value in self._given.items() if value is not None]
+            self._plan = memory.plan_memory(asked, budget, fixed=fixed, images=2, controls=1)
+            logger.warning("%s", self._plan)
 
     def _set_unet(self, name):
         if name == self._unet:
@@ -195,7 +231,7 @@ class Models:
             else:
                 path = self.unets[name]
                 try:
-                    unet = drawing().load_unet(path, self._own_unet).to(self.device)
+                    unet = self._placed(drawing().load_unet(path, self._own_unet))
                 except ValueError as error:
                     raise ValueError(str(error).replace(str(path), name)) from error
             if unet.config.cross_attention_dim != self._own_unet.config.cross_attention_dim:
@@ -229,13 +265,16 @@ class Models:
                 raise ValueError(text) from error
         self._loras = names
 
+    def _placed(self, model):
+        return model.to(self.device) if self._offload == "none" else model
+
     def _find_controlnets(self, settings):
         found = []
         for control in with_small_model(settings).controls:
             if control.name not in self._controlnets:
                 source, dtype = control.controlnet or control.name, self._own_unet.dtype
                 loaded = controlling().load_controlnet(source, dtype)
-                self._controlnets[control.name] = loaded.to(self.device)
+                self._controlnets[control.name] = self._placed(loaded)
             self._controlnets.move_to_end(control.name)
             found.append(self._controlnets[control.name])
         while len(self._controlnets) > max(CONTROLNETS_KEPT, len(found)):
