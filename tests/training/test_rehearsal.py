@@ -159,7 +159,21 @@ def test_command(make_config, monkeypatch, capsys, tmp_path):
         "--batch-size",
         "2",
     ]
-    assert cli.main(["train", "align", *flags, "--data", *config.data, "--rehearse"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "align",
+                *flags,
+                "--data",
+                *config.data,
+                "--rehearse",
+                "--pages",
+                str(tmp_path / "pages"),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert (
         out.startswith("align on cpu, tried in a temporary folder") and "run: 300 steps, 600 samples" in out

@@ -90,6 +90,8 @@ def _add_rehearsal(group):
         "GPU memory to count for, and to propose settings for if it is short (default: that of the GPU here)"
     )
     group.add_argument("--for-memory", type=float, metavar="GIB", help=memory)
+    pages = "write a page for each source there, as kosmos-g data show does"
+    group.add_argument("--pages", metavar="FOLDER", help=pages)
     group.add_argument("--price", type=float, metavar="NUMBER", help="of an hour of a GPU, in any currency")
 
 
@@ -151,7 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _rehearse(config, arguments):
-    from ..training.rehearsal import describe, rehearse
+    from ..training.rehearsal import describe, rehearse, write_pages
     from ..training.run import process_state
 
     def say(text):
@@ -162,4 +164,6 @@ def _rehearse(config, arguments):
     state = process_state()
     if state.is_main_process:
         print(describe(found))
+        for page in write_pages(config, arguments.pages) if arguments.pages else ():
+            print(f"page: {page}")
     state.destroy_process_group()

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from ...conversion.target import load_target
 from ...data import Source
+from ...data.making.show import show
 from ...environment import default_device
 from ..config import TrainConfig
 from ..model_folder import locate_model
@@ -20,6 +22,7 @@ from .counting import GIB, SPARE, Cost, Shape, Sizes, count
 from .trial import TIMED, machine_memory, run_trial
 
 MOST_PROPOSALS = 3
+SHOWN_ON_A_PAGE, READ_FOR_A_PAGE = 50, 500
 ADAPTER_RANK = 16
 
 
@@ -139,7 +142,7 @@ def rehearse(
         shape = _shape_without_trial(config)
     else:
         largest = max(figures["sources"], key=lambda each: each["tokens"])
-        shape = Shape(largest["tokens"], largest["images"], config.resolution or _side(config))
+        shape = Shape(largest["tokens"], largest["images"], _side(config))
     found = Rehearsal(config, figures, shape, None, for_memory, price)
     if for_memory is not None or figures.get("memory"):
         say("Counting what a GPU would need ...")
@@ -152,6 +155,26 @@ def rehearse(
         if found.is_short:
             found.proposals.extend(_propose(found, sizes, sources, apart, say))
     return found
+
+
+def write_pages(config: TrainConfig, folder: str | Path) -> list[Path]:
+    """Write a page for each source of a run into a folder, as `kosmos-g data show` does: its samples as training reads them."""
+    model, pages = locate_model(config.model), []
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for number, line in enumerate((*config.data, *config.words)):
+        stage = config.stage if number < len(config.data) else "pretrain"
+        options = {"model": model, "stage": stage, "resolution": _side(config) or 512, "seed": config.seed}
+        if stage == "align":
+            options["target_tokenizer"] = load_target(config.target or model)[1]
+        page, _ = show(
+            line,
+            Path(folder) / f"data-{number}.html",
+            samples=SHOWN_ON_A_PAGE,
+            read=READ_FOR_A_PAGE,
+            **options,
+        )
+        pages.append(page)
+    return pages
 
 
 def _typical_operations(config, figures, sizes, shape):
@@ -230,6 +253,8 @@ def describe_changes(changes: dict[str, Any]) -> str:
 
 def _side(config):
     """Side of the images to draw, in pixels, of stage 3; of others it does not matter."""
+    if config.resolution:
+        return config.resolution
     if config.stage != "instruct":
         return 0
     folder = locate_model(config.model)
