@@ -86,8 +86,8 @@ def test_app(device, monkeypatch, tmp_path):
 
     make = models.Models
 
-    def read(*args):
-        made = make(*args)
+    def read(*args, **keywords):
+        made = make(*args, **keywords)
         return made.device, made.dtype
 
     flags = ("app", "--output", str(tmp_path), "--device", device)

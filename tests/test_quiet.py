@@ -67,6 +67,7 @@ def test_notes_are_held_back_by_one_filter_however_often_it_is_installed():
 
 
 def test_the_names_of_the_loggers_are_those_of_modules():
+    import torch.onnx._internal.exporter._registration  # noqa: F401
     import torchao  # noqa: F401
     from diffusers.quantizers import torchao as quantizer  # noqa: F401
 

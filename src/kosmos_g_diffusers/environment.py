@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
@@ -153,10 +154,13 @@ def free_memory(device: "str | torch.device") -> int | None:
             return psutil.virtual_memory().available
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else None
     module = torch.get_device_module(kind)
-    if hasattr(module, "mem_get_info"):
-        return module.mem_get_info(torch.device(device))[0]
-    if hasattr(module, "recommended_max_memory"):  # Apple's chips share the memory of the machine
-        return module.recommended_max_memory() - module.current_allocated_memory()
+    with suppress(
+        AssertionError, RuntimeError
+    ):  # drivers that cannot tell; whether they can draw shows later
+        if hasattr(module, "mem_get_info"):
+            return module.mem_get_info(torch.device(device))[0]
+        if hasattr(module, "recommended_max_memory"):  # Apple's chips share the memory of the machine
+            return module.recommended_max_memory() - module.current_allocated_memory()
     return None
 
 

@@ -406,6 +406,7 @@ def test_axe_finds_no_serious_fault_in_any_theme_and_width(page):
     )
 
     def serious():
+        page.wait_for_timeout(500)  # colours that are on their way from one to another
         found = axe.Axe().run(page).response["violations"]
         return [
             (fault["id"], fault["nodes"][0]["html"])

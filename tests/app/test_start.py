@@ -102,7 +102,7 @@ def test_every_example_loads_with_one_click_and_is_drawn(page, tmp_path):
         assert page.locator("#prompt-line img").count() == len(example.images)
         assert page.locator("#prompt-line .kg-note").count() == 0
         for name, _ in example.images:
-            page.wait_for_selector(f"#pictures :text('{name[:-4]}')")
+            page.wait_for_selector(f"#pictures .kg-tile img[alt='{name}']")
     run(page)
     shown = table(page)
     assert (shown["prompt"], shown["steps"], shown["width"]) == (examples[-1].prompt, "12", "64")
@@ -335,7 +335,7 @@ def test_limit_of_the_disk_counts_images_only_where_it_is_given(
     )
     store = started[-1][0].store
     assert (store.limit, store.prunes_images) == (500_000_000, True)
-    assert started[-1][6] == {"allowed_hosts": ["a.example", "*.b.example"]}
+    assert started[-1][6] == {"allowed_hosts": ["a.example", "*.b.example"], "mcp": False}
     monkeypatch.chdir(tmp_path)
     for flags in (["--disk-limit", "0"], ["--disk-limit", "nan"], ["--allowed-host", "http://x"]):
         assert main([*place, *flags]) == 2

@@ -59,8 +59,8 @@ def toy():
     """A toy in the place of the small model: built, not loaded, as copies of this process load too, next to its threads."""
     load_model = generation.load_model
 
-    def load(model, dtype):
-        return build_tiny_pipeline() if model == SPRITES else load_model(model, dtype)
+    def load(model, dtype, *arguments, **keywords):
+        return build_tiny_pipeline() if model == SPRITES else load_model(model, dtype, *arguments, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "load_model", load)

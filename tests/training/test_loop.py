@@ -647,11 +647,14 @@ def test_tensorboard(tmp_path):
 
 
 @pytest.mark.parametrize("log_every", [1, 2])
-def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path, log_every):
+def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path, log_every, monkeypatch):
     """Steps after the last checkpoint were logged before the kill, and are made and logged again."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    # files of one second are read in the order of their numbers as texts, where 10 comes before 9
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     config = settings(tmp_path / "run", tracker="tensorboard", log_every=log_every, steps=8)
     for dies_at in (5, 7):
         with pytest.raises(Stopped):
