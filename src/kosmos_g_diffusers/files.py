@@ -323,3 +323,23 @@ def cache_path(cache_dir: str | Path, kind: str, *identity: str | int, suffix: s
     """Path in the cache for whatever `identity` (strings and ints) says; a hash, so that no name can lead outside."""
     name = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
     return Path(cache_dir) / kind / (name + suffix)
+
+
+def keep_below(path: Path, most: int) -> list[Path]:
+    """Delete the oldest files next to `path` with its suffix until all of them take at most so many bytes; `path` stays.
+
+    Returns:
+        the files that were deleted.
+    """
+    files, removed = [], []
+    for file in path.parent.glob(f"*{path.suffix}"):
+        with contextlib.suppress(FileNotFoundError):  # other processes delete as well
+            stat = file.stat()
+            files.append((stat.st_mtime, stat.st_size, file))
+    total = sum(size for _, size, _ in files)
+    for _, size, file in sorted(files):
+        if total > most and file != path:
+            total -= size
+            file.unlink(missing_ok=True)
+            removed.append(file)
+    return removed

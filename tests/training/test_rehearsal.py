@@ -46,7 +46,6 @@ def test_rehearsal_writes_nothing_and_tells_what_the_run_takes(make_config, monk
     figures = found.figures
     assert figures["left"] == [f"checkpoint-{figures['steps']:08d}"] and figures["checkpoint"] > 1000
     # the tests' own process may have given memory back that was its before the trial: then the parts are more than the peak
-    assert figures["parts"]["activations and the rest"] >= 0
     assert sum(figures["parts"].values()) == pytest.approx(figures["peak"], rel=0.05)
     json.dumps(figures)  # it comes from another process
     expected = 1000 * found.step_seconds + figures["save_seconds"] + 10 * figures["sheet_seconds"]

@@ -20,6 +20,7 @@ from ..files import (
     default_cache_dir,
     first_line,
     hash_bytes,
+    keep_below,
     remove_partial_files,
     write_text,
     written_atomically,
@@ -167,19 +168,7 @@ class ParquetFiles:
                 raise BadSample("shard", f"{url} cannot be fetched ({first_line(error)})") from error
             except pyarrow.ArrowException as error:
                 raise BadSample("shard", f"{url} cannot be read ({first_line(error)})") from error
-            self._make_room(path)
-
-    def _make_room(self, keep):
-        files = []
-        for file in keep.parent.glob("*.arrow"):
-            with suppress(FileNotFoundError):  # other processes delete as well
-                stat = file.stat()
-                files.append((stat.st_mtime, stat.st_size, file))
-        total = sum(size for _, size, _ in files)
-        for _, size, file in sorted(files):
-            if total > self.cache_gib * 1024**3 and file != keep:
-                total -= size
-                file.unlink(missing_ok=True)
+            keep_below(path, int(self.cache_gib * 1024**3))
 
     def _facts(self, url):
         """Rows, columns and version of a file, from its end; kept in the cache folder."""

@@ -22,6 +22,7 @@ from ..files import (
     MOST_JSON_BYTES,
     cache_path,
     default_cache_dir,
+    keep_below,
     read_json,
     remove_partial_files,
     write_text,
@@ -332,18 +333,9 @@ class ShardFiles:
     def _make_room(self, keep):
         if self.cache_bytes is None:
             return
-        files = []
-        for file in keep.parent.glob("*.tar"):
-            with suppress(FileNotFoundError):  # other processes delete as well
-                stat = file.stat()
-                files.append((stat.st_mtime, stat.st_size, file))
-        total = sum(size for _, size, _ in files)
-        for _, size, file in sorted(files):
-            if total > self.cache_bytes and file != keep:
-                total -= size
-                file.unlink(missing_ok=True)
-                _facts_path(file).unlink(missing_ok=True)
-                _members_path(file).unlink(missing_ok=True)
+        for removed in keep_below(keep, self.cache_bytes):
+            _facts_path(removed).unlink(missing_ok=True)
+            _members_path(removed).unlink(missing_ok=True)
 
     def _fetch_json(self, url):
         with _webdataset().gopen(url, "rb") as stream:
