@@ -103,11 +103,8 @@ def png(width, height, mode="RGB", **options):
 
 
 def uploads_of(app):
-    return {
-        path
-        for path in (app.folder / "uploads").rglob("*")
-        if path.is_file() and "examples" not in path.parts
-    }
+    found = os.walk(app.folder / "uploads")  # which bears with folders that are deleted meanwhile
+    return {Path(folder, name) for folder, _, names in found for name in names if "examples" not in folder}
 
 
 # 1. Other sites ------------------------------------------------------------------------------------------------------

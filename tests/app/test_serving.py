@@ -91,7 +91,9 @@ def test_place_of_the_run_that_is_about_to_begin_is_not_taken_from_the_queue(wor
     for _ in range(2):  # before its first run, and after a run that has ended
         with worker._condition:  # the thread cannot look at the queue meanwhile
             tickets = [worker.submit(lambda ticket: done.append(ticket)) for _ in range(3)]
-            with pytest.raises(QueueFull, match="3 runs are waiting"):
+            with pytest.raises(
+                QueueFull, match="2 runs are waiting"
+            ):  # besides the one that is about to begin
                 worker.submit(print)
         assert all(ticket.ended.wait(10) for ticket in tickets)
     assert len(done) == 6

@@ -55,6 +55,45 @@ def test_address_has_a_share_however_many_sessions_it_opens(busy):
         busy.submit(print, Caller("c", "4.4.4.4"))
 
 
+def test_message_counts_those_that_wait_besides_the_one_about_to_begin(gate):
+    worker, greedy = Worker(capacity=8), Caller("greedy", "1.1.1.1")
+    with worker._condition:  # the thread cannot look at the queue meanwhile
+        fill(worker, [], greedy, greedy, greedy)
+        with pytest.raises(QueueFull, match="full for you: 2 of your runs are waiting"):
+            worker.submit(print, greedy)
+    worker.close()
+
+
+def test_places_are_kept_for_sessions_of_an_address_without_a_turn(busy, gate):
+    """Clients of one address, more than it has places: who just had a turn cannot take the last places from the others."""
+    address = [Caller(f"s{number}", "1.1.1.1") for number in range(10)]
+    hold, started = threading.Event(), threading.Event()
+    first = fill(busy, [], *address[:4])
+    gate.set()
+    assert all(ticket.ended.wait(10) for ticket in first)
+
+    def block(ticket):
+        started.set()
+        hold.wait(10)
+
+    busy.submit(block)
+    assert started.wait(10)
+    fill(busy, [], *address[4:8])  # 4 of the 6 places of the address
+    with pytest.raises(QueueFull, match="full for your address: 4 runs"):
+        busy.submit(print, address[0])  # had a turn
+    fill(busy, [], *address[8:10])  # had none
+    busy.submit(print, Caller("other", "2.2.2.2"))
+    hold.set()
+
+
+def test_runs_that_nobody_listens_for_take_no_place_from_others_of_their_address(busy):
+    for number in range(6):
+        busy.submit(print, Caller(f"deaf{number}", "1.1.1.1", lambda: False))
+    with pytest.raises(QueueFull):
+        busy.submit(print, Caller("deaf", "1.1.1.1", lambda: False))
+    assert busy.submit(print, Caller("honest", "1.1.1.1")).place
+
+
 def test_sessions_take_turns_and_tickets_tell_their_places(busy, gate):
     order = []
     a, b, c = (Caller(name, "1.1.1.1") for name in "abc")

@@ -1,7 +1,8 @@
 """One run at a time, the others in a queue with an end: each has a ticket that tells its place and can be cancelled.
 
 Whoever asks often waits longer, not the others: addresses take turns, and so do the sessions of an address; each has a share
-of the places. A run begins only while somebody listens for its end.
+of the places, and of an address's places some are kept for sessions that have had no turn lately. A run begins only while
+somebody listens for its end.
 """
 
 import logging
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 CAPACITY = 16  # runs that may wait, unless the user says otherwise
 PER_SESSION = 2  # of them of one session
 SHARE = 0.75  # of them of one address
+KEPT = 0.25  # of its share, for those of its sessions that have had no turn lately
 CLOSING = 10  # seconds that a run has for the step it is in
 RECENT = 8  # runs whose length is the estimate of the next one's
 LISTENER_COMES = 30.0  # seconds that a run waits for somebody to listen
@@ -198,25 +200,33 @@ class Worker:
         spare = not self._is_busy()
         if self._closed:
             raise QueueFull("The queue is full: the server is ending.")
-        waiting, caller = self._waiting, ticket.caller
+        caller = ticket.caller
         # what nobody listens for takes no place from those who do, but has an end too
         is_heard = ticket.is_listened_to()
-        count = sum(other.is_listened_to() == is_heard for other in waiting)
-        if count >= self.capacity + spare:
-            raise QueueFull(f"The queue is full: {len(waiting)} runs are waiting. Try again later.")
+        waiting = [other for other in self._waiting if other.is_listened_to() == is_heard]
+        if (count := len(waiting) - spare) >= self.capacity:
+            raise QueueFull(f"The queue is full: {count} runs are waiting. Try again later.")
         if caller is None:
             return
-        others = [other.caller for other in waiting if other.caller is not None]
-        own = sum(other.session == caller.session for other in others)
-        if own >= self.per_session + spare:
+        own = _count(self._waiting, session=caller.session) - spare
+        if own >= self.per_session:
             raise QueueFull(
                 f"The queue is full for you: {own} of your runs are waiting. Wait for one to end."
             )
-        same = sum(other.address == caller.address for other in others)
-        if same >= max(self.per_session, round(SHARE * self.capacity)) + spare:
+        same = _count(waiting, address=caller.address) - spare
+        if same >= self._share_of(ticket):
             raise QueueFull(
                 f"The queue is full for your address: {same} runs of it are waiting. Try again later."
             )
+
+    def _share_of(self, ticket):
+        """Places of an address that a session of it may take a place among: all of them only if it has had none of the last
+        runs, so that who was refused finds a place before those who ask again at once."""
+        share = max(self.per_session, round(SHARE * self.capacity))
+        last = max((self._turns.get(key, 0) for key in _turn_keys(ticket)[1:]), default=0)
+        if last and last > self._begun - share:
+            return max(self.per_session, share - round(KEPT * share))
+        return share
 
     def place_of(self, ticket: Ticket) -> int:
         with self._condition:
@@ -390,6 +400,12 @@ class BatchWorker(Worker):
                     ticket.fail(error)
             self._last_took = time.monotonic() - started
             self._durations.append(self._last_took)
+
+
+def _count(tickets, **given):
+    """How many tickets have a caller with these values."""
+    callers = [ticket.caller for ticket in tickets if ticket.caller is not None]
+    return sum(all(getattr(caller, name) == value for name, value in given.items()) for caller in callers)
 
 
 def _turn_keys(ticket):

@@ -230,10 +230,11 @@ class Store:
                 return
             self._tidied = time.monotonic()
             for path in (self.folder / UPLOADS).iterdir():
-                is_old = time.time() - path.stat().st_mtime > UPLOADS_KEPT
-                if path.name != EXAMPLES and is_old and path.name not in self._reading:
-                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-                    self._pruned = float("-inf")
+                with contextlib.suppress(FileNotFoundError):  # broken off meanwhile
+                    is_old = time.time() - path.stat().st_mtime > UPLOADS_KEPT
+                    if path.name != EXAMPLES and is_old and path.name not in self._reading:
+                        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+                        self._pruned = float("-inf")
             self._used = _measure(self._files())
 
     def _prune(self, size):
@@ -288,7 +289,7 @@ class Store:
             if name not in self._needed:
                 try:
                     self._needed[name] = _inputs_of(read_settings(path))
-                except ValueError:  # not drawn here
+                except (ValueError, FileNotFoundError):  # not drawn here, or taken away by hand
                     self._needed[name] = frozenset()
 
     def _files(self):
