@@ -165,7 +165,7 @@ def train_instruct_asked(run):
 def train_instruct_wide(run):
     words = [SpriteSource("varied pictures", 400_000, wide=True), SpriteSource("asked pictures", 400_000)]
     mixture = build_instruct_mixture(wide=True)
-    train_to_draw(run, "instruct-wide", "align-wide", WIDE, mixture, words, 1 / 8, 0.1, 6000, 5e-4)
+    train_to_draw(run, "instruct-wide", "align-wide", WIDE, mixture, words, 1 / 8, 0.1, 4000, 5e-4)
 
 
 def train_instruct_wide_asked(run):
