@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from kosmos_g_diffusers import KosmosGTokenizer
 from kosmos_g_diffusers.sprites import variety
+from kosmos_g_diffusers.sprites.reader import find_sprites
 from kosmos_g_diffusers.sprites.reader import read as read_image
 from kosmos_g_diffusers.sprites.source import SpriteSource
 from kosmos_g_diffusers.sprites.variety import MOST_WORDS, draw_varied_photo, type_scene
@@ -117,24 +119,33 @@ def test_wide_samples_show_and_name_nothing_held_out(kind):
                 assert (shape, colour, pattern) in TRAINING_TRIPLES
 
 
-def test_wide_samples_have_one_to_four_sprites_and_captions_from_left_to_right():
-    numbers = set()
+def shapes_in_reading_order(image):
+    """Shapes of an image's sprites by the places of their pixels; None where two places are about as far along."""
+    found = []
+    for sprite, cover in find_sprites(image):
+        y, x = (places.mean() for places in np.nonzero(cover > 0.5))
+        found.append((x + y / 2, sprite.shape))
+    found.sort()
+    if any(second[0] - first[0] < 4 for first, second in pairwise(found)):
+        return None
+    return [shape for _, shape in found]
+
+
+def test_wide_samples_have_one_to_four_sprites_mostly_named_in_reading_order():
+    numbers, in_order = set(), {"varied pictures": [], "captions": []}
     for index in range(120):
         sample = read("compositions", index)
         images = sum(isinstance(part, Image.Image) for part in sample.prompt)
-        found = read_image(sample.target)
-        numbers.add((len(found.sprites), images))
-        shown = read("varied pictures", index)
-        sprites = SPRITE.findall(shown.caption)
-        if len(sprites) > 2:
-            seen = [s.shape for s in read_image(shown.prompt[0]).sprites]
-            assert [shape for *_, shape in sprites] == seen
-    assert {1, 2, 3, 4} <= {number for number, _ in numbers} and {images for _, images in numbers} >= {
-        1,
-        2,
-        3,
-        4,
-    }
+        numbers.add((len(read_image(sample.target).sprites), images))
+        for kind, seen in in_order.items():
+            sample = read(kind, index)
+            image = sample.target or sample.prompt[0]
+            named = re.findall("|".join(SHAPES), sample.caption)
+            if len(named) > 2 and (shapes := shapes_in_reading_order(image)):
+                seen.append(named == shapes)
+    assert {number for number, _ in numbers} >= {1, 2, 3, 4} <= {images for _, images in numbers}
+    assert all(in_order["varied pictures"])
+    assert 0.55 < np.mean(in_order["captions"]) < 0.95 and len(in_order["captions"]) > 20
 
 
 def test_images_of_wide_samples_follow_from_the_number_alone():

@@ -16,6 +16,7 @@ from .world import (
     Sprite,
     draw_colours_at_random,
     draw_scene_at_random,
+    in_reading_order,
     is_held_out,
     make_rng,
     place_at_random,
@@ -38,6 +39,7 @@ KINDS = (*CAPTIONS, "compositions", "edits")
 # of the wide sources: shares of scenes of one, two, three, four sprites, and of those of one and two that stand anywhere
 N_SPRITES = (0.26, 0.3, 0.22, 0.22)
 ANYWHERE = 0.45
+ORDERED = 0.7  # share of the wide scenes that words and images name in reading order, as people mostly do
 
 
 class SpriteSource:
@@ -57,7 +59,7 @@ class SpriteSource:
         size: samples. Their images are fixed, so that work on them can be kept; words are varied at every reading.
         entity_dropout: see "compositions".
         wide: scenes of up to four sprites, in any places, and reference images and words as other people make them (`variety`).
-            Captions of images then go from left to right. "captions" are prompts as people type them, with the caption that
+            Captions of images then go in reading order, and most other prompts do. "captions" are prompts as people type them, with the caption that
             says the same beside them.
     """
 
@@ -93,7 +95,10 @@ class SpriteSource:
             image = render(scene, fixed, colours=draw_colours_at_random(scene, fixed))
             caption = leave_colours_out(scene, rng)
             return Sample(key, (image, caption), None, caption)
-        image = render(scene, fixed, anywhere=self.wide and fixed.random() < ANYWHERE)
+        places = place_at_random(scene, fixed, anywhere=self.wide and fixed.random() < ANYWHERE)
+        image = render_at(scene, places)
+        if self.wide and fixed.random() < ORDERED:
+            scene, places = in_reading_order(scene, places)
         if self.kind in CAPTIONS:
             caption = self._caption(scene, rng)
             if self.kind == "captions":
@@ -106,6 +111,8 @@ class SpriteSource:
     def _read_wide(self, key, scene, fixed, rng):
         places = place_at_random(scene, fixed, anywhere=fixed.random() < ANYWHERE)
         if self.kind == "captions":
+            if fixed.random() < ORDERED:
+                scene, places = in_reading_order(scene, places)
             typed, caption = type_scene(scene, rng)
             return Sample(key, (typed,), render_at(scene, places), caption)
         if len(scene.sprites) == 1 and fixed.random() < 0.75:
@@ -114,9 +121,7 @@ class SpriteSource:
             kept = [word for word in (sprite.size, sprite.colour, sprite.pattern) if rng.random() < 0.5]
             caption = with_article(" ".join([*kept, sprite.shape]))
             return Sample(key, (photo, caption), None, caption)
-        order = sorted(range(len(places)), key=lambda index: places[index][0])
-        scene = replace(scene, sprites=tuple(scene.sprites[index] for index in order))
-        places = [places[index] for index in order]
+        scene, places = in_reading_order(scene, places)
         colours = draw_colours_at_random(scene, fixed) if fixed.random() < 0.3 else None
         caption = self._caption(scene, rng) if colours is None else leave_colours_out(scene, rng)
         return Sample(key, (render_at(scene, places, colours), caption), None, caption)

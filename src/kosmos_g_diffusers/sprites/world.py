@@ -203,6 +203,15 @@ def place_at_random(
     return [(x, y, radius) for (x, y), radius in zip(centres, radii, strict=True)]
 
 
+def in_reading_order(
+    scene: Scene, places: Sequence[tuple[float, float, float]]
+) -> tuple[Scene, list[tuple[float, float, float]]]:
+    """The same scene and places, named from left to right, and from top to bottom where sprites stand above each other."""
+    order = sorted(range(len(places)), key=lambda index: places[index][0] + places[index][1] / 2)
+    sprites = tuple(scene.sprites[index] for index in order)
+    return replace(scene, sprites=sprites), [places[index] for index in order]
+
+
 def _place_anywhere(radii, rng):
     """(x, y, radius) of sprites whose boxes keep GAP_ACROSS or GAP_DOWN from each other; the largest chooses first."""
     order = sorted(range(len(radii)), key=lambda index: -radii[index])
