@@ -1,20 +1,24 @@
 """Images of strangers: checked by their headers, decoded one at a time on the whole server, and made small while they are.
 
 A file of a few kilobytes may hold 40 million pixels, which take up to 600 MB while they are read. So what decodes holds
-`DECODING`, and lets it go only when the image is as small as it is needed.
+`DECODING`, and lets it go only when the image is as small as it is needed. What a header says is not believed either: tags
+that lie over each other, tiles larger than the image and a thousand comments make Pillow take gigabytes or hours.
 """
 
 import base64
 import ctypes
+import math
 import os
+import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 from urllib.parse import unquote_to_bytes
 
 import PIL.Image
+from PIL import TiffImagePlugin
 
 from ..provenance import UNMARKED, Marker
 from .bodies import NOT_FETCHED
@@ -28,6 +32,11 @@ MAX_WIDE_PIXELS = 10_000_000  # with 16 or 32 bits: Pillow takes four times the 
 MAX_WEBP_PIXELS = 20_000_000  # whose decoder holds two more of it
 MAX_FILES = 10  # at once: images of a prompt, or of an image word
 SMALL_PIXELS = 4_000_000  # images that may be decoded beside another
+MOST_HEADER_READS = (
+    5000  # pieces in which a header is read: Pillow adds each comment of a GIF to all before it
+)
+MOST_READS = 200_000  # of a whole file
+TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
 SHRINKABLE = ("RGB", "RGBA", "L", "CMYK", "YCbCr")  # modes whose colours can be averaged as they are
 
 
@@ -82,6 +91,53 @@ class _Decoding:
 DECODING = _Decoding()
 
 
+class _Tags(TiffImagePlugin.ImageFileDirectory_v2):
+    """Tags of a TIFF or of EXIF that hold no more bytes than there are: Pillow reads each, and a thousand may be the same 20 MB."""
+
+    def load(self, fp: IO[bytes]) -> None:
+        start = fp.tell()
+        size = fp.seek(0, os.SEEK_END)
+        fp.seek(start)
+        count, entry = ("Q", "HHQ8x") if self._bigtiff else ("H", "HHI4x")
+        count, entry = struct.Struct(f"{self._endian}{count}"), struct.Struct(f"{self._endian}{entry}")
+        (number,) = count.unpack(fp.read(count.size))
+        entries = fp.read(min(number, 2**16) * entry.size)
+        entries = entries[: len(entries) // entry.size * entry.size]
+        units = {kind: unit for kind, (unit, _) in self._load_dispatch.items()}
+        if sum(length * units.get(kind, 0) for _, kind, length in entry.iter_unpack(entries)) > size:
+            raise ValueError("its tags hold more bytes than there are")
+        fp.seek(start)
+        super().load(fp)
+
+
+TiffImagePlugin.ImageFileDirectory_v2 = _Tags  # which Pillow has for EXIF too
+
+
+class _Pieces:
+    """A file that is read in so many pieces at most."""
+
+    def __init__(self, file: BinaryIO, most: int):
+        self._file, self._left = file, most
+
+    def read(self, size: int = -1) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("it is in too many pieces")
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextmanager
+def _opened(path: str | Path | BinaryIO, most: int = MOST_HEADER_READS) -> "Iterator[PIL.Image.Image]":
+    """An image file, a path or an open file that stays open, as Pillow opens it. Raises nearly anything."""
+    with nullcontext(path) if hasattr(path, "seek") else open(path, "rb") as file:
+        file.seek(0)
+        with PIL.Image.open(_Pieces(file, most), formats=FORMATS) as image:
+            yield image
+
+
 def check_image_file(path: str | Path | BinaryIO, field: str = "pictures") -> str:
     """Format of an image file, a path or an open file, not decoded. FieldError for an unknown format or one too large."""
     try:
@@ -91,8 +147,12 @@ def check_image_file(path: str | Path | BinaryIO, field: str = "pictures") -> st
     if size > MAX_BYTES:
         raise FieldError(field, f"This file has {size / 2**20:.0f} MB; {MAX_BYTES // 2**20} MB are possible.")
     try:
-        with PIL.Image.open(path, formats=FORMATS) as image:
+        with _opened(path) as image:
             pixels, kind, is_wide = image.width * image.height, image.format, image.mode[0] in "IF"
+            if isinstance(image, TiffImagePlugin.TiffImageFile):  # a tile is decoded as a whole
+                sides = (int(image.tag_v2.get(tag, 0)) for tag in (TILE_WIDTH, TILE_LENGTH))
+                pixels = max(pixels, math.prod(sides))
+            is_in_runs = any(tile[0] == "bmp_rle" for tile in image.tile)
     except PIL.Image.DecompressionBombError:
         raise FieldError(
             field, f"This image has too many pixels; it may have {MAX_PIXELS // 1_000_000} million pixels."
@@ -101,6 +161,8 @@ def check_image_file(path: str | Path | BinaryIO, field: str = "pictures") -> st
         raise FieldError(
             field, f"This file is not an image that can be read. Pass one of {', '.join(FORMATS)}."
         ) from None
+    if is_in_runs:  # four bytes of it are up to 255 rows, which Pillow writes one after the other
+        raise FieldError(field, "This BMP is compressed, which is not taken here. Save it as PNG.")
     most, what = MAX_PIXELS, ""
     if is_wide:
         most, what = MAX_WIDE_PIXELS, " with more than 8 bits a channel"
@@ -117,7 +179,7 @@ def check_image_file(path: str | Path | BinaryIO, field: str = "pictures") -> st
 def image_file_size(path: str | Path | BinaryIO) -> tuple[int, int] | None:
     """(width, height) of an image file, without decoding it; None if it cannot be read."""
     try:
-        with PIL.Image.open(path, formats=FORMATS) as image:
+        with _opened(path) as image:
             return image.size
     except Exception:  # noqa: BLE001  as above
         return None
@@ -170,9 +232,7 @@ def _decode(path, field, side, with_alpha=False):
     check_image_file(path, field)
     with DECODING:
         try:
-            if hasattr(path, "seek"):
-                path.seek(0)
-            with PIL.Image.open(path, formats=FORMATS) as image:
+            with _opened(path, MOST_READS) as image:
                 DECODING.expect(image.width * image.height)
                 if side is not None and image.mode in SHRINKABLE:
                     image.thumbnail(
