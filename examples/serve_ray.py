@@ -71,6 +71,9 @@ class Replicas:
     async def describe(self):
         return await self._ask("describe")
 
+    async def prepare(self, request):
+        """A replica does."""
+
     async def draw(self, request, caller=None):
         (result,) = await self._ask("draw", request)
         if isinstance(result, Exception):

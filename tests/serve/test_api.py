@@ -26,6 +26,7 @@ from kosmos_g_diffusers.generation.png import read_settings  # noqa: E402
 from kosmos_g_diffusers.generation.schedulers import make_scheduler  # noqa: E402
 from kosmos_g_diffusers.generation.settings import LoraInput  # noqa: E402
 from kosmos_g_diffusers.provenance import COMPOSITE, DRAWN, read_mark  # noqa: E402
+from kosmos_g_diffusers.serve import batches  # noqa: E402
 from kosmos_g_diffusers.serve.tokens import Tokens  # noqa: E402
 
 GENERATIONS, EDITS, CONDITIONS = "/v1/images/generations", "/v1/images/edits", "/v1/conditions"
@@ -357,6 +358,38 @@ def test_many_large_images_take_little_memory(app):
     for answer in answers:
         images_of(answer)
     assert resident("VmHWM") - before < 1.0
+
+
+def test_large_images_count_until_they_are_made_small(app, monkeypatch, photos):
+    entered, goes_on = [], threading.Event()
+
+    def wait_and_prepare(*given):
+        entered.append(given)
+        assert goes_on.wait(60)
+        return prepare(*given)
+
+    prepare = batches.prepare
+    monkeypatch.setattr(batches, "prepare", wait_and_prepare)
+    form = {"files": {"init_image": png_bytes(photos[0])}, "data": {**QUICK, "prompt": "a hat"}}
+    request = app.http.build_request("POST", EDITS, **form)
+    kind, body, answers = request.headers["content-type"], request.read(), []
+
+    def ask():  # without a length, so that each counts as the largest
+        answer = app.http.post(EDITS, content=iter([body]), headers={"content-type": kind})
+        answers.append(answer)
+        return answer
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_for(lambda: len(entered) == 4)
+        assert "too many requests" in error_of(ask(), 503)["message"]
+    finally:
+        goes_on.set()
+        for thread in threads:
+            thread.join()
+    assert sorted(answer.status_code for answer in answers) == [200] * 4 + [503]
 
 
 # Who may ask ---------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ import asyncio
 import base64
 import contextlib
 import io
+import socket
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import PIL.Image
 import pytest
-from support.app import serving
+from support.app import serving, wait_for
 
 pytest.importorskip("fastapi_offline", reason="pip install 'kosmos-g-diffusers[serve]'")
 from support.service import data_url, images_of, offering, pixels, png_bytes  # noqa: E402
@@ -179,6 +181,28 @@ def test_call_that_names_a_place_is_refused(tool, part):
         == 403
     )
     assert httpx.post(tool[0] + "sse", json={}, headers=headers).status_code in (404, 405)
+
+
+def test_calls_of_the_tool_hold_little_memory_together(tool):
+    place = urlsplit(tool[0])
+    head = f"POST {place.path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in tool[1].items())
+
+    def ask():
+        call = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+        headers = {**tool[1], "accept": "application/json, text/event-stream"}
+        return httpx.post(tool[0], json=call, headers=headers).status_code
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):  # each may become 64 MB
+            connection = socket.create_connection((place.hostname, place.port), timeout=30)
+            stack.enter_context(contextlib.closing(connection))
+            connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n1\r\n{{\r\n".encode())
+        wait_for(lambda: ask() == 503)
+    wait_for(lambda: ask() == 200)
+    many = b'{"jsonrpc": "2.0", "method": "ping", "params": [' + b"{}," * 100_000 + b"1]}"
+    answer = httpx.post(tool[0], content=many, headers={**tool[1], "content-type": "application/json"})
+    assert answer.status_code == 413 and "too many values" in answer.text
 
 
 def test_tool_of_a_service_with_tokens_asks_for_one(app):

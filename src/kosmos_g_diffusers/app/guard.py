@@ -23,12 +23,12 @@ from starlette.requests import Request, cookie_parser
 from starlette.responses import JSONResponse, StreamingResponse
 
 from ..serving.access import Application, Message, Receive, Refused, Send, address_of, answer_refused
-from ..serving.bodies import read_body, read_json_body, replay
+from ..serving.bodies import int_or_zero, read_body, read_json_body, replay
 from ..serving.errors import unexpected
 from ..serving.passwords import Logins
 from ..serving.store import IMAGES, UPLOADS, Store
 from ..serving.tool import is_tool
-from ..serving.uploads import BrokenOff, int_or_zero, receive_files
+from ..serving.uploads import BrokenOff, receive_files
 from .blocks import Blocks, bugs
 
 logger = logging.getLogger(__name__)

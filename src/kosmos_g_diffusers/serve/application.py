@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
 from fastapi import FastAPI
@@ -25,12 +25,11 @@ from ..environment import __version__
 from ..generation.png import PNG_KEY
 from ..provenance import MARKED, Marker
 from ..serving.access import Access, Application, Gate, Message, Receive, Refused, Send, address_of
-from ..serving.bodies import read_body, read_json_body, replay
+from ..serving.bodies import MAX_BODY, Bodies, int_or_zero, parse_json, read_body, read_json_body, replay
 from ..serving.errors import FieldError, unexpected
 from ..serving.images import MAX_BYTES, MAX_FILES, read_data_url
 from ..serving.queue import Caller, QueueFull
 from ..serving.tool import PATH, Tool
-from ..serving.uploads import int_or_zero
 from .drawer import Unavailable
 from .metrics import Metrics
 from .requests import (
@@ -51,8 +50,6 @@ from .tokens import Tokens
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 600.0  # seconds of a request, waiting included
-MAX_BODY = 64 * 2**20  # bytes
-MAX_BODIES = 256 * 2**20  # of all requests together that are being read
 OPEN = ("/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect")  # without a token
 STATIC = "/static-offline-docs/"
 REQUEST_ID = re.compile(r"[\w.-]{1,100}")
@@ -73,6 +70,8 @@ class Drawing(Protocol):
     state: tuple[str, str | None]
 
     async def describe(self) -> Offer: ...
+
+    async def prepare(self, request: Request) -> None: ...
 
     async def draw(self, request: Request, caller: Caller | None = None) -> Any: ...
 
@@ -193,26 +192,6 @@ def _of_validation(error):
 # The application -----------------------------------------------------------------------------------------------------------
 
 
-class Bodies:
-    """Bytes of bodies that are being read, of the whole server."""
-
-    def __init__(self, most: int = MAX_BODIES):
-        self._most, self._used = most, 0
-
-    @contextlib.contextmanager
-    def holding(self, size: int) -> Iterator[None]:
-        """Raises Refused where there is no room for so many more."""
-        if self._used and self._used + size > self._most:
-            raise Refused(
-                503, "The server is reading too many requests. Try again soon.", {"retry-after": "2"}
-            )
-        self._used += size
-        try:
-            yield
-        finally:
-            self._used -= size
-
-
 def create_application(
     drawer: Drawing,
     *,
@@ -234,8 +213,9 @@ def create_application(
         ImportError: that needs packages which are not installed.
     """
     metrics = metrics or Metrics()
-    api = _Api(drawer, marker, timeout, metrics)
-    tool = Tool(api.draw_for_tool) if mcp else None
+    bodies = Bodies()
+    api = _Api(drawer, marker, timeout, metrics, bodies)
+    tool = Tool(api.draw_for_tool, bodies) if mcp else None
 
     @contextlib.asynccontextmanager
     async def lifespan(application: FastAPI) -> AsyncIterator[None]:
@@ -316,9 +296,9 @@ def _inlined(schema: Any, definitions: Mapping[str, Any] | None = None) -> Any:
 
 
 class _Api:
-    def __init__(self, drawer, marker, timeout, metrics):
+    def __init__(self, drawer, marker, timeout, metrics, bodies):
         self._drawer, self._marker, self._timeout, self._metrics = drawer, marker, timeout, metrics
-        self._bodies, self._started = Bodies(), int(time.time())
+        self._bodies, self._started = bodies, int(time.time())
 
     # Images ------------------------------------------------------------------------------------------------------
 
@@ -338,12 +318,13 @@ class _Api:
 
     async def _answer(self, request, kind, finish):
         async with asyncio.timeout(self._timeout):
-            with self._bodies.holding(_length_of(request)):
+            with self._bodies.holding(request.headers):
                 async with asyncio.timeout(READING):
                     body = await (_read_form(request) if kind is Edit else _read_json(request, kind))
                 offer = await self._drawer.describe()
                 asked = await asyncio.to_thread(read_request, body, offer)
-            del body
+                del body
+                await self._drawer.prepare(asked)  # from here on it is small
             drawing = asyncio.create_task(self._drawer.draw(asked, _caller_of(request)))
             gone = asyncio.create_task(_until_gone(request))
             try:
@@ -377,6 +358,7 @@ class _Api:
             async with asyncio.timeout(self._timeout):
                 body = Generation.model_validate(given)
                 asked = await asyncio.to_thread(read_request, body, await self._drawer.describe())
+                await self._drawer.prepare(asked)
                 caller = None if request is None else _caller_of(request)
                 drawn = await self._drawer.draw(asked, caller)
         except ValidationError as error:
@@ -448,10 +430,6 @@ def _as_text(content):
 # Reading -------------------------------------------------------------------------------------------------------------------
 
 
-def _length_of(request):
-    return min(int_or_zero(request.headers.get("content-length")) or MAX_BODY, MAX_BODY)
-
-
 def _kind_of_body(request):
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
@@ -499,11 +477,12 @@ async def _read_form(request) -> Edit:
         text = texts.get(name)
         if text is not None and (name != "prompt" or text.lstrip()[:2] == "[{"):
             try:
-                texts[name] = json.loads(text)
+                texts[name] = await asyncio.to_thread(parse_json, text)
             except (ValueError, RecursionError):
                 if name != "prompt":
                     raise FieldError(name, "This field is JSON, a list of objects.") from None
-    texts = read_json_body(json.dumps(texts).encode())  # the same looks at what it names
+    body = json.dumps(texts).encode()
+    texts = await asyncio.to_thread(read_json_body, body)  # the same looks at what it names
     files = {name: files if name == "image" else files[0] for name, files in given.items()}
     return Edit.model_validate({**texts, **files})
 

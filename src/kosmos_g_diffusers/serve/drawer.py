@@ -87,17 +87,20 @@ class Drawer:
 
     # Requests --------------------------------------------------------------------------------------------------------
 
+    async def prepare(self, request: Request) -> None:
+        """Make the images that a request changes and is controlled by as small as they are drawn. Raises FieldError."""
+        from .batches import prepare
+
+        if request.is_drawn:
+            await asyncio.to_thread(prepare, self.models, request)
+
     async def draw(self, request: Request, caller: Caller | None = None) -> Any:
-        """[(PIL image, its settings)] of a request, or its two states (Q, D) if it is to be encoded alone.
+        """[(PIL image, its settings)] of a request, or its two states (Q, D) if it is to be encoded alone; it was prepared.
 
         Raises:
             FieldError: it cannot be done as it was asked for.
             QueueFull: too many are waiting.
         """
-        from .batches import prepare
-
-        if request.is_drawn:
-            await asyncio.to_thread(prepare, self.models, request)
         ticket = self.worker.submit(request, caller)
         try:
             await _end_of(ticket)

@@ -4,15 +4,54 @@ Images come as uploads or as data: URLs. Whatever else looks like a place, in ch
 before anyone could take it for one.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from .access import Message, Receive, Refused
 
-MAX_VALUES = 20_000  # in one body: a few characters each would fill hundreds of megabytes as objects
+MAX_VALUES = 20_000  # in one body: a few characters each would fill gigabytes as objects
+# what there are at most three of for each value: texts and names, commas, and where a list or an object begins
+PIECES = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
+LARGE = 2**20  # bytes; one larger body is parsed at a time, which takes several times its memory
+MAX_BODY = 64 * 2**20  # bytes of a request that holds images
+MAX_BODIES = 256 * 2**20  # of all such requests together
 NOT_HERE = "A file was named that was not uploaded here: handle_file uploads it."
 NOT_FETCHED = "Addresses are not opened here. Send the image itself: as an upload, or as a data: URL."
+
+
+_parsing = threading.Lock()
+
+
+class Bodies:
+    """Bytes of bodies that are held at the same time, of the whole server."""
+
+    def __init__(self, most: int = MAX_BODIES):
+        self._most, self._used = most, 0
+
+    @contextlib.contextmanager
+    def holding(self, headers: Mapping[str, str]) -> Iterator[None]:
+        """Count a body by the headers of its request, as the largest where they tell no length. Raises Refused where there is
+        no room for it."""
+        size = min(int_or_zero(headers.get("content-length")) or MAX_BODY, MAX_BODY)
+        if self._used and self._used + size > self._most:
+            raise Refused(
+                503, "The server is reading too many requests. Try again soon.", {"retry-after": "2"}
+            )
+        self._used += size
+        try:
+            yield
+        finally:
+            self._used -= size
+
+
+def int_or_zero(text: str | None) -> int:
+    """A number of a header; 0 for none, and for what is not a number."""
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
 async def read_body(receive: Receive, limit: int, length: int = 0) -> bytes:
@@ -57,10 +96,11 @@ def read_json_body(
     Raises:
         Refused: anything else.
     """
-    try:
-        content = json.loads(body or b"null")
-    except (ValueError, RecursionError):
-        raise Refused(400, "This call is not JSON.") from None
+    with _parsing if len(body) > LARGE else contextlib.nullcontext():
+        try:
+            content = parse_json(str(body or b"null", "utf-8-sig"))
+        except (ValueError, RecursionError):
+            raise Refused(400, "This call is not JSON.") from None
     if not isinstance(content, dict):
         raise Refused(400, "This call is not a JSON object.")
     waiting, seen = [content], 0
@@ -68,7 +108,7 @@ def read_json_body(
         value = waiting.pop()
         seen += 1
         if seen > MAX_VALUES:
-            raise Refused(413, f"This call has too many values: {MAX_VALUES:,} are possible.")
+            raise _too_many_values()
         if isinstance(value, str):
             _check_text(value)
         elif isinstance(value, list):
@@ -79,6 +119,18 @@ def read_json_body(
             _check_places(value, is_own_file, is_own_url)
             waiting.extend(value.values())
     return content
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says. Raises ValueError or RecursionError where it is none; Refused for one of too many values, before
+    any of them is made."""
+    if next(islice(PIECES.finditer(text), 3 * MAX_VALUES, None), None) is not None:
+        raise _too_many_values()
+    return json.loads(text)
+
+
+def _too_many_values():
+    return Refused(413, f"This call has too many values: {MAX_VALUES:,} are possible.")
 
 
 def _check_text(text):

@@ -4,6 +4,7 @@ gradio's own routes for it would take addresses of images, write what it draws t
 settings and its mark. So the function takes `data:` URLs, and what it returns goes out as it is.
 """
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -15,11 +16,11 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from .access import Message, Receive, Refused, Send
-from .bodies import read_body, read_json_body, replay
+from .bodies import MAX_BODY, Bodies, read_body, read_json_body, replay
 from .errors import FieldError
 
 PATH = "/gradio_api/mcp"  # where gradio has it
-MAX_BODY = 64 * 2**20  # bytes
+READING = 60.0  # seconds that a call may take to come
 INSTALL = "pip install 'kosmos-g-diffusers[app,mcp]'"
 
 # (fields of a request for images, who asks) -> PNGs with their settings
@@ -31,12 +32,14 @@ class Tool:
 
     Args:
         draw: what draws.
+        bodies: what counts the bytes of calls; None takes one of its own.
 
     Raises:
         ImportError: gradio or mcp is not installed.
     """
 
-    def __init__(self, draw: Draw):
+    def __init__(self, draw: Draw, bodies: Bodies | None = None):
+        self._bodies = bodies or Bodies()
         try:
             import gradio
             import mcp  # noqa: F401
@@ -91,16 +94,21 @@ class Tool:
         """Raises Refused for a call that names a path or an address."""
         if not is_tool(scope["path"]):
             raise Refused(404, "There is nothing here.")
-        if scope["method"] == "POST":
-            headers = Headers(scope=scope)
-            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise Refused(415, "A call is application/json.")
-            body = await read_body(receive, MAX_BODY)
-            read_json_body(body)
-            receive = replay(body, receive)
         scope = {**scope, "path": PATH}
-        await self._server.handle_streamable_http(scope, receive, send)
+        if scope["method"] != "POST":
+            return await self._server.handle_streamable_http(scope, receive, send)
+        headers = Headers(scope=scope)
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refused(415, "A call is application/json.")
+        with self._bodies.holding(headers):
+            try:
+                async with asyncio.timeout(READING):
+                    body = await read_body(receive, MAX_BODY)
+            except TimeoutError:
+                raise Refused(408, f"This call did not come within {READING:.0f} seconds.") from None
+            await asyncio.to_thread(read_json_body, body)
+            await self._server.handle_streamable_http(scope, replay(body, receive), send)
 
 
 DESCRIPTION = """Draw images of a prompt of words and images, where <i> stands for an image, and return them as PNGs.

@@ -11,6 +11,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 
 from .access import Message, Receive, Refused
+from .bodies import int_or_zero
 from .errors import FieldError
 from .images import MAX_BYTES, MAX_FILES, check_image_file
 from .store import WORDS_SUFFIX, Store, StoreFull, on_disk
@@ -58,11 +59,6 @@ async def receive_files(scope: Message, receive: Receive, store: Store) -> list[
         raise
     finally:
         files.close()
-
-
-def int_or_zero(text: str | None) -> int:
-    """A number of a header; 0 for none, and for what is not a number."""
-    return int(text) if text and text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
 async def _chunks(receive: Callable[[], Awaitable[Message]]):
