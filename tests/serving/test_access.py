@@ -125,6 +125,23 @@ def test_pages_of_other_sites_are_refused(origin, method, kind):
     assert status(LOCAL, origin=origin, method=method, kind=kind) == 403
 
 
+@pytest.mark.parametrize(
+    ("name", "own", "other"),
+    [
+        ("origin", "http://localhost:7860", "http://evil.example"),
+        ("sec-fetch-site", "same-origin", "cross-site"),
+        ("sec-fetch-site", "same-origin", "Cross-Site"),
+    ],
+)
+def test_own_page_does_not_stand_for_another_in_the_same_request(name, own, other):
+    for values in ([other], [own, other], [other, own]):
+        request = scope()
+        request["headers"] += [(name.encode(), value.encode()) for value in values]
+        with pytest.raises(Refused) as caught:
+            LOCAL.check(request)
+        assert caught.value.status == 403
+
+
 def test_the_page_itself_is_served():
     assert status(LOCAL, origin="http://localhost:7860", method="POST", sec_fetch_site="same-origin") == 200
     assert status(LOCAL, method="POST") == 200  # a program

@@ -24,6 +24,8 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 ANY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104  names of "all addresses of this machine"
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@?#\\\[\]]+)(?::(\d{1,5}))?")
 DEFAULT_PORTS = {"http": "80", "https": "443"}
+OWN_SITES = {"same-origin", "none"}  # of Sec-Fetch-Site: our page, and what a user typed
+OTHER_SITE = "Pages of other sites may not use this server."
 METHODS = ("GET", "HEAD", "POST")
 MOST_OPEN = 512  # requests of one address that are answered at the same time; a page holds two or three
 MOST_POSTS = 64  # of them with a body, which is held in memory
@@ -107,13 +109,11 @@ class Access:
                 421,
                 "This server does not answer to that name. Whoever started it can add it: --allowed-host NAME.",
             )
-        origin = headers.get("origin")
-        if origin is not None and not self._is_own_page(origin, names):
-            raise Refused(403, "Pages of other sites may not use this server.")
-        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and not _opens_the_page(
-            scope, headers
-        ):
-            raise Refused(403, "Pages of other sites may not use this server.")
+        if not all(self._is_own_page(origin, names) for origin in headers.getlist("origin")):
+            raise Refused(403, OTHER_SITE)
+        sites = {site.strip().lower() for site in headers.getlist("sec-fetch-site")}
+        if not sites <= OWN_SITES and not _opens_the_page(scope, headers):
+            raise Refused(403, OTHER_SITE)
 
     def _is_ours(self, text, arrived):
         match = HOST.fullmatch(text)

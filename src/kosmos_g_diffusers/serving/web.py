@@ -36,6 +36,7 @@ class WebServer:
             uvicorn.Config(
                 app,
                 log_level="warning",
+                http="h11",  # which limits the headers of a request; httptools, where it is installed, holds any
                 # whoever may name an address is not limited by it
                 proxy_headers=bool(trusted),
                 forwarded_allow_ips=trusted,
