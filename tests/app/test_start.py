@@ -249,6 +249,17 @@ def test_command_starts_behind_a_proxy_that_does_not_know_this_machine(place, mo
     assert f"Open http://127.0.0.1:{place[2]}/" in capsys.readouterr().out
 
 
+def test_proxy_of_a_kind_that_gradio_does_not_know_is_no_obstacle():
+    run = subprocess.run(
+        [sys.executable, "-m", "kosmos_g_diffusers", "app", "--allowed-host", "not a name"],
+        env={**os.environ, "ALL_PROXY": "socks5://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2 and "'not a name' is not a name" in run.stderr, run.stderr
+
+
 def test_server_that_needs_long_for_its_first_answer_is_waited_for():
     asked = []
 
@@ -308,7 +319,7 @@ def test_password_comes_from_a_file_or_the_environment_and_a_flag_warns(
     )
     assert capsys.readouterr().err == ""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("KOSMOS_G_AUTH", "bob:a:b")
+    monkeypatch.setenv("KOSMOS_G_AUTH", " bob:a:b")  # a name is typed without the space
     assert main(place) == 0
     assert started[-1][5] == {"bob": "a:b"} and "KOSMOS_G_AUTH" not in os.environ
     assert capsys.readouterr().err == ""

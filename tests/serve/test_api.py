@@ -87,6 +87,14 @@ def test_image_is_that_of_generate_with_its_settings_and_mark(app, own, photos, 
     assert read_mark(tmp_path / "image.png").source_type == DRAWN
 
 
+def test_null_is_the_default_as_in_openais_api(app):
+    names = "n size response_format output_format quality background style moderation stream guidance_scale scheduler loras controls"
+    given = {**QUICK, "prompt": "a hat", "images": None, "user": None, "model": None, "negative_prompt": None}
+    answer = app.http.post(GENERATIONS, json={**given, **dict.fromkeys(names.split())})
+    assert images_of(answer) == images_of(app.http.post(GENERATIONS, json={**QUICK, "prompt": "a hat"}))
+    assert error_of(app.http.post(GENERATIONS, json={**given, "colour": None}))["param"] == "colour"
+
+
 def test_images_of_one_request_have_the_seeds_that_follow(app, saved):
     several = images_of(app.http.post(GENERATIONS, json={**QUICK, "prompt": "a hat", "n": 3}))
     assert [saved(content).seed for content in several] == [3, 4, 5]

@@ -17,7 +17,9 @@ def test_tokens_of_a_file_and_of_the_variable(tmp_path, monkeypatch):
     from_file = read_tokens(file)
     assert VARIABLE not in __import__("os").environ  # nothing that is started has it
     monkeypatch.setenv(VARIABLE, f"{FIRST}, {SECOND}")
-    for tokens in (from_file, read_tokens()):
+    from_variable = read_tokens()
+    file.write_bytes(f"\ufeff{FIRST}\r\n{SECOND}\r\n".encode())  # as editors of Windows save it
+    for tokens in (from_file, from_variable, read_tokens(file)):
         names = {tokens.name_of(f"Bearer {token}") for token in (FIRST, SECOND)}
         assert len(names) == 2 and None not in names
         for header in (

@@ -58,6 +58,9 @@ def test_file_has_a_line_for_each_user(tmp_path):
     file = tmp_path / "users"
     file.write_text(f"# people\n\nanna:{BCRYPT}\nbob:{ARGON2}\n")
     assert read_file(file) == {"anna": BCRYPT, "bob": ARGON2}
+    # as editors of Windows save it, and with spaces, which nobody who logs in has around their name
+    file.write_bytes(f"\ufeffanna: {BCRYPT} \r\n\r\n # people\r\n bob :{ARGON2}\r\n".encode())
+    assert read_file(file) == {"anna": BCRYPT, "bob": ARGON2}
     assert Accounts(read_file(file)).check("bob", "secret")
 
 

@@ -16,7 +16,14 @@ from ..generation.settings import IMAGE_MARK
 from ..serving import image_words
 from ..serving.access import address_of
 from ..serving.errors import FieldError, at
-from ..serving.images import MAX_FILES, data_uri, image_file_size, open_shrunk, read_data_url
+from ..serving.images import (
+    MAX_FILES,
+    check_image_file,
+    data_uri,
+    image_file_size,
+    open_shrunk,
+    read_data_url,
+)
 from ..serving.job import finished_images
 from ..serving.limits import MAX_PROMPT
 from ..serving.models import Models
@@ -140,8 +147,9 @@ class Actions:
         def keep(ticket):
             paths = []
             for content in [read_data_url(image, "images") for image in images]:
-                path = self.store.new_upload_path("image")
+                check_image_file(io.BytesIO(content), "images")
                 self.store.make_room(on_disk(len(content)))
+                path = self.store.new_upload_path("image")
                 path.write_bytes(content)
                 paths.append(path)
             width, _, height = given.get("size", "0x0").partition("x")

@@ -300,8 +300,10 @@ def _check_prompts(prompt, negative_prompt, n_images, words):
     if not prompt.strip():
         raise FieldError("prompt", f"Write what to draw, with {IMAGE_MARK} for each image.")
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if len(text) > MAX_PROMPT or "\0" in text:
+        if len(text) > MAX_PROMPT:
             raise FieldError(name, f"This text has {len(text)} characters; at most {MAX_PROMPT} are taken.")
+        if "\0" in text:
+            raise FieldError(name, "This text has a null character in it. Write it without.")
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise FieldError(name, "This text has half of a surrogate pair in it, which is not a character.")
     line, complete = count_line(prompt, n_images)

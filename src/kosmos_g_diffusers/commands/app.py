@@ -86,8 +86,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--queue is {arguments.queue}; expected 1 or more.")
     if arguments.disk_limit is not None and not 0 < arguments.disk_limit < 1e6:
         raise ValueError(f"--disk-limit is {arguments.disk_limit:g}; expected gigabytes, more than 0.")
+    from ..serving.libraries import without_proxies
+
     try:
-        from ..app.page import serve
+        with without_proxies():
+            from ..app.page import serve
     except ImportError as error:
         install = "pip install 'kosmos-g-diffusers[app]'"
         raise ImportError(f"The app needs gradio ({error}). Run: {install}") from error
@@ -155,6 +158,7 @@ def read_auth(text: str | None, name: str = "--auth") -> tuple[str, str] | None:
     if text is None:
         return None
     user, colon, password = text.partition(":")
+    user = user.strip()  # as of those who log in
     if not (user and colon and password):
         raise ValueError(f"{name} is not of the form USER:PASSWORD, such as anna:a-long-password.")
     return user, password

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import PIL.Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..files import hash_bytes
 from ..generation.schedulers import SCHEDULERS
@@ -50,6 +50,15 @@ class File:
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """null means the default, as in OpenAI's API."""
+        if not isinstance(given, dict):
+            return given
+        fields = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in given.items() if value is not None or name not in fields}
 
 
 class Lora(Body):

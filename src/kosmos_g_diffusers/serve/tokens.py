@@ -57,7 +57,7 @@ def read_tokens(file: str | Path | None = None) -> Tokens:
     if file is None:
         return Tokens((variable or "").replace(",", " ").split())
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--token-file {str(file)!r} cannot be read ({error}). Pass a text file.") from error
     found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -70,7 +70,7 @@ class Accounts:
 
 def read_line(line: str, where: str) -> tuple[str, str]:
     """ "user:hash" -> (user, hash). ValueError names a format that is refused; `where` begins it."""
-    user, colon, known = line.strip().partition(":")
+    user, colon, known = map(str.strip, line.partition(":"))
     if not (user and colon and known):
         raise ValueError(
             f"{where} is not of the form USER:HASH. Write one with: kosmos-g app --hash-password"
@@ -94,7 +94,7 @@ def read_file(path: str | Path) -> dict[str, str]:
         ValueError: it cannot be read, has no line, names a user twice, or has a hash of another format.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--auth-file {str(path)!r} cannot be read ({error}). Pass a text file.") from error
     found = {}

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from .access import Message, Receive, Refused, Send
 from .bodies import MAX_BODY, Bodies, read_body, read_json_body, replay
 from .errors import FieldError
+from .libraries import without_proxies
 
 PATH = "/gradio_api/mcp"  # where gradio has it
 READING = 60.0  # seconds that a call may take to come
@@ -41,9 +42,10 @@ class Tool:
     def __init__(self, draw: Draw, bodies: Bodies | None = None):
         self._bodies = bodies or Bodies()
         try:
-            import gradio
-            import mcp  # noqa: F401
-            from gradio.mcp import GradioMCPServer
+            with without_proxies():
+                import gradio
+                import mcp  # noqa: F401
+                from gradio.mcp import GradioMCPServer
         except ImportError as error:
             raise ImportError(f"--mcp needs gradio and mcp ({error}). Run: {INSTALL}") from error
 
