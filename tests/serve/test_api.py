@@ -276,6 +276,7 @@ def test_images_are_no_places(app, place):
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": "many"}, "n", "integer"),
         ({"size": "65x64"}, "size", "multiples of 8"),
+        ({"size": "\uff16\uff14x64"}, "size", "multiples of 8"),
         ({"size": "4096x4096"}, "size", "1024"),
         ({"steps": 10_000}, "steps", "less than or equal to 250"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),

@@ -1,15 +1,22 @@
 """Files of images that are small and want gigabytes or hours: refused by their headers, or read without what wants them."""
 
+import base64
 import io
 import struct
 import tracemalloc
 import zlib
+from urllib.parse import quote
 
 import PIL.Image
 import pytest
 
 from kosmos_g_diffusers.serving.errors import FieldError
-from kosmos_g_diffusers.serving.images import check_image_file, image_file_size, open_image_file
+from kosmos_g_diffusers.serving.images import (
+    check_image_file,
+    image_file_size,
+    open_image_file,
+    read_data_url,
+)
 
 SIDE = 64
 SAME = 1_000_000  # bytes of each tag, which are the same for all
@@ -137,3 +144,25 @@ def test_bmp_in_runs_is_refused_by_its_header():
         check_image_file(io.BytesIO(bmp_in_runs(40_000_000)))
     image = PIL.Image.effect_noise((30, 20), 50)
     assert open_image_file(io.BytesIO(written(image, "BMP")), "images").size == (30, 20)
+
+
+def test_escapes_of_a_data_url_take_little_memory():
+    content = bytes(range(256)) * 800
+    whole = base64.b64encode(content).decode()
+    for text in (
+        whole,
+        quote(whole, safe=""),
+        quote(whole, safe="").replace("%2F", "%2f"),
+        f"{whole[:-1]}%3D",
+    ):
+        assert read_data_url(f"data:image/png;base64,{text}", "images") == content
+    assert read_data_url("data:image/png," + quote(content[:256]), "images") == content[:256]
+    text = "data:image/png," + 2_000_000 * "%41"
+    tracemalloc.start()
+    try:
+        with pytest.raises(FieldError, match="more than 100,000 escapes. Send base64"):
+            read_data_url(text, "images")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(text)  # its copies

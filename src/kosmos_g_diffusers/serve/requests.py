@@ -22,7 +22,7 @@ from ..serving.job import MAX_SIDE
 from ..serving.limits import LIMITS, MAX_PROMPT
 from ..serving.models import NO_LORA, Models
 
-SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 STEPS, GUIDANCE = 30, 7.5
 SMALL_STEPS, SMALL_GUIDANCE, SMALL_SCHEDULER = 12, 5.0, "dpm"  # what the small model's scores were drawn with
 ANY_MODEL = "kosmos-g"  # the model that is served, whatever its name

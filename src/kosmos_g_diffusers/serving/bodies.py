@@ -21,6 +21,7 @@ LARGE = 2**20  # bytes; one larger body is parsed at a time, which takes several
 MAX_BODY = 64 * 2**20  # bytes of a request that holds images
 MAX_BODIES = 256 * 2**20  # of all such requests together
 NOT_HERE = "A file was named that was not uploaded here: handle_file uploads it."
+NOT_OPENED = "Paths are not opened here. Send the image itself: as an upload, or as a data: URL."
 NOT_FETCHED = "Addresses are not opened here. Send the image itself: as an upload, or as a data: URL."
 
 
@@ -84,13 +85,13 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 def read_json_body(
     body: bytes,
-    is_own_file: Callable[[str], bool] = lambda path: False,
+    is_own_file: Callable[[str], bool] | None = None,
     is_own_url: Callable[[str], bool] = lambda url: False,
 ) -> dict[str, Any]:
     """A JSON object whose texts are text, and in which no file and no address is named.
 
     Args:
-        is_own_file: whether a `path` is of a file that was uploaded.
+        is_own_file: whether a `path` is of a file that was uploaded; None where files have none.
         is_own_url: whether a `url` is of one.
 
     Raises:
@@ -143,8 +144,11 @@ def _check_text(text):
 
 
 def _check_places(value, is_own_file, is_own_url):
-    if "path" in value and not (isinstance(value["path"], str) and is_own_file(value["path"])):
-        raise Refused(400, NOT_HERE)
+    if "path" in value:
+        if is_own_file is None:
+            raise Refused(400, NOT_OPENED)
+        if not (isinstance(value["path"], str) and is_own_file(value["path"])):
+            raise Refused(400, NOT_HERE)
     url, image = value.get("url"), value.get("image_url")
     if isinstance(image, dict):
         image = image.get("url", image)

@@ -31,6 +31,8 @@ MAX_PIXELS = 40_000_000  # of an image with 8 bits a channel, before it is decod
 MAX_WIDE_PIXELS = 10_000_000  # with 16 or 32 bits: Pillow takes four times the memory for them
 MAX_WEBP_PIXELS = 20_000_000  # whose decoder holds two more of it
 MAX_FILES = 10  # at once: images of a prompt, or of an image word
+MOST_ESCAPED = 100_000  # bytes of a data: URL that are written as %41: each becomes a piece of its own, and a list of them
+ESCAPED = [(escaped, sign) for sign in "+/=" for escaped in (f"%{ord(sign):X}", f"%{ord(sign):x}")]
 SMALL_PIXELS = 4_000_000  # images that may be decoded beside another
 MOST_HEADER_READS = (
     5000  # pieces in which a header is read: Pillow adds each comment of a GIF to all before it
@@ -47,9 +49,14 @@ def read_data_url(text: object, field: str) -> bytes:
     head, comma, body = text[5:].partition(",")
     if len(body) > MAX_BYTES * 4 // 3 + 4:
         raise FieldError(field, f"An image has more than {MAX_BYTES // 2**20} MB.")
+    is_base64 = head.lower().endswith(";base64")
+    for escaped, sign in ESCAPED if is_base64 else ():
+        body = body.replace(escaped, sign)
+    if body.count("%") > MOST_ESCAPED:
+        raise FieldError(field, f"This data: URL has more than {MOST_ESCAPED:,} escapes. Send base64.")
     try:
         content = unquote_to_bytes(body)
-        if head.lower().endswith(";base64"):
+        if is_base64:
             content = base64.b64decode(content, validate=True)
         if not comma or not content:
             raise ValueError
