@@ -126,12 +126,15 @@ def test_images_are_those_that_the_library_makes_from_their_settings(client):
         assert pixels(path) == image.tobytes()
 
 
-def test_maps_lie_next_to_the_image_when_they_are_asked_for(app, client):
+def test_maps_lie_next_to_the_image_when_they_are_asked_for(app, client, monkeypatch):
+    counted = []
+    monkeypatch.setattr(app.service.store, "count_image", lambda path, _: counted.append(path.name))
     fields = {"binding": 1, "regions": "0,0,0.5,1 none", "maps": True}
     (path,), (settings,), _ = generate(client, "<i> and <i>", [CAT, COFFEE], **fields)
     assert (settings["binding"], settings["regions"]) == (1.0, ["0.0,0.0,0.5,1.0", "none"])
     kept = app.folder / "images" / Path(path).name
     assert PIL.Image.open(kept.with_stem(f"{kept.stem}_maps")).size == (5 * 192, 192 + 18)
+    assert counted == [kept.name, f"{kept.stem}_maps.png"]  # on the disk
     plain = app.folder / "images" / Path(generate(client, "<i> and <i>", [CAT, COFFEE])[0][0]).name
     assert not plain.with_stem(f"{plain.stem}_maps").exists() and pixels(plain) != pixels(kept)
     assert "regions" in fails(client, prompt="a hat", regions="left")

@@ -97,13 +97,14 @@ class Drawing:
                 drawn = drawing().draw_images(pipe, settings, arguments, follow, take_maps=take_maps)
                 for image, image_settings in drawn:
                     path = self.store.new_image_path()
-                    self.store.hold(self, [path])
-                    write_png(image, path, image_settings, marker=self.marker)
+                    drawn_here = [(path, image)]
                     for of_image in found:
-                        overlay = drawing().draw_overlay(image, *of_image)
-                        write_png(overlay, maps_path(path), image_settings, marker=self.marker)
+                        drawn_here.append((maps_path(path), drawing().draw_overlay(image, *of_image)))
                     found.clear()
-                    self.store.count_image(path, image_settings)
+                    self.store.hold(self, [place for place, _ in drawn_here])
+                    for place, content in drawn_here:
+                        write_png(content, place, image_settings, marker=self.marker)
+                        self.store.count_image(place, image_settings)
                     paths.append(path)
                     follow.image_is_done()
         finally:
