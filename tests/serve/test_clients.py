@@ -133,7 +133,7 @@ def tool(request, tmp_path_factory):
 def test_tool_draws_with_settings_and_mark(tool, photos, tmp_path):
     async def conversation(session):
         listed = await session.list_tools()
-        arguments = {"prompt": "a <i>", "images": [data_url(photos[0])], "seed": 4, "n": 2}
+        arguments = {"prompt": "a <i>", "images": [data_url(photos[0])], "seed": 4, "n": 2.0}
         return listed, await session.call_tool("draw_image", arguments)
 
     listed, result = talk(tool[0], conversation, tool[1])
@@ -153,6 +153,7 @@ def test_tool_tells_mistakes_and_opens_nothing(tool):
     async def conversation(session):
         asked = [{"prompt": "a <i>", "images": [place]} for place in PLACES]
         asked += [{"prompt": "a <i>"}, {"prompt": ""}, {"prompt": "a hat", "width": 63, "height": 64}]
+        asked += [{"prompt": "a hat", "width": 1e9, "height": 64.0}, {"prompt": "a hat", "seed": 1e300}]
         return [await session.call_tool("draw_image", arguments) for arguments in asked]
 
     results = talk(tool[0], conversation, tool[1])
@@ -160,6 +161,7 @@ def test_tool_tells_mistakes_and_opens_nothing(tool):
     assert all(result.isError for result in results)
     assert all("Addresses are not opened here" in text for text in texts[: len(PLACES)])
     assert not any("Traceback" in text or "\n" in text.strip() for text in texts)
+    assert not any("went wrong" in text for text in texts)
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,19 @@ BOARD = """<div class="kg-board"><canvas role="img" aria-label="{}: a board to p
 <label>Brush <input type="range" min="1" max="40" value="8"></label><button type="button">Clear</button></div>"""
 
 
-class OwnFiles:
+class Derived:
+    """Mixed into a component of gradio, whose frontend knows its own alone: this is the one that the class derives from."""
+
+    def get_block_name(self) -> str:
+        own = next(base for base in type(self).__mro__ if base.__module__.startswith("gradio."))
+        return own.__name__.lower()
+
+
+class OwnFiles(Derived):
     """Mixed into a component: its files are named from the output folder, where the server runs, and stay where they are.
 
     gradio itself would copy what it is given, and begin an empty file for every file of every call.
     """
-
-    def get_block_name(self) -> str:
-        """gradio's frontend knows its own components alone: this is the one that the class derives from."""
-        own = next(base for base in type(self).__mro__ if base.__module__.startswith("gradio."))
-        return own.__name__.lower()
 
     async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
         return self.move_resource_to_block_cache(url_or_file_path)
@@ -40,6 +43,16 @@ class OwnFiles:
         if getattr(self, "file_count", "single") == "multiple":
             return files
         return files[0] if files else None
+
+
+class Text(Derived, gr.Textbox):
+    """gradio would draw chat content, or whatever else is sent, as what Python prints of it."""
+
+    def preprocess(self, payload: Any) -> str | None:
+        if payload is not None and not isinstance(payload, str):
+            message = f"{self.elem_id}: This is no text. Images come as uploads, one for each <i>."
+            raise gr.Error(message, visible=False, print_exception=False)
+        return payload
 
 
 class Files(OwnFiles, gr.File):

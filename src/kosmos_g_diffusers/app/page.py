@@ -28,7 +28,7 @@ from ..sprites.pretrained import SPRITES_CONTROL
 from . import html as render
 from .actions import Actions
 from .blocks import Blocks
-from .components import Files, Gallery, Image, Upload, board, example_buttons, read_static, strip
+from .components import Files, Gallery, Image, Text, Upload, board, example_buttons, read_static, strip
 from .examples import photo_examples, placeholder, result_uri, sprite_examples
 from .form import (
     CONTROL_FIELDS,
@@ -173,7 +173,7 @@ class Page:
         models = self.service.models
         is_small = models.is_small(models.default)
         text = {"max_length": MAX_PROMPT, "placeholder": placeholder(is_small), "lines": 2}
-        self.prompt = self._add("prompt", gr.Textbox("", label="Prompt", elem_id="prompt", **text))
+        self.prompt = self._add("prompt", Text("", label="Prompt", elem_id="prompt", **text))
         self.prompt_line = gr.HTML(elem_id="prompt-line")
         label = "Images, in the order of <i>"
         several = {"file_count": "multiple", "file_types": ["image"], "height": 130}
@@ -220,7 +220,10 @@ class Page:
             with gr.Row(elem_id="presets"):
                 small = {"size": "sm", "min_width": 90}
                 self.presets = [gr.Button(name, elem_id=f"preset-{name}", **small) for name in PRESETS]
-            self._add("negative_prompt", gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT))
+            self._add(
+                "negative_prompt",
+                Text("", label="Negative prompt", max_length=MAX_PROMPT, elem_id="negative_prompt"),
+            )
             row(
                 ("num_images", gr.Number, start["num_images"], {"label": "Images (batch count)"}),
                 ("steps", gr.Number, start["steps"], {"label": "Steps"}),
@@ -269,7 +272,7 @@ class Page:
                     ("binding", gr.Slider, start["binding"], {**weight, "step": 0.25}),
                 )
                 label = "Regions: left,top,right,bottom in shares for each image, or none"
-                field = gr.Textbox("", label=label, placeholder="0,0,0.5,1 0.5,0,1,1", elem_id="regions")
+                field = Text("", label=label, placeholder="0,0,0.5,1 0.5,0,1,1", elem_id="regions")
                 self._add("regions", field)
 
     def _build_controls(self):

@@ -67,6 +67,8 @@ class Tool:
             seed: int = -1,
             n: int = 1,
         ) -> str:
+            # 64.0 is an integer in JSON
+            n, width, height, seed = map(int, (n, width, height, seed))
             given = {"prompt": prompt, "images": images or [], "negative_prompt": negative_prompt, "n": n}
             if width or height:
                 given["size"] = f"{width}x{height}"
