@@ -150,8 +150,11 @@ def test_what_differs_is_drawn_apart(models, offer, photos):
     assert batches.kind_of(SimpleNamespace(**{**vars(first), "settings": lora})) != batches.kind_of(first)
 
 
-def test_many_images_are_drawn_in_parts(models, offer):
-    request = asked(models, offer, Generation(prompt="a hat", seed=0, steps=2, n=5))
+@pytest.mark.parametrize(
+    ("size", "most", "together"), [("auto", 2, 2), ("48x64", 2, 2), ("128x64", 4, 2), ("128x128", 3, 1)]
+)
+def test_many_images_are_drawn_in_parts_of_as_many_pixels(models, offer, size, most, together):
+    request = asked(models, offer, Generation(prompt="a hat", seed=0, steps=2, n=5, size=size))
     calls = []
     with torch.no_grad():
         unet = models.pipe.unet
@@ -161,10 +164,10 @@ def test_many_images_are_drawn_in_parts(models, offer):
             forward(sample, *args, **kwargs),
         )[1]
         try:
-            (found,) = latents(models, [request], most=2)
+            (found,) = latents(models, [request], most=most)
         finally:
             del unet.forward
-    assert found.shape[0] == 5 and max(calls) == 4  # two images, with guidance
+    assert found.shape[0] == 5 and max(calls) == 2 * together  # with guidance
 
 
 def test_prompt_that_cannot_be_read_fails_alone(models, offer):

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allowed-host", action="append", default=[], metavar="NAME", help=names)
     tokens = "take requests with a token of this file alone, which has one a line (or KOSMOS_G_TOKENS)"
     add("--token-file", metavar="FILE", help=tokens)
-    add("--batch", type=int, default=8, metavar="N", help="images that are drawn together (default: 8)")
+    together = "images of the model's own size that are drawn together, of larger ones fewer (default: 8)"
+    add("--batch", type=int, default=8, metavar="N", help=together)
     add("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
     limit = "that a request may take, waiting included (default: 600)"
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help=limit)

@@ -4,6 +4,7 @@ An image of a batch has a generator of its own, so that it is the one that is dr
 """
 
 import io
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -54,7 +55,10 @@ def prepare(models: Models, request: Request) -> None:
         opened = _open_files(request, min(own_size(pipe)))
         request.arguments = size_arguments(pipe, settings, *opened)
     request.control_files = request.changed_files = []
-    check_side("size", request.arguments["height"], request.arguments["width"])
+    sides = request.arguments["height"], request.arguments["width"]
+    check_side("size", *sides)
+    # memory grows with the pixels of all images of a batch
+    request.image_places = math.ceil(math.prod(sides) / math.prod(own_size(pipe)))
 
 
 def _open_files(request, short_side):
@@ -110,8 +114,8 @@ def kind_of(request: Request) -> Hashable:
 
 
 def size_of(request: Request) -> int:
-    """Places that a request takes in a batch."""
-    return request.settings.num_images if request.is_drawn else 1
+    """Places that a request takes in a batch: an image of the model's own size takes one, larger ones more."""
+    return request.settings.num_images * request.image_places if request.is_drawn else 1
 
 
 def draw_all(models: Models, requests: Sequence[Request], most: int) -> list[Any]:
@@ -195,7 +199,7 @@ def draw(
     """Draw encoded requests of one kind; yields each with its images and their settings, or with what went wrong with it.
 
     Args:
-        most: images that are drawn together.
+        most: places of a batch, see `size_of`.
         check: is called at each step, and raises to end all of it.
         output_type: "latent" yields latents (n, C, h, w) in the place of images.
     """
@@ -204,6 +208,7 @@ def draw(
     pipe.set_progress_bar_config(disable=True)
     rows = [(request, index) for request in requests for index in range(request.settings.num_images)]
     done: dict[int, list[Any]] = {id(request): [] for request in requests}
+    most = max(1, most // requests[0].image_places)
     try:
         for start in range(0, len(rows), most):
             together = rows[start : start + most]

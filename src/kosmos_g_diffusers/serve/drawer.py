@@ -29,7 +29,7 @@ class Drawer:
 
     Args:
         models: Models, of which the first is served.
-        batch: images that are drawn together, at most.
+        batch: images of the model's own size that are drawn together, at most; of larger ones fewer.
         capacity: requests that may wait.
         told: is called with the number of images of each batch.
     """
@@ -143,7 +143,7 @@ class Drawer:
             if all(jobs[job].is_cancelled() for job in left):
                 raise Cancelled
 
-        self.told(sum(map(_size_of, left)))
+        self.told(sum(job.settings.num_images for job in left))
         try:
             for job, result in draw(self.models, left, self.worker.most, check):
                 if isinstance(result, Exception):

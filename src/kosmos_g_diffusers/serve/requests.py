@@ -196,6 +196,7 @@ class Request:
     control_files: list[bytes] = field(default_factory=list)
     changed_files: list[bytes] = field(default_factory=list)  # the image to change, and its mask
     is_drawn: bool = True
+    image_places: int = 1  # of each of its images in a batch
     arguments: dict[str, Any] = field(
         default_factory=dict
     )  # what the pipeline is called with, but for the prompt
