@@ -50,7 +50,7 @@ class Text(Derived, gr.Textbox):
 
     def preprocess(self, payload: Any) -> str | None:
         if payload is not None and not isinstance(payload, str):
-            message = f"{self.elem_id}: This is no text. Images come as uploads, one for each <i>."
+            message = f"{self.elem_id}: This is not a text. Images come as uploads, one for each <i>."
             raise gr.Error(message, visible=False, print_exception=False)
         return payload
 
