@@ -14,7 +14,7 @@ from kosmos_g_diffusers import cli
 from kosmos_g_diffusers.data import ShardSource, build_source
 from kosmos_g_diffusers.data.making import ImportSettings, import_data, importing
 from kosmos_g_diffusers.data.making.archives import unpack
-from kosmos_g_diffusers.data.public_sets import find_public_set, read_public_sets
+from kosmos_g_diffusers.data.public_sets import LAYOUTS, find_public_set, format_table, read_public_sets
 from kosmos_g_diffusers.data.shard_writer import write_shard
 
 datasets = pytest.importorskip("datasets")
@@ -198,13 +198,30 @@ def test_the_table_has_what_a_person_has_to_know():
     rows = read_public_sets()
     assert len(rows) >= 12 and len({row.name for row in rows}) == len(rows)
     for row in rows:
-        assert row.licence and row.size and row.good_for and row.layout in ("card", "code")
+        assert row.licence and row.size and row.good_for and row.layout in LAYOUTS
         assert row.kind in ("caption", "edit", "composition", "prompt", "document")
         query = row.line.partition("?")[2]
         named = [part.split("=", 1) for part in query.split("&") if "=" in part]
         for use, name in named:
             if use in ("edit", "source", "prompt", "texts", "input") and row.line.startswith("datasets"):
                 assert name.split(".")[0] in columns_of(row), (row.name, use)
+
+
+def test_the_table_says_where_columns_are_not_known_from_a_sets_own_page():
+    blocks = dict(zip([row.name for row in read_public_sets()], _blocks(format_table()), strict=True))
+    assert "no row of it was seen" in blocks["x2i-web"]
+    assert "as other loaders of it use them" in blocks["ultraedit"]
+    assert "columns:" not in blocks["hq-edit"] + blocks["instructpix2pix"]
+
+
+def _blocks(text):
+    """Of each row its lines."""
+    blocks = []
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            blocks.append("")
+        blocks[-1] += line
+    return blocks
 
 
 def test_the_table_is_shown_and_unknown_names_are_named(tmp_path, capsys):

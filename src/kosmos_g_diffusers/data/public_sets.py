@@ -7,6 +7,12 @@ from functools import cache
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("public_sets.json")
+# where columns are known from, and what the table says of it
+LAYOUTS = {
+    "card": "",  # its own page
+    "code": "columns: as other loaders of it use them",
+    "form": "columns: by the form that its authors describe; no row of it was seen",
+}
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class PublicSet:
         kind: caption, edit, composition, prompt or document.
         line: the line that reads it; {folder} is the folder that it was fetched to.
         columns: those that it has, as far as they matter here.
-        layout: where its columns are known from: "card" (its own), "code" (of others that read it) or "paper".
+        layout: where its columns are known from, see `LAYOUTS`.
         files: patterns of what has to be fetched of a Hub repository, where `datasets` does not do that.
         archives: patterns of what has to be unpacked, in the folder.
         score: columns for --min-score, with commas between them.
@@ -71,5 +77,5 @@ def format_table() -> str:
     for row in rows:
         head = "  ".join(getattr(row, name).ljust(size) for name, size in widths.items())
         lines += [f"{head}  {row.licence}", f"    {row.good_for}", f"    {row.id}", f"    {row.line}"]
-        lines += [f"    {row.remark}"] * bool(row.remark)
+        lines += [f"    {note}" for note in (LAYOUTS[row.layout], row.remark) if note]
     return "\n".join(lines)
