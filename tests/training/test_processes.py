@@ -81,8 +81,8 @@ def test_signal_to_one_process_ends_both_with_one_checkpoint(tmp_path, capfd):
     assert capfd.readouterr().err.count("Stopped by SIGTERM") == 1
 
 
-def train_toy_on_stuck_data(config, folder):
-    """The second process waits for data that never comes, the first for the second; both are told to stop."""
+def train_toy_on_stuck_data(config, folder, told):
+    """The second process waits for data that never comes, the first for the second; those in `told` are told to stop."""
     state = PartialState(cpu=True)
     source = StuckSource(12, folder) if state.process_index == 1 else ToySource()
 
@@ -91,14 +91,21 @@ def train_toy_on_stuck_data(config, folder):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=signal_when_stuck, daemon=True).start()
+    if state.process_index in told:
+        threading.Thread(target=signal_when_stuck, daemon=True).start()
     batches = dataset(config, state.process_index, 2, source=source)
     train(config, ToyStage(dropout=0), batches, progress_bar=False)
 
 
-def test_signal_to_all_processes_is_obeyed_while_one_waits_for_data(tmp_path, capfd):
+@pytest.mark.parametrize(
+    "told", [(0,), (1,)], ids=["the one that waits for the other", "the one without data"]
+)
+def test_signal_to_one_process_is_obeyed_while_one_waits_for_data(tmp_path, capfd, told):
     config = settings(tmp_path / "run", steps=8, save_every=1000, workers=1)
-    codes = run_processes(train_toy_on_stuck_data, config, tmp_path, timeout=120)
+    (tmp_path / "run").mkdir()
+    config.save(tmp_path / "run" / "config.json")
+    (tmp_path / "run" / ".stop").write_text("15")  # of an earlier part of the run
+    codes = run_processes(train_toy_on_stuck_data, config, tmp_path, told, timeout=120)
     assert codes == [128 + signal.SIGTERM] * 2
     (checkpoint,) = checkpoints.list_checkpoints(config.output)
     assert checkpoints.read_progress(checkpoint)["step"] == 3

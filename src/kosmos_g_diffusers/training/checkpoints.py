@@ -30,6 +30,7 @@ from ..files import describe_write_error, follow_umask, read_json, remove_partia
 from .config import TrainConfig
 from .lock import NAME as LOCK
 from .lock import RunLock, hold_run
+from .stopping import STOP_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -103,6 +104,7 @@ def begin_run(config: "TrainConfig", state: "Accelerator | PartialState") -> Run
         for path in run.glob(HIDDEN):
             shutil.rmtree(path)
         remove_partial_files(run)
+        (run / STOP_FILE).unlink(missing_ok=True)  # of an earlier part of the run
         config.save(run / SETTINGS)
     state.wait_for_everyone()
     return lock

@@ -32,6 +32,7 @@ from .lock import hold_run
 from .log import Log, check_tracker
 from .optimizers import build_optimizer
 from .stages import AlignStage
+from .stopping import StoppedWaiting, StopSignal
 
 SHARED_MEMORY = "/dev/shm"
 MOST_PASSED_OVER = 50  # steps in a row: by then float16's scale is 2**-50 of what it was
@@ -136,10 +137,14 @@ def _train(config, stage, dataset, accelerator, save_model, draw_samples, progre
     )
     device, hide = accelerator.device, not (progress_bar and accelerator.is_main_process)
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=hide, dynamic_ncols=True)
-    with bar, closing(_read(loader)) as batches, _StopSignal() as stop:
+    with (
+        bar,
+        closing(_read(loader)) as batches,
+        StopSignal(run if accelerator.num_processes > 1 else None) as stop,
+    ):
         in_a_row = 0  # steps that were passed over
         while step < config.steps:
-            with suppress(_StoppedWaiting), stop.waiting(config.workers > 0):
+            with suppress(StoppedWaiting), stop.waiting(config.workers > 0):
                 fetched = [next(batches) for _ in range(config.accumulation)]
             _check_owner(lock, run)
             # all have their data or were told to stop: nobody waits for the gradients of one who has left
@@ -258,61 +263,6 @@ def agree_on_batches(
             for name in ("attention_mask", "image_token_mask"):
                 if name in batch:
                     batch[name] = F.pad(batch[name], columns, value=False)
-
-
-class _StoppedWaiting(BaseException):
-    """A signal came while the run waited for data; no `except Exception` on the way may take it."""
-
-
-class _StopSignal:
-    """SIGTERM and Ctrl-C, remembered until the step is done; a second Ctrl-C stops at once.
-
-    `signal` is the number of what came, 0 if nothing did.
-    """
-
-    def __enter__(self):
-        self.signal, self.before, self.waits = 0, {}, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self.before[number] = signal.signal(number, self._receive)
-            except ValueError:  # signals reach the main thread of a program only
-                break
-        return self
-
-    def _receive(self, number, frame):
-        self.signal = int(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.waits:
-            self.waits = False
-            raise _StoppedWaiting
-
-    @contextmanager
-    def waiting(self, is_interruptible):
-        """Context of waiting for data, between two steps: a signal ends it, however long it would take."""
-        try:
-            self.waits = is_interruptible
-            if is_interruptible and self.signal:
-                raise _StoppedWaiting
-            yield
-        finally:
-            self.waits = False
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def agreed(self, accelerator):
-        """Whether any process was told to stop: all save together, and all end as the one that was."""
-        if accelerator.num_processes > 1:
-            numbers = accelerator.gather(torch.tensor([self.signal], device=accelerator.device))
-            self.signal = int(numbers.max())
-        return self.signal > 0
-
-    def take_effect(self):
-        """End the program as the signal would have."""
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + self.signal)
 
 
 @contextmanager
