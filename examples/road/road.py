@@ -3,9 +3,9 @@
     python -m examples.road.road --output runs/road [--share 0.1]
 
 Stage 1 makes a small multimodal language model of the sprites, saved as transformers saves Kosmos-2, whose place it takes; `init`
-joins it with the small Stable Diffusion of examples/sprites; alignment reads captions alone; instruction tuning reads images with
-text files next to them, and shards whose members have names of somebody else's. At the end a table has what each rehearsal said
-next to what happened. A step that is done is skipped, so the same command resumes.
+joins it with the small Stable Diffusion of examples/sprites; alignment reads captions alone; instruction tuning reads what
+`kosmos-g data import` makes of OmniGen's JSON lines and of shards whose members have names of somebody else's. At the end a table
+has what each rehearsal said next to what happened. A step that is done is skipped, so the same command resumes.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.models.kosmos2.processing_kosmos2 import Kosmos2Processor
 
-from kosmos_g_diffusers import KosmosGPipeline, KosmosGTextEncoder, KosmosGTokenizer
+from kosmos_g_diffusers import KosmosGPipeline, KosmosGTextEncoder, KosmosGTokenizer, cli
 from kosmos_g_diffusers.conversion import initialize
 from kosmos_g_diffusers.sprites.source import SpriteSource
 from kosmos_g_diffusers.training import TrainConfig
@@ -52,7 +52,7 @@ SPECIAL = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
 
 
 def write_data(folder):
-    """Folders of images with text files, and shards of edits as others name their members; a dict of --data lines."""
+    """Data as others store it: folders of images with text files, JSON lines, shards. Returns (lines to train on, name -> line to import)."""
     for name, kind in (("seen", "pictures"), ("captioned", "captions")):
         if not (folder / name).is_dir():
             partial = folder / f".{name}"
@@ -65,23 +65,73 @@ def write_data(folder):
                 image.save(partial / f"{number:05d}.png")
                 (partial / f"{number:05d}.txt").write_text(words.strip(), encoding="utf-8")
             partial.rename(folder / name)
-    shard = folder / "edits-000000.tar"
-    if not shard.is_file():
-        source, partial = SpriteSource("edits", SAMPLES), shard.with_suffix(".part")
-        with tarfile.open(partial, "w") as tar:
-            for number in range(SAMPLES):
-                sample = source.read(number, random.Random(number))
-                image = next(part for part in sample.prompt if not isinstance(part, str))
-                words = " ".join(part.strip() for part in sample.prompt if isinstance(part, str))
-                members = {"original_image.png": _png(image), "edited_image.png": _png(sample.target)}
-                for name, content in {**members, "edit_prompt.txt": words.encode()}.items():
-                    member = tarfile.TarInfo(f"{number:05d}.{name}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        partial.rename(shard)
-    edits = f"shards:{shard}?source=original_image.png&image=edited_image.png&edit=edit_prompt.txt"
-    captions = f"folder:{folder / 'captioned'}"
-    return {"pretrain": [f"folder:{folder / 'seen'}"], "align": [captions], "instruct": [captions, edits]}
+    _write_compositions(folder / "compositions")
+    _write_edits(folder / "edits-000000.tar")
+    rows, root = folder / "compositions" / "rows.jsonl", folder / "compositions"
+    theirs = {
+        "compositions": f"datasets:json?data_files={rows}&root={root}&prompt=instruction&images=input_images&image=output_image",
+        "edits": f"shards:{folder / 'edits-000000.tar'}?source=original_image.png&image=edited_image.png&edit=edit_prompt.txt",
+    }
+    return {"pretrain": [f"folder:{folder / 'seen'}"], "align": [f"folder:{folder / 'captioned'}"]}, theirs
+
+
+def _write_compositions(folder):
+    """Prompts with images at their marks, as OmniGen's JSON lines have them."""
+    if folder.is_dir():
+        return
+    partial, source = folder.with_name(f".{folder.name}"), SpriteSource("compositions", SAMPLES)
+    partial.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(SAMPLES):
+        sample, words, images = source.read(number, random.Random(number)), [], []
+        for part in sample.prompt:
+            if not isinstance(part, str):
+                images.append(f"{number:05d}-{len(images)}.png")
+                part.save(partial / images[-1])
+            words.append(part if isinstance(part, str) else f"<img><|image_{len(images)}|></img>")
+        sample.target.save(partial / f"{number:05d}.png")
+        row = {"task_type": "subject", "instruction": " ".join(words), "input_images": images}
+        rows.append(json.dumps(row | {"output_image": f"{number:05d}.png"}))
+    (partial / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    partial.rename(folder)
+
+
+def _write_edits(shard):
+    """Edits in a shard whose members are named as InstructPix2Pix's columns are."""
+    if shard.is_file():
+        return
+    source, partial = SpriteSource("edits", SAMPLES), shard.with_suffix(".part")
+    with tarfile.open(partial, "w") as tar:
+        for number in range(SAMPLES):
+            sample = source.read(number, random.Random(number))
+            image = next(part for part in sample.prompt if not isinstance(part, str))
+            words = " ".join(part.strip() for part in sample.prompt if isinstance(part, str))
+            members = {"original_image.png": _png(image), "edited_image.png": _png(sample.target)}
+            for name, content in {**members, "edit_prompt.txt": words.encode()}.items():
+                member = tarfile.TarInfo(f"{number:05d}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    partial.rename(shard)
+
+
+def import_data(theirs, folder):
+    """The lines of shards that `kosmos-g data import` makes of others' data; it continues what was stopped."""
+    lines = []
+    for name, line in theirs.items():
+        flags = [line, "--output", str(folder / name), "--workers", "0", "--sheet-samples", "9"]
+        if cli.main(["data", "import", *flags]):
+            raise SystemExit(f"{line} cannot be imported.")
+        lines.append(f"shards:{folder / name}")
+    return lines
+
+
+def _run(*command):
+    """Peak memory in bytes of a Python process; SystemExit if it fails."""
+    child = subprocess.Popen([sys.executable, *command])
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"It ended with {os.waitstatus_to_exitcode(status)}; the same command resumes.")
+    return 1024 * usage.ru_maxrss
 
 
 def _png(image):
@@ -147,56 +197,48 @@ def make_step(stage, model, data, output, share):
     """Rehearse and make a stage; returns its last checkpoint and a row of the table."""
     steps = max(20, round(STEPS[stage] * share))
     values = {**COMMON, **LEARNING[stage], "steps": steps, "save_every": max(10, steps // 4)}
+    values["warmup_steps"] = min(values["warmup_steps"], steps // 5)
     values |= {"model": str(model), "data": data, "output": str(output / stage)}
-    config, report = TrainConfig.from_dict(values, stage), output / f"{stage}.json"
+    config, report = TrainConfig.from_dict(values, stage).replace(stage=stage), output / f"{stage}.json"
     if report.is_file():
         return list_checkpoints(output / stage)[-1], json.loads(report.read_text(encoding="utf-8"))
     found = [rehearse(stage, config) for _ in range(REHEARSALS)]
     print(describe(found[0]), flush=True)
     config.save(output / "settings.json")
-    flags = ["--model", str(model), "--data", *data, "--output", str(output / stage)]
-    for name, value in values.items():
-        if name not in ("model", "data", "output"):
-            flags += [f"--{name.replace('_', '-')}", str(value)]
-    child = subprocess.Popen([sys.executable, "-m", "kosmos_g_diffusers", "train", stage, *flags])
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise SystemExit(f"{stage} ended with {os.waitstatus_to_exitcode(status)}; the same command resumes.")
-    lines = (output / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    rates = [json.loads(line)["samples_per_second"] for line in lines[1:]]
+    times = output / f"{stage}-times.jsonl"
+    peak = _run("-m", "examples.road.timed_run", str(output / "settings.json"), str(times))
+    steps = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()]
     row = {
         "stage": stage,
         "rehearsed_seconds": [rehearsal.step_seconds for rehearsal in found],
-        "seconds": values["batch_size"] / statistics.median(rates),
-        "rehearsed_peaks": [rehearsal.figures["peak"] for rehearsal in found],
-        "peak": 1024 * usage.ru_maxrss,
+        "seconds": statistics.median(step["seconds"] for step in steps),
+        "rehearsed_cpu_seconds": [rehearsal.figures["step_cpu_seconds"] for rehearsal in found],
+        "cpu_seconds": statistics.median(step["cpu_seconds"] for step in steps),
+        "rehearsed_peak": [rehearsal.figures["peak"] for rehearsal in found],
+        "peak": peak,
     }
     report.write_text(json.dumps(row), encoding="utf-8")
     return list_checkpoints(output / stage)[-1], row
 
 
 def print_table(rows):
-    heads = [
-        "stage",
-        "s a step, rehearsed",
-        "s a step",
-        "ratio",
-        "GiB at most, rehearsed",
-        "GiB at most",
-        "ratio",
-    ]
+    """Of each stage three kinds of figures: the median of the rehearsals (lowest to highest), what happened, and their ratio."""
+    kinds = {
+        "seconds": ("s a step", 1.0),
+        "cpu_seconds": ("CPU s a step", 1.0),
+        "peak": ("GiB at most", 2**30),
+    }
+    heads = ["stage"]
+    for head, _ in kinds.values():
+        heads += [f"{head}, rehearsed", head, "ratio"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in rows:
         cells = [row["stage"]]
-        for name, unit in (("seconds", 1.0), ("peak", 2**30)):
-            plural = f"rehearsed_{name}{'' if name.endswith('s') else 's'}"
-            found = [value / unit for value in row[plural]]
-            middle, true = statistics.median(found), row[name] / unit
-            cells += [
-                f"{middle:.3g} ({min(found):.3g} to {max(found):.3g})",
-                f"{true:.3g}",
-                f"{middle / true:.2f}",
-            ]
+        for name, (_, unit) in kinds.items():
+            found, true = [value / unit for value in row[f"rehearsed_{name}"]], row[name] / unit
+            middle = statistics.median(found)
+            spread = f"{middle:.3g} ({min(found):.3g} to {max(found):.3g})"
+            cells += [spread, f"{true:.3g}", f"{middle / true:.2f}"]
         print(f"| {' | '.join(cells)} |")
 
 
@@ -207,7 +249,8 @@ def main():
     arguments = parser.parse_args()
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    data, rows = write_data(output / "data"), []
+    data, theirs = write_data(output / "data")
+    data["instruct"], rows = import_data(theirs, output / "imported"), []
     checkpoint, row = make_step(
         "pretrain", build_untrained(output / "untrained"), data["pretrain"], output, arguments.share
     )

@@ -48,6 +48,7 @@ def test_rehearsal_writes_nothing_and_tells_what_the_run_takes(make_config, monk
     # the tests' own process may have given memory back that was its before the trial: then the parts are more than the peak
     assert sum(figures["parts"].values()) == pytest.approx(figures["peak"], rel=0.05)
     json.dumps(figures)  # it comes from another process
+    assert 0 < figures["step_cpu_seconds"]
     expected = 1000 * found.step_seconds + figures["save_seconds"] + 10 * figures["sheet_seconds"]
     assert found.run_seconds == pytest.approx(expected)
 
@@ -200,6 +201,7 @@ def test_trial_that_ends_without_a_word(make_config, monkeypatch, code, memory, 
 def test_trial_in_a_process_of_its_own(make_config):
     found = rehearse("align", make_config("align", workers=1))
     assert found.figures["step_seconds"] > 0 and 2**26 < found.figures["peak"]
+    assert found.figures["step_cpu_seconds"] > 0
 
 
 FIGURES = {

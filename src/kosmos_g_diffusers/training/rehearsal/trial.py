@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +72,24 @@ def run_trial(
         rehearsed = RehearsedDataset(run.dataset, [each["batch"] for each in looked_at], quick.accumulation)
         run.dataset = rehearsed
         starts, stepped = [], []
-        run.stage.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
+        run.stage.register_forward_pre_hook(
+            lambda *_: starts.append((time.perf_counter(), time.process_time()))
+        )
         hook = register_optimizer_step_post_hook(lambda *_: stepped.append(time.perf_counter()))
         draw, run.draw_samples = run.draw_samples, None
         checkpoint = run.train(progress_bar=False)
         end, peak = time.perf_counter(), peak_memory()
         hook.remove()
         begun = starts[:: quick.accumulation]
-        seconds = [one - other for one, other in zip(begun[1:], begun, strict=False)][-timed:]
-        typical = statistics.median(seconds)
+        seconds, cpu_seconds = (
+            [after[clock] - before[clock] for before, after in pairwise(begun)][-timed:] for clock in (0, 1)
+        )
         result = {
             "device": str(run.state.device),
             "processes": run.state.num_processes,
             "steps": steps,
-            "step_seconds": typical,
+            "step_seconds": statistics.median(seconds),
+            "step_cpu_seconds": statistics.median(cpu_seconds),  # of this process, without its workers
             "fastest_step": min(seconds),
             "slowest_step": max(seconds),
             "read_seconds": statistics.median(each["read_seconds"] for each in looked_at) * config.batch_size,
