@@ -8,7 +8,7 @@ plain loop makes a step of its own, so that all three are timed in turns. What t
 """
 
 import argparse
-import copy
+import gc
 import statistics
 import tempfile
 from collections import Counter
@@ -40,9 +40,18 @@ FEW_VAE = VAE | FEW | {
 }  # fmt: skip
 LENGTH, IMAGE_SIDE, LATENT_SIDE = 96, 224, 32
 TINY = {"vocab_size": 300, "embed_dim": 64, "ffn_dim": 128, "attention_heads": 4}
-PRODUCTS = {"aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.convolution", "aten.convolution_backward"}
+TINY_WIDTH = 32  # of conditions
+TINY_UNET = {"block_out_channels": (32, 64), "cross_attention_dim": TINY_WIDTH, "attention_head_dim": 2}
+PRODUCTS = {
+    "aten.mm",
+    "aten.addmm",
+    "aten.bmm",
+    "aten.baddbmm",
+    "aten.convolution",
+    "aten.convolution_backward",
+}
 ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu"
-WARM_UP = 2
+WARM_UP = 1
 
 
 def build_encoder(tiny):
@@ -51,7 +60,8 @@ def build_encoder(tiny):
     if tiny:
         text |= TINY
         vision |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-        sizes |= {"image_token_id": 297, "end_of_image_token_id": 298}
+        sizes |= {"image_token_id": 297, "end_of_image_token_id": 298, "aligner_max_positions": 256}
+        sizes |= {"aligner_hidden_size": TINY_WIDTH, "aligner_ffn_dim": 64, "aligner_attention_heads": 2}
     config = KosmosGTextEncoderConfig(text_config=text, vision_config=vision, **sizes)
     return build_at_random(lambda: KosmosGTextEncoder(config), torch.float32)
 
@@ -71,15 +81,18 @@ def build(stage, samples, tiny):
     if stage == "align":
         for name in ("image_token_mask", "pixel_values"):  # captions alone, as in the paper
             del batch[name]
-        clip = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=LAYERS,
-                             num_attention_heads=12))  # fmt: skip
+        width, heads = (TINY_WIDTH, 2) if tiny else (768, 12)
+        clip = CLIPTextModel(CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=LAYERS,
+                             num_attention_heads=heads))  # fmt: skip
         batch["clip_input_ids"] = torch.randint(0, 49000, (samples, 77))
         return AlignStage(encoder, build_fresh(AlignerNetN, config, 1), clip), batch
-    unet = build_at_random(lambda: UNet2DConditionModel(**FEW_UNET), torch.float32)
+    unet_config = FEW_UNET | (TINY_UNET if tiny else {})
+    unet = build_at_random(lambda: UNet2DConditionModel(**unet_config), torch.float32)
     vae = build_at_random(lambda: AutoencoderKL(**FEW_VAE), torch.float32)
-    shape = (samples, 4, LATENT_SIDE, LATENT_SIDE)
+    side = 8 if tiny else LATENT_SIDE
+    shape = (samples, 4, side, side)
     batch |= {
-        "latent_parameters": torch.randn(samples, 8, LATENT_SIDE, LATENT_SIDE),
+        "latent_parameters": torch.randn(samples, 8, side, side),
         "latent_noise": torch.randn(shape), "noise": torch.randn(shape),
         "timesteps": torch.randint(1000, (samples,)), "drop_condition": torch.zeros(samples, dtype=torch.bool),
     }  # fmt: skip
@@ -147,7 +160,7 @@ def make_replay(products):
 
 
 class PlainLoop:
-    """The loop that one writes first, one step a call."""
+    """The loop that one writes first, one step a call, with the weights of the stage and moments of its own."""
 
     def __init__(self, stage, batch):
         self.stage, self.batch = stage, batch
@@ -156,8 +169,9 @@ class PlainLoop:
 
     def __call__(self):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = sum(self.stage(self.batch).values())
-        loss.backward()
+            # not as accelerate changes it, and without its hooks
+            losses = type(self.stage).forward(self.stage, self.batch)
+        sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -175,31 +189,36 @@ class Repeated(torch.utils.data.Dataset):
 
 def measure(stage, batch, rounds):
     """Seconds of steps of the package's loop, of their products, and of a plain loop, in turns; and what the rest is."""
-    plain_stage = copy.deepcopy(stage).move_frozen(dtype=torch.bfloat16).train()
-    plain = PlainLoop(plain_stage, batch)
+    plain = PlainLoop(stage.move_frozen(dtype=torch.bfloat16).train(), batch)
     plain()
     with Recorder() as recorder:
         plain()
     replay = make_replay(recorder.products)
     replay()
     seconds, started = {"package's loop": [], "products": [], "plain loop": []}, []
+    profiler = profile(activities=[ProfilerActivity.CPU])
 
     def between_steps(*_):
+        done = len(seconds["products"])
+        if done == WARM_UP + rounds:
+            profiler.stop()
+            return
         if started:
             seconds["package's loop"].append(now() - started.pop())
             for name, function in (("products", replay), ("plain loop", plain)):
+                gc.collect()
                 start = now()
                 function()
                 seconds[name].append(now() - start)
+            if done + 1 == WARM_UP + rounds:
+                profiler.start()  # of the last step, which is not timed
         started.append(now())
 
-    stage.register_forward_pre_hook(between_steps, prepend=True)
+    stage.register_forward_pre_hook(between_steps)
     with tempfile.TemporaryDirectory() as run:
-        config = TrainConfig(output=run, steps=WARM_UP + rounds + 1, batch_size=len(batch["input_ids"]), lr=0.0, workers=0,
+        config = TrainConfig(output=run, steps=WARM_UP + rounds + 2, batch_size=len(batch["input_ids"]), lr=0.0, workers=0,
                              mixed_precision="bf16", max_grad_norm=1.0, save_every=10**6)  # fmt: skip
         train(config, stage, Repeated(batch), save_model=lambda *_: None, progress_bar=False)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        plain()
     return {name: values[WARM_UP:] for name, values in seconds.items()}, rest_of(profiler)
 
 
@@ -215,7 +234,9 @@ def rest_of(profiler):
 
 def main():
     parser = argparse.ArgumentParser(description="Training steps over their matrix products.")
-    parser.add_argument("--stages", nargs="+", choices=("pretrain", "align", "instruct"), default=["align", "instruct"])
+    parser.add_argument(
+        "--stages", nargs="+", choices=("pretrain", "align", "instruct"), default=["align", "instruct"]
+    )
     parser.add_argument("--rounds", type=int, default=5, help="steps that are timed (default: 5)")
     parser.add_argument("--samples", type=int, default=8, help="of a batch (default: 8)")
     arguments = parse(parser)
@@ -225,13 +246,22 @@ def main():
     for name in arguments.stages:
         torch.manual_seed(0)
         seconds, rest = measure(*build(name, samples, arguments.tiny), rounds)
-        over = {other: ratio(seconds["package's loop"], seconds[other]) for other in ("products", "plain loop")}
+        over = {
+            other: ratio(seconds["package's loop"], seconds[other]) for other in ("products", "plain loop")
+        }
         figures[name] = {"seconds": seconds, "over": over, "rest": rest}
         texts = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in over.values()]
         rows.append([name, *(significant(statistics.median(one)) for one in seconds.values()), *texts])
         print(f"{name}: " + ", ".join(f"{kind} {share:.1%}" for share, kind in rest))
-    columns = ["stage", *(f"{name}, s" for name in seconds), "step over its products", "step over the plain loop's"]
-    report(f"A step of {samples} samples, bf16 autocast, {LAYERS} layers", columns, rows, figures, arguments.json)
+    columns = [
+        "stage",
+        *(f"{name}, s" for name in seconds),
+        "step over its products",
+        "step over the plain loop's",
+    ]
+    report(
+        f"A step of {samples} samples, bf16 autocast, {LAYERS} layers", columns, rows, figures, arguments.json
+    )
 
 
 if __name__ == "__main__":
