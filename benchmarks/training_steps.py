@@ -3,8 +3,8 @@
     python benchmarks/training_steps.py --threads 1
 
 Trains each stage on random batches with the package's loop. Between two of its steps the products of one step (matrix products,
-convolutions and the products of attention, forward and backward) are computed again on random numbers of the same shapes, and a
-plain loop makes a step of its own, so that all three are timed in turns. What the rest of a step is, is listed by operation.
+convolutions and the products of attention, forward and backward) are computed again on random numbers of the same shapes, so that both
+are timed in turns; then the same with a plain loop. What the rest of a step is, is listed by operation.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def make_replay(products):
 
 
 class PlainLoop:
-    """The loop that one writes first, one step a call, with the weights of the stage and moments of its own."""
+    """The loop that one writes first, one step a call."""
 
     def __init__(self, stage, batch):
         self.stage, self.batch = stage, batch
@@ -168,13 +168,17 @@ class PlainLoop:
         self.optimizer = torch.optim.AdamW(self.weights, lr=0.0)
 
     def __call__(self):
-        with torch.autocast("cpu", torch.bfloat16):
-            # not as accelerate changes it, and without its hooks
-            losses = type(self.stage).forward(self.stage, self.batch)
-        sum(losses.values()).backward()
+        run_pass(self.stage, self.batch)
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def run_pass(stage, batch):
+    """Forward and backward, without what accelerate or a hook adds to the stage."""
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = type(stage).forward(stage, batch)
+    sum(losses.values()).backward()
 
 
 class Repeated(torch.utils.data.Dataset):
@@ -188,29 +192,27 @@ class Repeated(torch.utils.data.Dataset):
 
 
 def measure(stage, batch, rounds):
-    """Seconds of steps of the package's loop, of their products, and of a plain loop, in turns; and what the rest is."""
-    plain = PlainLoop(stage.move_frozen(dtype=torch.bfloat16).train(), batch)
-    plain()
+    """Seconds of steps of the package's loop, of a plain loop, and of their products in turns with each; and what the rest is.
+
+    The loops come one after the other: their moments together would be most of the memory.
+    """
+    stage.move_frozen(dtype=torch.bfloat16).train()
     with Recorder() as recorder:
-        plain()
+        run_pass(stage, batch)
+    stage.zero_grad()
     replay = make_replay(recorder.products)
     replay()
-    seconds, started = {"package's loop": [], "products": [], "plain loop": []}, []
-    profiler = profile(activities=[ProfilerActivity.CPU])
+    loop, products = [], []
+    profiler, started = profile(activities=[ProfilerActivity.CPU]), []
 
     def between_steps(*_):
-        done = len(seconds["products"])
-        if done == WARM_UP + rounds:
+        if len(products) == WARM_UP + rounds:
             profiler.stop()
             return
         if started:
-            seconds["package's loop"].append(now() - started.pop())
-            for name, function in (("products", replay), ("plain loop", plain)):
-                gc.collect()
-                start = now()
-                function()
-                seconds[name].append(now() - start)
-            if done + 1 == WARM_UP + rounds:
+            loop.append(now() - started.pop())
+            products.append(_time(replay))
+            if len(products) == WARM_UP + rounds:
                 profiler.start()  # of the last step, which is not timed
         started.append(now())
 
@@ -219,7 +221,19 @@ def measure(stage, batch, rounds):
         config = TrainConfig(output=run, steps=WARM_UP + rounds + 2, batch_size=len(batch["input_ids"]), lr=0.0, workers=0,
                              mixed_precision="bf16", max_grad_norm=1.0, save_every=10**6)  # fmt: skip
         train(config, stage, Repeated(batch), save_model=lambda *_: None, progress_bar=False)
-    return {name: values[WARM_UP:] for name, values in seconds.items()}, rest_of(profiler)
+    gc.collect()
+    plain = PlainLoop(stage, batch)
+    pairs = [(_time(plain), _time(replay)) for _ in range(WARM_UP + rounds)][WARM_UP:]
+    seconds = {"package's loop": loop[WARM_UP:], "products": products[WARM_UP:]}
+    seconds |= {"plain loop": [one for one, _ in pairs], "products beside it": [other for _, other in pairs]}
+    return seconds, rest_of(profiler)
+
+
+def _time(function):
+    gc.collect()
+    start = now()
+    function()
+    return now() - start
 
 
 def rest_of(profiler):
@@ -235,7 +249,10 @@ def rest_of(profiler):
 def main():
     parser = argparse.ArgumentParser(description="Training steps over their matrix products.")
     parser.add_argument(
-        "--stages", nargs="+", choices=("pretrain", "align", "instruct"), default=["align", "instruct"]
+        "--stages",
+        nargs="+",
+        choices=("pretrain", "align", "instruct"),
+        default=["pretrain", "align", "instruct"],
     )
     parser.add_argument("--rounds", type=int, default=5, help="steps that are timed (default: 5)")
     parser.add_argument("--samples", type=int, default=8, help="of a batch (default: 8)")
@@ -246,17 +263,24 @@ def main():
     for name in arguments.stages:
         torch.manual_seed(0)
         seconds, rest = measure(*build(name, samples, arguments.tiny), rounds)
-        over = {
-            other: ratio(seconds["package's loop"], seconds[other]) for other in ("products", "plain loop")
+        loop, products, plain, beside = seconds.values()
+        over, plain_over = ratio(loop, products), ratio(plain, beside)
+        figures[name] = {
+            "seconds": seconds,
+            "over products": over,
+            "plain over products": plain_over,
+            "rest": rest,
         }
-        figures[name] = {"seconds": seconds, "over": over, "rest": rest}
-        texts = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in over.values()]
-        rows.append([name, *(significant(statistics.median(one)) for one in seconds.values()), *texts])
+        texts = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in (over, plain_over)]
+        medians = [significant(statistics.median(one)) for one in (loop, products)]
+        rows.append([name, *medians, *texts, f"{over[0] / plain_over[0]:.2f}"])
         print(f"{name}: " + ", ".join(f"{kind} {share:.1%}" for share, kind in rest))
     columns = [
         "stage",
-        *(f"{name}, s" for name in seconds),
+        "step, s",
+        "products, s",
         "step over its products",
+        "plain loop's",
         "step over the plain loop's",
     ]
     report(
