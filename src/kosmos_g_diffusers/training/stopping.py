@@ -4,7 +4,6 @@ A process that has its data waits in C for those that have none, where no handle
 and writes them into the run's folder, which all processes share, and interrupts its own process for those of others.
 """
 
-import select
 import signal
 import socket
 import threading
@@ -82,25 +81,33 @@ class StopSignal:
             raise StoppedWaiting
 
     def _tell_and_listen(self):
-        """Write the signal of this process into the file, or take the one that is there, once."""
+        """Until a signal comes, here or in the file: wait for it, and pass it on."""
+        self._inbox.settimeout(PAUSE)
         while True:
             numbers = b""
-            if select.select([self._inbox], [], [], PAUSE)[0]:
+            with suppress(TimeoutError):
                 numbers = self._inbox.recv(64)
-                if not numbers:
+                if not numbers:  # the run is at its end
                     return
-            own = [number for number in SIGNALS if number in numbers]
-            with suppress(OSError, ValueError):  # of a disk: then it is as if nobody had been told
-                if own:
-                    write_text(self.run / STOP_FILE, str(int(own[0])))
-                elif (self.run / STOP_FILE).exists():
-                    number = int((self.run / STOP_FILE).read_text(encoding="utf-8"))
-                    signal.pthread_kill(threading.main_thread().ident, number)
-                else:
-                    continue
-            while self._inbox.recv(64):  # until the end: what was said needs not be said again
-                pass
-            return
+            with suppress(OSError):  # of the disk: then the others may not know
+                if self._pass_on([number for number in SIGNALS if number in numbers]):
+                    break
+        self._inbox.settimeout(None)
+        while self._inbox.recv(64):  # until the end of the run: it is said once
+            pass
+
+    def _pass_on(self, own):
+        """Write a signal of this process into the file, or give it the one that is there; whether there was one."""
+        path = self.run / STOP_FILE
+        if own:
+            write_text(path, str(int(own[0])))
+            return True
+        if not path.exists():
+            return False
+        told = path.read_text(encoding="utf-8").strip()
+        number = next((number for number in SIGNALS if str(int(number)) == told), signal.SIGTERM)
+        signal.pthread_kill(threading.main_thread().ident, number)
+        return True
 
     @contextmanager
     def waiting(self, is_interruptible: bool) -> Iterator[None]:
