@@ -139,7 +139,7 @@ def _train(config, stage, dataset, accelerator, save_model, draw_samples, progre
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=hide, dynamic_ncols=True)
     with (
         bar,
-        closing(_read(loader)) as batches,
+        closing(_start(_read(loader))) as batches,
         StopSignal(run if accelerator.num_processes > 1 else None) as stop,
     ):
         in_a_row = 0  # steps that were passed over
@@ -344,10 +344,18 @@ def _check_finite(value, name, step, keys, saver):
     )
 
 
+def _start(batches):
+    """The batches of `_read`, whose workers are there: a fork after the thread of the signals would inherit what it holds."""
+    next(batches)
+    return batches
+
+
 def _read(loader):
-    """Batches of a loader. Closing it ends its workers: they ignore signals, and would keep a program that fails from ending."""
+    """None when the workers are there, then batches of a loader. Closing it ends its workers: they ignore signals, and would keep a
+    program that fails from ending."""
     batches = iter(loader)
     try:
+        yield None
         yield from batches
     except ValueError as error:
         message = str(error)
