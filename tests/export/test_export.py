@@ -304,6 +304,11 @@ def test_runner_reads_images_as_the_processor_does(small, encoder, photos, tmp_p
     damaged.info["exif"] = b"Exif\0\0" + bytes(40)
     for image in [*kinds, turned, str(turned), damaged]:
         assert np.array_equal(encoder._preprocess(image, "It"), processor.preprocess(image))
+    for value in (-1, 65536):
+        wide = PIL.Image.fromarray(np.full((8, 8), value, np.int32))
+        for read in (processor.preprocess, lambda image: encoder._preprocess(image, "It")):
+            with pytest.raises(ValueError, match="16 bit"):
+                read(wide)
 
 
 @pytest.mark.parametrize("which", ["small", "real"])
@@ -342,8 +347,18 @@ def test_errors_of_prompts_are_those_of_the_processor(small, encoder, photos):
         with pytest.raises(ValueError) as given:
             encoder.encode(prompts, images)
         assert str(given.value)[:19] == str(expected.value)[:19]
-    with pytest.raises(ValueError, match="1 lists of images were given for 2 prompts"):
-        encoder.encode(["a", "b"], [[]])
+    for prompts, images in (
+        (["<i>"], None),
+        (["<i>"], [None]),
+        (["a", "a"], [[], photos[:1]]),
+        (["<i> <i>"], [photos[:1]]),
+        (["a", "b"], [[]]),
+    ):
+        with pytest.raises(ValueError) as expected:
+            processor(prompts, images)
+        with pytest.raises(ValueError) as given:
+            encoder.encode(prompts, images)
+        assert str(given.value) == str(expected.value)
     for prompts, images in (("a hat", None), (["<i>"], ["dog.png"]), ([b"a"], [[]])):
         with pytest.raises(ValueError, match="lists of images|is not a string with a list of images"):
             encoder.encode(prompts, images)
@@ -386,9 +401,15 @@ def test_wrong_folder_is_refused_in_one_line(copied, spoil, words):
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
-@pytest.mark.parametrize("name", ["kosmos_g.json", "tokenizer.json", "vision.onnx"])
-def test_nothing_outside_the_folder_is_read(copied, name):
-    folder = copied()
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        *(("onnx", name) for name in ("kosmos_g.json", "tokenizer.json", "vision.onnx", "vision.onnx.data")),
+        ("openvino", "vision.bin"),
+    ],
+)
+def test_nothing_outside_the_folder_is_read(copied, format, name):
+    folder = copied(format)
     (folder / name).rename(folder.parent / name)
     (folder / name).symlink_to(folder.parent / name)
     with pytest.raises(ValueError, match=r"leads out of it|is not a tokenizer"):
