@@ -343,6 +343,8 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             raise ValueError(
                 f"The text encoder {source} lacks {len(missing)} weights, such as {missing[0]}. Download or convert it again."
             )
+        if getattr(model, "hf_quantizer", None) is not None:
+            _settle_rounded(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -776,6 +778,27 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         kept = [part for name, part in zip(names, self.image_words, strict=True) if name != word]
         self.image_words = nn.ModuleList(kept)
         self.config.image_words = [entry for entry in self.config.image_words if entry[0] != word]
+
+
+def _settle_rounded(model):
+    """Make a model with rounded weights, just loaded, one that runs in its dtype and can be saved, whatever it was saved in."""
+    # transformers casts some of what is not rounded and leaves some, even within a layer
+    dtype = model.config.dtype
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and dtype is not None:
+            parameter.data = parameter.data.to(dtype)
+    # saving would turn back each step of loading, and reading rounded weights is none that can be
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [step for step in conversions if _can_be_reversed(step)]
+
+
+def _can_be_reversed(conversion):
+    try:
+        conversion.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 class VisionCache:
