@@ -126,7 +126,8 @@ def test_rooms_floors_arrows_and_lines_are_few():
     # above the redrawn house: a room each for marks of images, for what other libraries print, for maps, for ComfyUI, for graphs
     # for other programs, for the service and for weights in few bits (with the plan of memory); data of every form and encoding, public data sets with their table and page, images
     # of other models, the modular pipeline in diffusers' pattern (a file a step), what an app on a network promises (a module for
-    # each kind of attack, by files of images too), runs that are not lost, and rehearsed before they cost anything
+    # each kind of attack, by files of images too), runs that are not lost, and rehearsed before they cost anything; weights in few
+    # bits that are saved and resumed like others
     assert len(graph) <= 32
     assert max(floor_of(room, graph) for room in graph) <= 10
     assert sum(map(len, graph.values())) <= 133
