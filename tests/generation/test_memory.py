@@ -432,7 +432,7 @@ def test_benchmark_that_is_resumed_keeps_the_dtype_that_it_was_begun_with(model,
         replace(manifest, settings=settings, model={}, conditions={}).write(Path(output))
 
     monkeypatch.setattr(run, "evaluate", begin)
-    command = ["evaluate", "sprites", "--count", "1", "--output", "run", "--memory"]
+    command = ["evaluate", "sprites", "--count", "2", "--output", "run", "--memory"]
     Path("run").mkdir()
     assert main([*command, "1e-9", "--quantize", "none"]) == main([*command, "1000"]) == 0
     assert main([*command, "1000", "--dtype", "float32"]) == 0
