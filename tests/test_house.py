@@ -133,7 +133,7 @@ def test_rooms_floors_arrows_and_lines_are_few():
     assert sum(map(len, graph.values())) <= 133
     assert sum(path.parent == SOURCE for path in FILES) <= 17
     assert len(FILES) <= 199
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 38_250
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 38_400
 
 
 def test_modules_import_each_other_in_one_direction():
