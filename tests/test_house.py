@@ -127,13 +127,13 @@ def test_rooms_floors_arrows_and_lines_are_few():
     # for other programs, for the service and for weights in few bits (with the plan of memory); data of every form and encoding, public data sets with their table and page, images
     # of other models, the modular pipeline in diffusers' pattern (a file a step), what an app on a network promises (a module for
     # each kind of attack, by files of images too), runs that are not lost (signals to one process of many included), and rehearsed
-    # before they cost anything
+    # before they cost anything; weights in few bits that are saved and resumed like others
     assert len(graph) <= 32
     assert max(floor_of(room, graph) for room in graph) <= 10
     assert sum(map(len, graph.values())) <= 133
     assert sum(path.parent == SOURCE for path in FILES) <= 17
     assert len(FILES) <= 200
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 38_400
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 38_380
 
 
 def test_modules_import_each_other_in_one_direction():

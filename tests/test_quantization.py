@@ -106,6 +106,22 @@ def test_rounded_weights_are_saved_and_loaded_to_the_bit(plain, quantize, tmp_pa
     assert image.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_what_was_saved_in_half_precision_is_loaded_in_any_dtype_and_saved_again(
+    plain, quantize, dtype, tmp_path
+):
+    load_model(SPRITES, "float16", quantize).save_pretrained(tmp_path / "first")
+    pipe = KosmosGPipeline.from_pretrained(tmp_path / "first", **({} if dtype is None else {"dtype": dtype}))
+    weights = [weight for weight in pipe.text_encoder.parameters() if type(weight) is torch.nn.Parameter]
+    assert {weight.dtype for weight in weights} == {dtype or torch.float32}
+    assert rms(conditions(pipe) - plain[1]) < {"int8": 0.02, "int4": 0.08}[quantize]
+    pipe.add_image_word("<star>", STAR)
+    pipe.save_pretrained(tmp_path / "second")
+    again = KosmosGPipeline.from_pretrained(tmp_path / "second", dtype=pipe.dtype)
+    assert again.image_words == ["<star>"]
+    assert rms(conditions(again) - conditions(pipe)) < 0.01
+
+
 def test_linear_layers_are_rounded_as_by_hand_except_those_that_are_kept(plain, quantize):
     pipe = load_model(SPRITES, "float32", quantize)
     layers = dict(pipe.text_encoder.named_modules())

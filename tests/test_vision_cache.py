@@ -3,6 +3,7 @@
 import copy
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,19 @@ def swap_rows(pipe):
     weight_of(pipe).data.copy_(weight_of(pipe).data.flip(0))
 
 
+def swap_two_rows(pipe):
+    weight_of(pipe).data[[0, 1]] = weight_of(pipe).data[[1, 0]]
+
+
+def swap_columns(pipe):
+    weight_of(pipe).data[:, :4] = weight_of(pipe).data[:, [2, 3, 0, 1]]
+
+
+def flip_two_signs(pipe):
+    weight_of(pipe).data[0, 1] *= -1
+    weight_of(pipe).data[0, 3] *= -1
+
+
 def swap_layers(pipe):
     layers = pipe.text_encoder.vision_model.model.encoder.layers
     first, second = layers[0].mlp.fc1.weight, layers[1].mlp.fc1.weight
@@ -170,6 +184,7 @@ def round_the_weights(pipe):
 CHANGES = (
     *(change_one_number, change_behind_torch, negate, swap_rows, swap_layers, change_the_projection),
     *(change_a_bias, drop_a_layer, load_weights, replace_the_encoder, round_the_weights),
+    *(swap_two_rows, swap_columns, flip_two_signs),
 )
 
 
@@ -405,6 +420,23 @@ def test_a_number_of_a_quantised_weight_is_noticed(pipe):
     weight_of(pipe).qdata[0, 0] += 1
     assert torch.equal(encode(pipe), uncached(pipe))
     assert (pipe.vision_cache.hits, pipe.vision_cache.misses) == (1, 2)
+
+
+def test_scales_that_a_library_keeps_beside_its_weights_count(pipe, vision_passes):
+    state2 = SimpleNamespace(absmax=torch.ones(2))
+    state = SimpleNamespace(absmax=torch.ones(3, dtype=torch.uint8), offset=torch.tensor(0.5), state2=state2)
+    weight_of(pipe).quant_state = state  # as bitsandbytes has it in 4 bits, and as it has it in 8
+    layer = pipe.text_encoder.vision_model.model.encoder.layers[0].mlp.fc1
+    layer.state, layer.weight.SCB = SimpleNamespace(SCB=torch.ones(4)), torch.ones(4)
+    for number, scale in enumerate(
+        (state.absmax, state.offset, state2.absmax, layer.state.SCB, layer.weight.SCB)
+    ):
+        encode(pipe)
+        encode(pipe)
+        assert len(vision_passes) == number + 1
+        scale.mul_(2)
+    encode(pipe)
+    assert len(vision_passes) == 6
 
 
 def test_a_run_with_maps_computes_its_image_and_the_null_condition_once_and_draws_the_same(tmp_path):

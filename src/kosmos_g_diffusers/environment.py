@@ -158,7 +158,9 @@ def free_memory(device: "str | torch.device") -> int | None:
         AssertionError, RuntimeError
     ):  # drivers that cannot tell; whether they can draw shows later
         if hasattr(module, "mem_get_info"):
-            return module.mem_get_info(torch.device(device))[0]
+            # what torch's allocator holds without a tensor in it is free as well
+            unused = module.memory_reserved(device) - module.memory_allocated(device)
+            return module.mem_get_info(torch.device(device))[0] + unused
         if hasattr(module, "recommended_max_memory"):  # Apple's chips share the memory of the machine
             return module.recommended_max_memory() - module.current_allocated_memory()
     return None

@@ -343,6 +343,8 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
             raise ValueError(
                 f"The text encoder {source} lacks {len(missing)} weights, such as {missing[0]}. Download or convert it again."
             )
+        if getattr(model, "hf_quantizer", None) is not None:
+            _settle_rounded(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -778,6 +780,27 @@ class KosmosGTextEncoder(Kosmos2PreTrainedModel):
         self.config.image_words = [entry for entry in self.config.image_words if entry[0] != word]
 
 
+def _settle_rounded(model):
+    """Make a model with rounded weights, just loaded, one that runs in its dtype and can be saved, whatever it was saved in."""
+    # transformers casts some of what is not rounded and leaves some, even within a layer
+    dtype = model.config.dtype
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and dtype is not None:
+            parameter.data = parameter.data.to(dtype)
+    # saving would turn back each step of loading, and reading rounded weights is none that can be
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [step for step in conversions if _can_be_reversed(step)]
+
+
+def _can_be_reversed(conversion):
+    try:
+        conversion.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True
+
+
 class VisionCache:
     """States of images that were encoded before, for the pipelines that hold it: `pipe.vision_cache = VisionCache(2**26)`.
 
@@ -881,7 +904,9 @@ class VisionCache:
 
 # of peft's layers: what decides, next to the weights, what they compute
 _ADAPTER_STATE = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
-_BLOCK = 64  # numbers of 8 bytes that are added up before their place counts
+# of numbers of 8 bytes, so many that lie so far apart are added up before their place counts: both odd, so that rows, columns or
+# signs that change places do not cancel out
+_ADDED, _APART = 63, 17
 
 
 def _bytes_of(image):
@@ -923,9 +948,11 @@ def _fingerprint(encoder, device):
     totals = []
     for vectors in sums.values():
         values = torch.cat(vectors)
-        places = torch.arange(1, len(values) + 1, device=values.device)
-        totals.append(torch.stack([values.sum(), (values * places).sum(), (values * places * places).sum()]))
-    return hashlib.sha256(repr((told, [total.tolist() for total in totals])).encode()).digest()
+        # as splitmix64 does, so that changes at several places do not cancel out
+        values ^= torch.arange(1, len(values) + 1, device=values.device) * -7046029254386353131
+        values = (values ^ (values >> 30)) * -4658895280553007687
+        totals.append((values ^ (values >> 27)).sum())
+    return hashlib.sha256(repr((told, [total.item() for total in totals])).encode()).digest()
 
 
 def _plain_tensors(module, key, tensor) -> Iterator[torch.Tensor | None]:
@@ -939,16 +966,21 @@ def _plain_tensors(module, key, tensor) -> Iterator[torch.Tensor | None]:
         maps = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
         tensor = next((weights[key] for weights in maps if weights is not None), None)
     yield tensor
+    # of bitsandbytes, which has scales beside the weights
+    state = getattr(tensor, "quant_state", None)
+    scales = [getattr(place, "SCB", None) for place in (tensor, getattr(module, "state", None))]
+    scales += [getattr(place, "absmax", None) for place in (state, getattr(state, "state2", None))]
+    yield from filter(torch.is_tensor, [*scales, getattr(state, "offset", None)])
 
 
 def _block_sums(tensor):
-    """Sums of a tensor's bytes, read as int64, over blocks of `_BLOCK`; exact, whatever their order."""
+    """Sums of a tensor's bytes, read as int64, `_ADDED` of them each; exact, whatever their order."""
     words = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if words.numel() % 8 or words.data_ptr() % 8:
         words = nn.functional.pad(words, (0, -words.numel() % 8)).clone()
     words = words.view(torch.int64)
-    whole = words.numel() // _BLOCK * _BLOCK
-    return torch.cat([words[:whole].view(-1, _BLOCK).sum(1), words[whole:]])
+    whole = words.numel() // (_ADDED * _APART) * _ADDED * _APART
+    return torch.cat([words[:whole].view(-1, _ADDED, _APART).sum(1).flatten(), words[whole:]])
 
 
 @dataclass

@@ -18,13 +18,16 @@ import torch
 from support.profiles import DISPLAY_P3_TO_XYZ, SRGB_TO_XYZ, make_profile
 from torch import nn
 
+from kosmos_g_diffusers import SPRITES
 from kosmos_g_diffusers.cli import main
 from kosmos_g_diffusers.export import export_encoder, runner, trace
 from kosmos_g_diffusers.export import folder as export_folder
 from kosmos_g_diffusers.export.folder import SAMPLES, Exported, images_of_samples
 from kosmos_g_diffusers.export.formats import write
 from kosmos_g_diffusers.export.int8 import Int8Embedding, Int8Linear, to_int8
+from kosmos_g_diffusers.generation.generate import load_model
 from kosmos_g_diffusers.processing_kosmos_g import KosmosGProcessor
+from kosmos_g_diffusers.quantization import LIBRARIES, has_library
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 MODULES = {
@@ -304,6 +307,11 @@ def test_runner_reads_images_as_the_processor_does(small, encoder, photos, tmp_p
     damaged.info["exif"] = b"Exif\0\0" + bytes(40)
     for image in [*kinds, turned, str(turned), damaged]:
         assert np.array_equal(encoder._preprocess(image, "It"), processor.preprocess(image))
+    for value in (-1, 65536):
+        wide = PIL.Image.fromarray(np.full((8, 8), value, np.int32))
+        for read in (processor.preprocess, lambda image: encoder._preprocess(image, "It")):
+            with pytest.raises(ValueError, match="16 bit"):
+                read(wide)
 
 
 @pytest.mark.parametrize("which", ["small", "real"])
@@ -342,8 +350,18 @@ def test_errors_of_prompts_are_those_of_the_processor(small, encoder, photos):
         with pytest.raises(ValueError) as given:
             encoder.encode(prompts, images)
         assert str(given.value)[:19] == str(expected.value)[:19]
-    with pytest.raises(ValueError, match="1 lists of images were given for 2 prompts"):
-        encoder.encode(["a", "b"], [[]])
+    for prompts, images in (
+        (["<i>"], None),
+        (["<i>"], [None]),
+        (["a", "a"], [[], photos[:1]]),
+        (["<i> <i>"], [photos[:1]]),
+        (["a", "b"], [[]]),
+    ):
+        with pytest.raises(ValueError) as expected:
+            processor(prompts, images)
+        with pytest.raises(ValueError) as given:
+            encoder.encode(prompts, images)
+        assert str(given.value) == str(expected.value)
     for prompts, images in (("a hat", None), (["<i>"], ["dog.png"]), ([b"a"], [[]])):
         with pytest.raises(ValueError, match="lists of images|is not a string with a list of images"):
             encoder.encode(prompts, images)
@@ -386,9 +404,15 @@ def test_wrong_folder_is_refused_in_one_line(copied, spoil, words):
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
-@pytest.mark.parametrize("name", ["kosmos_g.json", "tokenizer.json", "vision.onnx"])
-def test_nothing_outside_the_folder_is_read(copied, name):
-    folder = copied()
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        *(("onnx", name) for name in ("kosmos_g.json", "tokenizer.json", "vision.onnx", "vision.onnx.data")),
+        ("openvino", "vision.bin"),
+    ],
+)
+def test_nothing_outside_the_folder_is_read(copied, format, name):
+    folder = copied(format)
     (folder / name).rename(folder.parent / name)
     (folder / name).symlink_to(folder.parent / name)
     with pytest.raises(ValueError, match=r"leads out of it|is not a tokenizer"):
@@ -445,11 +469,35 @@ def test_command_refuses_what_it_cannot_write_or_read(small, tmp_path, capsys):
         assert any(one in said for one in words.split("|")), said
 
 
+def test_full_disk_is_an_error_that_leaves_nothing(small, exported, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource", reason="the system cannot limit the size of files")
+    graphs = {"vision": torch.export.load(exported("pt2").folder / "vision.pt2")}
+    monkeypatch.setattr(export_folder, "trace", lambda encoder: graphs)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"The graphs cannot be written to .*out \(.*more room"):
+            export_encoder(small[1], tmp_path / "out", "pt2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not any(tmp_path.iterdir())
+
+
 def test_model_with_image_words_is_refused(build_pipe, photos, tmp_path):
     pipe = build_pipe()
     pipe.add_image_word("<dog>", photos[0])
     pipe.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="has the image words <dog>, which an exported folder cannot hold"):
+        export_encoder(tmp_path / "model", tmp_path / "out", "pt2")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quantize", LIBRARIES)
+def test_model_with_quantised_weights_is_refused(quantize, tmp_path):
+    if not has_library(quantize):
+        pytest.skip(f"{LIBRARIES[quantize]} is not installed, or too old")
+    load_model(SPRITES, "float32", quantize).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="was saved with quantised weights, which an exported folder cannot"):
         export_encoder(tmp_path / "model", tmp_path / "out", "pt2")
     assert not (tmp_path / "out").exists()
 

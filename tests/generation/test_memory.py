@@ -2,17 +2,22 @@
 
 import json
 import math
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from kosmos_g_diffusers import KosmosGTextEncoder, KosmosGTextEncoderConfig
 from kosmos_g_diffusers.cli import main
+from kosmos_g_diffusers.environment import free_memory
 from kosmos_g_diffusers.generation import generate as generation
 from kosmos_g_diffusers.generation import memory
 from kosmos_g_diffusers.generation.generate import load_pipeline
@@ -148,6 +153,31 @@ def test_size_batch_and_guidance_count(released, asked):
     assert 2 * count(folder, replace(asked, guidance=1.0), "float16").denoising == small.denoising
 
 
+def test_unet_of_its_own_is_counted_by_its_folder_and_that_of_a_file_as_the_models(released, asked, tmp_path):
+    folder, _ = released
+    plain = count(folder, asked, "float16")
+    small = UNet2DConditionModel(
+        block_out_channels=(32, 64, 128, 128), cross_attention_dim=64, attention_head_dim=8, norm_num_groups=8
+    )
+    small.save_pretrained(tmp_path / "sd" / "unet")
+    for place in (tmp_path / "sd", tmp_path / "sd" / "unet"):
+        found = count(folder, replace(asked, unet=str(place)), "float16")
+        assert found.unet == 2 * numbers(small) + 2**27 and found.controlnets < plain.controlnets
+    # a whole checkpoint, as fine-tunes are shared
+    weights = {f"model.diffusion_model.{name}": weight for name, weight in small.state_dict().items()}
+    save_file({**weights, "cond_stage_model.weight": torch.zeros(2**20)}, tmp_path / "whole.safetensors")
+    assert count(folder, replace(asked, unet=str(tmp_path / "whole.safetensors")), "float16") == plain
+
+
+def test_unet_that_draws_no_squares(released, asked, tmp_path):
+    folder = shutil.copytree(released[0], tmp_path / "model", copy_function=os.link)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").unlink()
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": [64, 96]}))
+    wide, square = count(folder, asked, "float16"), count(released[0], asked, "float16")
+    assert 2 * wide.denoising == 3 * square.denoising
+
+
 # What is chosen ------------------------------------------------------------------------------------------------------
 
 
@@ -271,9 +301,17 @@ def test_other_values_are_refused(text, capsys):
         assert "expected auto, off, or GiB" in capsys.readouterr().err
 
 
-def test_free_memory_of_the_machine_is_a_number_of_bytes():
-    from kosmos_g_diffusers.environment import free_memory
+def test_what_the_allocator_holds_without_a_tensor_in_it_is_free(monkeypatch):
+    module = SimpleNamespace(
+        mem_get_info=lambda device: (100, 1000),
+        memory_reserved=lambda device: 70,
+        memory_allocated=lambda device: 20,
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+    assert free_memory("cuda") == 150
 
+
+def test_free_memory_of_the_machine_is_a_number_of_bytes():
     assert 2**20 < free_memory("cpu") < 2**50
 
 
@@ -363,6 +401,42 @@ def test_quantisation_is_recorded_and_drawn_again(model, capsys):
         == 2
     )
     assert "quantize is 'int8' in it and 'none' now" in capsys.readouterr().err
+
+
+def test_resumed_run_keeps_the_weights_that_it_was_begun_with(model, capsys):
+    drawn = ["generate", "a hat", "--model", "kosmos-g", "--steps", "1", "--num-images", "2"]
+    rounded = (
+        [("bfloat16", "int8")] if has_library("int8") else []
+    )  # chosen by hand, where less is free it is by the plan
+    for dtype, quantize in [("bfloat16", "none"), *rounded]:
+        held = ["--dtype", dtype, "--quantize", quantize]
+        assert main([*drawn, "--output", f"{quantize}.png", *held]) == 0
+        expected = PIL.Image.open(f"{quantize}_1.png").tobytes()
+        Path(f"{quantize}_1.png").unlink()
+        capsys.readouterr()
+        assert main([*drawn, "--output", f"{quantize}.png", "--resume", "--memory", "1000"]) == 0
+        assert f"Memory: {dtype}" in capsys.readouterr().err
+        assert PIL.Image.open(f"{quantize}_1.png").tobytes() == expected
+        wrong = ["--resume", "--memory", "1000", "--dtype", "float32"]
+        assert main([*drawn, "--output", f"{quantize}.png", *wrong]) == 2
+        assert f"dtype is '{dtype}' in it and 'float32' now" in capsys.readouterr().err
+
+
+def test_benchmark_that_is_resumed_keeps_the_dtype_that_it_was_begun_with(model, monkeypatch, capsys):
+    from kosmos_g_diffusers.evaluation import run
+
+    seen = []
+
+    def begin(manifest, output, scorers, settings, **_):
+        seen.append(settings["dtype"])
+        replace(manifest, settings=settings, model={}, conditions={}).write(Path(output))
+
+    monkeypatch.setattr(run, "evaluate", begin)
+    command = ["evaluate", "sprites", "--count", "2", "--output", "run", "--memory"]
+    Path("run").mkdir()
+    assert main([*command, "1e-9", "--quantize", "none"]) == main([*command, "1000"]) == 0
+    assert main([*command, "1000", "--dtype", "float32"]) == 0
+    assert seen == ["bfloat16", "bfloat16", "float32"]
 
 
 def test_app_holds_each_model_as_it_fits_and_says_so_in_its_images(model, on_gpu, monkeypatch):

@@ -20,11 +20,12 @@ kosmos-g evaluate BENCHMARK --help says what a benchmark measures and which flag
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from ..environment import DTYPES, default_device, default_dtype
 from ..evaluation.benchmarks import BENCHMARKS
-from ..evaluation.manifest import OWN_PICTURES
+from ..evaluation.manifest import FILE_NAME, OWN_PICTURES, Manifest
 from ..evaluation.scorers import SCORERS
 from ..generation import memory
 from ..generation.schedulers import SCHEDULERS
@@ -137,7 +138,11 @@ def _plan(arguments, settings, device, benchmark):
     )
     check_library(asked.quantize)
     if (budget := memory.find_budget(arguments.memory, device)) is not None:
-        fixed = [name for name in ("dtype", "quantize") if getattr(arguments, name) is not None]
+        fixed = [name for name in memory.OF_IMAGES if getattr(arguments, name) is not None]
+        if (Path(arguments.output) / FILE_NAME).is_file():  # a run that is resumed stays as it was begun
+            begun = {"quantize": "none", **Manifest.read(arguments.output).settings}
+            left = [name for name in memory.OF_IMAGES if name not in fixed and name in begun]
+            asked, fixed = replace(asked, **{name: begun[name] for name in left}), [*fixed, *left]
         batch = benchmark.BATCH_SIZE if arguments.batch_size is None else arguments.batch_size
         plan = memory.plan_memory(with_small_model(asked), budget, fixed=fixed, batch=batch, images=2)
         print(plan, file=sys.stderr)

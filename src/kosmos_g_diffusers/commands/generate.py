@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.show:
         return print(as_text(settings))
     from ..generation.generate import encode_first, generate_files, load_pipeline
-    from ..generation.png import find_seed, output_paths, read_kept
+    from ..generation.png import find_run, output_paths, read_kept
 
     marker, force, resume, enlarged = (
         read_mark_flags(arguments),
@@ -142,14 +142,17 @@ def run(arguments: argparse.Namespace) -> None:
         enlarged = ENLARGED if settings.model is None else 1
     check_value("--enlarge", enlarged, int, low=1, high=MOST_ENLARGED)
     paths = output_paths(arguments.output, settings.num_images, force or resume, enlarged, arguments.maps)
-    if resume:
-        if arguments.source is None and "seed" not in arguments:
-            seed = find_seed(paths, settings.num_images)
-            settings = settings if seed is None else replace(settings, seed=seed)
+    begun = find_run(paths, settings.num_images) if resume and arguments.source is None else None
+    if begun is not None and "seed" not in arguments:
+        settings = replace(settings, seed=begun.seed)
     encode = memory.TOGETHER
     if (budget := memory.find_budget(arguments.memory, settings.device)) is not None:
         # what a PNG says of its weights decides its image
-        fixed = {*vars(arguments)} | ({"dtype", "quantize"} if arguments.source is not None else set())
+        if begun is not None:
+            named = [name for name in memory.OF_IMAGES if name not in arguments]
+            settings = replace(settings, **{name: getattr(begun, name) for name in named})
+        is_drawn = begun is not None or arguments.source is not None
+        fixed = {*vars(arguments), *(memory.OF_IMAGES if is_drawn else ())}
         encodes_first = not (arguments.maps or settings.is_guided or changed)
         plan = memory.plan_memory(
             with_small_model(settings), budget, fixed=fixed, encodes_first=encodes_first

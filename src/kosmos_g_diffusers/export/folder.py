@@ -11,7 +11,7 @@ import torch
 from ..captioning import load_reader
 from ..conversion.folder import appearing_atomically, check_output
 from ..environment import as_dtype
-from ..files import write_text
+from ..files import describe_write_error, write_text
 from ..processing_kosmos_g import IMAGE_MARK, PAD, KosmosGProcessor
 from . import runner
 from .formats import DTYPES, PACKAGES, check_packages, write
@@ -43,9 +43,9 @@ def export_encoder(
         dtype: of the weights: "float32", "float16", or "int8" with a scale for each row. Inputs and outputs are float32.
 
     Raises:
-        ValueError: a wrong argument, or a model with image words.
+        ValueError: a wrong argument, or a model with image words or quantised weights.
         ImportError: a package of the format is not installed.
-        OSError: the model cannot be loaded.
+        OSError: the model cannot be loaded, or the disk is full.
     """
     for name, value, known in (("format", format, PACKAGES), ("dtype", dtype, DTYPES)):
         if value not in known:
@@ -58,6 +58,11 @@ def export_encoder(
         raise ValueError(
             f"The model has the image words {words}, which an exported folder cannot hold. Call remove_image_word for each on its "
             "pipeline and save that, or give their images with the prompts."
+        )
+    if getattr(encoder, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"The text encoder of {str(model)!r} was saved with quantised weights, which an exported folder cannot hold. Export the "
+            "model that it was made of; --dtype int8 makes its weights small."
         )
     processor = KosmosGProcessor(tokenizer, encoder.config.vision_config.image_size)
     expected = None if format == "pt2" else _conditions(encoder, processor)
@@ -75,7 +80,14 @@ def export_encoder(
     settings |= {"condition": [config.num_queries, config.aligner_hidden_size]}
     with appearing_atomically(output) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        write(format, trace(encoder), folder, halve)
+        graphs = trace(encoder)
+        try:
+            write(format, graphs, folder, halve)
+        except OSError as error:
+            reason = describe_write_error(error, folder)
+            raise OSError(
+                f"The graphs cannot be written to {output} ({reason}). Pass an --output with more room."
+            ) from error
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         write_text(folder / "kosmos_g.json", json.dumps(settings, indent=2) + "\n")
         error = None

@@ -1,6 +1,7 @@
 """Graphs of torch.export in the files of other programs: `write` for each format, and the packages that it needs."""
 
 import importlib
+import io
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -40,9 +41,7 @@ def write(name: str, graphs: "Mapping[str, ExportedProgram]", folder: Path, halv
     """
     for graph, program in graphs.items():
         if name == "pt2":
-            import torch
-
-            torch.export.save(program, folder / f"{graph}.pt2")
+            _write_pt2(program, folder / f"{graph}.pt2")
         elif name == "onnx":
             _write_onnx(program, folder / f"{graph}.onnx", OUTPUTS[graph])
         else:
@@ -54,6 +53,28 @@ def write(name: str, graphs: "Mapping[str, ExportedProgram]", folder: Path, halv
                 model = openvino.Core().read_model(Path(place) / "graph.onnx")
                 openvino.save_model(model, folder / f"{graph}.xml", compress_to_fp16=halve)
                 del model  # it reads the weights from the folder that is removed now
+
+
+class _LateError(io.BufferedWriter):
+    """A file whose first error of writing is `problem`, to be raised at the end: torch's writer ends the process where one is raised."""
+
+    problem: OSError | None = None
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.problem = self.problem or error
+            return len(data)
+
+
+def _write_pt2(program, path):
+    import torch
+
+    with _LateError(io.FileIO(path, "wb")) as file:
+        torch.export.save(program, file)
+    if file.problem is not None:
+        raise file.problem
 
 
 def _write_onnx(program, path, output):

@@ -1,7 +1,6 @@
 """Kosmos-G's text encoder without torch: a prompt of words and images -> its states, for whatever draws with them.
 
 It needs numpy, pillow, tokenizers, and onnxruntime or openvino: python kosmos_g_runner.py states.npy "<i> in a hat" dog.png
-
     encoder = Encoder("folder")
     states = encoder("<i> in a hat", ["dog.png"])  # (77, 768) float32 for the released size; encoder("") is the null condition
 """
@@ -56,12 +55,13 @@ class Encoder:
     def encode(self, prompts, images=None, marks_are_text=False):
         """Prompts -> (B, K, A) float32, K states of width A each. ValueError for what does not match, before a graph runs.
 
-        A prompt is a string with a `<i>` for each of its images, of which `images` has a list for each prompt: paths, PIL images,
-        or arrays (H, W, 3) of uint8. With `marks_are_text` a `<i>` is text, as in negative prompts without images.
+        `images` has a list for each prompt, with one for each `<i>`: paths, PIL images, arrays (H, W, 3) of uint8.
+        With `marks_are_text` a `<i>` is text, as in negative prompts without images.
         """
-        images = [()] * len(prompts) if images is None else images
+        images = [() if own is None else own for own in ([None] * len(prompts) if images is None else images)]
         if isinstance(prompts, str) or not prompts or len(images) != len(prompts):
-            raise ValueError(f"{len(images)} lists of images were given for {len(prompts)} prompts.")
+            counts = f"{len(images)} lists of images were given for {len(prompts)} prompts"
+            raise ValueError(f"{counts}. Pass one list for each prompt.")
         rows = [self._read(f"Prompt {n}", prompts[n], images[n], marks_are_text) for n in range(len(prompts))]
         shape = len(rows), max(2, *(len(ids) for ids, _ in rows))  # the graph takes two columns or more
         ids, mask = np.full(shape, self.pad, np.int64), np.zeros(shape, bool)
@@ -127,8 +127,7 @@ class Encoder:
             image = to_rgb(image)
         except Exception as error:  # damaged bytes make Pillow raise nearly anything
             raise ValueError(f"{name} cannot be read ({error!s:.99}). Pass an image that opens.") from error
-        sides = tuple(int(side * length / min(image.size)) for length in image.size)
-        image = image.resize(sides, Image.Resampling.BICUBIC)
+        image = image.resize([int(side * n / min(image.size)) for n in image.size], Image.Resampling.BICUBIC)
         left, top = (round((length - side) / 2) for length in image.size)
         pixels = np.array(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1) / 255.0
         return ((pixels - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))).astype(np.float32)
@@ -139,8 +138,7 @@ class Encoder:
             raise ValueError(f"There is no file {name} in {self.folder}, or it leads out of it. {AGAIN}")
         return path
 
-    def _read_json(self, name, most):
-        """The object in a JSON file of at most `most` bytes."""
+    def _read_json(self, name, most):  # the object in a JSON file of at most `most` bytes
         path = self._path(name)
         with contextlib.suppress(ValueError, RecursionError), open(path, "rb") as file:
             if isinstance(values := json.loads(file.read(most)), dict):
@@ -150,7 +148,8 @@ class Encoder:
     def _load(self, name, threads):
         """A function of named arrays -> array, of a graph."""
         suffix, package = FORMATS[self.settings["format"]]
-        path = self._path(f"{name}.{suffix}")
+        weights = [path.name for path in self.folder.glob(f"{name}.*")]  # lie beside it
+        path, *_ = map(self._path, [f"{name}.{suffix}", *weights])
         try:
             runtime = importlib.import_module(package)
             if package == "openvino":
@@ -170,12 +169,13 @@ class Encoder:
 
 def to_rgb(image):
     """Any image in the colours of sRGB, as its profile says where that is not next to sRGB's, over white where transparent."""
-    if image.mode.startswith("I"):  # 16 bits
-        return Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):
+        if (values := np.asarray(image)).min() < 0 or values.max() > 65535:
+            raise ValueError("its values are not of 16 bits")
+        return Image.fromarray((values / 257.0).round().astype(np.uint8)).convert("RGB")
     transform, mode = None, {"L": "L", "P": "RGB", "R": "RGB", "C": "CMYK"}.get(image.mode[0])
     with contextlib.suppress(Exception):  # of no profile, of one by anybody, or of a Pillow without them
-        from PIL import ImageCms as cms
-
+        cms = importlib.import_module("PIL.ImageCms")
         profile = image.info["icc_profile"] if len(image.info["icc_profile"]) <= 2**22 else b""
         both = cms.ImageCmsProfile(io.BytesIO(profile)), cms.createProfile("sRGB")
         made = cms.buildTransform(*both, mode, "RGB", 1, flags=cms.Flags.BLACKPOINTCOMPENSATION)

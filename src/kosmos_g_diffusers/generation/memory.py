@@ -27,6 +27,7 @@ PROMPT_TOKENS = 77  # of words, in a prompt that is counted for
 # for a latent pixel and each channel of the U-Net's first level; for a pixel and each channel of the VAE's second level; for a
 # token and each number of its widest state
 UNET_STATES, VAE_STATES, ENCODER_STATES = 27, 3, 3
+OF_IMAGES = ("dtype", "quantize")  # of what is chosen, that which changes images
 TOGETHER, FIRST, BY_LAYER = "together", "first", "by layer"  # when the prompts are encoded
 
 
@@ -227,15 +228,18 @@ def count(
 
     size = as_dtype(dtype).itemsize
     shapes = {part: _shapes_of(folder / part) for part in ("text_encoder", "unet", "vae")}
-    if settings.unet is not None and (own := _shapes_of(Path(settings.unet))):
-        shapes["unet"] = own
+    # a single file has weights for the layers of the model's own, and a whole checkpoint more than that
+    if settings.unet is not None and not Path(settings.unet).is_file():
+        place = Path(settings.unet)
+        shapes["unet"] = _shapes_of(place, "unet") or _shapes_of(place) or shapes["unet"]
     unet, vae = (
         read_json(folder / part / "config.json", "Download or make it again.") for part in ("unet", "vae")
     )
     config = KosmosGTextEncoderConfig.from_pretrained(folder / "text_encoder")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    own_side = unet["sample_size"] * factor
-    area = (settings.height or own_side) * (settings.width or own_side)
+    side = unet["sample_size"]
+    height, width = (side, side) if isinstance(side, int) else side
+    area = (settings.height or height * factor) * (settings.width or width * factor)
     guided = 2 if settings.guidance > 1 else 1
     # a ControlNet is the half of a U-Net that goes down, and its middle
     down = {
@@ -291,12 +295,12 @@ def _find_folder(model):
     return download_model(model)
 
 
-def _shapes_of(place):
+def _shapes_of(place, subfolder=None):
     """Name -> shape of the weights of a part; {} where none are known."""
     from ..loading import declared_weights, weight_files
 
-    files = [place] if place.is_file() else weight_files(place)
-    return {name: tuple(weight.shape) for name, weight in declared_weights(files).items()}
+    declared = declared_weights(weight_files(place, subfolder))
+    return {name: tuple(weight.shape) for name, weight in declared.items()}
 
 
 def _product(shape):

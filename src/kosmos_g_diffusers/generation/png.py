@@ -111,8 +111,8 @@ def output_paths(
 # A run that is resumed -----------------------------------------------------------------------------------------------
 
 
-def find_seed(paths: Sequence[Path], num_images: int) -> int | None:
-    """The seed of a run, told by the first of its images that is there; None if there is none.
+def find_run(paths: Sequence[Path], num_images: int) -> GenerationSettings | None:
+    """The settings of the first image of a run that is there, with the seed of the run; None if there is none.
 
     Args:
         paths: of `output_paths`.
@@ -124,7 +124,8 @@ def find_seed(paths: Sequence[Path], num_images: int) -> int | None:
     for index, path in enumerate(paths):
         if path.exists():
             # grid and enlarged copy have the seed of the first image
-            return read_settings(path).seed - (index if index < num_images else 0)
+            found = read_settings(path)
+            return replace(found, seed=max(0, found.seed - (index if index < num_images else 0)))
     return None
 
 

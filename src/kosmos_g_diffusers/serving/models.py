@@ -4,6 +4,7 @@ A client chooses by name out of what was found in the given folders when the app
 """
 
 import contextlib
+import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -212,6 +213,7 @@ class Models:
 
     def _plan_memory(self, source):
         """Choose how the model of a folder is held, for a run with two images and a ControlNet."""
+        gc.collect()  # of the model before, whose hooks hold it
         budget = memory.find_budget(self._memory, self.device)
         if budget is not None:
             asked = GenerationSettings(
