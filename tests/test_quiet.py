@@ -71,7 +71,12 @@ def test_the_names_of_the_loggers_are_those_of_modules():
     import torchao  # noqa: F401
     from diffusers.quantizers import torchao as quantizer  # noqa: F401
 
-    assert set(HELD_BACK) <= set(sys.modules)
+    names = set(HELD_BACK)
+    try:
+        import bitsandbytes.backends.cpu.ops  # noqa: F401
+    except ImportError:  # there is none for some systems
+        names -= {name for name in names if name.startswith("bitsandbytes")}
+    assert names <= set(sys.modules)
 
 
 # Bars --------------------------------------------------------------------------------------------------------------
