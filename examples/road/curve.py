@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from kosmos_g_diffusers import cli
+from kosmos_g_diffusers.files import write_text
 from kosmos_g_diffusers.sprites.source import SpriteSource
 from kosmos_g_diffusers.training import TrainConfig, run_stage
 from kosmos_g_diffusers.training.checkpoints import list_checkpoints
@@ -102,7 +103,7 @@ def main(given=None):
         if not scores.is_file():
             folder = train_run(name, arguments.road, arguments.output, **tiny)
             found = score_run(folder, arguments.output / f"{name}-score", 2 if arguments.tiny else COUNT)
-            scores.write_text(json.dumps(found), encoding="utf-8")
+            write_text(scores, json.dumps(found))
     paths = {name: arguments.output / f"{name}.json" for name in RUNS}
     print_table({name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.is_file()})
 

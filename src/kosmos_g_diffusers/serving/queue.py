@@ -223,8 +223,8 @@ class Worker:
         """Places of an address that a session of it may take a place among: all of them only if it has had none of the last
         runs, so that who was refused finds a place before those who ask again at once."""
         share = max(self.per_session, round(SHARE * self.capacity))
-        last = max((self._turns.get(key, 0) for key in _turn_keys(ticket)[1:]), default=0)
-        if last and last > self._begun - share:
+        last = self._turns.get(_turn_keys(ticket)[-1], 0)  # 0 for a session that has had none
+        if last > max(0, self._begun - share):
             return max(self.per_session, share - round(KEPT * share))
         return share
 
